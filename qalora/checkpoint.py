@@ -1,0 +1,122 @@
+"""The lazy model: config, companion files, and tensors by name, none of them read before it is asked for.
+
+Names are those of transformers (`model.layers.0.self_attn.q_proj.weight`), whatever file the tensor comes from; the
+readers in `qalora.converters` translate. Quantizing and folding give a new Checkpoint whose tensors do the work when
+they are read, so that a model larger than memory passes through a layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qalora.errors import FormatError, InputError
+from qalora.tensor import GroupQuantTensor, QuantSpec
+
+if TYPE_CHECKING:
+    from qalora.formats.gguf import Metadata
+
+__all__ = ["Checkpoint", "LazyTensor"]
+
+TILE_BYTES = 32 << 20
+"""Float32 bytes of a tile where a tensor is streamed by rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LazyTensor:
+    """A tensor that is read when asked for: a float one, or a GroupQuantTensor.
+
+    shape   (out, in), or whatever the float tensor has
+    dtype   the float dtype it is stored in; None if quantized
+    spec    what is known of it if quantized; None if float
+    read    rows start..stop-1, a torch tensor of `dtype` or a GroupQuantTensor of `spec`
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    spec: QuantSpec | None = None
+    read: Callable[[int, int], Tensor | GroupQuantTensor] = field(repr=False)
+
+    def load(self) -> Tensor | GroupQuantTensor:
+        """The whole tensor. An InputError names the tensor."""
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    def rows(self, start: int, stop: int) -> Tensor | GroupQuantTensor:
+        """Rows start..stop-1. An InputError names the tensor."""
+        try:
+            return self.read(start, stop)
+        except InputError as error:
+            if self.name in str(error):
+                raise
+            raise FormatError(f"{self.name}: {error}") from error
+
+    def load_quantized(self) -> GroupQuantTensor:
+        """The whole tensor; TypeError if it is not quantized."""
+        tensor = self.load()
+        if not isinstance(tensor, GroupQuantTensor):
+            raise TypeError(f"{self.name} is not quantized")
+        return tensor
+
+    def load_float(self) -> Tensor:
+        """The whole tensor in its own dtype; dequantized to float32 if it is quantized."""
+        return _as_float(self.load())
+
+    def tiles(self, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[int, Tensor | GroupQuantTensor]]:
+        """(first row, rows) from top to bottom, each tile at most `tile_bytes` in float32, and at least one row."""
+        if not self.shape:
+            yield 0, self.load()
+            return
+        row_bytes = max(1, 4 * int(torch.Size(self.shape[1:]).numel()))
+        step = max(1, tile_bytes // row_bytes)
+        for start in range(0, self.shape[0], step):
+            yield start, self.rows(start, min(start + step, self.shape[0]))
+
+    def float_tiles(self, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """As `tiles`, dequantized to float32 where the tensor is quantized."""
+        for start, tile in self.tiles(tile_bytes):
+            yield start, _as_float(tile)
+
+
+def _as_float(tensor: Tensor | GroupQuantTensor) -> Tensor:
+    return tensor.dequantize() if isinstance(tensor, GroupQuantTensor) else tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model as its files tell it.
+
+    path      the folder or file it came from
+    layout    "huggingface", "gptq", "gguf" or "qalora"
+    config    transformers' config.json, without quantization_config
+    tensors   every tensor by transformers' name
+    linears   the names of the decoder's linear weights, in the order of computation; quantize, train and fold
+              act on these
+    files     companion files by name (tokenizer, chat template, generation config, licence), carried along unchanged
+    gguf      the metadata of the GGUF file that the tokenizer comes from, if it does
+    notes     what a reader saw that the user should know
+    """
+
+    path: Path
+    layout: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, LazyTensor]
+    linears: tuple[str, ...]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    gguf: Metadata | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether every linear weight holds integers."""
+        return bool(self.linears) and all(self.tensors[name].spec is not None for name in self.linears)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return "lm_head.weight" not in self.tensors

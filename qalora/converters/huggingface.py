@@ -1,0 +1,143 @@
+"""Float models as transformers saves them: config.json, safetensors (sharded or not), tokenizer files; a folder or Hub id.
+
+Pickled weights (pytorch_model.bin) are refused: opening them runs code. This module reads only; the quantized folders
+that look alike are read by `native` and `gptq`, which share the helpers here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import linear_names
+from qalora.errors import FormatError, InputError
+from qalora.formats.files import InputFile, contained, read_limited
+from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
+
+__all__ = ["companion_files", "download", "float_tensor", "quant_method", "read", "read_config", "stored_tensors"]
+
+CONFIG_LIMIT = 16 << 20
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+)
+"""Files that travel with a model unchanged."""
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of `folder`; FormatError if it is missing or not one."""
+    path = contained(folder, name)
+    if not path.exists():
+        raise FormatError(f"{folder}", expected=f"a model folder with {name}", got="none")
+    try:
+        config = json.loads(read_limited(path, CONFIG_LIMIT))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise FormatError(str(path), expected="JSON", got=type(error).__name__) from error
+    if not isinstance(config, dict):
+        raise FormatError(str(path), expected="a JSON object", got=type(config).__name__)
+    return config
+
+
+def quant_method(folder: Path) -> str | None:
+    """quantization_config.quant_method of a model folder, or None for a float model."""
+    config = read_config(folder).get("quantization_config")
+    if config is None:
+        return None
+    if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
+        raise FormatError(f"{folder}/config.json: quantization_config", expected="an object with a quant_method")
+    return str(config["quant_method"])
+
+
+def companion_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer and other small files that travel along, by name."""
+    return {name: contained(folder, name) for name in COMPANIONS if (folder / name).exists()}
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
+    """Every tensor in the folder's safetensors files: its file, and where it is there."""
+    if not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+        pickles = sorted(folder.glob("pytorch_model*.bin")) + sorted(folder.glob("*.pt"))
+        if pickles:
+            raise FormatError(
+                f"{pickles[0]}: pickled weights run code when they are opened",
+                todo="save the model again with save_pretrained, which writes safetensors",
+            )
+    files = shards(folder)
+    headers = {path: read_header(path) for path in set(files.values())}
+    return {name: (path, headers[path].entries[name]) for name, path in files.items()}
+
+
+def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:
+    """A lazy tensor of a safetensors file, in its own dtype; FormatError for one that is not float."""
+    if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
+        raise FormatError(f"{path}: {name}", expected="float16, bfloat16, float32 or float64", got=str(entry.dtype))
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        with InputFile(path) as file:
+            tensor = read_tensor(file, entry, start, stop)
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{name}", expected="finite values", got="NaN or Inf")
+        return tensor
+
+    return LazyTensor(name=name, shape=entry.shape, dtype=entry.dtype, read=read_rows)
+
+
+def read(folder: Path) -> Checkpoint:
+    """Open a float model folder; reads config and headers only."""
+    config = read_config(folder)
+    tensors = {name: float_tensor(name, *where) for name, where in stored_tensors(folder).items()}
+    linears = linear_names(config, folder)
+    check_shapes(folder, tensors, linears)
+    return Checkpoint(
+        path=folder,
+        layout="huggingface",
+        config=config,
+        tensors=tensors,
+        linears=linears,
+        files=companion_files(folder),
+    )
+
+
+def check_shapes(where: Path, tensors: Mapping[str, LazyTensor], linears: tuple[str, ...]) -> None:
+    """Refuse a model that lacks a linear weight, or has one that is no matrix."""
+    for name in linears:
+        if name not in tensors:
+            raise FormatError(f"{where}: tensor {name}", expected="it, as config.json says", got="no such tensor")
+        if len(tensors[name].shape) != 2 or 0 in tensors[name].shape:
+            raise FormatError(f"{where}: {name}", expected="a matrix", got=f"shape {list(tensors[name].shape)}")
+
+
+def download(repo: str) -> Path:
+    """The local snapshot of a Hub id such as `HuggingFaceTB/SmolLM2-135M`; InputError if it is neither path nor id."""
+    if repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith("/"):
+        raise InputError(f"{repo}: no such file or folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{repo}: no such file or folder, and not to be had from the Hub ({reason})") from error

@@ -1,0 +1,69 @@
+"""Every error that qalora raises on purpose.
+
+    QaloraError
+    ├── InputError(ValueError)     bad usage or bad input; exit status 2
+    │   ├── FormatError            a file is not what its format says it is
+    │   ├── AdapterError           an adapter does not fit, or cannot be folded
+    │   ├── ExactnessError         a target cannot hold a weight exactly, and no loss was asked for by name
+    │   ├── OutputError            the output exists, or there is no room for it
+    │   └── MissingLibraryError    an optional library is absent; the sentence holds the command that installs it
+    └── ProofError                 a parity gate failed, or a named artefact is not proven; exit status 1
+
+A message is one sentence with four parts: what, expected, got, and what to do. `InputError` puts them together, so
+that every message has the same form:
+
+    >>> str(InputError("model.safetensors", expected="at least 8 bytes", got="3 bytes", todo="download it again"))
+    'model.safetensors: expected at least 8 bytes, got 3 bytes; download it again'
+"""
+
+__all__ = [
+    "AdapterError",
+    "ExactnessError",
+    "FormatError",
+    "InputError",
+    "MissingLibraryError",
+    "OutputError",
+    "ProofError",
+    "QaloraError",
+]
+
+
+class QaloraError(Exception):
+    """Base of every error raised on purpose. Anything else that escapes is a bug."""
+
+
+class InputError(QaloraError, ValueError):
+    """Bad usage or bad input. `what` alone may be the whole sentence."""
+
+    def __init__(self, what: str, *, expected: str = "", got: str = "", todo: str = "") -> None:
+        parts = [f"expected {expected}"] if expected else []
+        parts += [f"got {got}"] if got else []
+        sentence = f"{what}: {', '.join(parts)}" if parts else what
+        super().__init__(f"{sentence}; {todo}" if todo else sentence)
+
+
+class FormatError(InputError):
+    """A file is not what its format says it is."""
+
+
+class AdapterError(InputError):
+    """An adapter does not fit the model, or cannot be folded into it."""
+
+
+class ExactnessError(InputError):
+    """A target cannot hold a weight exactly, and no loss was asked for by name."""
+
+
+class OutputError(InputError):
+    """The output exists, or there is no room for it."""
+
+
+class MissingLibraryError(InputError):
+    """An optional library is absent."""
+
+    def __init__(self, library: str, purpose: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs {library}, which is not installed", todo=f"pip install 'qalora[{extra}]'")
+
+
+class ProofError(QaloraError):
+    """A parity gate failed, or a named artefact is not proven."""
