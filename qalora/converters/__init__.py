@@ -74,7 +74,7 @@ def _load_file(path: Path) -> Checkpoint:
 
 
 def plan_exports(model: Checkpoint, targets: Sequence[str], options: ExportOptions) -> list[Plan]:
-    """A plan for each target; raises before anything is written if one of them cannot be, or loses what is not allowed."""
+    """A plan for each target; raises if one of them cannot be, or would lose what is not allowed."""
     plans = [target(name).plan(model, options) for name in dict.fromkeys(targets)]
     for plan in plans:
         plan.check(options.allow_loss)

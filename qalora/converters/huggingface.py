@@ -1,4 +1,4 @@
-"""Float models as transformers saves them: config.json, safetensors (sharded or not), tokenizer files; a folder or Hub id.
+"""Float models as transformers saves them: config.json, safetensors (sharded or not), tokenizer; a folder or Hub id.
 
 Pickled weights (pytorch_model.bin) are refused: opening them runs code. This module reads only; the quantized folders
 that look alike are read by `native` and `gptq`, which share the helpers here.

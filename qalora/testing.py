@@ -1,0 +1,82 @@
+"""Helpers for tests, ours and other people's: small models made on the spot, and asserts that collect every difference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora.tensor import BITS, GroupQuantTensor
+
+__all__ = ["assert_same_tensor", "random_tensor", "tiny_llama"]
+
+
+def random_tensor(
+    out: int, columns: int, *, bits: int, group_size: int, seed: int = 0, zeros: str = "real"
+) -> GroupQuantTensor:
+    """A random canonical tensor with scale and min (or scale and an integer zero) that float16 holds.
+
+    The first rows hold the hard cases: a scale of 0, a constant group, and negative scales.
+    """
+    assert bits in BITS
+    rng = torch.Generator().manual_seed(seed)
+    groups = columns // group_size
+    codes = torch.randint(0, 1 << bits, (out, columns), generator=rng, dtype=torch.uint8)
+    scale = (torch.rand(out, groups, generator=rng) * 0.02 + 1e-3).half().float()
+    scale[0] = 0
+    if out > 2:
+        scale[2] = -scale[2]
+    if zeros == "real":
+        minimum = (-scale * (1 << (bits - 1)) + 0.01 * torch.randn(out, groups, generator=rng)).half().float()
+    else:
+        minimum = -scale * torch.randint(0, 1 << bits, (out, groups), generator=rng)
+    return GroupQuantTensor.from_codes(codes, scale, minimum, bits, group_size)
+
+
+def assert_same_tensor(got: GroupQuantTensor, expected: GroupQuantTensor) -> None:
+    """Fail once, with every field of two canonical tensors that differs and in how many places."""
+    problems = [
+        f"{name}: expected {getattr(expected, name)}, got {getattr(got, name)}"
+        for name in ("bits", "group_size", "shape")
+        if getattr(got, name) != getattr(expected, name)
+    ]
+    if not problems:
+        for name in ("packed", "scale", "min"):
+            differing = int((getattr(got, name) != getattr(expected, name)).sum())
+            problems += [f"{name}: {differing} values differ"] if differing else []
+    if (got.g_idx is None) != (expected.g_idx is None):
+        problems.append("g_idx: one tensor has it, the other has not")
+    elif got.g_idx is not None and expected.g_idx is not None and not torch.equal(got.g_idx, expected.g_idx):
+        problems.append("g_idx: differs")
+    if problems:
+        raise AssertionError("; ".join(problems))
+
+
+def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None) -> Path:
+    """Write a tiny random Llama (float32 safetensors) as transformers saves it; `config` overrides LlamaConfig's keys."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer) if tokenizer is not None else 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        **(config or {}),
+    }
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).float()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms of 1 and small weights would hide mistakes
+            parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.2) + (parameter.ndim == 1))
+    torch.set_rng_state(state)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
