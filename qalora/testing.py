@@ -1,4 +1,4 @@
-"""Helpers for tests, ours and other people's: small models made on the spot, and asserts that collect every difference."""
+"""Helpers for tests, ours and other people's: small models made on the spot, asserts that collect every difference."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def assert_same_tensor(got: GroupQuantTensor, expected: GroupQuantTensor) -> Non
 
 
 def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None) -> Path:
-    """Write a tiny random Llama (float32 safetensors) as transformers saves it; `config` overrides LlamaConfig's keys."""
+    """Write a tiny random Llama (float32) as transformers saves it; `config` overrides LlamaConfig's keys."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings: dict[str, Any] = {

@@ -6,6 +6,7 @@ that are about to be written, so that a mistyped `-o ~` costs nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from qalora.errors import OutputError
 
-__all__ = ["check_output", "new_file", "new_folder"]
+__all__ = ["check_output", "new_file", "new_folder", "write_json"]
 
 
 def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> None:
@@ -111,3 +112,8 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON with sorted keys, so that the same content gives the same bytes."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,279 @@
+"""Our own folder: the canonical tensors as they are, packed, in safetensors; read and written.
+
+config.json         transformers' config, and under quantization_config:
+                    {"quant_method": "qalora", "version": 1, "bits", "group_size", "modules": {module: [bits, group_size]}}
+                    `modules` holds those that differ from the first two
+model.safetensors   <module>.codes  uint8 [out, in*bits/8]       as qalora.tensor packs them
+                    <module>.scale  float16 or float32 [out, groups]
+                    <module>.min    float16 or float32 [out, groups], or, where every zero point is an integer,
+                    <module>.zero   uint8 [out, groups]            min = -scale * zero
+                    <module>.g_idx  int32 [in]                     act-order only
+                    and every other tensor under its own name and dtype
+metadata.gguf       the metadata of the GGUF file that the model came from, if it did
+tokenizer and other companion files
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import linear_names
+from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
+from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
+from qalora.errors import FormatError
+from qalora.formats.files import InputFile, contained, read_limited
+from qalora.formats.output import write_json
+from qalora.formats.safetensors import Entry, Layout, SafetensorsWriter, plan_layout, read_tensor
+from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
+
+__all__ = ["plan", "read", "write"]
+
+VERSION = 1
+WEIGHTS = "model.safetensors"
+GGUF_METADATA = "metadata.gguf"
+GGUF_METADATA_LIMIT = 256 << 20
+
+_Stored = Mapping[str, tuple[Path, Entry]]
+
+
+def module_of(name: str) -> str:
+    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
+    return name.removesuffix(".weight")
+
+
+def read(folder: Path) -> Checkpoint:
+    """Open our own folder; reads config and headers only."""
+    config = read_config(folder)
+    layout = config.pop("quantization_config")
+    if layout.get("version") != VERSION:
+        raise FormatError(
+            f"{folder}: quantization_config.version",
+            expected=str(VERSION),
+            got=repr(layout.get("version")),
+            todo="update qalora",
+        )
+    stored = stored_tensors(folder)
+    modules = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
+    parts = {f"{module}.{part}" for module in modules for part in ("codes", "scale", "min", "zero", "g_idx")}
+    tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in parts}
+    for module in modules:
+        tensors[f"{module}.weight"] = _quantized(folder, module, stored, layout)
+    linears = linear_names(config, folder)
+    check_shapes(folder, tensors, linears)
+    return Checkpoint(
+        path=folder,
+        layout="qalora",
+        config=config,
+        tensors=tensors,
+        linears=linears,
+        files=companion_files(folder),
+        gguf=_gguf_metadata(folder),
+    )
+
+
+def _gguf_metadata(folder: Path) -> Any:
+    path = contained(folder, GGUF_METADATA)
+    if not path.exists():
+        return None
+    from qalora.formats.gguf import parse_metadata
+
+    return parse_metadata(read_limited(path, GGUF_METADATA_LIMIT))
+
+
+def _quantized(folder: Path, module: str, stored: _Stored, layout: Mapping[str, Any]) -> LazyTensor:
+    where = f"{folder}: {module}"
+    bits, group_size = _sizes(where, module, layout)
+    zeros = "integer" if f"{module}.zero" in stored else "real"
+    entries = {}
+    for part in ("codes", "scale", "zero" if zeros == "integer" else "min", "g_idx"):
+        if f"{module}.{part}" in stored:
+            entries[part] = stored[f"{module}.{part}"]
+        elif part != "g_idx":
+            raise FormatError(where, expected=f"a tensor {module}.{part}", got="none")
+    rows, columns = _check_parts(where, entries, bits, group_size)
+    spec = QuantSpec(
+        bits=bits,
+        group_size=group_size,
+        zeros=zeros,
+        scale_dtype=entries["scale"][1].dtype,
+        min_dtype=torch.float32 if zeros == "integer" else entries["min"][1].dtype,
+        act_order="g_idx" in entries,
+    )
+
+    def read_rows(start: int, stop: int) -> GroupQuantTensor:
+        part: dict[str, Tensor] = {}
+        for key, (path, entry) in entries.items():
+            with InputFile(path) as file:
+                part[key] = read_tensor(file, entry) if key == "g_idx" else read_tensor(file, entry, start, stop)
+        scale = part["scale"].float()
+        return GroupQuantTensor(
+            packed=part["codes"],
+            scale=scale,
+            min=part["min"].float() if zeros == "real" else -scale * part["zero"],
+            bits=bits,
+            group_size=group_size,
+            g_idx=part.get("g_idx"),
+        )
+
+    return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, read=read_rows)
+
+
+def _sizes(where: str, module: str, layout: Mapping[str, Any]) -> tuple[int, int]:
+    modules = layout.get("modules") or {}
+    sizes = modules.get(module) if isinstance(modules, dict) else None
+    bits, group_size = sizes if isinstance(sizes, list) and len(sizes) == 2 else (None, None)
+    if sizes is None:
+        bits, group_size = layout.get("bits"), layout.get("group_size")
+    if type(bits) is not int or type(group_size) is not int or not 2 <= bits <= 8 or group_size < 1:
+        raise FormatError(where, expected="bits and group_size in quantization_config", got=f"{bits}, {group_size}")
+    return bits, group_size
+
+
+def _check_parts(where: str, entries: _Stored, bits: int, group_size: int) -> tuple[int, int]:
+    """Shapes and dtypes against each other; gives (out, in)."""
+    codes, scale = entries["codes"][1], entries["scale"][1]
+    if len(scale.shape) != 2 or scale.dtype not in (torch.float16, torch.float32):
+        raise FormatError(f"{where}.scale", expected="a float16 or float32 matrix", got=f"{scale.dtype} {scale.shape}")
+    rows, groups = scale.shape
+    columns = groups * group_size
+    expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+        "codes": ((torch.uint8,), (rows, packed_row_bytes(columns, bits))),
+        "min": ((torch.float16, torch.float32), (rows, groups)),
+        "zero": ((torch.uint8,), (rows, groups)),
+        "g_idx": ((torch.int32,), (columns,)),
+    }
+    for part, (_, entry) in entries.items():
+        if part in expected and (entry.dtype not in expected[part][0] or entry.shape != expected[part][1]):
+            raise FormatError(
+                f"{where}.{part}",
+                expected=f"{expected[part][0][0]} {list(expected[part][1])}",
+                got=f"{entry.dtype} {list(entry.shape)}",
+            )
+    if rows == 0 or columns == 0 or codes.nbytes == 0:
+        raise FormatError(where, expected="a matrix with rows and columns", got=f"{rows} x {columns}")
+    return rows, columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativePlan(Plan):
+    """A plan with the layout of the weights' file and the config to write."""
+
+    layout: Layout
+    config: Mapping[str, Any]
+
+
+def plan(model: Checkpoint, options: ExportOptions) -> NativePlan:
+    """Everything is held exactly: scale and min in the narrowest of float16 and float32 that the spec guarantees."""
+    parts = [part for lazy in model.tensors.values() for part in _parts(lazy)]
+    layout = plan_layout(parts, {"format": "pt"})
+    tensors = []
+    for lazy in model.tensors.values():
+        entries = [layout.entries[name] for name, _, _ in _parts(lazy)]
+        spec = lazy.spec
+        carrier = str(lazy.dtype).removeprefix("torch.") if spec is None else f"{spec.bits}-bit, {spec.zeros} zeros"
+        size = sum(entry.nbytes for entry in entries)
+        tensors.append(
+            PlannedTensor(name=lazy.name, carrier=carrier, file=WEIGHTS, offset=entries[0].offset, nbytes=size)
+        )
+    files: dict[str, int | None] = {WEIGHTS: layout.size, "config.json": None}
+    files |= {name: path.stat().st_size for name, path in model.files.items()}
+    return NativePlan(
+        target="qalora", tensors=tuple(tensors), files=files, layout=layout, config=_config(model), notes=model.notes
+    )
+
+
+def _parts(lazy: LazyTensor) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a tensor becomes in the file."""
+    if lazy.spec is None:
+        if lazy.dtype is None:
+            raise TypeError(f"{lazy.name}: neither dtype nor spec")
+        return [(lazy.name, lazy.dtype, lazy.shape)]
+    spec, (rows, columns), module = lazy.spec, lazy.shape, module_of(lazy.name)
+    groups = (rows, columns // spec.group_size)
+    parts = [
+        (f"{module}.codes", torch.uint8, (rows, packed_row_bytes(columns, spec.bits))),
+        (f"{module}.scale", spec.scale_dtype, groups),
+        (f"{module}.min", spec.min_dtype, groups) if spec.zeros == "real" else (f"{module}.zero", torch.uint8, groups),
+    ]
+    return [*parts, (f"{module}.g_idx", torch.int32, (columns,))] if spec.act_order else parts
+
+
+def _config(model: Checkpoint) -> dict[str, Any]:
+    sizes = {
+        module_of(name): (lazy.spec.bits, lazy.spec.group_size)
+        for name, lazy in model.tensors.items()
+        if lazy.spec is not None
+    }
+    common = Counter(sizes.values()).most_common(1)[0][0] if sizes else (4, 32)
+    quantization = {
+        "quant_method": "qalora",
+        "version": VERSION,
+        "bits": common[0],
+        "group_size": common[1],
+        "modules": {module: list(size) for module, size in sizes.items() if size != common},
+    }
+    return {**model.config, "quantization_config": quantization}
+
+
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+    """Write the folder, a layer at a time; embedding and output layer by rows."""
+    if not isinstance(plan, NativePlan):
+        raise TypeError(f"expected NativePlan, got {type(plan).__name__}")
+    from qalora.converters.tokenizer import write_tokenizer
+
+    for name, path in model.files.items():
+        shutil.copyfile(path, folder / name)
+    if model.gguf is not None:
+        from qalora.formats.gguf import metadata_bytes
+
+        (folder / GGUF_METADATA).write_bytes(metadata_bytes(model.gguf))
+    write_tokenizer(model, folder)
+    write_json(folder / "config.json", plan.config)
+    with SafetensorsWriter(folder / WEIGHTS, plan.layout) as weights:
+        for tensor in plan.tensors:
+            _write_tensor(weights.write, model.tensors[tensor.name], whole=tensor.name in model.linears)
+            progress(tensor.name, tensor.nbytes)
+
+
+def _write_tensor(write: Callable[[str, Tensor, int], None], lazy: LazyTensor, *, whole: bool) -> None:
+    tiles = [(0, lazy.load())] if whole else lazy.tiles()
+    for row, tile in tiles:
+        if isinstance(tile, Tensor):
+            write(lazy.name, tile, row)
+        else:
+            _write_quantized(write, lazy, row, tile)
+
+
+def _write_quantized(
+    write: Callable[[str, Tensor, int], None], lazy: LazyTensor, row: int, tile: GroupQuantTensor
+) -> None:
+    module, spec = module_of(lazy.name), lazy.spec
+    if spec is None:
+        raise TypeError(f"{lazy.name} has no spec")
+    write(f"{module}.codes", tile.packed, row)
+    write(f"{module}.scale", _narrow(lazy.name, tile.scale, spec.scale_dtype), row)
+    if spec.zeros == "real":
+        write(f"{module}.min", _narrow(lazy.name, tile.min, spec.min_dtype), row)
+    else:
+        zero = integer_zeros(tile)
+        if zero is None:
+            raise ValueError(f"{lazy.name}: its spec promises integer zeros, and it has none")
+        write(f"{module}.zero", zero, row)
+    if tile.g_idx is not None and row == 0:
+        write(f"{module}.g_idx", tile.g_idx, 0)
+
+
+def _narrow(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = values.to(dtype)
+    if not torch.equal(narrow.float(), values):
+        raise ValueError(f"{name}: its spec promises values that {dtype} holds, and it has others")
+    return narrow
