@@ -1,27 +1,24 @@
 """Model-level decisions: families and tensor names, graphs, plans; one module or folder a target.
 
-`load` recognises a model by what it finds, never by what it is told. `export` plans every target before it writes the
-first, so that nothing long begins before everything that can be refused has been.
+`load` recognises a model by what it finds, never by what it is told; `qalora.converters.exports` writes.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.plan import ExportOptions, Plan, Progress, Target
+from qalora.converters.plan import Target
 from qalora.errors import FormatError, InputError
-from qalora.formats.output import check_output, new_folder
 
-__all__ = ["TARGETS", "export", "load", "plan_exports", "target"]
+__all__ = ["TARGETS", "load", "target"]
 
 TARGETS: dict[str, str] = {
     "gptq": "qalora.converters.gptq",
     "gguf": "qalora.converters.gguf",
     "onnx": "qalora.converters.onnx",
+    "qalora": "qalora.converters.native",
 }
 """Each format that `export` writes, and the module that does it: a `Target`. Its folder has the format's name."""
 
@@ -71,35 +68,3 @@ def _load_file(path: Path) -> Checkpoint:
     if magic[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
         raise FormatError(f"{path}: a pickle, which runs code when it is opened", todo="convert it to safetensors")
     raise FormatError(str(path), expected="a GGUF file or a model folder", got=f"a file that begins with {magic!r}")
-
-
-def plan_exports(model: Checkpoint, targets: Sequence[str], options: ExportOptions) -> list[Plan]:
-    """A plan for each target; raises if one of them cannot be, or would lose what is not allowed."""
-    plans = [target(name).plan(model, options) for name in dict.fromkeys(targets)]
-    for plan in plans:
-        plan.check(options.allow_loss)
-    return plans
-
-
-def export(
-    model: Checkpoint,
-    targets: Sequence[str],
-    out: Path,
-    options: ExportOptions | None = None,
-    *,
-    force: bool = False,
-    progress: Progress = lambda name, nbytes: None,
-) -> list[Plan]:
-    """Write a model to `out/<target>/` for each target; all or none of them appear. Gives the plans.
-
-    Raises ExactnessError for a loss that is not allowed, OutputError for an output that exists without `force`.
-    """
-    options = options or ExportOptions()
-    plans = plan_exports(model, targets, options)
-    for plan in plans:
-        check_output(out / plan.target, force=force, names=list(plan.files))
-    with ExitStack() as outputs:
-        for plan in plans:
-            folder = outputs.enter_context(new_folder(out / plan.target, force=force, names=list(plan.files)))
-            target(plan.target).write(plan, model, folder, progress)
-    return plans

@@ -1,7 +1,8 @@
 """Our own folder: the canonical tensors as they are, packed, in safetensors; read and written.
 
 config.json         transformers' config, and under quantization_config:
-                    {"quant_method": "qalora", "version": 1, "bits", "group_size", "modules": {module: [bits, group_size]}}
+                    {"quant_method": "qalora", "version": 1, "bits", "group_size",
+                     "modules": {module: [bits, group_size]}}
                     `modules` holds those that differ from the first two
 model.safetensors   <module>.codes  uint8 [out, in*bits/8]       as qalora.tensor packs them
                     <module>.scale  float16 or float32 [out, groups]

@@ -24,8 +24,8 @@ def quantize(
 ) -> Checkpoint:
     """The model with its linear weights quantized by rounding; embedding, norms and output layer stay as they are.
 
-    group_size None makes one group of each row. Raises InputError, before anything is read, for bits outside BITS, for a
-    layer that the group size does not divide, and for a model that holds integers already unless `requantize` is set
+    group_size None makes one group of each row. Raises InputError, before anything is read, for bits outside BITS, for
+    a layer that the group size does not divide, and for a model that holds integers already unless `requantize` is set
     (rounding what was rounded before loses more).
     """
     if bits not in BITS:

@@ -8,9 +8,10 @@ With lo and hi the smallest and largest weight of a group, and q = 2**bits - 1:
 | integer | (hi - lo) / q, the range widened to hold 0 | -scale * z, z = round(-lo / scale) | round(w / scale) + z |
 | symmetric | 2 * max(abs(w)) / q | -scale * 2**(bits-1) | round(w / scale) + 2**(bits-1) |
 
-Scale, and min where it is stored, are rounded to float16 before the codes are chosen, so that the codes make up for that
-rounding and every carrier with 16-bit parameters holds the result exactly. Codes are clamped to 0..q. A group whose
-scale rounds to 0 (all weights equal, or nearly) gets scale 0: with real zeros its min is the middle of the range.
+Scale, and min where it is stored, are rounded to float16 before the codes are chosen, so that the codes make up for
+that rounding and every carrier with 16-bit parameters holds the result exactly. Codes are clamped to 0..q.
+A group whose scale rounds to 0 (all weights equal, or nearly) gets scale 0: with real zeros its min is the middle of
+the range.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def spec_of(bits: int, group_size: int, zeros: Zeros) -> QuantSpec:
 def quantize_tensor(weight: Tensor, *, bits: int, group_size: int, zeros: Zeros = "real") -> GroupQuantTensor:
     """Quantize a float weight [out, in] as the module's docstring says; computed in float32.
 
-    Raises InputError for NaN or Inf, for a group size that does not divide `in`, and for weights beyond float16's range.
+    Raises InputError for NaN or Inf, for a group size that does not divide `in`, and for weights beyond float16.
     """
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
         raise InputError("weight", expected="a float matrix", got=f"{weight.dtype} {list(weight.shape)}")

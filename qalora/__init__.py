@@ -1,0 +1,103 @@
+"""QA-LoRA adapters folded exactly into integer weights, exported to GPTQ, ONNX and GGUF, and proven the same in each.
+
+    import qalora
+
+    model = qalora.quantize(qalora.load("HuggingFaceTB/SmolLM2-135M"), bits=4, group_size=32)
+    adapter = qalora.train(model, "text.txt", "adapter", steps=60)
+    folded = qalora.fold(model, adapter)
+    qalora.export(folded, "gguf", "dist")
+    report = qalora.verify(model, ["dist/gguf"], adapter=adapter)
+
+Importing this package imports neither torch nor transformers: each function does, when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora._version import __version__
+from qalora.errors import QaloraError
+
+if TYPE_CHECKING:
+    from qalora.adapter import Adapter
+    from qalora.checkpoint import Checkpoint
+    from qalora.converters.plan import Plan
+    from qalora.parity import ParityReport
+
+__all__ = ["QaloraError", "__version__", "export", "fold", "load", "quantize", "train", "verify"]
+
+
+def load(path: str | Path, **options: Any) -> Checkpoint:
+    """Open a model, lazily: our own folder, a GPTQ or float folder, a GGUF file, or a Hub id.
+
+    options  `checkpoint_format`, for GPTQ folders with a wrong label
+    """
+    from qalora.converters import load as load_model
+
+    return load_model(path, **options)
+
+
+def quantize(model: str | Path | Checkpoint, **options: Any) -> Checkpoint:
+    """Quantize a float model by rounding, lazily; see `qalora.quantize.quantize` for bits, group_size and zeros."""
+    from qalora.quantize.model import quantize as quantize_model
+
+    return quantize_model(_opened(model), **options)
+
+
+def train(model: str | Path | Checkpoint, data: str | Path, out: str | Path, **options: Any) -> Adapter:
+    """Train a QA-LoRA adapter on text, write it to the folder `out` and give it; see `qalora.train.TrainOptions`."""
+    from qalora.train import TrainOptions
+    from qalora.train import train as train_model
+
+    return train_model(_opened(model), TrainOptions(data=str(data), out=Path(out), **options))
+
+
+def fold(model: str | Path | Checkpoint, adapter: str | Path | Adapter, **options: Any) -> Checkpoint:
+    """Fold an adapter into the model's minima, lazily; the codes stay. See `qalora.fold.fold` for minima."""
+    from qalora.fold import fold as fold_model
+
+    base = _opened(model)
+    return fold_model(base, _read(adapter, base), **options)
+
+
+def export(
+    model: str | Path | Checkpoint,
+    targets: str | Sequence[str],
+    out: str | Path,
+    *,
+    force: bool = False,
+    **options: Any,
+) -> list[Plan]:
+    """Write a model to `out/<target>/` for each target; see `qalora.converters.plan.ExportOptions`."""
+    from qalora.converters.exports import export as export_model
+    from qalora.converters.plan import ExportOptions
+
+    names = [targets] if isinstance(targets, str) else targets
+    return export_model(_opened(model), names, Path(out), ExportOptions(**options), force=force)
+
+
+def verify(
+    reference: str | Path | Checkpoint,
+    artifacts: Sequence[str | Path],
+    *,
+    adapter: str | Path | Adapter | None = None,
+    **options: Any,
+) -> ParityReport:
+    """Run artefacts in their own runtimes and compare; see `qalora.parity.verify` for the options."""
+    from qalora.parity import verify as verify_artifacts
+
+    base = _opened(reference)
+    read = None if adapter is None else _read(adapter, base)
+    return verify_artifacts(base, [Path(path) for path in artifacts], adapter=read, **options)
+
+
+def _opened(model: str | Path | Checkpoint) -> Checkpoint:
+    return load(model) if isinstance(model, str | Path) else model
+
+
+def _read(adapter: str | Path | Adapter, model: Checkpoint) -> Adapter:
+    from qalora.adapter import Adapter, read_adapter
+
+    return adapter if isinstance(adapter, Adapter) else read_adapter(Path(adapter), model)

@@ -1,0 +1,5 @@
+"""`python -m qalora`."""
+
+from qalora.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""The command line. One thin module a command: it parses, calls the library, and prints.
+
+A command's module is imported when the command runs, so that `qalora --help` needs neither torch nor transformers.
+Errors are turned into one sentence and an exit status here, and nowhere else: 0 done, 1 not proven, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from qalora._version import __version__
+from qalora.errors import ProofError, QaloraError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "quantize": "Round a float model to integer groups.",
+    "train": "Train a QA-LoRA adapter on an integer model.",
+    "fold": "Fold an adapter into the model's minima; the codes stay.",
+    "export": "Write a model as GPTQ, ONNX, GGUF.",
+    "adapter": "Rewrite adapters from one convention or format into another.",
+    "verify": "Run artefacts in their own runtimes and compare.",
+    "inspect": "Say what a model, adapter or artefact is.",
+    "release": "Fold, export, verify and package, in one command.",
+    "demo": "The whole story on a real model.",
+}
+"""Each command and its line in the overview; the module of the same name in this package holds it as `command`."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when it runs, and turns errors into a sentence and an exit status."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands, in the order in which a model goes through them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"qalora.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The overview, from COMMANDS: nothing is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except QaloraError as error:
+            click.echo(f"qalora: {error}", err=True)
+            ctx.exit(1 if isinstance(error, ProofError) else 2)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"qalora: {where}{error.strerror or error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="MODEL is any readable thing: a Hugging Face, GPTQ or qalora folder, a GGUF file, a Hub id. "
+    "Exit status: 0 done, 1 not proven, 2 bad usage or input.",
+)
+@click.version_option(__version__, prog_name="qalora")
+def main() -> None:
+    """QA-LoRA adapters folded exactly into integer weights, exported to every runtime, proven the same."""

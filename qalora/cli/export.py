@@ -1,0 +1,82 @@
+"""qalora export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qalora.cli.options import (
+    convention_option,
+    dry_run_option,
+    export_options,
+    force_option,
+    json_flag,
+    minima_option,
+    output_option,
+    print_json,
+    print_plans,
+    progress_bar,
+)
+
+
+@click.command(
+    "export",
+    epilog="Example: qalora export folded --to gguf --to onnx -o dist",
+)
+@click.argument("model")
+@click.option("--to", "targets", multiple=True, required=True, metavar="FORMAT", help="gptq, gguf, onnx. Repeatable.")
+@output_option("Each format lands in DIR/<format>/.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Fold this adapter first; GPTQ may ship it beside.")
+@convention_option
+@minima_option
+@export_options
+@click.option(
+    "--checkpoint-format",
+    type=click.Choice(["gptq", "gptq_v2"]),
+    help="What a GPTQ folder's zeros are stored as, where its label is wrong.",
+)
+@force_option
+@dry_run_option
+@json_flag
+def command(
+    model: str,
+    targets: tuple[str, ...],
+    out: Path,
+    adapter: Path | None,
+    convention: str | None,
+    minima: str | None,
+    name: str | None,
+    allow_loss: tuple[str, ...],
+    gptq_form: str,
+    accuracy_level: int,
+    checkpoint_format: str | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL to DIR/<format>/ in one or more formats, with the very same codes.
+
+    Everything is planned first: what a format cannot hold exactly is refused before the first byte is written, unless
+    --allow-loss names the loss.
+    """
+    from qalora.adapter import read_adapter
+    from qalora.converters import load
+    from qalora.converters.exports import export_jobs, run_jobs
+    from qalora.converters.plan import ExportOptions
+
+    base = load(model, checkpoint_format=checkpoint_format)
+    options = ExportOptions(
+        name=name, allow_loss=frozenset(allow_loss), gptq_form=gptq_form, accuracy_level=accuracy_level
+    )
+    read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
+    jobs = export_jobs(base, targets, options, adapter=read, minima=minima)  # type: ignore[arg-type]
+    if not dry_run:
+        total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
+        with progress_bar(total, "writing") as progress:
+            run_jobs(jobs, out, force=force, progress=progress)
+    plans = [job.plan for job in jobs]
+    if as_json:
+        print_json([plan.to_json() for plan in plans])
+    else:
+        print_plans(plans, details=dry_run)

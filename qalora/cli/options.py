@@ -1,0 +1,149 @@
+"""What several commands share: options as decorators, progress on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from qalora.converters.plan import Plan, Progress
+
+__all__ = [
+    "convention_option",
+    "dry_run_option",
+    "export_options",
+    "force_option",
+    "json_flag",
+    "minima_option",
+    "output_option",
+    "print_json",
+    "print_plans",
+    "progress_bar",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MINIMA = {"fp16": "float16", "float16": "float16", "fp32": "float32", "float32": "float32"}
+
+
+def output_option(what: str) -> Callable[[F], F]:
+    """-o/--output, required; `what` says what appears there."""
+    return click.option(
+        "-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="DIR", help=what
+    )
+
+
+def force_option(function: F) -> F:
+    """--force."""
+    return click.option("--force", is_flag=True, help="Replace an earlier output.")(function)
+
+
+def dry_run_option(function: F) -> F:
+    """--dry-run."""
+    return click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")(function)
+
+
+def json_flag(function: F) -> F:
+    """--json as a flag: machine-readable on stdout."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def minima_option(function: F) -> F:
+    """--minima, None where it is not given."""
+    return click.option(
+        "--minima",
+        type=click.Choice(["fp16", "float32"]),
+        callback=lambda ctx, param, value: MINIMA.get(value),
+        help="What the folded minima are rounded to; what the adapter was trained with, or fp16, by default.",
+    )(function)
+
+
+def convention_option(function: F) -> F:
+    """--convention, None where it is not given."""
+    return click.option(
+        "--convention",
+        type=click.Choice(["paper", "official", "peft"]),
+        help="What the adapter's scaling means, where its file does not say.",
+    )(function)
+
+
+def export_options(function: F) -> F:
+    """The options that ExportOptions holds, beside the adapter."""
+    decorators = (
+        click.option("--name", help="The model's name in file names and metadata."),
+        click.option(
+            "--allow-loss",
+            multiple=True,
+            metavar="LOSS",
+            help="Accept a loss by name: zeros, minima, scales, eight-bit, narrowing. Repeatable.",
+        ),
+        click.option(
+            "--gptq-form",
+            type=click.Choice(["auto", "nearest", "eight-bit", "round"]),
+            default="auto",
+            show_default=True,
+            help="How GPTQ holds real zero points.",
+        ),
+        click.option(
+            "--accuracy-level",
+            type=click.IntRange(0, 4),
+            default=0,
+            show_default=True,
+            help="ONNX Runtime's MatMulNBits: 4 computes with int8 activations, faster and less exact.",
+        ),
+    )
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def print_json(content: object) -> None:
+    """Machine-readable output: sorted keys, on stdout."""
+    click.echo(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def print_plans(plans: Sequence[Plan], *, details: bool) -> None:
+    """A table for each plan: carriers with counts and bytes; every tensor where `details` is set."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for plan in plans:
+        table = Table(title=f"{plan.target}: {plan.nbytes:,} bytes", title_justify="left")
+        for column in ("tensor" if details else "tensors", "carrier", "file", "bytes", "exact"):
+            table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+        for row in _plan_rows(plan, details):
+            table.add_row(*row)
+        console.print(table)
+        for note in plan.notes:
+            console.print(f"  note: {note}", markup=False)
+
+
+def _plan_rows(plan: Plan, details: bool) -> list[tuple[str, str, str, str, str]]:
+    def exact(loss: object) -> str:
+        return "yes" if loss is None else str(getattr(loss, "size", loss))
+
+    if details:
+        return [(t.name, t.carrier, f"{t.file} @ {t.offset}", f"{t.nbytes:,}", exact(t.loss)) for t in plan.tensors]
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for tensor in plan.tensors:
+        kinds.setdefault((tensor.carrier, tensor.file, exact(tensor.loss)), []).append(tensor.nbytes)
+    return [(str(len(sizes)), carrier, file, f"{sum(sizes):,}", loss) for (carrier, file, loss), sizes in kinds.items()]
+
+
+@contextmanager
+def progress_bar(total: int, what: str) -> Iterator[Progress]:
+    """A bar of bytes on stderr, silent where stderr is no terminal; gives the function to call with (name, bytes)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda name, nbytes: bar.advance(task, nbytes)

@@ -1,0 +1,82 @@
+"""Exports of one model to several formats: everything is planned before anything is written, and all appear or none.
+
+With an adapter, each format gets the folded model, except GPTQ over a base with integer zero points: there the base
+keeps its own zeros, and the adapter travels beside it as an exact plain LoRA, which is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from qalora.adapter import Adapter
+from qalora.checkpoint import Checkpoint
+from qalora.converters import target
+from qalora.converters.plan import ExportOptions, Plan, Progress
+from qalora.fold import fold
+from qalora.formats.output import check_output, new_folder
+
+__all__ = ["ExportJob", "export", "export_jobs", "run_jobs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportJob:
+    """One format's plan, and the model that it was made for."""
+
+    plan: Plan
+    model: Checkpoint
+
+
+def export_jobs(
+    model: Checkpoint,
+    targets: Sequence[str],
+    options: ExportOptions,
+    *,
+    adapter: Adapter | None = None,
+    minima: Literal["float16", "float32"] | None = None,
+) -> list[ExportJob]:
+    """Plan each target; raises if one of them cannot be, or would lose what is not allowed.
+
+    minima defaults to what the adapter was trained with, and to float16 where it does not say.
+    """
+    writers = {name: target(name) for name in dict.fromkeys(targets)}
+    folded = model if adapter is None else fold(model, adapter, minima=minima or adapter.minima or "float16")
+    jobs = []
+    for name, writer in writers.items():
+        beside = adapter is not None and name == "gptq" and options.gptq_form == "auto" and _ships_adapter(model)
+        source = model if beside else folded
+        plan = writer.plan(source, replace(options, adapter=adapter if beside else None))
+        plan.check(options.allow_loss)
+        jobs.append(ExportJob(plan=plan, model=source))
+    return jobs
+
+
+def _ships_adapter(model: Checkpoint) -> bool:
+    from qalora.converters.gptq import ships_adapter
+
+    return ships_adapter(model)
+
+
+def run_jobs(
+    jobs: Sequence[ExportJob], out: Path, *, force: bool = False, progress: Progress = lambda name, nbytes: None
+) -> None:
+    """Write each job to `out/<target>/`. Raises OutputError for an output that exists without `force`."""
+    for job in jobs:
+        check_output(out / job.plan.target, force=force, names=list(job.plan.files))
+    with ExitStack() as outputs:
+        for job in jobs:
+            place = out / job.plan.target
+            folder = outputs.enter_context(new_folder(place, force=force, names=list(job.plan.files)))
+            target(job.plan.target).write(job.plan, job.model, folder, progress)
+
+
+def export(
+    model: Checkpoint, targets: Sequence[str], out: Path, options: ExportOptions | None = None, *, force: bool = False
+) -> list[Plan]:
+    """Plan and write a model to `out/<target>/` for each target; gives the plans."""
+    jobs = export_jobs(model, targets, options or ExportOptions())
+    run_jobs(jobs, out, force=force)
+    return [job.plan for job in jobs]

@@ -1,0 +1,97 @@
+"""An output appears whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from qalora.errors import InputError, OutputError
+from qalora.formats.files import InputFile, OutputFile
+from qalora.formats.output import new_file, new_folder
+
+
+def _everything(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a" / "b") as work:
+        (work / "file").write_text("x", encoding="utf-8")
+        assert not (tmp_path / "a" / "b").exists()
+    assert _everything(tmp_path) == ["a", "a/b", "a/b/file"]
+
+
+def test_nothing_is_left_when_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a" / "b") as work:
+        (work / "file").write_text("x", encoding="utf-8")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), new_file(tmp_path / "c" / "d") as file:
+        file.write_text("x", encoding="utf-8")
+        raise RuntimeError
+    assert _everything(tmp_path) == []
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="No space left on device"), new_folder(tmp_path / "a") as work:
+        (work / "file").write_text("x", encoding="utf-8")
+        raise OSError(28, "No space left on device")
+    assert _everything(tmp_path) == []
+
+
+def test_an_output_is_replaced_by_force_only(tmp_path: Path) -> None:
+    place = tmp_path / "a"
+    for force in (False, True):
+        with new_folder(place, force=force, names=["config.json"]) as work:
+            (work / "config.json").write_text(str(force), encoding="utf-8")
+    assert (place / "config.json").read_text(encoding="utf-8") == "True"
+    assert _everything(tmp_path) == ["a", "a/config.json"]
+    with pytest.raises(OutputError, match="exists already; choose another place or give --force"), new_folder(place):
+        pytest.fail("entered")
+
+
+def test_force_spares_what_is_no_earlier_output(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letters").write_text("dear", encoding="utf-8")
+    refused = pytest.raises(OutputError, match="does not look like an earlier output")
+    with refused, new_folder(home, force=True, names=["config.json"]):
+        pytest.fail("entered")
+    (tmp_path / "link").symlink_to(home)
+    with refused, new_folder(tmp_path / "link", force=True, names=["letters"]):
+        pytest.fail("entered")
+    assert _everything(tmp_path) == ["home", "home/letters", "link", "link/letters"] or (home / "letters").exists()
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    with new_folder(tmp_path) as work:
+        (work / "file").write_text("x", encoding="utf-8")
+    assert _everything(tmp_path) == ["file"]
+
+
+def test_files_are_read_inside_their_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"0123456789")
+    with InputFile(path) as file:
+        assert file.read(2, 3) == b"234"
+        for offset, length in ((8, 3), (-1, 2), (0, -1), (1 << 62, 1)):
+            with pytest.raises(InputError, match="got a file of 10 bytes"):
+                file.read(offset, length)
+    with pytest.raises(InputError, match="No such file"):
+        InputFile(tmp_path / "b")
+    with pytest.raises(InputError, match="expected a regular file"):
+        InputFile(tmp_path)
+
+
+def test_files_are_written_inside_their_bounds(tmp_path: Path) -> None:
+    with OutputFile(tmp_path / "a", 6) as file:
+        assert file.write_all(1, [b"bc", b"def"]) == 5
+        file.zeros(0, 1)
+        with pytest.raises(ValueError, match=r"bytes 5\.\.7 of a file of 6"):
+            file.write(5, b"xy")
+    assert (tmp_path / "a").read_bytes() == b"\0bcdef"
+    with pytest.raises(OutputError, match="exists already"):
+        OutputFile(tmp_path / "a", 1)
+
+
+def test_a_size_that_no_disk_holds_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="expected room for 4611686018427387904 bytes"):
+        OutputFile(tmp_path / "a", 1 << 62)
