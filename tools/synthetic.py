@@ -1,0 +1,114 @@
+"""Write a synthetic quantized Llama of a real model's shape, a layer at a time: random codes, no tokenizer.
+
+python tools/synthetic.py FOLDER [--shape 1b|8b|70b] [--layers N] [--bits 4] [--group-size 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters import native
+from qalora.converters.families import FAMILIES, linear_names
+from qalora.converters.plan import ExportOptions
+from qalora.formats.output import new_folder
+from qalora.tensor import GroupQuantTensor, QuantSpec, packed_row_bytes
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+
+
+def config_of(shape: str, layers: int | None) -> dict[str, Any]:
+    """A Llama config of a shape, with 8 key-value heads, a vocabulary of 128,256 and tied embeddings."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **SHAPES[shape],
+    }
+    return {**config, "num_hidden_layers": layers or config["num_hidden_layers"]}
+
+
+def _shape(name: str, config: dict[str, Any]) -> tuple[int, int]:
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    narrow = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    module = name.split(".")[-2]
+    rows = {"k_proj": narrow, "v_proj": narrow, "gate_proj": wide, "up_proj": wide}.get(module, hidden)
+    return rows, wide if module == "down_proj" else hidden
+
+
+def _quantized(name: str, shape: tuple[int, int], bits: int, group_size: int) -> LazyTensor:
+    spec = QuantSpec(bits=bits, group_size=group_size, zeros="real", scale_dtype=torch.float16, min_dtype=torch.float16)
+
+    def read(start: int, stop: int) -> GroupQuantTensor:
+        rng = torch.Generator().manual_seed(hash((name, start)) % (1 << 31))
+        rows = stop - start
+        packed = torch.randint(0, 256, (rows, packed_row_bytes(shape[1], bits)), generator=rng, dtype=torch.uint8)
+        scale = (torch.rand(rows, shape[1] // group_size, generator=rng) * 0.01 + 1e-3).half().float()
+        minimum = (-scale * (1 << (bits - 1))).half().float()
+        return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=bits, group_size=group_size)
+
+    return LazyTensor(name=name, shape=shape, spec=spec, read=read)
+
+
+def _float(name: str, shape: tuple[int, ...], make: Callable[..., torch.Tensor]) -> LazyTensor:
+    return LazyTensor(
+        name=name,
+        shape=shape,
+        dtype=torch.bfloat16,
+        read=lambda start, stop: make(stop - start, *shape[1:]).to(torch.bfloat16),
+    )
+
+
+def synthetic(shape: str, *, layers: int | None = None, bits: int = 4, group_size: int = 32) -> Checkpoint:
+    """The model, lazily: each layer is made when it is read."""
+    config = config_of(shape, layers)
+    linears = linear_names(config, shape)
+    hidden = config["hidden_size"]
+    tensors = {name: _quantized(name, _shape(name, config), bits, group_size) for name in linears}
+    tensors["model.embed_tokens.weight"] = _float(
+        "model.embed_tokens.weight", (config["vocab_size"], hidden), torch.randn
+    )
+    norms = [
+        f"model.layers.{n}.{norm}.weight"
+        for n in range(config["num_hidden_layers"])
+        for norm, _ in FAMILIES["llama"].norms
+    ]
+    for name in [*norms, "model.norm.weight"]:
+        tensors[name] = _float(name, (hidden,), torch.ones)
+    return Checkpoint(path=Path(shape), layout="qalora", config=config, tensors=tensors, linears=linears)
+
+
+def write(model: Checkpoint, folder: Path) -> None:
+    """Write the model as our own folder, unless it is there already."""
+    if folder.exists():
+        return
+    with new_folder(folder) as work:
+        native.write(native.plan(model, ExportOptions()), model, work, lambda name, nbytes: None)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=32)
+    given = parser.parse_args()
+    write(synthetic(given.shape, layers=given.layers, bits=given.bits, group_size=given.group_size), given.folder)
