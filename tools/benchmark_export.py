@@ -3,8 +3,8 @@
     python tools/benchmark_export.py [--work DIR] [--shape 1b] [--formats gptq gguf onnx] [--runs 3]
 
 For each format a process of its own exports a synthetic checkpoint (tools/synthetic.py) and reports its peak resident
-memory; then the files it wrote are copied, by reading and writing 8 MB at a time. Both begin with the source in the page
-cache. The ratio of the medians is the figure to quote. Then one 4096x4096 layer of 4 bits is repacked in memory.
+memory; then the files it wrote are copied, by reading and writing 8 MB at a time. Both begin with the source in the
+page cache. The ratio of the medians is the figure to quote. Then one 4096x4096 layer of 4 bits is repacked in memory.
 """
 
 from __future__ import annotations
