@@ -1,0 +1,123 @@
+"""Artefacts: recognised by what they are, never by what they are called; opened with the reader of their format.
+
+A folder that holds several (`gptq/`, `gguf/`, `onnx/` and, in that, `portable/`) stands for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qalora.checkpoint import Checkpoint
+from qalora.errors import InputError
+
+__all__ = ["GENERATORS", "RUNTIMES", "Artifact", "is_symmetric", "open_artifact", "recognize"]
+
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "gptq": ("gptqmodel",),
+    "gguf": ("llama.cpp",),
+    "onnx": ("onnxruntime",),
+    "qalora": ("torch",),
+    "huggingface": ("torch",),
+}
+"""The runtimes that an artefact of each kind is proven in, as `qalora.parity.runtimes.open_runtime` knows them."""
+
+GENERATORS: dict[str, tuple[str, ...]] = {"onnx": ("onnxruntime-genai",)}
+"""Runtimes that generate from a kind too, and are used where they are installed; nothing is unproven without them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """name: as the report calls it; kind: a key of RUNTIMES; path: the folder, or the file of a GGUF or ONNX model."""
+
+    name: str
+    kind: str
+    path: Path
+
+
+def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Artifact]:
+    """Every artefact that the paths stand for, in their order; InputError for a path that stands for none.
+
+    Names are relative to `relative_to`, or begin with the last part of the path.
+    """
+    found: list[Artifact] = []
+    for path in paths:
+        here = _artifacts(path)
+        if not here:
+            raise InputError(
+                str(path), expected="a GGUF or ONNX file, a model folder, or a folder of them", got=_what(path)
+            )
+        for kind, place in here:
+            found.append(Artifact(name=_name(place, path, relative_to), kind=kind, path=place))
+    return _distinct(found)
+
+
+def _artifacts(path: Path) -> list[tuple[str, Path]]:
+    if path.is_file():
+        if path.suffix == ".onnx":
+            return [("onnx", path)]
+        with path.open("rb") as file:
+            return [("gguf", path)] if file.read(4) == b"GGUF" else []
+    if not path.is_dir():
+        return []
+    if (path / "model.onnx").is_file():
+        portable = path / "portable" / "model.onnx"
+        return [("onnx", path / "model.onnx"), *([("onnx", portable)] if portable.is_file() else [])]
+    if (path / "config.json").is_file():
+        return [(_folder_kind(path), path)]
+    files = sorted(file for file in path.glob("*.gguf") if file.is_file())
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    inner = [found for folder in folders for found in _artifacts(folder)] if not files else []
+    return [("gguf", file) for file in files] + inner
+
+
+def _folder_kind(path: Path) -> str:
+    from qalora.converters.huggingface import quant_method
+
+    method = quant_method(path)
+    return method if method in RUNTIMES else "huggingface"
+
+
+def _what(path: Path) -> str:
+    if not path.exists():
+        return "nothing there"
+    return "a folder without one" if path.is_dir() else "a file of another kind"
+
+
+def _name(place: Path, given: Path, relative_to: Path | None) -> str:
+    where = place.parent if place.name == "model.onnx" else place
+    if relative_to is not None and where.resolve().is_relative_to(relative_to.resolve()):
+        return where.resolve().relative_to(relative_to.resolve()).as_posix()
+    root = given.resolve().parent if given.is_file() else given.resolve()
+    if where.resolve() == root:
+        return root.name
+    return (Path(root.name) / where.resolve().relative_to(root)).as_posix() if root.name else where.name
+
+
+def _distinct(found: list[Artifact]) -> list[Artifact]:
+    names: dict[str, int] = {}
+    distinct = []
+    for artifact in found:
+        count = names[artifact.name] = names.get(artifact.name, 0) + 1
+        name = artifact.name if count == 1 else f"{artifact.name} ({count})"
+        distinct.append(Artifact(name=name, kind=artifact.kind, path=artifact.path))
+    return distinct
+
+
+def open_artifact(artifact: Artifact) -> Checkpoint:
+    """Read an artefact back, lazily."""
+    if artifact.kind == "onnx":
+        from qalora.converters import onnx
+
+        return onnx.read(artifact.path)
+    from qalora.converters import load
+
+    return load(artifact.path)
+
+
+def is_symmetric(folder: Path) -> bool:
+    """Whether a GPTQ folder says that its zeros are the middle everywhere."""
+    from qalora.converters.huggingface import read_config
+
+    return bool((read_config(folder).get("quantization_config") or {}).get("sym"))

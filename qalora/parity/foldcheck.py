@@ -1,0 +1,64 @@
+"""The fold judged by arithmetic of its own: the codes are untouched, and each minimum is the nearest there is.
+
+Layer by layer, against base + factor * B @ A in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qalora.adapter import Adapter, AdapterLayer
+from qalora.checkpoint import Checkpoint
+from qalora.parity.reference import exact_minima
+from qalora.parity.weights import ulp
+from qalora.tensor import GroupQuantTensor
+
+__all__ = ["FoldCheck", "check_fold"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldCheck:
+    """codes_differ, min_beyond: what is not as the module says; groups: compared; first: the first such layer."""
+
+    layers: int
+    groups: int
+    codes_differ: int
+    min_beyond: int
+    first: str
+
+
+def check_fold(
+    base: Checkpoint, folded: Checkpoint, adapter: Adapter, minima: Literal["float16", "float32"]
+) -> FoldCheck:
+    """Check each layer that the adapter changes.
+
+    A minimum may be off by half an ULP of its dtype, and by the float32 rounding of a fold that sums in float32:
+    (rank + 2) * 2^-24 * (|min| + |factor| * |B| @ |A|).
+    """
+    groups = codes = beyond = 0
+    first = ""
+    for path, layer in adapter.layers.items():
+        name = f"{path}.weight"
+        before, after = base.tensors[name].load_quantized(), folded.tensors[name].load_quantized()
+        bad_codes = int((before.codes() != after.codes()).sum())
+        count, bad = _check_minima(before, after, layer, torch.float16 if minima == "float16" else torch.float32)
+        groups, codes, beyond = groups + count, codes + bad_codes, beyond + bad
+        first = first or (name if bad or bad_codes else "")
+    return FoldCheck(layers=len(adapter.layers), groups=groups, codes_differ=codes, min_beyond=beyond, first=first)
+
+
+def _check_minima(
+    before: GroupQuantTensor, after: GroupQuantTensor, layer: AdapterLayer, dtype: torch.dtype
+) -> tuple[int, int]:
+    """(groups, those whose minimum is further off than allowed)."""
+    whole, size, fine = exact_minima(before, layer)
+    columns = torch.arange(0, before.shape[1], fine)
+    kept = after.min.double()[:, columns // after.group_size]
+    slack = ulp(whole, dtype) / 2 + (layer.rank + 2) * 2.0**-24 * size
+    wrong = ~((kept - whole).abs() <= slack)
+    if dtype == torch.float16:
+        wrong |= kept.half().double() != kept
+    return wrong.numel(), int(wrong.sum())

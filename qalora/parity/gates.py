@@ -1,0 +1,329 @@
+"""The gates: a table of what an artefact must fulfil, each bound with its derivation.
+
+A gate looks at `Evidence` about one run of one artefact and gives a value, a bound and a status. Metrics are computed
+in `metrics` and `weights` and know no tolerance; every tolerance is here. Bounds on logits are derived from two
+measurements on the very model and text: float32's own noise (the reference summed in another order), and the
+reference under the same rounding as the runtime's kernels (`reference.Rounding`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from qalora.parity.foldcheck import FoldCheck
+from qalora.parity.metrics import LogitMetrics
+from qalora.parity.reference import EXACT, Rounding
+from qalora.parity.weights import TensorDifference, WeightMetrics
+
+__all__ = ["GATES", "Evidence", "Gate", "GateResult", "Generation", "Noise", "Status", "judge", "unproven"]
+
+Status = Literal["pass", "fail", "ambiguous", "not proven"]
+
+NOISE_FACTOR = 8.0
+ROUNDING_FACTOR = 2.0
+TOP1 = 0.98
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """Float32's own noise on logits: of the reference summed in another order, and never below float32's last places.
+
+    max, rms  |permuted - reference| over tokens x vocabulary
+    floor     8 * 2^-24 * max|logit|: what eight roundings of the largest logit make
+    """
+
+    max: float
+    rms: float
+    floor: float
+
+    @property
+    def bound(self) -> float:
+        """What two right float32 computations may differ by: NOISE_FACTOR times the noise, not below the floor."""
+        return max(NOISE_FACTOR * self.max, self.floor)
+
+    @property
+    def rms_bound(self) -> float:
+        """The same for the RMS."""
+        return max(NOISE_FACTOR * self.rms, self.floor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """Greedy tokens of a runtime, checked by one forward of the reference over prompt and continuation.
+
+    tokens      what the runtime generated
+    text        the same, decoded, where there is a tokenizer
+    divergence  the first position whose token is not the reference's, None if there is none
+    expected    the reference's token there
+    gap         how much larger the reference's logit of its own token is there
+    max_logit   the artefact's largest logit difference, as measured
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    divergence: int | None
+    expected: int | None
+    gap: float | None
+    max_logit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What is known of one artefact (weights) or one run of it (the rest); None where it was not asked for.
+
+    rounding       what the runtime's kernels round, as the reference models it
+    logits         y against the reference
+    modelled       y against the reference under `rounding`
+    simulated      the reference under `rounding` against the reference
+    noise          float32's own
+    lost           as `metrics` defines it
+    fold_lost      |reference - adapted| / |adapted - base|: what rounding the minima costs; 0 where trained with it
+    effect_rms     RMS of adapted - base over tokens x vocabulary
+    """
+
+    fold: FoldCheck | None = None
+    weights: WeightMetrics | None = None
+    rounding: Rounding = EXACT
+    logits: LogitMetrics | None = None
+    modelled: LogitMetrics | None = None
+    simulated: LogitMetrics | None = None
+    noise: Noise | None = None
+    lost: float | None = None
+    fold_lost: float = 0.0
+    effect_rms: float = 0.0
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """What a gate found: `value` must not be above `bound` (below it, for top-1); `detail` names the place."""
+
+    gate: str
+    status: Status
+    value: float | None
+    bound: float | None
+    detail: str
+    derivation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """One row of the table.
+
+    measure     gives (value, bound, detail), or None where the gate does not concern the evidence
+    derivation  why the bound is what it is
+    at_least    the value must reach the bound instead of staying below it
+    """
+
+    name: str
+    measure: Callable[[Evidence], tuple[float, float, str] | None]
+    derivation: str
+    at_least: bool = False
+
+
+def judge(evidence: Evidence) -> list[GateResult]:
+    """Apply every gate that concerns the evidence, in the table's order."""
+    results = []
+    for gate in GATES:
+        measured = gate.measure(evidence)
+        if measured is not None:
+            value, bound, detail = measured
+            results.append(
+                GateResult(
+                    gate=gate.name,
+                    status=_status(gate, evidence, value, bound),
+                    value=value,
+                    bound=bound,
+                    detail=detail,
+                    derivation=gate.derivation,
+                )
+            )
+    return results
+
+
+def unproven(gate: str, reason: str) -> GateResult:
+    """A gate that could not be applied: never passed."""
+    derivation = "what was not run is not proven"
+    return GateResult(gate=gate, status="not proven", value=None, bound=None, detail=reason, derivation=derivation)
+
+
+def _status(gate: Gate, evidence: Evidence, value: float, bound: float) -> Status:
+    good = value >= bound if gate.at_least else value <= bound
+    if gate.name == "greedy" and not good:
+        return "ambiguous" if _near_tie(evidence.generation) else "fail"
+    if gate.name == "adapter" and good and bound > 0.5:
+        return "ambiguous"
+    return "pass" if good else "fail"
+
+
+def _near_tie(generation: Generation | None) -> bool:
+    if generation is None or generation.gap is None:
+        return False
+    return generation.gap <= 2 * generation.max_logit
+
+
+def _count(pick: Callable[[TensorDifference], int], of: Callable[[TensorDifference], int] | None = None) -> Callable:  # type: ignore[type-arg]
+    def measure(evidence: Evidence) -> tuple[float, float, str] | None:
+        weights = evidence.weights
+        if weights is None:
+            return None
+        first = [f"{found.name}: {pick(found)}" for found in weights.different if pick(found)]
+        more = f" and {len(first) - 1} more tensors" if len(first) > 1 else ""
+        return float(pick(weights.total)), 0.0, first[0] + more if first else ""
+
+    return measure
+
+
+def _tensors(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.weights is None:
+        return None
+    weights = evidence.weights
+    problems = [f"missing {name}" for name in weights.missing] + [f"extra {name}" for name in weights.extra]
+    problems += weights.shapes
+    return float(len(problems)), 0.0, ", ".join(problems[:3])
+
+
+def _config(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.weights is None:
+        return None
+    return float(len(evidence.weights.config)), 0.0, ", ".join(evidence.weights.config)
+
+
+def _fold(evidence: Evidence) -> tuple[float, float, str] | None:
+    found = evidence.fold
+    if found is None:
+        return None
+    return float(found.codes_differ + found.min_beyond), 0.0, found.first
+
+
+def _exact_logits(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.logits is None or evidence.noise is None or evidence.rounding.kind != "none":
+        return None
+    return evidence.logits.max, evidence.noise.bound, ""
+
+
+def _kernel_rounding(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.modelled is None or evidence.noise is None or evidence.rounding.kind != "weights":
+        return None
+    return evidence.modelled.max, evidence.noise.bound, ""
+
+
+def _activation_rounding(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.logits is None or not _rounds_activations(evidence):
+        return None
+    return evidence.logits.rms, _allowed_rms(evidence), ""
+
+
+def _top1(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.logits is None or evidence.simulated is None or not _rounds_activations(evidence):
+        return None
+    return evidence.logits.top1, min(TOP1, 1 - ROUNDING_FACTOR * (1 - evidence.simulated.top1)), ""
+
+
+def _rounds_activations(evidence: Evidence) -> bool:
+    return evidence.rounding.kind not in ("none", "weights")
+
+
+def _allowed_rms(evidence: Evidence) -> float:
+    """The RMS error that the runtime may have against the reference."""
+    noise = 0.0 if evidence.noise is None else evidence.noise.rms_bound
+    if evidence.rounding.kind == "none" or evidence.simulated is None:
+        return noise
+    factor = 1.0 if evidence.rounding.kind == "weights" else ROUNDING_FACTOR
+    return factor * evidence.simulated.rms + noise
+
+
+def _adapter(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.lost is None or evidence.effect_rms == 0:
+        return None
+    bound = evidence.fold_lost + _allowed_rms(evidence) / evidence.effect_rms
+    detail = "the runtime's own rounding is half of the adapter's effect or more" if bound > 0.5 else ""
+    return evidence.lost, bound, detail
+
+
+def _greedy(evidence: Evidence) -> tuple[float, float, str] | None:
+    generation = evidence.generation
+    if generation is None:
+        return None
+    if generation.divergence is None:
+        return 0.0, 0.0, f"{len(generation.tokens)} tokens"
+    gap = math.inf if generation.gap is None else generation.gap
+    detail = (
+        f"token {generation.divergence} is {generation.tokens[generation.divergence]} instead of "
+        f"{generation.expected}; the reference's logits of the two are {gap:.3g} apart"
+    )
+    return 1.0, 0.0, detail
+
+
+GATES: tuple[Gate, ...] = (
+    Gate(
+        name="fold",
+        measure=_fold,
+        derivation="the fold leaves every code, and rounds min + factor * B @ A once: half an ULP, and a float32 "
+        "sum's own rounding",
+    ),
+    Gate(name="tensors", measure=_tensors, derivation="the same tensors in the same shapes"),
+    Gate(name="config", measure=_config, derivation="what changes the logits (rope, eps, heads, sizes) is equal"),
+    Gate(
+        name="codes",
+        measure=_count(lambda found: found.codes_differ),
+        derivation="codes are copied, never computed: 0 differ",
+    ),
+    Gate(
+        name="scale",
+        measure=_count(lambda found: found.scale_differ),
+        derivation="scales are copied in a type that holds them, or the writer refuses: 0 ULP",
+    ),
+    Gate(
+        name="minima",
+        measure=_count(lambda found: found.min_beyond),
+        derivation="float16 minima are held exactly, as they are or as an integer zero and a residual: 0 ULP; float32 "
+        "ones behind a residual are rounded twice: 2^-23 (|min| + |scale| 2^bits)",
+    ),
+    Gate(
+        name="floats",
+        measure=_count(lambda found: found.values_differ),
+        derivation="float tensors keep their bits, or are widened exactly: 0 differ",
+    ),
+    Gate(
+        name="logits",
+        measure=_exact_logits,
+        derivation="a float32 runtime differs by the order of summation: 8 times the largest difference that summing "
+        "the linear layers in another order makes (attention and norms have their own orders), at least 8 * 2^-24 of "
+        "the largest logit",
+    ),
+    Gate(
+        name="kernel rounding",
+        measure=_kernel_rounding,
+        derivation="scale * (codes - zero) is rounded to float16 in the kernel, which the reference repeats bit for "
+        "bit; what is left is the order of summation: bound as for `logits`",
+    ),
+    Gate(
+        name="activation rounding",
+        measure=_activation_rounding,
+        derivation="the kernel rounds its inputs; the reference with the same rounding shows its size on this text: 2 "
+        "times its RMS, since where a value falls near a step the two round apart, and attention is rounded too",
+    ),
+    Gate(
+        name="top-1",
+        measure=_top1,
+        derivation="0.98, or 1 - 2 times the share of tokens that the same rounding of inputs changes in the reference",
+        at_least=True,
+    ),
+    Gate(
+        name="adapter",
+        measure=_adapter,
+        derivation="|y - adapted| <= |y - reference| + |reference - adapted|, each over |adapted - base|: the RMS that "
+        "the runtime is allowed, and what rounding the minima costs (0 if trained with it)",
+    ),
+    Gate(
+        name="greedy",
+        measure=_greedy,
+        derivation="the same greedy tokens; a logit is off by at most the measured maximum, so a gap of at most twice "
+        "that is a near tie: ambiguous",
+    ),
+)
+"""The table. A gate of another kind, or another format's, joins it with one entry."""

@@ -1,0 +1,297 @@
+"""The parity report: what was compared, every metric, every gate; as records, as JSON, as a table for a terminal.
+
+The JSON has a version, "schema": "qalora.parity/1": later versions of it add keys and rename none. Keys are sorted by
+whoever writes it; reals have six significant digits; a value that is not finite is null. Nothing in it depends on
+where or when it was made, except what the runtimes computed.
+
+This module computes nothing and judges nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qalora.parity.gates import GateResult, Generation, Noise
+from qalora.parity.metrics import LogitMetrics
+from qalora.parity.weights import TensorDifference, WeightMetrics
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["SCHEMA", "AdapterSummary", "ArtifactReport", "ParityReport", "RunReport", "RuntimeName", "render"]
+
+SCHEMA = "qalora.parity/1"
+LISTED = 20
+"""Differing tensors that the JSON lists for an artefact; the counts are of all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeName:
+    """What ran an artefact, in its own words: see `qalora.parity.runtimes.RuntimeInfo`."""
+
+    name: str
+    version: str
+    backend: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """One artefact in one runtime; what was not asked for is None.
+
+    kind           the runtime as `open_runtime` knows it
+    rounding       what its kernels round, as the reference models it: `qalora.parity.reference.Rounding.kind`
+    logits         against the reference
+    modelled       against the reference under that rounding
+    simulated      the reference under that rounding against the reference
+    lost           of the adapter; None without one
+    lost_unrounded the same against the side branch, whose minima are not rounded
+    """
+
+    kind: str
+    runtime: RuntimeName | None
+    rounding: str
+    logits: LogitMetrics | None = None
+    modelled: LogitMetrics | None = None
+    simulated: LogitMetrics | None = None
+    lost: float | None = None
+    lost_unrounded: float | None = None
+    generation: Generation | None = None
+    gates: tuple[GateResult, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactReport:
+    """One artefact: its name, its format, its weights, its runs. `holds` is "folded" or "base and adapter"."""
+
+    name: str
+    kind: str
+    holds: str
+    weights: WeightMetrics
+    gates: tuple[GateResult, ...]
+    runs: tuple[RunReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSummary:
+    """The adapter that was to survive.
+
+    minima       what the fold rounds the minima to
+    trained_with what the adapter was trained with: "float16", "float32", or None for the side branch
+    effect_rms   RMS of adapted - base over tokens x vocabulary; None without logits
+    fold_lost    |reference - adapted| / |adapted - base|; None without logits
+    unrounded    |reference - side branch| / |side branch - base|; None without logits
+    """
+
+    layers: int
+    convention: str
+    minima: str
+    trained_with: str | None
+    effect_rms: float | None = None
+    fold_lost: float | None = None
+    unrounded: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityReport:
+    """Everything that `qalora.parity.verify` found.
+
+    level    "weights", "logits" or "generation"
+    text     where the tokens came from
+    tokens   how many; windows: how many independent sequences they make
+    noise    float32's own, on the reference's logits; None at level "weights"
+    gates    those of the reference itself (the fold)
+    """
+
+    reference: str
+    level: str
+    text: str | None
+    tokens: int
+    windows: int
+    adapter: AdapterSummary | None
+    noise: Noise | None
+    gates: tuple[GateResult, ...]
+    artifacts: tuple[ArtifactReport, ...]
+
+    def results(self) -> Iterator[tuple[str, GateResult]]:
+        """Every gate with the place it was applied at: "reference", an artefact, or "artefact in runtime"."""
+        for result in self.gates:
+            yield "reference", result
+        for artifact in self.artifacts:
+            for result in artifact.gates:
+                yield artifact.name, result
+            for run in artifact.runs:
+                for result in run.gates:
+                    yield f"{artifact.name} in {run.kind}", result
+
+    def passed(self, *, allow_unproven: bool = False) -> bool:
+        """Whether no gate failed, and, unless `allow_unproven`, none is unproven."""
+        bad = {"fail"} if allow_unproven else {"fail", "not proven"}
+        return all(result.status not in bad for _, result in self.results())
+
+    def failure(self) -> str:
+        """One sentence about what did not pass; empty if everything did."""
+        bad = [(where, result) for where, result in self.results() if result.status in ("fail", "not proven")]
+        bad.sort(key=lambda found: found[1].status)  # "fail" before "not proven"
+        if not bad:
+            return ""
+        (where, first), rest = bad[0], len(bad) - 1
+        return f"{where}: {_sentence(first)}" + (f" (and {rest} more)" if rest else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON, schema "qalora.parity/1"."""
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed(),
+            "reference": self.reference,
+            "level": self.level,
+            "text": {"source": self.text, "tokens": self.tokens, "windows": self.windows},
+            "adapter": None if self.adapter is None else _plain(asdict(self.adapter)),
+            "noise": None if self.noise is None else _plain({**asdict(self.noise), "bound": self.noise.bound}),
+            "gates": [_plain(asdict(result)) for result in self.gates],
+            "artifacts": [_artifact_json(artifact) for artifact in self.artifacts],
+        }
+
+
+def _sentence(result: GateResult) -> str:
+    if result.status == "not proven":
+        return f"{result.gate} not proven: {result.detail}"
+    detail = f" ({result.detail})" if result.detail else ""
+    return f"{result.gate} {_number(result.value)}, bound {_number(result.bound)}{detail}"
+
+
+def _artifact_json(artifact: ArtifactReport) -> dict[str, Any]:
+    weights = artifact.weights
+    return {
+        "name": artifact.name,
+        "kind": artifact.kind,
+        "holds": artifact.holds,
+        "weights": {
+            "tensors": weights.tensors,
+            "missing": list(weights.missing),
+            "extra": list(weights.extra),
+            "shapes": list(weights.shapes),
+            "config": list(weights.config),
+            **_difference_json(weights.total, named=False),
+            "differing_tensors": len(weights.different),
+            "different": [_difference_json(found, named=True) for found in weights.different[:LISTED]],
+        },
+        "gates": [_plain(asdict(result)) for result in artifact.gates],
+        "runs": [_plain(asdict(run)) for run in artifact.runs],
+    }
+
+
+def _difference_json(difference: TensorDifference, *, named: bool) -> dict[str, Any]:
+    values: dict[str, Any] = _plain(asdict(difference))
+    return values if named else {key: value for key, value in values.items() if key != "name"}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, reals with six digits, null for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def render(report: ParityReport) -> list[RenderableType]:
+    """The report for a terminal: a table of artefacts, a table of runs, and a line for each gate that did not pass."""
+    from rich.text import Text
+
+    parts: list[RenderableType] = [_weights_table(report)]
+    if report.level != "weights":
+        parts.append(_runs_table(report))
+    counts: dict[str, int] = {}
+    for where, result in report.results():
+        counts[result.status] = counts.get(result.status, 0) + 1
+        if result.status != "pass":
+            style = "yellow" if result.status == "ambiguous" else "bold red"
+            parts.append(Text(f"{result.status.upper()}  {where}: {_sentence(result)}", style=style))
+    shown = ", ".join(
+        f"{counts[status]} {status}" for status in ("pass", "fail", "ambiguous", "not proven") if status in counts
+    )
+    parts.append(Text(f"gates: {shown}", style="bold green" if report.passed() else "bold red"))
+    return parts
+
+
+def _weights_table(report: ParityReport) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="weights, read back", title_justify="left")
+    for column in ("artefact", "holds", "tensors", "codes", "differ", "scale ULP", "min ULP", "floats differ", "gates"):
+        table.add_column(column, justify="left" if column in ("artefact", "holds") else "right")
+    for artifact in report.artifacts:
+        total = artifact.weights.total
+        table.add_row(
+            artifact.name,
+            artifact.holds,
+            str(artifact.weights.tensors),
+            f"{total.codes:,}",
+            f"{total.codes_differ:,}",
+            _number(total.scale_ulp),
+            _number(total.min_ulp),
+            f"{total.values_differ:,}",
+            _verdict(artifact.gates),
+        )
+    return table
+
+
+def _runs_table(report: ParityReport) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title=f"logits of {report.tokens} tokens, each in its own runtime", title_justify="left")
+    columns = ["artefact", "runtime"]
+    columns += ["lost", "unrounded"] if report.adapter is not None else []
+    columns += ["max", "RMS", "KL", "top-1", "perplexity", "greedy", "gates"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("artefact", "runtime") else "right")
+    for artifact in report.artifacts:
+        for run in artifact.runs:
+            losses = [_percent(run.lost), _percent(run.lost_unrounded)] if report.adapter is not None else []
+            table.add_row(artifact.name, _runtime(run), *losses, *_logit_cells(run), _greedy(run), _verdict(run.gates))
+    return table
+
+
+def _logit_cells(run: RunReport) -> list[str]:
+    found = run.logits
+    if found is None:
+        return [""] * 5
+    cells = [_number(value) for value in (found.max, found.rms, found.kl_mean)]
+    return [*cells, f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
+
+
+def _runtime(run: RunReport) -> str:
+    if run.runtime is None:
+        return run.kind
+    return f"{run.runtime.name} {run.runtime.version}\n{run.runtime.backend}, {run.runtime.dtype}"
+
+
+def _greedy(run: RunReport) -> str:
+    if run.generation is None:
+        return ""
+    if run.generation.divergence is None:
+        return f"{len(run.generation.tokens)} same"
+    return f"from {run.generation.divergence}"
+
+
+def _verdict(gates: tuple[GateResult, ...]) -> str:
+    if any(result.status == "fail" for result in gates):
+        return "FAIL"
+    if any(result.status == "not proven" for result in gates):
+        return "NOT PROVEN"
+    return "AMBIGUOUS" if any(result.status == "ambiguous" for result in gates) else "pass"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

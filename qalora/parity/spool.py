@@ -1,0 +1,79 @@
+"""Logits of the reference, computed once for each forward that is asked for, and kept in temporary files.
+
+A window's logits are as large as tokens x vocabulary x 4 bytes; several forwards over a long text would not fit in
+memory, and recomputing them for every artefact would take as long as the artefacts themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qalora.parity.gates import Noise
+from qalora.parity.metrics import LogitMetrics, concatenate, squared_distance, summarize, token_metrics
+from qalora.parity.reference import Forward, Reference
+
+__all__ = ["Spool"]
+
+NOISE_TOKENS = 64
+"""Tokens of the first window on which float32's noise is measured."""
+
+NOISE_FLOOR = 8 * 2.0**-24
+
+
+class Spool:
+    """The reference's logits over windows of tokens, by forward and window. `folder` is the caller's, and temporary."""
+
+    def __init__(self, reference: Reference, windows: Sequence[Sequence[int]], folder: Path) -> None:
+        self.reference = reference
+        self.windows = windows
+        self._folder = folder
+        self._files: dict[tuple[Forward, int], tuple[Path, tuple[int, ...]]] = {}
+
+    def logits(self, forward: Forward, window: int) -> Tensor:
+        """float32 [tokens of the window, vocabulary]; computed at the first call, read from the file at every other."""
+        key = (forward, window)
+        if key in self._files:
+            path, shape = self._files[key]
+            return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32).view(shape)
+        logits = self.reference.logits(self.windows[window], forward)
+        path = self._folder / f"{len(self._files)}.logits"
+        path.write_bytes(logits.contiguous().view(torch.uint8).numpy().data)
+        self._files[key] = path, tuple(logits.shape)
+        return logits
+
+    def distance(self, a: Forward, b: Forward) -> float:
+        """Sum of squared differences of two forwards over all windows."""
+        if a == b:
+            return 0.0
+        return sum(squared_distance(self.logits(a, n), self.logits(b, n)) for n in range(len(self.windows)))
+
+    def compare(self, a: Forward, b: Forward) -> LogitMetrics:
+        """The metrics of forward `a` against forward `b`."""
+        return summarize(
+            concatenate(
+                [
+                    token_metrics(self.logits(a, n), self.logits(b, n), window[1:])
+                    for n, window in enumerate(self.windows)
+                ]
+            )
+        )
+
+    def noise(self, forward: Forward) -> Noise:
+        """Float32's own noise on the first tokens: the forward against itself summed in another order."""
+        tokens = self.windows[0][:NOISE_TOKENS]
+        usual = self.reference.logits(tokens, forward)
+        other = self.reference.logits(
+            tokens, Forward(weights=forward.weights, rounding=forward.rounding, permuted=True)
+        )
+        found = summarize(token_metrics(other, usual, tokens[1:]))
+        return Noise(max=found.max, rms=found.rms, floor=NOISE_FLOOR * float(usual.abs().max()))
+
+    @property
+    def logit_count(self) -> int:
+        """Tokens x vocabulary over all windows."""
+        width = next(iter(self._files.values()))[1][1]
+        return width * sum(len(window) for window in self.windows)

@@ -1,0 +1,101 @@
+"""The work that all artefacts do: tokens of a text, cut into windows, and a prompt to continue.
+
+Every artefact gets the very same token ids, so that no tokenizer can hide or make a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qalora.checkpoint import Checkpoint
+from qalora.errors import InputError
+
+__all__ = ["Work", "default_text", "make_work"]
+
+WINDOW = 256
+"""Tokens of a window at most: its logits are held in memory, one forward's at a time."""
+
+PROMPT = "The Python language is"
+PROMPT_TOKENS = 12
+"""Tokens of the prompt where there is no tokenizer: the text's first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """windows: token ids, each an independent sequence; source: whose they are; decode: None without tokenizer."""
+
+    windows: tuple[tuple[int, ...], ...]
+    prompt: tuple[int, ...]
+    source: str
+    decode: Callable[[Sequence[int]], str] | None
+
+
+def default_text() -> str:
+    """English about Python that every Python carries for `help()`."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def make_work(
+    model: Checkpoint,
+    *,
+    text: str | None,
+    tokens: Sequence[int] | None,
+    prompt: str | None,
+    max_tokens: int,
+) -> Work:
+    """Cut `tokens`, or those of `text`, or of a built-in passage, to `max_tokens`, in windows of about equal length.
+
+    A model without a tokenizer and without `tokens` gets random ones, the same at every run; a text or prompt for it is
+    refused. Raises InputError for tokens outside the vocabulary.
+    """
+    vocabulary = model.tensors["model.embed_tokens.weight"].shape[0]
+    tokenizer = _tokenizer(model)
+    if tokenizer is None and (text is not None or prompt is not None):
+        raise InputError(f"{model.path}", expected="a tokenizer for the text", got="a model without one")
+    if tokens is not None:
+        chosen, source = list(tokens), "tokens given"
+    elif tokenizer is not None:
+        words = text if text is not None else default_text()
+        chosen = tokenizer(words[: 16 * max_tokens], add_special_tokens=False)["input_ids"]
+        source = "built-in passage" if text is None else "text given"
+    else:
+        rng = torch.Generator().manual_seed(0)
+        chosen = torch.randint(0, vocabulary, (max_tokens,), generator=rng).tolist()
+        source = "random tokens, since the model has no tokenizer"
+    chosen = [int(token) for token in chosen[:max_tokens]]
+    if not chosen or min(chosen) < 0 or max(chosen) >= vocabulary:
+        got = f"{min(chosen)}..{max(chosen)}" if chosen else "none"
+        raise InputError("tokens", expected=f"at least one, each in 0..{vocabulary - 1}", got=got)
+    start = chosen[:PROMPT_TOKENS]
+    if tokenizer is not None and tokens is None:
+        start = list(tokenizer(prompt if prompt is not None else PROMPT, add_special_tokens=False)["input_ids"])
+    return Work(
+        windows=_windows(chosen, model.config.get("max_position_embeddings")),
+        prompt=tuple(start),
+        source=source,
+        decode=None if tokenizer is None else tokenizer.decode,
+    )
+
+
+def _windows(tokens: list[int], context: Any) -> tuple[tuple[int, ...], ...]:
+    longest = min(WINDOW, context) if isinstance(context, int) and context > 0 else WINDOW
+    count = -(-len(tokens) // longest)
+    step = -(-len(tokens) // count)
+    return tuple(tuple(tokens[start : start + step]) for start in range(0, len(tokens), step))
+
+
+def _tokenizer(model: Checkpoint) -> Any:
+    """transformers' tokenizer of the model, or None if it has none."""
+    from transformers import AutoTokenizer
+
+    if model.gguf is not None and model.path.is_file():
+        return AutoTokenizer.from_pretrained(str(model.path.parent), gguf_file=model.path.name)
+    if "tokenizer.json" in model.files or "tokenizer.model" in model.files:
+        return AutoTokenizer.from_pretrained(str(model.path))
+    return None

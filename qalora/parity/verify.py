@@ -1,0 +1,348 @@
+"""Verify: read artefacts back, run each in its own runtime over the same tokens, compare, and judge.
+
+With an adapter the reference is the base, and every artefact is expected to hold the folded model; or, where a GPTQ
+folder keeps the base's integer zeros and has the adapter beside it, both. The weights are compared with what
+`qalora.fold` gives, and what that gives is itself checked against base + factor * B @ A. The logits are compared with
+forwards that know nothing of the fold (`qalora.parity.reference`).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qalora.adapter import Adapter
+from qalora.checkpoint import Checkpoint
+from qalora.errors import InputError, MissingLibraryError
+from qalora.parity.artifacts import GENERATORS, RUNTIMES, Artifact, is_symmetric, open_artifact, recognize
+from qalora.parity.foldcheck import check_fold
+from qalora.parity.gates import Evidence, GateResult, Generation, Noise, judge, unproven
+from qalora.parity.metrics import TokenMetrics, concatenate, lost, squared_distance, summarize
+from qalora.parity.metrics import token_metrics as compare_tokens
+from qalora.parity.reference import EXACT, Forward, Reference, Rounding
+from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport, RuntimeName
+from qalora.parity.spool import Spool
+from qalora.parity.text import Work, make_work
+from qalora.parity.weights import compare_weights
+
+if TYPE_CHECKING:
+    from qalora.parity.runtimes import Runtime, RuntimeInfo
+
+__all__ = ["LEVELS", "Level", "verify"]
+
+Level = Literal["weights", "logits", "generation"]
+LEVELS: tuple[Level, ...] = ("weights", "logits", "generation")
+
+Stage = Callable[[str], None]
+
+
+def verify(
+    reference: Checkpoint | str | Path,
+    artifacts: Sequence[Path | Artifact],
+    *,
+    adapter: Adapter | None = None,
+    minima: Literal["float16", "float32"] | None = None,
+    level: Level = "generation",
+    text: str | None = None,
+    tokens: Sequence[int] | None = None,
+    prompt: str | None = None,
+    max_tokens: int = 256,
+    generate: int = 24,
+    threads: int | None = None,
+    relative_to: Path | None = None,
+    progress: Stage = lambda stage: None,
+) -> ParityReport:
+    """Compare artefacts with the reference at a level, each level with all before it.
+
+    reference    the base if there is an adapter, else the model that the artefacts hold
+    artifacts    files and folders, recognised by what they are; a folder of artefacts stands for all of them
+    minima       what the fold rounds to: what the adapter was trained with, or float16, by default
+    level        "weights": read back; "logits": run over the tokens; "generation": greedy tokens from a prompt as well
+    text, tokens, max_tokens   what to compute on: see `qalora.parity.text.make_work`
+    prompt, generate           what to continue, and by how many tokens
+    relative_to  artefacts are named relative to this folder
+    progress     called with a line for each stage
+
+    A runtime that is not installed makes its artefact "not proven". Raises InputError for what cannot be read.
+    """
+    if level not in LEVELS:
+        raise InputError("--level", expected=f"one of {', '.join(LEVELS)}", got=repr(level))
+    if max_tokens < 1 or generate < 1:
+        raise InputError("max_tokens and generate", expected="at least 1", got=f"{max_tokens} and {generate}")
+    job = _Job.of(reference, adapter, minima)
+    found = [a for a in artifacts if isinstance(a, Artifact)]
+    found += recognize([a for a in artifacts if not isinstance(a, Artifact)], relative_to)
+    opened = [(artifact, open_artifact(artifact)) for artifact in found]
+    weights = [_weights(job, artifact, checkpoint, progress) for artifact, checkpoint in opened]
+    gates = _fold_gates(job, progress)
+    if level == "weights":
+        return _report(job, level, weights, gates)
+    work = make_work(job.base, text=text, tokens=tokens, prompt=prompt, max_tokens=max_tokens)
+    with tempfile.TemporaryDirectory(prefix="qalora-verify-") as folder:
+        progress("reference")
+        bench = _Bench.of(job, work, Path(folder))
+        runner = _Runner(bench=bench, job=job, generate=generate if level == "generation" else 0, threads=threads)
+        reports = []
+        for (artifact, checkpoint), report in zip(opened, weights, strict=True):
+            progress(f"running {artifact.name}")
+            reports.append(replace(report, runs=runner.runs(artifact, checkpoint, report.holds)))
+        return _report(job, level, reports, gates, bench)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What is compared: base, adapter, and the folded model whose weights the artefacts should hold."""
+
+    base: Checkpoint
+    folded: Checkpoint
+    adapter: Adapter | None
+    minima: Literal["float16", "float32"]
+
+    @classmethod
+    def of(
+        cls,
+        reference: Checkpoint | str | Path,
+        adapter: Adapter | None,
+        minima: Literal["float16", "float32"] | None,
+    ) -> _Job:
+        from qalora.converters import load
+
+        base = reference if isinstance(reference, Checkpoint) else load(reference)
+        chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
+        if adapter is None:
+            return cls(base=base, folded=base, adapter=None, minima=chosen)
+        from qalora.fold import fold
+
+        return cls(base=base, folded=fold(base, adapter, minima=chosen), adapter=adapter, minima=chosen)
+
+    def expected(self, holds: str) -> Forward:
+        """What an artefact should compute."""
+        if self.adapter is None:
+            return Forward(weights="base")
+        return Forward(weights=self.minima if holds == FOLDED else "side")
+
+    @property
+    def adapted(self) -> Forward:
+        """What the adapter was trained with."""
+        if self.adapter is None:
+            return Forward(weights="base")
+        return Forward(weights=self.adapter.minima or "side")
+
+
+FOLDED = "folded"
+BESIDE = "base and adapter"
+
+
+def _fold_gates(job: _Job, progress: Stage) -> tuple[GateResult, ...]:
+    if job.adapter is None:
+        return ()
+    progress("checking the fold")
+    checked = check_fold(job.base, job.folded, job.adapter, job.minima)
+    return tuple(judge(Evidence(fold=checked)))
+
+
+def _weights(job: _Job, artifact: Artifact, checkpoint: Checkpoint, progress: Stage) -> ArtifactReport:
+    progress(f"reading {artifact.name}")
+    holds = _holds(job, artifact, checkpoint)
+    expected = job.base if holds == BESIDE else job.folded
+    found = compare_weights(checkpoint, expected, residual=artifact.kind in ("gptq", "onnx"))
+    gates = judge(Evidence(weights=found))
+    return ArtifactReport(
+        name=artifact.name, kind=artifact.kind, holds=holds, weights=found, gates=tuple(gates), runs=()
+    )
+
+
+def _holds(job: _Job, artifact: Artifact, checkpoint: Checkpoint) -> str:
+    return FOLDED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bench:
+    """The reference's side of every comparison, computed once."""
+
+    work: Work
+    spool: Spool
+    noise: Noise
+    effect: float
+    side_effect: float
+
+    @classmethod
+    def of(cls, job: _Job, work: Work, folder: Path) -> _Bench:
+        spool = Spool(Reference(job.base, job.adapter), work.windows, folder)
+        base, side = Forward(weights="base"), Forward(weights="side")
+        noise = spool.noise(job.expected(FOLDED))
+        if job.adapter is None:
+            return cls(work=work, spool=spool, noise=noise, effect=0.0, side_effect=0.0)
+        return cls(
+            work=work,
+            spool=spool,
+            noise=noise,
+            effect=spool.distance(job.adapted, base),
+            side_effect=spool.distance(side, base),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Runner:
+    """Runs artefacts in their runtimes, one at a time."""
+
+    bench: _Bench
+    job: _Job
+    generate: int
+    threads: int | None
+
+    def runs(self, artifact: Artifact, checkpoint: Checkpoint, holds: str) -> tuple[RunReport, ...]:
+        """Every run of one artefact: in the runtimes that prove it, then in those that only generate, if installed."""
+        done = [self._run(kind, artifact, checkpoint, holds) for kind in RUNTIMES[artifact.kind]]
+        logits = done[0].logits
+        if self.generate and logits is not None and artifact.path.parent.name != "portable":
+            for kind in GENERATORS.get(artifact.kind, ()):
+                run = self._generator(kind, artifact, holds, logits.max)
+                done += [] if run is None else [run]
+        return tuple(done)
+
+    def _run(self, kind: str, artifact: Artifact, checkpoint: Checkpoint, holds: str) -> RunReport:
+        from qalora.parity.runtimes import open_runtime
+
+        try:
+            runtime = open_runtime(kind, artifact.path, threads=self.threads)
+        except MissingLibraryError as error:
+            return RunReport(kind=kind, runtime=None, rounding="none", gates=(unproven("runtime", str(error)),))
+        with closing(runtime):
+            rounding = _rounding(artifact, runtime.info)
+            return self._measure(kind, runtime, rounding, self.job.expected(holds))
+
+    def _measure(self, kind: str, runtime: Runtime, rounding: Rounding, expected: Forward) -> RunReport:
+        spool, job = self.bench.spool, self.job
+        rounded = replace(expected, rounding=rounding)
+        plain: list[TokenMetrics] = []
+        modelled: list[TokenMetrics] = []
+        from_adapted = from_side = 0.0
+        for n, window in enumerate(spool.windows):
+            y = runtime.logits(window)
+            plain.append(compare_tokens(y, spool.logits(expected, n), window[1:]))
+            if rounding != EXACT:
+                modelled.append(compare_tokens(y, spool.logits(rounded, n), window[1:]))
+            if job.adapter is not None:
+                from_adapted += squared_distance(y, spool.logits(job.adapted, n))
+                from_side += squared_distance(y, spool.logits(Forward(weights="side"), n))
+        logits = summarize(concatenate(plain))
+        adapted = job.adapter is not None
+        evidence = Evidence(
+            rounding=rounding,
+            logits=logits,
+            modelled=summarize(concatenate(modelled)) if modelled else None,
+            simulated=None if rounding == EXACT else spool.compare(rounded, expected),
+            noise=self.bench.noise,
+            lost=lost(from_adapted, self.bench.effect) if adapted else None,
+            fold_lost=lost(spool.distance(expected, job.adapted), self.bench.effect) if adapted else 0.0,
+            effect_rms=math.sqrt(self.bench.effect / spool.logit_count),
+            generation=self._generation(runtime, expected, logits.max) if self.generate else None,
+        )
+        return _run_report(kind, runtime.info, evidence, lost(from_side, self.bench.side_effect) if adapted else None)
+
+    def _generator(self, kind: str, artifact: Artifact, holds: str, max_logit: float) -> RunReport | None:
+        """A run that only generates; None where its library is not installed, which leaves nothing unproven."""
+        from qalora.parity.runtimes import open_runtime
+
+        try:
+            runtime = open_runtime(kind, artifact.path, threads=self.threads)
+        except MissingLibraryError:
+            return None
+        with closing(runtime):
+            evidence = Evidence(generation=self._generation(runtime, self.job.expected(holds), max_logit))
+            return _run_report(kind, runtime.info, evidence, None)
+
+    def _generation(self, runtime: Runtime, expected: Forward, max_logit: float) -> Generation:
+        """Generate, then let one forward of the reference say where it would have gone another way."""
+        work = self.bench.work
+        tokens = tuple(runtime.generate(work.prompt, self.generate))
+        logits = self.bench.spool.reference.logits([*work.prompt, *tokens], expected)
+        choices = logits[len(work.prompt) - 1 : -1] if tokens else logits[:0]
+        wanted = choices.argmax(dim=1).tolist()
+        divergence = next((n for n, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b), None)
+        gap = None
+        if divergence is not None:
+            row = choices[divergence]
+            gap = float(row[wanted[divergence]] - row[tokens[divergence]])
+        return Generation(
+            tokens=tokens,
+            text=None if work.decode is None else work.decode(list(tokens)),
+            divergence=divergence,
+            expected=None if divergence is None else wanted[divergence],
+            gap=gap,
+            max_logit=max_logit,
+        )
+
+
+def _run_report(kind: str, info: RuntimeInfo, evidence: Evidence, unrounded: float | None) -> RunReport:
+    return RunReport(
+        kind=kind,
+        runtime=RuntimeName(
+            name=info.name, version=info.version, backend=info.backend, dtype=info.dtype, threads=info.threads
+        ),
+        rounding=evidence.rounding.kind,
+        logits=evidence.logits,
+        modelled=evidence.modelled,
+        simulated=evidence.simulated,
+        lost=evidence.lost,
+        lost_unrounded=unrounded,
+        generation=evidence.generation,
+        gates=tuple(judge(evidence)),
+    )
+
+
+def _rounding(artifact: Artifact, info: RuntimeInfo) -> Rounding:
+    """What the runtime's kernels round, from what it says of itself."""
+    if info.dtype in ("float16", "bfloat16"):
+        return Rounding(kind="float16" if info.dtype == "float16" else "bfloat16")
+    if artifact.kind == "gguf":
+        return Rounding(kind="q8")
+    if artifact.kind == "gptq":
+        return Rounding(kind="weights", zeros="symmetric" if is_symmetric(artifact.path) else "nearest")
+    return EXACT
+
+
+def _report(
+    job: _Job,
+    level: Level,
+    artifacts: Sequence[ArtifactReport],
+    gates: tuple[GateResult, ...],
+    bench: _Bench | None = None,
+) -> ParityReport:
+    return ParityReport(
+        reference=job.base.path.name,
+        level=level,
+        text=None if bench is None else bench.work.source,
+        tokens=0 if bench is None else sum(len(window) for window in bench.work.windows),
+        windows=0 if bench is None else len(bench.work.windows),
+        adapter=_adapter_summary(job, bench),
+        noise=None if bench is None else bench.noise,
+        gates=gates,
+        artifacts=tuple(artifacts),
+    )
+
+
+def _adapter_summary(job: _Job, bench: _Bench | None) -> AdapterSummary | None:
+    if job.adapter is None:
+        return None
+    summary = AdapterSummary(
+        layers=len(job.adapter.layers),
+        convention=job.adapter.convention,
+        minima=job.minima,
+        trained_with=job.adapter.minima,
+    )
+    if bench is None:
+        return summary
+    spool, expected = bench.spool, job.expected(FOLDED)
+    return replace(
+        summary,
+        effect_rms=math.sqrt(bench.effect / spool.logit_count),
+        fold_lost=lost(spool.distance(expected, job.adapted), bench.effect),
+        unrounded=lost(spool.distance(expected, Forward(weights="side")), bench.side_effect),
+    )
