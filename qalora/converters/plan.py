@@ -24,6 +24,7 @@ LOSSES: dict[str, str] = {
     "minima": "float32 minima rounded to float16, half an ULP",
     "scales": "float32 scales rounded to float16, half an ULP",
     "eight-bit": "re-encoded in 8 bits with the best multiplier per group; about 3 % of the adapter is lost",
+    "residual": "what integer zero points leave over rounded to float32, half an ULP of it",
     "narrowing": "a float tensor stored in a narrower float type",
 }
 """The losses that a user can allow by name, and what each means."""

@@ -1,0 +1,335 @@
+"""Decide how a model goes into a GPTQ folder: the form of its zero points, the label, sizes and offsets, refusals.
+
+Where every zero point is an integer, the layers keep their own. Elsewhere zero points become 2**(bits-1) and a LoRA
+beside the checkpoint holds what is left over: every kernel reads symmetric zero points alike, and a forgotten LoRA is
+then loud, where with the nearest zero points it would be plausible and wrong.
+
+The label is "gptq" (v1) where all zero points are symmetric, which every loader reads alike, and "gptq_v2" elsewhere,
+because GPTQModel refuses asymmetric v1.
+
+Values are read for a plan only where specs do not tell: scales and minima beyond float16, and whether a model's own
+zero points are all symmetric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qalora._version import __version__
+from qalora.adapter import Adapter
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import family_of
+from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
+from qalora.converters.gptq.forms import Form, encode, scales_fit
+from qalora.converters.gptq.reader import MAKER
+from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
+from qalora.errors import AdapterError, InputError
+from qalora.formats.gptq import BITS
+from qalora.formats.safetensors import Layout, plan_layout
+from qalora.tensor import QuantSpec
+
+__all__ = ["GROUP_SIZES", "WEIGHTS", "GptqPlan", "module_of", "plan", "ships_adapter"]
+
+WEIGHTS = "model.safetensors"
+
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+"""The groups that GPTQModel's kernels know, beside whole rows."""
+
+ENGINE_RANK = 512
+"""The largest rank that engines which serve LoRA accept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqPlan(Plan):
+    """A plan with the form, the layouts of both weight files, and the JSON files to write.
+
+    form            of every quantized layer
+    symmetric       whether all zero points are 2**(bits-1), so that the label is "gptq" (v1)
+    weights         layout of model.safetensors
+    beside          layout of adapter_model.safetensors, or None
+    adapter         the adapter that goes there, or None where it is the residual
+    rounds          whether a residual that float32 does not hold was allowed
+    config          config.json; its quantization_config is quantize_config.json too
+    adapter_config  adapter_config.json, or None
+    """
+
+    form: Form
+    symmetric: bool
+    weights: Layout
+    beside: Layout | None
+    adapter: Adapter | None
+    rounds: bool
+    config: Mapping[str, Any]
+    adapter_config: Mapping[str, Any] | None
+
+
+def module_of(name: str) -> str:
+    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
+    return name.removesuffix(".weight")
+
+
+def ships_adapter(model: Checkpoint) -> bool:
+    """Whether an adapter can travel beside this model, unfolded: every linear weight has integer zero points."""
+    specs = [model.tensors[name].spec for name in model.linears]
+    return bool(specs) and all(spec is not None and spec.zeros == "integer" for spec in specs)
+
+
+def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
+    """Decide everything. Raises InputError for a float model, mixed widths or groups, sizes that GPTQ has no words for.
+
+    With options.adapter, which needs a model of integer zero points, the adapter is shipped beside the base.
+    """
+    specs = _specs(model)
+    form = _form(model, specs, options.gptq_form)
+    bits = 8 if form == "eight-bit" else next(iter(specs.values())).bits
+    _check_sizes(model, specs, bits, form)
+    if options.adapter is not None:
+        _check_adapter(model, options.adapter)
+    rounds = "residual" in options.allow_loss
+    symmetric = form == "symmetric" or (form == "own" and _all_symmetric(model))
+    main = plan_layout(
+        [part for lazy in model.tensors.values() for part in _parts(lazy, model, bits)], {"format": "pt"}
+    )
+    ranks = _ranks(model, specs, form, options.adapter)
+    beside = plan_layout(_lora_parts(model, ranks, options.adapter), {"format": "pt"}) if ranks else None
+    rows = _rows(model, specs, form, bits, main, beside)
+    files: dict[str, int | None] = {WEIGHTS: main.size, "config.json": None, "quantize_config.json": None}
+    files |= {"generation_config.json": None, "README.md": None}
+    files |= {name: path.stat().st_size for name, path in model.files.items()}
+    if beside is not None:
+        files |= {ADAPTER_WEIGHTS: beside.size, ADAPTER_CONFIG: None}
+    return GptqPlan(
+        target="gptq",
+        tensors=tuple(rows),
+        files=files,
+        notes=(*model.notes, *_notes(ranks, beside, main, form, options.adapter)),
+        form=form,
+        symmetric=symmetric,
+        weights=main,
+        beside=beside,
+        adapter=options.adapter,
+        rounds=rounds,
+        config=_config(model, specs, bits, symmetric, beside is not None, _minima(specs, form, rounds)),
+        adapter_config=peft_config(ranks) if ranks else None,
+    )
+
+
+def _specs(model: Checkpoint) -> dict[str, QuantSpec]:
+    specs = {name: spec for name in model.linears if (spec := model.tensors[name].spec) is not None}
+    if len(specs) < len(model.linears) or not specs:
+        missing = next((name for name in model.linears if name not in specs), "the model")
+        raise InputError(f"gptq: {missing} holds floats", todo="quantize the model first: qalora quantize")
+    if len({spec.bits for spec in specs.values()}) > 1:
+        raise InputError("gptq", expected="one width in all layers", got="several", todo="export to gguf, mlx or onnx")
+    return specs
+
+
+def _form(model: Checkpoint, specs: Mapping[str, QuantSpec], wanted: str) -> Form:
+    forms: dict[str, Form] = {"auto": "symmetric", "nearest": "nearest", "round": "round", "eight-bit": "eight-bit"}
+    if wanted not in forms:
+        raise InputError("--gptq-form", expected=f"one of {', '.join(forms)}", got=repr(wanted))
+    bits = next(iter(specs.values())).bits
+    if wanted == "eight-bit" and bits == 8 and not ships_adapter(model):
+        raise InputError("gptq: form eight-bit", expected="fewer than 8 bits", got="8", todo="use --gptq-form auto")
+    if bits not in BITS and wanted != "eight-bit":
+        raise InputError(
+            f"gptq at {bits} bits",
+            expected="2, 3, 4 or 8 bits",
+            todo="export to gguf or onnx, or re-encode in 8 bits with --gptq-form eight-bit",
+        )
+    if ships_adapter(model) and not (wanted == "eight-bit" and bits not in BITS):
+        return "own"
+    return forms[wanted]
+
+
+def _check_sizes(model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int, form: Form) -> None:
+    for name in specs:
+        rows, columns = model.tensors[name].shape
+        out = 32 if bits == 3 else 32 // bits
+        if columns % 32 or rows % out:
+            raise InputError(
+                f"gptq: {name}",
+                expected=f"in a multiple of 32 and out a multiple of {out} at {bits} bits",
+                got=f"[{rows}, {columns}]",
+                todo="leave GPTQ out for this model",
+            )
+    if _group_size(model, specs) is None:
+        sizes = sorted({spec.group_size for spec in specs.values()})
+        raise InputError(
+            "gptq: group_size",
+            expected=f"one of {', '.join(map(str, GROUP_SIZES))}, or whole rows, in all layers",
+            got=", ".join(map(str, sizes)),
+            todo="quantize with one of these",
+        )
+
+
+def _group_size(model: Checkpoint, specs: Mapping[str, QuantSpec]) -> int | None:
+    """What config.json says: the common group size, -1 for whole rows, or None where there is neither."""
+    sizes = {spec.group_size for spec in specs.values()}
+    if len(sizes) == 1 and sizes <= set(GROUP_SIZES):
+        return next(iter(sizes))
+    return -1 if all(spec.group_size == model.tensors[name].shape[1] for name, spec in specs.items()) else None
+
+
+def _check_adapter(model: Checkpoint, adapter: Adapter) -> None:
+    if not ships_adapter(model):
+        raise InputError(
+            "gptq: an adapter beside the base",
+            expected="a base with integer zero points",
+            got="real ones",
+            todo="fold it",
+        )
+    for module, layer in adapter.layers.items():
+        lazy = model.tensors.get(f"{module}.weight")
+        if f"{module}.weight" not in model.linears or lazy is None or lazy.shape != layer.shape:
+            got = "no such layer" if lazy is None else f"shape {list(lazy.shape)}"
+            raise AdapterError(f"adapter layer {module}", expected=f"a linear layer {list(layer.shape)}", got=got)
+
+
+def _all_symmetric(model: Checkpoint) -> bool:
+    for name in model.linears:
+        tensor = model.tensors[name].load_quantized()
+        if bool((encode(tensor, "own").zero != 1 << (tensor.bits - 1)).any()):
+            return False
+    return True
+
+
+def _parts(lazy: LazyTensor, model: Checkpoint, bits: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a tensor becomes in model.safetensors."""
+    if lazy.spec is None or lazy.name not in model.linears:
+        return [(lazy.name, lazy.dtype or torch.float32, lazy.shape)]
+    (rows, columns), module = lazy.shape, module_of(lazy.name)
+    groups = columns // lazy.spec.group_size
+    return [
+        (f"{module}.qweight", torch.int32, (columns * bits // 32, rows)),
+        (f"{module}.qzeros", torch.int32, (groups, rows * bits // 32)),
+        (f"{module}.scales", torch.float16, (groups, rows)),
+        (f"{module}.g_idx", torch.int32, (columns,)),
+    ]
+
+
+def _ranks(
+    model: Checkpoint, specs: Mapping[str, QuantSpec], form: Form, adapter: Adapter | None
+) -> dict[str, tuple[int, float]]:
+    """{module: (rank, alpha)} of the LoRA beside; empty if there is none."""
+    if adapter is not None:
+        return {module: (layer.rank, layer.scaling * layer.rank) for module, layer in sorted(adapter.layers.items())}
+    if form not in ("symmetric", "nearest"):
+        return {}
+    groups = {name: model.tensors[name].shape[1] // spec.group_size for name, spec in specs.items()}
+    return {module_of(name): (rank, rank) for name, rank in groups.items()}
+
+
+def _lora_parts(
+    model: Checkpoint, ranks: Mapping[str, tuple[int, float]], adapter: Adapter | None
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    parts: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    for module, (rank, _) in ranks.items():
+        (rows, columns), (a, b) = model.tensors[f"{module}.weight"].shape, lora_names(module)
+        parts.append((a, torch.float16 if adapter is None else torch.float32, (rank, columns)))
+        parts.append((b, torch.float32, (rows, rank)))
+    return parts
+
+
+def _rows(
+    model: Checkpoint, specs: Mapping[str, QuantSpec], form: Form, bits: int, main: Layout, beside: Layout | None
+) -> list[PlannedTensor]:
+    rows = []
+    for lazy in model.tensors.values():
+        entries = [main.entries[part] for part, _, _ in _parts(lazy, model, bits)]
+        size = sum(entry.nbytes for entry in entries)
+        carrier, loss, rounded = _carrier(lazy, specs.get(lazy.name), form)
+        rows.append(
+            PlannedTensor(
+                name=lazy.name, carrier=carrier, file=WEIGHTS, offset=entries[0].offset, nbytes=size, loss=loss
+            )
+        )
+        names = lora_names(module_of(lazy.name))
+        if beside is None or names[0] not in beside.entries:
+            continue
+        a, b = (beside.entries[name] for name in names)
+        rows.append(
+            PlannedTensor(
+                name=lazy.name,
+                carrier=f"LoRA of rank {a.shape[0]}",
+                file=ADAPTER_WEIGHTS,
+                offset=a.offset,
+                nbytes=a.nbytes + b.nbytes,
+                loss=rounded,
+            )
+        )
+    return rows
+
+
+def _carrier(lazy: LazyTensor, spec: QuantSpec | None, form: Form) -> tuple[str, Loss | None, Loss | None]:
+    """Carrier, loss of the words, and loss of the residual."""
+    if spec is None:
+        if lazy.spec is not None:
+            return f"float32, decoded from {lazy.spec.bits} bits", None, None
+        return str(lazy.dtype).removeprefix("torch."), None, None
+    bits = 8 if form == "eight-bit" else spec.bits
+    carrier = f"{bits}-bit words, {form} zero points"
+    if form == "round":
+        return carrier, Loss(name="zeros", size=LOSSES["zeros"]), None
+    if form == "eight-bit" and spec.zeros == "real":
+        return carrier, Loss(name="eight-bit", size=LOSSES["eight-bit"]), None
+    unsure_scale = spec.scale_dtype != torch.float16
+    unsure_min = form in ("symmetric", "nearest") and (unsure_scale or spec.min_dtype != torch.float16)
+    if not (unsure_scale or unsure_min):
+        return carrier, None, None
+    tensor = lazy.load_quantized()
+    loss = Loss(name="scales", size=LOSSES["scales"]) if unsure_scale and not scales_fit(tensor) else None
+    rounded = unsure_min and not encode(tensor, form).exact
+    return carrier, loss, Loss(name="residual", size=LOSSES["residual"]) if rounded else None
+
+
+def _notes(
+    ranks: Mapping[str, tuple[int, float]], beside: Layout | None, main: Layout, form: Form, adapter: Adapter | None
+) -> list[str]:
+    if beside is None:
+        return []
+    largest = max(rank for rank, _ in ranks.values())
+    size = f"{beside.size:,} bytes, {beside.size / main.size:.0%} of the base"
+    if adapter is not None:
+        return [f"the adapter lies beside the base as a plain LoRA of rank {largest} ({size}); transformers loads both"]
+    notes = [
+        f"real zero points: what {form} integer ones leave over lies beside the base as a LoRA of rank {largest} "
+        f"({size}); transformers with peft loads both, GPTQModel alone loads the bare base. Smaller: a base with "
+        "integer zero points and the adapter beside it, larger groups, or --gptq-form eight-bit"
+    ]
+    if largest > ENGINE_RANK:
+        notes.append(f"engines that serve LoRA stop at rank {ENGINE_RANK}; this one has {largest}")
+    return notes
+
+
+def _minima(specs: Mapping[str, QuantSpec], form: Form, rounds: bool) -> bool:
+    """Whether a reader may rely on minima that float16 holds."""
+    held = all(spec.min_dtype == torch.float16 for spec in specs.values())
+    return held and form in ("symmetric", "nearest") and not rounds
+
+
+def _config(
+    model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int, symmetric: bool, beside: bool, minima: bool
+) -> dict[str, Any]:
+    meta: dict[str, Any] = {"quantizer": [f"{MAKER}:{__version__}"]}
+    if minima:
+        meta["minima"] = "float16"
+    quantization = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": _group_size(model, specs),
+        "desc_act": any(spec.act_order for spec in specs.values()),
+        "sym": symmetric,
+        "lm_head": False,
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
+        "pack_dtype": "int32",
+        "meta": meta,
+    }
+    config = {"architectures": [family_of(model.config, model.path).architecture], **model.config}
+    dtype = config.pop("torch_dtype", None)
+    config["dtype"] = "float32" if beside else config.get("dtype") or dtype or "float32"
+    return {**config, "quantization_config": quantization}

@@ -1,0 +1,316 @@
+"""Read a GPTQ folder: 2, 3, 4 and 8 bits, both versions of the zero points, act-order, sharded or not.
+
+The label checkpoint_format is often wrong, so it is believed only where the values say nothing. Symmetric zero points
+are all 2**(bits-1): stored as that they are gptq_v2, stored as one less they are gptq, whatever the label says. The
+first layers' qzeros are looked at when the folder is opened, as many as are needed to find one that is not symmetric
+and `SAMPLE` at most (some 100 KB each in a 7B model); where all of those are symmetric, every other layer is held
+against that when it is read, and one that differs is refused rather than guessed. Asymmetric zero points are read as
+the label says, with a note, or as the caller says.
+
+Beside that, opening reads config, headers and g_idx. A layer is read whole, or by rows.
+
+Not read: 5 to 7 bits (planar words), Marlin and BitBLAS words, other methods (AWQ, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import linear_names
+from qalora.converters.gptq.beside import StoredResidual, find_residual, pooling_matrix
+from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
+from qalora.errors import FormatError, InputError
+from qalora.formats.files import InputFile
+from qalora.formats.gptq import BITS, Version, unpack_qweight, unpack_qzeros
+from qalora.formats.safetensors import Entry, read_tensor
+from qalora.residual import from_residual
+from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16
+
+__all__ = ["MAKER", "read"]
+
+SAMPLE = 8
+"""Layers whose zero points are looked at before a model is taken for symmetric."""
+
+MAKER = "qalora"
+"""Our name in meta.quantizer; a label of ours is right, and is believed."""
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+_Stored = Mapping[str, tuple[Path, Entry]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    """What quantization_config says. group_size -1: whole rows. dynamic: layers may differ from it."""
+
+    bits: int
+    group_size: int
+    label: Version
+    ours: bool
+    minima: torch.dtype
+    dynamic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """One quantized layer as the headers tell it."""
+
+    module: str
+    stored: _Stored
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    g_idx: Tensor | None
+
+    def part(self, part: str) -> Tensor:
+        """A whole tensor of the layer."""
+        path, entry = self.stored[part]
+        with InputFile(path) as file:
+            return read_tensor(file, entry)
+
+    def columns_of(self, part: str, start: int, stop: int) -> Tensor:
+        """Columns start..stop-1 of a matrix; they are the rows of the weight."""
+        if stop - start == self.rows:
+            return self.part(part)
+        path, entry = self.stored[part]
+        size = entry.dtype.itemsize
+        with InputFile(path) as file:
+            lines = [
+                file.tensor(entry.offset + (row * self.rows + start) * size, (stop - start) * size)
+                for row in range(entry.shape[0])
+            ]
+        return torch.stack(lines).view(entry.dtype)
+
+
+def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
+    """Open a GPTQ folder; reads config, headers, g_idx and the zero points of a few layers.
+
+    checkpoint_format overrides label and values: "gptq" (zero points stored minus one) or "gptq_v2".
+    A residual beside the checkpoint (`beside`) is folded into the minima; another adapter there is only noted.
+    Raises FormatError for what is no such folder, InputError for another checkpoint_format.
+    """
+    config = read_config(folder)
+    settings = _settings(folder, config.pop("quantization_config", None))
+    stored = stored_tensors(folder)
+    modules = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
+    if not modules:
+        raise FormatError(f"{folder}", expected="tensors named <layer>.qweight", got="none")
+    layers = {module: _layer(folder, module, stored, settings) for module in modules}
+    version, middle, notes = _version(folder, settings, list(layers.values()), checkpoint_format)
+    linears = linear_names(config, folder)
+    decoder = [layers[name.removesuffix(".weight")] for name in linears if name.removesuffix(".weight") in layers]
+    shapes = {layer.module: (layer.rows, layer.columns, layer.group_size, layer.g_idx) for layer in decoder}
+    residuals, more = find_residual(folder, shapes) if shapes else ({}, ())
+    taken = {f"{module}.{part}" for module in modules for part in PARTS}
+    taken |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # a buffer that config.json determines
+    tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
+    for module, layer in layers.items():
+        tensors[f"{module}.weight"] = _lazy(layer, settings, version, middle, residuals.get(module))
+    _drop_unused_biases(config, tensors, modules)
+    check_shapes(folder, tensors, linears)
+    return Checkpoint(
+        path=folder,
+        layout="gptq",
+        config=config,
+        tensors=tensors,
+        linears=linears,
+        files=companion_files(folder),
+        notes=(*notes, *more),
+    )
+
+
+def _settings(folder: Path, config: object) -> _Settings:
+    where = f"{folder}: quantization_config"
+    if config is None:
+        config = read_config(folder, "quantize_config.json")
+        where = f"{folder}/quantize_config.json"
+    if not isinstance(config, dict):
+        raise FormatError(where, expected="an object", got=type(config).__name__)
+    method = config.get("quant_method", "gptq")
+    if method != "gptq":
+        raise FormatError(f"{where}: quant_method", expected="gptq", got=repr(method))
+    bits, group_size = config.get("bits"), config.get("group_size", -1)
+    if type(bits) is not int or bits not in BITS:
+        raise FormatError(f"{where}: bits", expected=f"one of {', '.join(map(str, BITS))}", got=repr(bits))
+    if type(group_size) is not int or (group_size != -1 and group_size < 1):
+        raise FormatError(f"{where}: group_size", expected="-1 or a whole number from 1", got=repr(group_size))
+    label: Any = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if label not in ("gptq", "gptq_v2"):
+        raise FormatError(f"{where}: checkpoint_format", expected="gptq or gptq_v2", got=repr(label))
+    meta = config.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    ours = MAKER in str(meta.get("quantizer"))
+    return _Settings(
+        bits=bits,
+        group_size=group_size,
+        label=label,
+        ours=ours,
+        minima=torch.float16 if ours and meta.get("minima") == "float16" else torch.float32,
+        dynamic=bool(config.get("dynamic")),
+    )
+
+
+def _layer(folder: Path, module: str, stored: _Stored, settings: _Settings) -> _Layer:
+    where = f"{folder}: {module}"
+    if module.endswith("embed_tokens"):
+        raise FormatError(f"{where}: a GPTQ embedding has a layout of its own, which is not read here")
+    parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
+    for part in ("qweight", "qzeros", "scales"):
+        if part not in parts:
+            raise FormatError(f"{where}.{part}", expected="a tensor", got="none")
+    entries = {part: entry for part, (_, entry) in parts.items()}
+    _check_dtypes(where, entries)
+    words, rows = entries["qweight"].shape
+    bits = _bits(entries, settings)
+    columns, groups = words * 32 // bits, entries["scales"].shape[0]
+    if rows == 0 or groups == 0 or words == 0 or words * 32 % bits or columns % groups:
+        raise FormatError(
+            where, expected=f"{bits}-bit rows in equal groups", got=f"{words} words in {groups} groups of {rows} rows"
+        )
+    if not settings.dynamic and groups != _groups(columns, settings.group_size):
+        raise FormatError(
+            f"{where}.scales",
+            expected=f"{_groups(columns, settings.group_size)} groups of {settings.group_size} in {columns} columns",
+            got=f"{groups}",
+        )
+    shapes = {"qzeros": (groups, rows * bits // 32), "scales": (groups, rows), "g_idx": (columns,)}
+    for part, shape in shapes.items():
+        if part in entries and (entries[part].shape != shape or rows * bits % 32):
+            raise FormatError(f"{where}.{part}", expected=f"shape {list(shape)}", got=f"{list(entries[part].shape)}")
+    layer = _Layer(
+        module=module,
+        stored=parts,
+        rows=rows,
+        columns=columns,
+        bits=bits,
+        group_size=columns // groups,
+        g_idx=None,
+    )
+    return _with_order(layer) if "g_idx" in parts else layer
+
+
+def _check_dtypes(where: str, entries: Mapping[str, Entry]) -> None:
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    allowed = {"qweight": (torch.int32,), "qzeros": (torch.int32,), "scales": floats, "g_idx": (torch.int32,)}
+    for part, entry in entries.items():
+        dimensions = 1 if part == "g_idx" else 2
+        if entry.dtype not in allowed[part] or len(entry.shape) != dimensions:
+            raise FormatError(
+                f"{where}.{part}",
+                expected=f"{allowed[part][0]} with {dimensions} dimensions",
+                got=f"{entry.dtype} {list(entry.shape)}",
+                todo="float zero points in qzeros are no GPTQ format" if part == "qzeros" else "",
+            )
+
+
+def _bits(entries: Mapping[str, Entry], settings: _Settings) -> int:
+    """The width of one layer: config's, unless layers may differ and g_idx tells `in`."""
+    if not settings.dynamic or "g_idx" not in entries or entries["g_idx"].shape[0] == 0:
+        return settings.bits
+    bits, rest = divmod(entries["qweight"].shape[0] * 32, entries["g_idx"].shape[0])
+    return bits if rest == 0 and bits in BITS else settings.bits
+
+
+def _groups(columns: int, group_size: int) -> int:
+    return 1 if group_size == -1 else -(-columns // group_size)
+
+
+def _with_order(layer: _Layer) -> _Layer:
+    """The layer with its g_idx, where that is not i // group_size."""
+    g_idx = layer.part("g_idx")
+    if torch.equal(g_idx, (torch.arange(layer.columns) // layer.group_size).int()):
+        return layer
+    return replace(layer, g_idx=g_idx)
+
+
+def _version(
+    folder: Path, settings: _Settings, layers: list[_Layer], override: str | None
+) -> tuple[Version, bool, tuple[str, ...]]:
+    """How zero points are stored, whether every layer must be symmetric, and notes."""
+    if override is not None:
+        if override not in ("gptq", "gptq_v2"):
+            raise InputError("checkpoint_format", expected="gptq or gptq_v2", got=repr(override))
+        return ("gptq" if override == "gptq" else "gptq_v2"), False, ()
+    if settings.ours:
+        return settings.label, False, ()
+    offsets = set()
+    for layer in layers[:SAMPLE]:
+        offsets.add(_offset(layer))
+        if len(offsets) > 1 or None in offsets:
+            break
+    if offsets == {-1} or offsets == {0}:
+        version: Version = "gptq" if offsets == {-1} else "gptq_v2"
+        wrong = f"{folder} is labelled {settings.label}, but its zero points, all symmetric, are those of {version}"
+        return version, True, () if version == settings.label else (f"{wrong}; read as {version}",)
+    note = (
+        f"{folder} has asymmetric zero points, stored as its label says: {settings.label}; labels are often wrong, and "
+        "then every weight is off by one scale: --checkpoint-format gptq or gptq_v2 overrides it"
+    )
+    return settings.label, False, (note,)
+
+
+def _offset(layer: _Layer) -> int | None:
+    """What all stored zero points of a layer are, less 2**(bits-1), if that is -1 or 0; else None."""
+    stored = unpack_qzeros(layer.part("qzeros"), layer.bits, "gptq_v2")
+    offset = int(stored[0, 0]) - (1 << (layer.bits - 1))
+    return offset if offset in (-1, 0) and bool((stored == stored[0, 0]).all()) else None
+
+
+def _lazy(
+    layer: _Layer, settings: _Settings, version: Version, symmetric: bool, residual: StoredResidual | None
+) -> LazyTensor:
+    scales = layer.stored["scales"][1].dtype
+    spec = QuantSpec(
+        bits=layer.bits,
+        group_size=layer.group_size,
+        zeros="integer" if residual is None else "real",
+        scale_dtype=torch.float16 if scales == torch.float16 else torch.float32,
+        min_dtype=torch.float32 if residual is None else settings.minima,
+        act_order=layer.g_idx is not None,
+    )
+
+    def read_rows(start: int, stop: int) -> GroupQuantTensor:
+        start, stop, _ = slice(start, stop).indices(layer.rows)
+        scale = layer.columns_of("scales", start, stop).float().t().contiguous()
+        zero = unpack_qzeros(layer.part("qzeros"), layer.bits, version)[start:stop]
+        if symmetric and bool((zero != 1 << (layer.bits - 1)).any()):
+            raise FormatError(
+                f"{layer.module}.qzeros",
+                expected="symmetric zero points, as in the first layers",
+                got="others",
+                todo="say how they are stored with --checkpoint-format gptq or gptq_v2",
+            )
+        minimum = -scale * zero
+        if residual is not None:
+            c = residual.c(pooling_matrix(layer.columns, layer.group_size, layer.g_idx), start, stop)
+            minimum = from_residual(scale, zero, c)
+            if spec.min_dtype == torch.float16 and not holds_float16(minimum):
+                raise FormatError(f"{layer.module}", expected="minima that float16 holds, as meta says", got="others")
+        return GroupQuantTensor(
+            packed=unpack_qweight(layer.columns_of("qweight", start, stop)),
+            scale=scale,
+            min=minimum,
+            bits=layer.bits,
+            group_size=layer.group_size,
+            g_idx=layer.g_idx,
+        )
+
+    return LazyTensor(name=f"{layer.module}.weight", shape=(layer.rows, layer.columns), spec=spec, read=read_rows)
+
+
+def _drop_unused_biases(config: Mapping[str, Any], tensors: dict[str, LazyTensor], modules: list[str]) -> None:
+    """Forget the biases of zeros that old AutoGPTQ writes for Llamas, which have none."""
+    if config.get("model_type") != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
+        return
+    for module in modules:
+        bias = tensors.get(f"{module}.bias")
+        if bias is not None and not bool(bias.load_float().any()):
+            del tensors[f"{module}.bias"]

@@ -1,0 +1,107 @@
+"""Write a planned GPTQ folder, a layer at a time; embedding and output layer by rows."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
+from qalora.converters.gptq.forms import Encoded, encode
+from qalora.converters.gptq.planner import WEIGHTS, GptqPlan, module_of
+from qalora.converters.gptq.readme import readme
+from qalora.converters.plan import LOSSES, Plan, Progress
+from qalora.errors import ExactnessError
+from qalora.formats.gptq import pack_qweight, pack_qzeros
+from qalora.formats.output import write_json
+from qalora.formats.safetensors import SafetensorsWriter
+
+__all__ = ["write"]
+
+GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+    """Write the folder. Raises ExactnessError if a residual needs more than float32 and that was not allowed."""
+    if not isinstance(plan, GptqPlan):
+        raise TypeError(f"expected GptqPlan, got {type(plan).__name__}")
+    _write_small_files(plan, model, folder)
+    sizes: Counter[str] = Counter()
+    for row in plan.tensors:
+        sizes[row.name] += row.nbytes
+    with ExitStack() as files:
+        weights = files.enter_context(SafetensorsWriter(folder / WEIGHTS, plan.weights))
+        beside = None
+        if plan.beside is not None:
+            beside = files.enter_context(SafetensorsWriter(folder / ADAPTER_WEIGHTS, plan.beside))
+        for name, lazy in model.tensors.items():
+            if name not in model.linears:
+                _write_float(weights, lazy)
+            else:
+                _write_linear(plan, lazy, weights, beside)
+            progress(name, sizes[name])
+
+
+def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
+    for name, path in model.files.items():
+        shutil.copyfile(path, folder / name)
+    try:
+        from qalora.converters.tokenizer import write_tokenizer
+    except ModuleNotFoundError:
+        pass
+    else:
+        write_tokenizer(model, folder)
+    if "generation_config.json" not in model.files:
+        found = {key: model.config[key] for key in GENERATION_KEYS if model.config.get(key) is not None}
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **found})
+    write_json(folder / "config.json", plan.config)
+    write_json(folder / "quantize_config.json", plan.config["quantization_config"])
+    if plan.adapter_config is not None:
+        write_json(folder / ADAPTER_CONFIG, plan.adapter_config)
+    text = readme(plan.config, plan.adapter_config, residual=plan.adapter is None, name="path/to/this/folder")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _write_float(weights: SafetensorsWriter, lazy: LazyTensor) -> None:
+    for row, tile in lazy.float_tiles():
+        weights.write(lazy.name, tile, row)
+
+
+def _write_linear(
+    plan: GptqPlan, lazy: LazyTensor, weights: SafetensorsWriter, beside: SafetensorsWriter | None
+) -> None:
+    module, tensor = module_of(lazy.name), lazy.load_quantized()
+    layer = encode(tensor, plan.form)
+    weights.write(f"{module}.qweight", pack_qweight(layer.packed))
+    weights.write(
+        f"{module}.qzeros", pack_qzeros(layer.zero, layer.bits, plan.config["quantization_config"]["checkpoint_format"])
+    )
+    weights.write(f"{module}.scales", layer.scale.t().contiguous())
+    natural = (torch.arange(lazy.shape[1]) // tensor.group_size).to(torch.int32)
+    weights.write(f"{module}.g_idx", natural if tensor.g_idx is None else tensor.g_idx)
+    a, b = lora_names(module)
+    if beside is None:
+        return
+    if plan.adapter is None:
+        beside.write(a, pooling_matrix(lazy.shape[1], tensor.group_size, tensor.g_idx))
+        beside.write(b, _residual(plan, lazy.name, layer))
+    elif module in plan.adapter.layers:
+        for name, part in zip((a, b), plain_lora(plan.adapter.layers[module]), strict=True):
+            beside.write(name, part)
+
+
+def _residual(plan: GptqPlan, name: str, layer: Encoded) -> torch.Tensor:
+    if layer.c is None:
+        raise TypeError(f"{name}: form {plan.form} leaves no residual")
+    if not layer.exact and not plan.rounds:
+        raise ExactnessError(
+            f"gptq: {name}",
+            expected="a residual that float32 holds",
+            got=LOSSES["residual"],
+            todo="accept it with --allow-loss residual",
+        )
+    return layer.c
