@@ -1,0 +1,25 @@
+"""QA-LoRA adapters: records, conventions, exact rewriting, and PEFT folders read and written.
+
+`records` holds the mathematics and the three conventions, `rewriting` the exact conversions, `peft_config` what PEFT's
+config means, `reading` and `writing` the folders. `qalora.fold` puts an adapter into a model's minima.
+"""
+
+from qalora.adapter.reading import read_adapter
+from qalora.adapter.records import CONVENTIONS, Adapter, AdapterLayer, Convention, convention_factor
+from qalora.adapter.rewriting import convert, repool, to_plain_lora
+from qalora.adapter.writing import ADAPTER_FILES, adapter_sizes, write_adapter
+
+__all__ = [
+    "ADAPTER_FILES",
+    "CONVENTIONS",
+    "Adapter",
+    "AdapterLayer",
+    "Convention",
+    "adapter_sizes",
+    "convention_factor",
+    "convert",
+    "read_adapter",
+    "repool",
+    "to_plain_lora",
+    "write_adapter",
+]

@@ -1,0 +1,192 @@
+"""What PEFT's adapter_config.json says of a LoRA: rank and alpha of each module, QA-LoRA's flag and pool.
+
+PEFT 0.21.2, peft/tuners/lora/model.py and peft/utils/other.py: a key of `rank_pattern` or `alpha_pattern` is a regular
+expression that matches a module if `(.*\\.)?(KEY)$` does; the first key that matches decides. alpha may be any number.
+s = alpha / r, or alpha / sqrt(r) with `use_rslora`.
+
+A config that makes the adapter more than W + s*B@A, or that changes the base's weights when PEFT loads it, is refused:
+folding such an adapter would give another model. The config is untrusted: an expression that could run for very long
+is refused as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qalora.errors import AdapterError, FormatError, InputError
+from qalora.formats.files import contained, read_limited
+
+__all__ = ["CONFIG", "PeftConfig", "check_number", "parse_config", "read_json"]
+
+CONFIG = "adapter_config.json"
+JSON_LIMIT = 16 << 20
+
+UNSUPPORTED: dict[str, str] = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias in lora_B",
+    "modules_to_save": "whole modules trained beside",
+    "trainable_token_indices": "trained token embeddings",
+    "target_parameters": "parameters that are no modules",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA",
+    "velora_config": "VeLoRA",
+    "kasa_config": "KaSA, which changes the base's weights",
+    "monteclora_config": "Monte Carlo LoRA",
+    "arrow_config": "Arrow routing",
+    "use_bdlora": "block-diagonal LoRA",
+}
+"""Keys that make the adapter something else when they are set."""
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Values of init_lora_weights, and their beginnings, for which PEFT changes the base's weights."""
+
+CARRIED = (
+    "base_model_name_or_path",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "revision",
+    "target_modules",
+    "task_type",
+)
+"""Keys that an adapter carries along in its metadata."""
+
+PATTERN_LENGTH = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftConfig:
+    """The part of adapter_config.json that decides what the adapter adds.
+
+    use_qalora and group_size are PEFT's `use_qalora` and `qalora_group_size`; PEFT ignores both, silently, on layers
+    that are not GPTQ's, so that the shape of A decides, not the flag.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    use_qalora: bool
+    group_size: int
+    carried: Mapping[str, Any]
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module."""
+        return int(_first_match(self.rank_pattern, module, self.rank))
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module."""
+        return _first_match(self.alpha_pattern, module, self.alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """s of a module, computed as PEFT does."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _first_match(patterns: tuple[tuple[re.Pattern[str], float], ...], module: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of an adapter's folder; FormatError if it is not one, or a key stands twice in an object."""
+    path = contained(folder, name)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise FormatError(f"{path}: a key stands twice")
+        return found
+
+    try:
+        content = json.loads(read_limited(path, JSON_LIMIT).decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise FormatError(str(path), expected="JSON", got=type(error).__name__) from error
+    if not isinstance(content, dict):
+        raise FormatError(str(path), expected="a JSON object", got=type(content).__name__)
+    return content
+
+
+def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:
+    """Check PEFT's config; AdapterError for one that is no LoRA, or more than one. `where` names the file."""
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{where}: peft_type", expected="LORA", got=repr(config.get("peft_type")))
+    for key, meaning in UNSUPPORTED.items():
+        if config.get(key):
+            raise AdapterError(
+                f"{where}: {key} is set ({meaning}), so that the adapter is more than W + s*B@A",
+                todo="only LoRA and QA-LoRA are supported",
+            )
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{where}: bias", expected="none", got=repr(config["bias"]), todo="train it without biases")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(CHANGES_BASE):
+        raise AdapterError(
+            f"{where}: init_lora_weights {start!r} changes the base's weights when PEFT loads the adapter",
+            todo="save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
+    rank = check_number(config.get("r", 8), f"{where}: r", whole=True)
+    return PeftConfig(
+        rank=int(rank),
+        alpha=check_number(config.get("lora_alpha", 8), f"{where}: lora_alpha"),
+        use_rslora=_flag(config, "use_rslora", where),
+        rank_pattern=_patterns(config, "rank_pattern", where, whole=True),
+        alpha_pattern=_patterns(config, "alpha_pattern", where, whole=False),
+        use_qalora=_flag(config, "use_qalora", where),
+        group_size=int(check_number(config.get("qalora_group_size", 16), f"{where}: qalora_group_size", whole=True)),
+        carried={key: config[key] for key in CARRIED if config.get(key) is not None},
+    )
+
+
+def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise AdapterError(f"{where}: {key}", expected="true or false", got=repr(value)[:80])
+    return value
+
+
+def check_number(value: object, where: str, *, whole: bool = False) -> float:
+    """A finite number, or a whole one from 1 that fits 32 bits."""
+    kinds = (int,) if whole else (int, float)
+    good = isinstance(value, kinds) and not isinstance(value, bool) and -(2**1000) < value < 2**1000
+    if not good or (whole and not 1 <= int(value) < 1 << 31):  # type: ignore[call-overload]
+        raise AdapterError(where, expected="a whole number from 1" if whole else "a number", got=repr(value)[:80])
+    return float(value)  # type: ignore[arg-type]
+
+
+def _patterns(
+    config: Mapping[str, Any], key: str, where: str, *, whole: bool
+) -> tuple[tuple[re.Pattern[str], float], ...]:
+    content = config.get(key) or {}
+    if not isinstance(content, dict):
+        raise AdapterError(f"{where}: {key}", expected="an object", got=type(content).__name__)
+    return tuple(
+        (_pattern(text, f"{where}: {key}"), check_number(value, f"{where}: {key} {text[:80]!r}", whole=whole))
+        for text, value in content.items()
+    )
+
+
+def _pattern(text: str, where: str) -> re.Pattern[str]:
+    """Compile PEFT's expression; what is refused could take exponential time, or a high power of a name's length."""
+    plain = re.fullmatch(r"[\w.\-\\]*", text) is not None
+    loops = len(re.findall(r"[*+?{]", text))
+    branches = text.count("|") if text.count("(") > 1 else 0
+    if len(text) > PATTERN_LENGTH or (not plain and (re.search(r"\)[*+?{]", text) or loops > 4 or branches > 16)):
+        raise AdapterError(
+            f"{where}: the expression {text[:80]!r}",
+            expected=f"at most {PATTERN_LENGTH} characters and 4 repetitions, none of them of a group",
+            todo="name the modules in full",
+        )
+    try:
+        return re.compile(rf"(.*\.)?({text})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise AdapterError(f"{where}: {text[:80]!r} is no regular expression: {error}") from error

@@ -1,0 +1,293 @@
+"""Read an adapter's folder: PEFT's, the official repository's once its pickle is converted, and our own.
+
+All three are PEFT folders (see `qalora.adapter.writing`); ours has `qalora_adapter.json` beside, which says convention,
+minima, and each layer's pool size and factor. Without it PEFT's `use_qalora` stands for PEFT's convention, and anything
+else has to be told: a factor of 32 between two conventions cannot be seen in the tensors.
+
+The pool size is in / (columns of A). PEFT ignores `use_qalora` silently on layers that are not GPTQ's, so that A's
+shape decides: a column of A for each column of the weight is an ordinary LoRA, whose factor is s whatever the flag
+says. `read_adapter` reads such an adapter; `qalora.fold` refuses it.
+
+Tensors are float32, float16 or bfloat16, and are widened exactly. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from qalora.adapter.peft_config import CONFIG, PeftConfig, check_number, parse_config, read_json
+from qalora.adapter.records import CONVENTIONS, Adapter, AdapterLayer, Convention, convention_factor
+from qalora.adapter.writing import RECORD, RECORD_VERSION, WEIGHTS
+from qalora.errors import AdapterError, FormatError, InputError
+from qalora.formats.files import InputFile, contained
+from qalora.formats.safetensors import Entry, read_header, read_tensor
+
+if TYPE_CHECKING:
+    from qalora.checkpoint import Checkpoint
+
+__all__ = ["read_adapter"]
+
+NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight", re.DOTALL)
+NAME_LENGTH = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SAME_FACTOR = 2.0**-48
+"""How far, relatively, a recorded factor may be from what alpha gives, which is rounded at each of five steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    """What `qalora_adapter.json` says: for each module its pool size and factor."""
+
+    convention: Convention
+    minima: Literal["float16", "float32"] | None
+    layers: Mapping[str, tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """An adapter's folder before its tensors are read: for each module where its A and B are."""
+
+    folder: Path
+    config: PeftConfig
+    record: _Record | None
+    pairs: Mapping[str, tuple[Entry, Entry]]
+
+    def columns(self, module: str) -> int:
+        """The columns of the module's A."""
+        return self.pairs[module][0].shape[1]
+
+
+def read_adapter(path: Path | str, model: Checkpoint | None = None, *, convention: Convention | None = None) -> Adapter:
+    """Read an adapter's folder; with `model`, check it against the model's weights.
+
+    convention  what the scaling means, where the file does not say; refused where the file says something else
+
+    Without `model` the pool size comes from our record or from PEFT's qalora_group_size. Raises AdapterError where the
+    convention or the pool size is not known, for an adapter of another model and for one that is more than a LoRA;
+    FormatError for damaged files and for pickles.
+    """
+    if convention is not None and convention not in CONVENTIONS:
+        raise InputError("convention", expected=f"one of {', '.join(CONVENTIONS)}", got=repr(convention))
+    source = _open(Path(path))
+    if model is not None:
+        _check_model(source, model)
+    pools = {module: _pool_size(source, module, model) for module in source.pairs}
+    chosen = _convention(source, pools, convention)
+    layers = {}
+    weights = contained(source.folder, WEIGHTS)
+    with InputFile(weights) as file:
+        for module, pair in source.pairs.items():
+            a = _values(file, pair[0], f"{weights}: lora_A of {module}")
+            b = _values(file, pair[1], f"{weights}: lora_B of {module}")
+            scaling = source.config.scaling_of(module)
+            factor = _factor(source, module, chosen, pools[module])
+            layers[module] = AdapterLayer(a=a, b=b, pool_size=pools[module], scaling=scaling, factor=factor)
+    minima = source.record.minima if source.record is not None else None
+    return Adapter(layers=layers, convention=chosen, minima=minima, metadata=source.config.carried)
+
+
+def _open(folder: Path) -> _Source:
+    _check_folder(folder)
+    config = parse_config(read_json(folder, CONFIG), str(folder / CONFIG))
+    pairs = _pairs(read_header(contained(folder, WEIGHTS)).entries, str(folder / WEIGHTS))
+    for module, (a, _) in pairs.items():
+        if a.shape[0] != config.rank_of(module):
+            raise AdapterError(
+                f"{folder}: lora_A of {module}",
+                expected=f"the rank of {CONFIG}, {config.rank_of(module)}",
+                got=str(list(a.shape)),
+            )
+    return _Source(folder=folder, config=config, record=_read_record(folder, pairs), pairs=pairs)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what is no adapter's folder, with the name of the tool where it is a pickle."""
+    pickles = [folder] if folder.is_file() else [folder / name for name in ("adapter_model.bin", "adapter_model.pt")]
+    pickle = next((path for path in pickles if path.is_file() and path.suffix in (".bin", ".pt", ".pth")), None)
+    if pickle is not None and not (folder / WEIGHTS).exists():
+        raise FormatError(
+            f"{pickle}: a pickle, which runs code when it is opened",
+            todo=f"convert it in a process of its own: python tools/convert_pickle.py {pickle}",
+        )
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "nothing"
+        raise InputError(str(folder), expected=f"an adapter's folder with {CONFIG} and {WEIGHTS}", got=got)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).exists():
+            inside = folder / "adapter_model"  # where the official repository's trainer puts it
+            todo = f"give {inside}" if (inside / CONFIG).exists() else ""
+            raise FormatError(str(folder), expected=f"an adapter's folder with {name}", got="none", todo=todo)
+
+
+def _pairs(entries: Mapping[str, Entry], where: str) -> dict[str, tuple[Entry, Entry]]:
+    """A and B of each module, shapes and dtypes checked against each other."""
+    found: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        match = NAME.fullmatch(name)
+        if match is None or len(name) > NAME_LENGTH or match["part"] in found.get(match["module"], {}):
+            raise AdapterError(
+                f"{where}: tensor {name[:NAME_LENGTH]!r}",
+                expected="base_model.model.<module>.lora_A.weight or lora_B.weight, once for each module",
+                todo="only LoRA and QA-LoRA of linear layers are supported",
+            )
+        found.setdefault(match["module"], {})[match["part"]] = entry
+    if not found:
+        raise AdapterError(where, expected="lora_A and lora_B tensors", got="none")
+    return {module: _pair(parts, f"{where}: {module}") for module, parts in sorted(found.items())}
+
+
+def _pair(parts: Mapping[str, Entry], where: str) -> tuple[Entry, Entry]:
+    if len(parts) != 2:
+        raise AdapterError(where, expected="lora_A and lora_B", got=f"lora_{next(iter(parts))} alone")
+    a, b = parts["A"], parts["B"]
+    for entry, part in ((a, "A"), (b, "B")):
+        if entry.dtype not in DTYPES or len(entry.shape) != 2 or 0 in entry.shape:
+            raise AdapterError(
+                f"{where}: lora_{part}",
+                expected="a float32, float16 or bfloat16 matrix",
+                got=f"{entry.dtype} {list(entry.shape)}",
+            )
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            f"{where}: lora_A [rank, in/pool_size] and lora_B [out, rank]",
+            expected="the same rank",
+            got=f"{list(a.shape)} and {list(b.shape)}",
+        )
+    return a, b
+
+
+def _read_record(folder: Path, pairs: Mapping[str, object]) -> _Record | None:
+    if not (folder / RECORD).exists():
+        return None
+    content, where = read_json(folder, RECORD), str(folder / RECORD)
+    if content.get("version") != RECORD_VERSION:
+        raise FormatError(
+            f"{where}: version", expected=str(RECORD_VERSION), got=repr(content.get("version")), todo="update qalora"
+        )
+    convention, minima, layers = content.get("convention"), content.get("minima"), content.get("layers")
+    if convention not in CONVENTIONS or minima not in (None, "float16", "float32"):
+        raise FormatError(where, expected="a convention and minima", got=f"{convention!r} and {minima!r}")
+    if not isinstance(layers, dict) or set(layers) != set(pairs):
+        raise FormatError(f"{where}: layers", expected=f"those of {WEIGHTS}", got="others", todo=f"remove {RECORD}")
+    read = {}
+    for module, layer in layers.items():
+        if not isinstance(layer, dict):
+            raise FormatError(f"{where}: {module}", expected="pool_size and factor", got=type(layer).__name__)
+        pool_size = check_number(layer.get("pool_size"), f"{where}: pool_size of {module}", whole=True)
+        read[module] = int(pool_size), check_number(layer.get("factor"), f"{where}: factor of {module}")
+    return _Record(convention=convention, minima=minima, layers=read)
+
+
+def _check_model(source: _Source, model: Checkpoint) -> None:
+    """Modules and shapes against the model's weights."""
+    unknown = [module for module in source.pairs if f"{module}.weight" not in model.tensors]
+    if unknown:
+        raise AdapterError(
+            f"{source.folder}: {unknown[0]} ({len(unknown)} of {len(source.pairs)} modules)",
+            expected=f"modules of {model.path}",
+            got="unknown ones",
+            todo="it is an adapter of another model",
+        )
+    for module, (a, b) in source.pairs.items():
+        shape = model.tensors[f"{module}.weight"].shape
+        if len(shape) != 2 or b.shape[0] != shape[0] or shape[1] % a.shape[1]:
+            raise AdapterError(
+                f"{source.folder}: lora_A and lora_B of {module}",
+                expected=f"[rank, a divisor of in] and [out, rank] for [out, in] = {list(shape)}",
+                got=f"{list(a.shape)} and {list(b.shape)}",
+                todo="it is an adapter of another model",
+            )
+
+
+def _pool_size(source: _Source, module: str, model: Checkpoint | None) -> int:
+    """in / (columns of A), checked against what the files say; what the files say where there is no model."""
+    config, record = source.config, source.record
+    said = record.layers[module][0] if record is not None else config.group_size if config.use_qalora else None
+    if model is None:
+        if said is None:
+            raise AdapterError(
+                f"{source.folder} does not say how many columns it pools", todo="give the model that it belongs to"
+            )
+        return said
+    pool_size = model.tensors[f"{module}.weight"].shape[1] // source.columns(module)
+    ignored = record is None and pool_size == 1  # PEFT's flag on a layer that is not GPTQ's
+    if said is not None and said != pool_size and not ignored:
+        raise AdapterError(
+            f"{source.folder}: lora_A of {module}",
+            expected=f"in/{said} = {model.tensors[f'{module}.weight'].shape[1] / said:g} columns, as its files say",
+            got=str(source.columns(module)),
+            todo="it is an adapter of another model, or its config was changed",
+        )
+    return pool_size
+
+
+def _convention(source: _Source, pools: Mapping[str, int], asked: Convention | None) -> Convention:
+    """What the files say, else what was asked for; AdapterError if neither, or both and they differ."""
+    config, record = source.config, source.record
+    pooled = [module for module, pool_size in pools.items() if pool_size > 1]
+    if record is None and config.use_qalora and config.group_size == 1:
+        raise AdapterError(
+            f"{source.folder / CONFIG}: use_qalora with qalora_group_size 1 means two factors, a QA-LoRA's over GPTQ "
+            "layers and an ordinary LoRA's over others",
+            todo="remove use_qalora if it is an ordinary LoRA",
+        )
+    if record is not None:
+        said, why = record.convention, RECORD
+    elif not pooled:
+        return "paper"  # an ordinary LoRA: the factor is s
+    elif config.use_qalora:
+        said, why = "peft", "use_qalora"
+    elif asked is not None:
+        return asked
+    else:
+        raise _unknown_convention(source, pooled[0], pools[pooled[0]])
+    if asked not in (None, said):
+        raise AdapterError(
+            f"{source.folder}: convention", expected=f"{said}, as {why} says", got=str(asked), todo="leave it out"
+        )
+    return said
+
+
+def _unknown_convention(source: _Source, module: str, pool_size: int) -> AdapterError:
+    scaling, columns = source.config.scaling_of(module), source.columns(module) * pool_size
+    factors = ", ".join(
+        f"{convention_factor(convention, scaling, columns, pool_size):g} ({convention})" for convention in CONVENTIONS
+    )
+    return AdapterError(
+        f"{source.folder} does not say which convention its scaling follows: for {module}, with s = {scaling:g}, "
+        f"pool size {pool_size} and in = {columns}, B @ A would be multiplied by {factors}",
+        todo="give --convention with the one that it was trained with",
+    )
+
+
+def _factor(source: _Source, module: str, convention: Convention, pool_size: int) -> float:
+    """The record's factor, after a check against what alpha gives; else what alpha gives."""
+    scaling = source.config.scaling_of(module)
+    given = scaling
+    if pool_size > 1:
+        given = convention_factor(convention, scaling, source.columns(module) * pool_size, pool_size)
+    if source.record is None:
+        return given
+    recorded = source.record.layers[module][1]
+    if abs(recorded - given) > SAME_FACTOR * abs(given):
+        raise AdapterError(
+            f"{source.folder}: the factor of {module}",
+            expected=f"{recorded!r}, as {RECORD} says",
+            got=f"{given!r} from {CONFIG}",
+            todo=f"undo the change of {CONFIG}, or remove {RECORD}",
+        )
+    return recorded
+
+
+def _values(file: InputFile, entry: Entry, where: str) -> Tensor:
+    values = read_tensor(file, entry).float()
+    if not bool(torch.isfinite(values).all()):
+        raise AdapterError(where, expected="finite values", got="NaN or Inf")
+    return values

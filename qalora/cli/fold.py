@@ -1,0 +1,121 @@
+"""qalora fold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qalora.cli.options import (
+    convention_option,
+    dry_run_option,
+    force_option,
+    json_flag,
+    minima_option,
+    output_option,
+    print_json,
+    print_plans,
+)
+from qalora.errors import ProofError
+
+if TYPE_CHECKING:
+    from qalora.adapter import Adapter
+    from qalora.checkpoint import Checkpoint
+    from qalora.fold import FoldProof, Minima
+
+
+@click.command("fold", epilog="Example: qalora fold base adapter -o folded")
+@click.argument("model")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@output_option("The folder to write.")
+@minima_option
+@convention_option
+@force_option
+@dry_run_option
+@json_flag
+def command(
+    model: str,
+    adapter: Path,
+    out: Path,
+    minima: str | None,
+    convention: str | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Fold ADAPTER into the minima of MODEL and write a qalora folder; the codes stay, bit for bit.
+
+    Then read the folder back and prove each layer: no code changed, each minimum the nearest to min + factor * B @ A.
+    """
+    from qalora.adapter import read_adapter
+    from qalora.cli.writing import write_native
+    from qalora.converters import load, native
+    from qalora.fold import fold
+
+    base = load(model)
+    read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
+    chosen: Minima = minima or read.minima or "float16"  # type: ignore[assignment]
+    plan = write_native(fold(base, read, minima=chosen), out, force=force, dry_run=dry_run)
+    proofs = {} if dry_run else _prove(base, read, native.read(out), chosen)
+    if as_json:
+        print_json({"plan": plan.to_json(), "minima": chosen, "layers": _rows(read, proofs)})
+    elif dry_run:
+        print_plans([plan], details=True)
+    else:
+        _print(read, proofs)
+    wrong = [module for module, proof in proofs.items() if not proof.exact]
+    if wrong:
+        raise ProofError(f"{out} is not the folded model: {len(wrong)} layers differ, the first is {wrong[0]}")
+
+
+def _prove(base: Checkpoint, adapter: Adapter, folded: Checkpoint, minima: Minima) -> dict[str, FoldProof]:
+    from qalora.fold import prove_fold
+
+    return {
+        module: prove_fold(
+            base.tensors[f"{module}.weight"].load_quantized(),
+            layer,
+            folded.tensors[f"{module}.weight"].load_quantized(),
+            minima,
+        )
+        for module, layer in adapter.layers.items()
+    }
+
+
+def _rows(adapter: Adapter, proofs: Mapping[str, FoldProof]) -> dict[str, Any]:
+    return {
+        module: {
+            "rank": layer.rank,
+            "pool_size": layer.pool_size,
+            "factor": layer.factor,
+            **({**asdict(proofs[module]), "exact": proofs[module].exact} if module in proofs else {}),
+        }
+        for module, layer in adapter.layers.items()
+    }
+
+
+def _print(adapter: Adapter, proofs: Mapping[str, FoldProof]) -> None:
+    """A row for each kind of layer, such as q_proj; --json has each layer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Read back and compared with min + factor * B @ A", title_justify="left")
+    for column in ("layers", "rank", "pool", "codes changed", "minima", "largest error", "beyond half an ULP"):
+        table.add_column(column, justify="right" if column != "layers" else "left")
+    kinds: dict[tuple[str, int, int], list[FoldProof]] = {}
+    for module, layer in adapter.layers.items():
+        kinds.setdefault((module.rpartition(".")[2], layer.rank, layer.pool_size), []).append(proofs[module])
+    for (kind, rank, pool_size), found in kinds.items():
+        table.add_row(
+            f"{len(found)} x {kind}",
+            str(rank),
+            str(pool_size),
+            str(sum(proof.codes_differ for proof in found)),
+            f"{sum(proof.groups for proof in found):,}",
+            f"{max(proof.max_ulp for proof in found):.4f} ULP of {found[0].minima}",
+            str(sum(proof.beyond for proof in found)),
+        )
+    Console().print(table)
