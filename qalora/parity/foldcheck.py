@@ -1,6 +1,6 @@
 """The fold judged by arithmetic of its own: the codes are untouched, and each minimum is the nearest there is.
 
-Layer by layer, against base + factor * B @ A in float64.
+Layer by layer, against base + factor * B @ A in float64. An adapter that was shipped unfolded is compared here too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qalora.parity.reference import exact_minima
 from qalora.parity.weights import ulp
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["FoldCheck", "check_fold"]
+__all__ = ["FoldCheck", "check_fold", "compare_adapters"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,27 @@ def check_fold(
         groups, codes, beyond = groups + count, codes + bad_codes, beyond + bad
         first = first or (name if bad or bad_codes else "")
     return FoldCheck(layers=len(adapter.layers), groups=groups, codes_differ=codes, min_beyond=beyond, first=first)
+
+
+def compare_adapters(found: Adapter, expected: Adapter) -> tuple[str, ...]:
+    """Names of the layers at which two adapters do not add the same; `found` may be a plain LoRA.
+
+    B is the same, and factor * A may be off by 2^-23 of itself: A was multiplied and rounded once, the factor too.
+    """
+    different = [path for path in expected.layers if path not in found.layers]
+    different += [path for path in found.layers if path not in expected.layers]
+    for path in expected.layers.keys() & found.layers.keys():
+        if not _adds_the_same(found.layers[path], expected.layers[path]):
+            different.append(path)
+    return tuple(sorted(different))
+
+
+def _adds_the_same(found: AdapterLayer, expected: AdapterLayer) -> bool:
+    if found.shape != expected.shape or found.rank != expected.rank or not torch.equal(found.b, expected.b):
+        return False
+    mine = found.factor * found.a.double().repeat_interleave(found.pool_size, dim=1)
+    theirs = expected.factor * expected.a.double().repeat_interleave(expected.pool_size, dim=1)
+    return bool(((mine - theirs).abs() <= 2.0**-23 * theirs.abs()).all())
 
 
 def _check_minima(

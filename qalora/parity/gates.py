@@ -9,7 +9,7 @@ reference under the same rounding as the runtime's kernels (`reference.Rounding`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,8 @@ Status = Literal["pass", "fail", "ambiguous", "not proven"]
 NOISE_FACTOR = 8.0
 ROUNDING_FACTOR = 2.0
 TOP1 = 0.98
+NAMED = 3
+"""Tensors or keys that a detail names; it counts the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,7 @@ class Generation:
 class Evidence:
     """What is known of one artefact (weights) or one run of it (the rest); None where it was not asked for.
 
+    fold           the fold's check; weights: the artefact's; beside: layers of an unfolded adapter that differ
     rounding       what the runtime's kernels round, as the reference models it
     logits         y against the reference
     modelled       y against the reference under `rounding`
@@ -86,6 +89,7 @@ class Evidence:
 
     fold: FoldCheck | None = None
     weights: WeightMetrics | None = None
+    beside: tuple[str, ...] | None = None
     rounding: Rounding = EXACT
     logits: LogitMetrics | None = None
     modelled: LogitMetrics | None = None
@@ -95,6 +99,10 @@ class Evidence:
     fold_lost: float = 0.0
     effect_rms: float = 0.0
     generation: Generation | None = None
+
+
+Measure = Callable[[Evidence], tuple[float, float, str] | None]
+"""What a gate looks at: (value, bound, detail), or None where the evidence does not concern it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +127,7 @@ class Gate:
     """
 
     name: str
-    measure: Callable[[Evidence], tuple[float, float, str] | None]
+    measure: Measure
     derivation: str
     at_least: bool = False
 
@@ -165,16 +173,20 @@ def _near_tie(generation: Generation | None) -> bool:
     return generation.gap <= 2 * generation.max_logit
 
 
-def _count(pick: Callable[[TensorDifference], int], of: Callable[[TensorDifference], int] | None = None) -> Callable:  # type: ignore[type-arg]
+def _count(pick: Callable[[TensorDifference], int]) -> Measure:
     def measure(evidence: Evidence) -> tuple[float, float, str] | None:
         weights = evidence.weights
         if weights is None:
             return None
-        first = [f"{found.name}: {pick(found)}" for found in weights.different if pick(found)]
-        more = f" and {len(first) - 1} more tensors" if len(first) > 1 else ""
-        return float(pick(weights.total)), 0.0, first[0] + more if first else ""
+        where = [f"{found.name}: {pick(found):,}" for found in weights.different if pick(found)]
+        return float(pick(weights.total)), 0.0, _named(where)
 
     return measure
+
+
+def _named(where: Sequence[str]) -> str:
+    more = f" and {len(where) - NAMED} more" if len(where) > NAMED else ""
+    return ", ".join(where[:NAMED]) + more
 
 
 def _tensors(evidence: Evidence) -> tuple[float, float, str] | None:
@@ -183,13 +195,13 @@ def _tensors(evidence: Evidence) -> tuple[float, float, str] | None:
     weights = evidence.weights
     problems = [f"missing {name}" for name in weights.missing] + [f"extra {name}" for name in weights.extra]
     problems += weights.shapes
-    return float(len(problems)), 0.0, ", ".join(problems[:3])
+    return float(len(problems)), 0.0, _named(problems)
 
 
 def _config(evidence: Evidence) -> tuple[float, float, str] | None:
     if evidence.weights is None:
         return None
-    return float(len(evidence.weights.config)), 0.0, ", ".join(evidence.weights.config)
+    return float(len(evidence.weights.config)), 0.0, _named(evidence.weights.config)
 
 
 def _fold(evidence: Evidence) -> tuple[float, float, str] | None:
@@ -197,6 +209,12 @@ def _fold(evidence: Evidence) -> tuple[float, float, str] | None:
     if found is None:
         return None
     return float(found.codes_differ + found.min_beyond), 0.0, found.first
+
+
+def _beside(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.beside is None:
+        return None
+    return float(len(evidence.beside)), 0.0, _named(evidence.beside)
 
 
 def _exact_logits(evidence: Evidence) -> tuple[float, float, str] | None:
@@ -268,6 +286,11 @@ GATES: tuple[Gate, ...] = (
     Gate(name="tensors", measure=_tensors, derivation="the same tensors in the same shapes"),
     Gate(name="config", measure=_config, derivation="what changes the logits (rope, eps, heads, sizes) is equal"),
     Gate(
+        name="rows",
+        measure=_count(lambda found: found.rows_moved),
+        derivation="rows are where they belong, whatever order a format keeps those of q and k in",
+    ),
+    Gate(
         name="codes",
         measure=_count(lambda found: found.codes_differ),
         derivation="codes are copied, never computed: 0 differ",
@@ -287,6 +310,11 @@ GATES: tuple[Gate, ...] = (
         name="floats",
         measure=_count(lambda found: found.values_differ),
         derivation="float tensors keep their bits, or are widened exactly: 0 differ",
+    ),
+    Gate(
+        name="adapter beside",
+        measure=_beside,
+        derivation="an unfolded adapter is the same, layer by layer: B bit for bit, factor * A within 2^-23",
     ),
     Gate(
         name="logits",

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -90,9 +91,14 @@ def exact_minima(tensor: GroupQuantTensor, layer: AdapterLayer) -> tuple[Tensor,
 def rounded_minima(tensor: GroupQuantTensor, layer: AdapterLayer, minima: Minima) -> GroupQuantTensor:
     """The weight of the "rounded" forward: the codes as they are, the minima rounded once."""
     whole, _, fine = exact_minima(tensor, layer)
-    kept = whole.half().float() if minima == "float16" else whole.float()
+    kept = _nearest_float16(whole) if minima == "float16" else whole.float()
     scale = tensor.scale.repeat_interleave(tensor.group_size // fine, dim=1)
     return replace(tensor, scale=scale, min=kept, group_size=fine)
+
+
+def _nearest_float16(values: Tensor) -> Tensor:
+    """The nearest float16 of a float64 in one rounding; `Tensor.half()` goes by way of float32 and rounds twice."""
+    return torch.from_numpy(values.numpy().astype(np.float16)).float()
 
 
 class _Linear(nn.Module):

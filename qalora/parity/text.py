@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
+from qalora.formats.files import InputFile
 
-__all__ = ["Work", "default_text", "make_work"]
+__all__ = ["Work", "default_text", "make_work", "read_text"]
 
 WINDOW = 256
 """Tokens of a window at most: its logits are held in memory, one forward's at a time."""
+
+TEXT_BYTES = 16 << 20
 
 PROMPT = "The Python language is"
 PROMPT_TOKENS = 12
@@ -32,6 +36,20 @@ class Work:
     prompt: tuple[int, ...]
     source: str
     decode: Callable[[Sequence[int]], str] | None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; as much of it as any run would use."""
+    with InputFile(path) as file:
+        found = file.read(0, min(file.size, TEXT_BYTES))
+    try:
+        return found.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start > len(found) - 4:  # a character that the limit cut
+            return found[: error.start].decode("utf-8")
+        raise InputError(
+            f"{path}", expected="UTF-8 text", got=f"byte {found[error.start]:#x} at {error.start}"
+        ) from error
 
 
 def default_text() -> str:

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qalora.adapter import Adapter
+from qalora.adapter import Adapter, read_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError, MissingLibraryError
 from qalora.parity.artifacts import GENERATORS, RUNTIMES, Artifact, is_symmetric, open_artifact, recognize
-from qalora.parity.foldcheck import check_fold
+from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.gates import Evidence, GateResult, Generation, Noise, judge, unproven
 from qalora.parity.metrics import TokenMetrics, concatenate, lost, squared_distance, summarize
 from qalora.parity.metrics import token_metrics as compare_tokens
@@ -38,12 +38,15 @@ __all__ = ["LEVELS", "Level", "verify"]
 Level = Literal["weights", "logits", "generation"]
 LEVELS: tuple[Level, ...] = ("weights", "logits", "generation")
 
+FOLDED = "folded"
+BESIDE = "base and adapter"
+
 Stage = Callable[[str], None]
 
 
 def verify(
     reference: Checkpoint | str | Path,
-    artifacts: Sequence[Path | Artifact],
+    artifacts: Sequence[Path],
     *,
     adapter: Adapter | None = None,
     minima: Literal["float16", "float32"] | None = None,
@@ -74,12 +77,10 @@ def verify(
         raise InputError("--level", expected=f"one of {', '.join(LEVELS)}", got=repr(level))
     if max_tokens < 1 or generate < 1:
         raise InputError("max_tokens and generate", expected="at least 1", got=f"{max_tokens} and {generate}")
-    job = _Job.of(reference, adapter, minima)
-    found = [a for a in artifacts if isinstance(a, Artifact)]
-    found += recognize([a for a in artifacts if not isinstance(a, Artifact)], relative_to)
-    opened = [(artifact, open_artifact(artifact)) for artifact in found]
-    weights = [_weights(job, artifact, checkpoint, progress) for artifact, checkpoint in opened]
+    opened = [(artifact, open_artifact(artifact)) for artifact in recognize(artifacts, relative_to)]
+    job = _Job.of(reference, adapter, minima, [_holds(adapter, *found) for found in opened])
     gates = _fold_gates(job, progress)
+    weights = [_weights(job, artifact, checkpoint, progress) for artifact, checkpoint in opened]
     if level == "weights":
         return _report(job, level, weights, gates)
     work = make_work(job.base, text=text, tokens=tokens, prompt=prompt, max_tokens=max_tokens)
@@ -96,10 +97,10 @@ def verify(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """What is compared: base, adapter, and the folded model whose weights the artefacts should hold."""
+    """What is compared: base, adapter, and the folded model, None where no artefact is to hold it."""
 
     base: Checkpoint
-    folded: Checkpoint
+    folded: Checkpoint | None
     adapter: Adapter | None
     minima: Literal["float16", "float32"]
 
@@ -109,22 +110,29 @@ class _Job:
         reference: Checkpoint | str | Path,
         adapter: Adapter | None,
         minima: Literal["float16", "float32"] | None,
+        holds: Sequence[str],
     ) -> _Job:
         from qalora.converters import load
 
         base = reference if isinstance(reference, Checkpoint) else load(reference)
         chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
-        if adapter is None:
-            return cls(base=base, folded=base, adapter=None, minima=chosen)
-        from qalora.fold import fold
+        folded = base if adapter is None else None
+        if adapter is not None and FOLDED in holds:
+            from qalora.fold import fold
 
-        return cls(base=base, folded=fold(base, adapter, minima=chosen), adapter=adapter, minima=chosen)
+            folded = fold(base, adapter, minima=chosen)
+        return cls(base=base, folded=folded, adapter=adapter, minima=chosen)
 
     def expected(self, holds: str) -> Forward:
         """What an artefact should compute."""
         if self.adapter is None:
             return Forward(weights="base")
         return Forward(weights=self.minima if holds == FOLDED else "side")
+
+    @property
+    def usual(self) -> Forward:
+        """What the most telling artefact should compute: the folded model, where one is to hold it."""
+        return self.expected(BESIDE if self.folded is None else FOLDED)
 
     @property
     def adapted(self) -> Forward:
@@ -134,12 +142,8 @@ class _Job:
         return Forward(weights=self.adapter.minima or "side")
 
 
-FOLDED = "folded"
-BESIDE = "base and adapter"
-
-
 def _fold_gates(job: _Job, progress: Stage) -> tuple[GateResult, ...]:
-    if job.adapter is None:
+    if job.adapter is None or job.folded is None:
         return ()
     progress("checking the fold")
     checked = check_fold(job.base, job.folded, job.adapter, job.minima)
@@ -148,17 +152,22 @@ def _fold_gates(job: _Job, progress: Stage) -> tuple[GateResult, ...]:
 
 def _weights(job: _Job, artifact: Artifact, checkpoint: Checkpoint, progress: Stage) -> ArtifactReport:
     progress(f"reading {artifact.name}")
-    holds = _holds(job, artifact, checkpoint)
-    expected = job.base if holds == BESIDE else job.folded
+    holds = _holds(job.adapter, artifact, checkpoint)
+    expected = job.folded if holds == FOLDED and job.folded is not None else job.base
     found = compare_weights(checkpoint, expected, residual=artifact.kind in ("gptq", "onnx"))
-    gates = judge(Evidence(weights=found))
+    beside = None
+    if holds == BESIDE and job.adapter is not None:
+        beside = compare_adapters(read_adapter(artifact.path, checkpoint), job.adapter)
+    gates = judge(Evidence(weights=found, beside=beside))
     return ArtifactReport(
         name=artifact.name, kind=artifact.kind, holds=holds, weights=found, gates=tuple(gates), runs=()
     )
 
 
-def _holds(job: _Job, artifact: Artifact, checkpoint: Checkpoint) -> str:
-    return FOLDED
+def _holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -> str:
+    """A GPTQ reader notes an adapter that lies beside the weights and is no residual of theirs."""
+    own = str(artifact.path / "adapter_config.json")
+    return BESIDE if adapter is not None and any(note.startswith(own) for note in checkpoint.notes) else FOLDED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +184,7 @@ class _Bench:
     def of(cls, job: _Job, work: Work, folder: Path) -> _Bench:
         spool = Spool(Reference(job.base, job.adapter), work.windows, folder)
         base, side = Forward(weights="base"), Forward(weights="side")
-        noise = spool.noise(job.expected(FOLDED))
+        noise = spool.noise(job.usual)
         if job.adapter is None:
             return cls(work=work, spool=spool, noise=noise, effect=0.0, side_effect=0.0)
         return cls(
@@ -339,7 +348,7 @@ def _adapter_summary(job: _Job, bench: _Bench | None) -> AdapterSummary | None:
     )
     if bench is None:
         return summary
-    spool, expected = bench.spool, job.expected(FOLDED)
+    spool, expected = bench.spool, job.usual
     return replace(
         summary,
         effect_rms=math.sqrt(bench.effect / spool.logit_count),

@@ -11,6 +11,7 @@ This module runs no model, and decides nothing: what may differ is `qalora.parit
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ _FORMATS = {torch.float16: (-14, 10), torch.bfloat16: (-126, 7), torch.float32: 
 class TensorDifference:
     """How far one tensor is from the reference's; every count 0 if it is the same.
 
+    rows_moved                rows that are not where they belong, in a tensor that has the reference's rows in another
+                              order, such as llama.cpp's rotary one; nothing else is counted of it then
     codes, codes_differ       compared, and different
     scale_differ, scale_ulp   groups whose scale differs; the largest difference in the reference's ULP
     min_differ, min_ulp       the same for the minimum
@@ -38,6 +41,7 @@ class TensorDifference:
     """
 
     name: str
+    rows_moved: int = 0
     codes: int = 0
     codes_differ: int = 0
     scale_differ: int = 0
@@ -52,7 +56,8 @@ class TensorDifference:
     @property
     def same(self) -> bool:
         """Whether nothing differs."""
-        return not (self.codes_differ or self.scale_differ or self.min_differ or self.values_differ)
+        counts = (self.rows_moved, self.codes_differ, self.scale_differ, self.min_differ, self.values_differ)
+        return not any(counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +146,7 @@ def _dtypes(lazy: LazyTensor) -> tuple[torch.dtype, torch.dtype]:
 def _total(name: str, parts: list[TensorDifference]) -> TensorDifference:
     return TensorDifference(
         name=name,
+        rows_moved=sum(part.rows_moved for part in parts),
         codes=sum(part.codes for part in parts),
         codes_differ=sum(part.codes_differ for part in parts),
         scale_differ=sum(part.scale_differ for part in parts),
@@ -169,7 +175,9 @@ def compare_tensors(
               (2^-24 |min|); `min_beyond` then counts only what is further off than 2^-23 (|min| + |scale| 2^bits).
     """
     if isinstance(mine, GroupQuantTensor) and isinstance(theirs, GroupQuantTensor):
-        return _compare_quantized(name, mine, theirs, dtypes, residual)
+        found = _compare_quantized(name, mine, theirs, dtypes, residual)
+        moved = _rows_moved(mine, theirs) if found.codes_differ else 0
+        return TensorDifference(name=name, rows_moved=moved, codes=found.codes) if moved else found
     a, b = _floats(mine), _floats(theirs)
     differ = ~((a == b) | (a.isnan() & b.isnan()))
     count = int(differ.sum())
@@ -230,6 +238,18 @@ def _aligned(mine: GroupQuantTensor, theirs: GroupQuantTensor) -> tuple[Tensor, 
 
 def _group_index(tensor: GroupQuantTensor) -> Tensor:
     return torch.arange(tensor.shape[1]) // tensor.group_size if tensor.g_idx is None else tensor.g_idx.long()
+
+
+def _rows_moved(mine: GroupQuantTensor, theirs: GroupQuantTensor) -> int:
+    """How many rows of `mine` are elsewhere in `theirs`, if both have the very same rows; else 0."""
+    scale_a, min_a, scale_b, min_b, _ = _aligned(mine, theirs)
+    rows_a, rows_b = _row_bytes(mine.codes(), scale_a, min_a), _row_bytes(theirs.codes(), scale_b, min_b)
+    return sum(a != b for a, b in zip(rows_a, rows_b, strict=True)) if Counter(rows_a) == Counter(rows_b) else 0
+
+
+def _row_bytes(codes: Tensor, scale: Tensor, minimum: Tensor) -> list[bytes]:
+    parts = [codes, *((part + 0.0).contiguous().view(torch.uint8) for part in (scale, minimum))]  # -0.0 + 0.0 is 0.0
+    return [row.tobytes() for row in torch.cat(parts, dim=1).numpy()]
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

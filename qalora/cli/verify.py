@@ -1,0 +1,86 @@
+"""qalora verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qalora.cli.options import convention_option, minima_option
+from qalora.errors import ProofError
+
+
+@click.command(
+    "verify",
+    epilog="Example: qalora verify base dist/onnx dist/gguf --adapter adapter --json report.json",
+)
+@click.argument("reference")
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--adapter", type=click.Path(path_type=Path), help="What the artefacts hold beside REFERENCE, the base.")
+@convention_option
+@minima_option
+@click.option(
+    "--level",
+    type=click.Choice(["weights", "logits", "generation"]),
+    default="generation",
+    show_default=True,
+    help="How far to go; each level includes those before it.",
+)
+@click.option("--text", type=click.Path(path_type=Path), help="A text file to compute on, instead of a built-in one.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the text.")
+@click.option("--prompt", help="What to continue greedily.")
+@click.option("--generate", type=click.IntRange(1), default=24, show_default=True, help="Tokens to continue it by.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each runtime; its own default otherwise.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+@click.option("--allow-unproven", is_flag=True, help="Exit 0 even where a runtime is not installed.")
+def command(
+    reference: str,
+    artifacts: tuple[Path, ...],
+    adapter: Path | None,
+    convention: str | None,
+    minima: str | None,
+    level: str,
+    text: Path | None,
+    max_tokens: int,
+    prompt: str | None,
+    generate: int,
+    threads: int | None,
+    json_file: Path | None,
+    allow_unproven: bool,
+) -> None:
+    """Prove that each ARTIFACT computes what REFERENCE and the adapter do, each in its own runtime.
+
+    Weights are read back and compared bit for bit; logits over the same tokens; greedy tokens from a prompt. Every
+    bound is derived from a measurement on this very model, and the report says how. Exit status 1 if a gate fails, or
+    if a runtime is missing.
+    """
+    from rich.console import Console
+
+    from qalora.adapter import read_adapter
+    from qalora.converters import load
+    from qalora.formats.output import write_json
+    from qalora.parity import verify
+    from qalora.parity.report import render
+    from qalora.parity.text import read_text
+
+    base = load(reference)
+    report = verify(
+        base,
+        artifacts,
+        adapter=None if adapter is None else read_adapter(adapter, base, convention=convention),  # type: ignore[arg-type]
+        minima=minima,  # type: ignore[arg-type]
+        level=level,  # type: ignore[arg-type]
+        text=None if text is None else read_text(text),
+        prompt=prompt,
+        max_tokens=max_tokens,
+        generate=generate,
+        threads=threads,
+        progress=lambda stage: click.echo(f"{stage} ...", err=True),
+    )
+    if json_file is not None:
+        write_json(json_file, report.to_json())
+    console = Console()
+    for part in render(report):
+        console.print(part)
+    if not report.passed(allow_unproven=allow_unproven):
+        raise ProofError(report.failure())

@@ -1,0 +1,138 @@
+"""The test of the tester: each planted fault fails exactly the gate that is meant to catch it, in every format.
+
+A format joins with one entry in FORMATS, a fault with one in FAULTS.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.parity import ParityReport, verify
+from qalora.tensor import GroupQuantTensor, pack_codes
+
+Change = Callable[[GroupQuantTensor], GroupQuantTensor]
+
+
+def changed(model: Checkpoint, name: str, change: Change) -> Checkpoint:
+    """The model with one tensor changed as it is read whole."""
+    lazy = model.tensors[name]
+
+    def read(start: int, stop: int) -> GroupQuantTensor:
+        return change(lazy.load_quantized()).rows(start, stop)
+
+    return replaced(model, replace(lazy, read=read))
+
+
+def replaced(model: Checkpoint, lazy: LazyTensor) -> Checkpoint:
+    """The model with another tensor of the same name."""
+    return replace(model, tensors={**model.tensors, lazy.name: lazy})
+
+
+def one_code(tensor: GroupQuantTensor) -> GroupQuantTensor:
+    """One code flips its lowest bit."""
+    codes = tensor.codes().clone()
+    codes[5, 0] ^= 1
+    return replace(tensor, packed=pack_codes(codes, tensor.bits))
+
+
+def one_scale_ulp(tensor: GroupQuantTensor) -> GroupQuantTensor:
+    """One scale goes to float16's next value."""
+    scale = tensor.scale.half()
+    scale.view(torch.int16)[5, 1] += 1
+    return replace(tensor, scale=scale.float())
+
+
+def zero_off_by_one(tensor: GroupQuantTensor) -> GroupQuantTensor:
+    """Every zero point is one too large, as where gptq and gptq_v2 are confused; minima in float16 as ever."""
+    return replace(tensor, min=(tensor.min - tensor.scale).half().float())
+
+
+def one_zero_off_by_one(tensor: GroupQuantTensor) -> GroupQuantTensor:
+    """One group's zero point is one too large."""
+    minimum = tensor.min.clone()
+    minimum[5, 1] = (tensor.min[5, 1] - tensor.scale[5, 1]).half().float()
+    return replace(tensor, min=minimum)
+
+
+def permuted_rows(tensor: GroupQuantTensor, heads: int) -> GroupQuantTensor:
+    """Rows of each head in llama.cpp's rotary order: [2, d/2] -> [d/2, 2]."""
+    rows = torch.arange(tensor.shape[0]).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+    return replace(tensor, packed=tensor.packed[rows], scale=tensor.scale[rows], min=tensor.min[rows])
+
+
+FORMATS = ("qalora", "gptq", "gguf", "onnx")
+
+LAYER = "model.layers.1.self_attn.q_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+def layer(change: Change) -> Callable[[Checkpoint, Checkpoint], Checkpoint]:
+    return lambda folded, base: changed(folded, LAYER, change)
+
+
+def adapter_left_out(folded: Checkpoint, base: Checkpoint) -> Checkpoint:
+    return replaced(folded, base.tensors[LAYER])
+
+
+def norm_off_by_an_ulp(folded: Checkpoint, base: Checkpoint) -> Checkpoint:
+    values = folded.tensors[NORM].load_float().clone()
+    values.view(torch.int32)[3] += 1
+    return replaced(
+        folded,
+        LazyTensor(
+            name=NORM, shape=tuple(values.shape), dtype=torch.float32, read=lambda start, stop: values[start:stop]
+        ),
+    )
+
+
+def other_rope(folded: Checkpoint, base: Checkpoint) -> Checkpoint:
+    rope = {**folded.config.get("rope_parameters", {}), "rope_type": "default", "rope_theta": 20000.0}
+    return replace(folded, config={**folded.config, "rope_parameters": rope})
+
+
+FAULTS: dict[str, tuple[Callable[[Checkpoint, Checkpoint], Checkpoint], str]] = {
+    "one code": (layer(one_code), "codes"),
+    "one scale by an ULP": (layer(one_scale_ulp), "scale"),
+    "one zero off by one": (layer(one_zero_off_by_one), "minima"),
+    "zeros off by one": (layer(zero_off_by_one), "minima"),
+    "q not permuted": (layer(lambda tensor: permuted_rows(tensor, heads=4)), "rows"),
+    "adapter left out of a layer": (adapter_left_out, "minima"),
+    "a norm by an ULP": (norm_off_by_an_ulp, "floats"),
+    "another rope base": (other_rope, "config"),
+}
+
+
+def failed(report: ParityReport) -> set[str]:
+    return {result.gate for _, result in report.results() if result.status != "pass"}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_right_passes(form: str, base, adapter, folded, write, tmp_path: Path) -> None:
+    report = verify(base, [write(form, folded, tmp_path)], adapter=adapter, level="weights")
+    assert failed(report) == set(), report.failure()
+    assert report.passed() and report.failure() == ""
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_fails_its_gate(form: str, fault: str, base, adapter, folded, write, tmp_path: Path) -> None:
+    plant, gate = FAULTS[fault]
+    report = verify(base, [write(form, plant(folded, base), tmp_path)], adapter=adapter, level="weights")
+    assert failed(report) == {gate}
+    assert not report.passed(allow_unproven=True)
+    place = {"floats": NORM, "config": "rope_theta"}.get(gate, LAYER)
+    assert place in report.failure()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_felt_in_the_logits(fault: str, base, adapter, folded, write, tmp_path: Path) -> None:
+    plant, _ = FAULTS[fault]
+    artifact = write("qalora", plant(folded, base), tmp_path)
+    report = verify(base, [artifact], adapter=adapter, level="logits", max_tokens=64)
+    run = report.artifacts[0].runs[0]
+    assert {result.gate for result in run.gates if result.status == "fail"} >= {"logits"}
