@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from qalora.tensor import BITS, GroupQuantTensor
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
 
-__all__ = ["assert_same_tensor", "random_tensor", "tiny_llama"]
+__all__ = ["assert_same_model", "assert_same_tensor", "lazily", "random_model", "random_tensor", "tiny_llama"]
 
 
 def random_tensor(
@@ -52,6 +54,63 @@ def assert_same_tensor(got: GroupQuantTensor, expected: GroupQuantTensor) -> Non
         problems.append("g_idx: differs")
     if problems:
         raise AssertionError("; ".join(problems))
+
+
+def lazily(
+    name: str,
+    tensor: GroupQuantTensor,
+    *,
+    zeros: Literal["integer", "real"] = "real",
+    scale_dtype: torch.dtype = torch.float16,
+    min_dtype: torch.dtype = torch.float16,
+) -> LazyTensor:
+    """A canonical tensor as a lazy one, with the promises of its spec as they are given."""
+    spec = QuantSpec(
+        bits=tensor.bits,
+        group_size=tensor.group_size,
+        zeros=zeros,
+        scale_dtype=scale_dtype,
+        min_dtype=min_dtype,
+        act_order=tensor.g_idx is not None,
+    )
+    return LazyTensor(name=name, shape=tensor.shape, spec=spec, read=tensor.rows)
+
+
+def random_model(
+    source: Checkpoint,
+    *,
+    bits: int = 4,
+    group_size: int | None = 32,
+    zeros: Literal["real", "integer", "symmetric"] = "real",
+    min_dtype: torch.dtype | None = None,
+    scale_dtype: torch.dtype = torch.float16,
+    change: Callable[[GroupQuantTensor], GroupQuantTensor] = lambda tensor: tensor,
+) -> Checkpoint:
+    """A model with its linear weights replaced by random canonical tensors, a different seed each, then changed.
+
+    group_size None makes one group of each row; min_dtype is what the specs promise, float16 where zeros are real.
+    """
+    kind: Literal["integer", "real"] = "real" if zeros == "real" else "integer"
+    tensors = dict(source.tensors)
+    for seed, name in enumerate(source.linears):
+        out, columns = tensors[name].shape
+        made = random_tensor(out, columns, bits=bits, group_size=group_size or columns, seed=seed, zeros=kind)
+        if zeros == "symmetric":
+            made = replace(made, min=-made.scale * (1 << (bits - 1)))
+        promised = min_dtype or (torch.float16 if kind == "real" else torch.float32)
+        tensors[name] = lazily(name, change(made), zeros=kind, scale_dtype=scale_dtype, min_dtype=promised)
+    return replace(source, tensors=tensors)
+
+
+def assert_same_model(got: Checkpoint, expected: Checkpoint) -> None:
+    """Fail where two models have other tensors, or a tensor that is not the same bit for bit."""
+    if set(got.tensors) != set(expected.tensors):
+        raise AssertionError(f"tensors of one model only: {sorted(set(got.tensors) ^ set(expected.tensors))}")
+    for name, lazy in expected.tensors.items():
+        if lazy.spec is not None:
+            assert_same_tensor(got.tensors[name].load_quantized(), lazy.load_quantized())
+        elif not torch.equal(got.tensors[name].load_float(), lazy.load_float()):
+            raise AssertionError(f"{name} differs")
 
 
 def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None) -> Path:

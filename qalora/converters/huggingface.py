@@ -61,10 +61,13 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def quant_method(folder: Path) -> str | None:
-    """quantization_config.quant_method of a model folder, or None for a float model."""
+    """quantization_config.quant_method of a model folder, or None for a float model.
+
+    Older GPTQ folders have quantize_config.json instead, which names no method.
+    """
     config = read_config(folder).get("quantization_config")
     if config is None:
-        return None
+        return "gptq" if (folder / "quantize_config.json").exists() else None
     if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
         raise FormatError(f"{folder}/config.json: quantization_config", expected="an object with a quant_method")
     return str(config["quant_method"])

@@ -1,0 +1,368 @@
+"""GPTQ folders: what is written is what is read, labels that lie, and what lies beside."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qalora.adapter import Adapter, AdapterLayer
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters import gptq, huggingface, load
+from qalora.converters.gptq.forms import encode
+from qalora.converters.plan import ExportOptions
+from qalora.errors import AdapterError, FormatError, InputError
+from qalora.formats.gptq import pack_qweight, pack_qzeros
+from qalora.tensor import GroupQuantTensor
+from qalora.testing import assert_same_model, assert_same_tensor, lazily, random_model, random_tensor
+
+BITS = (2, 3, 4, 8)
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def quantized(source: Path, **options: Any) -> Checkpoint:
+    return random_model(huggingface.read(source), **options)
+
+
+def written(model: Checkpoint, folder: Path, options: ExportOptions | None = None) -> gptq.planner.GptqPlan:
+    options = options or ExportOptions()
+    plan = gptq.plan(model, options)
+    plan.check(options.allow_loss)
+    folder.mkdir()
+    reported = []
+    gptq.write(plan, model, folder, lambda name, nbytes: reported.append((name, nbytes)))
+    assert sum(nbytes for _, nbytes in reported) == sum(tensor.nbytes for tensor in plan.tensors)
+    for name, size in plan.files.items():
+        assert size is None or (folder / name).stat().st_size == size, name
+    return plan
+
+
+def relabel(folder: Path, **changes: object) -> None:
+    """Change quantization_config of a folder and take our name out of it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"] |= {"meta": {}, **changes}
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def edit(folder: Path, change, file: str = "model.safetensors") -> None:
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, {"format": "pt"})
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("form", ["auto", "nearest"])
+@pytest.mark.parametrize("group_size", [16, 32, 64, None])
+@pytest.mark.parametrize("bits", BITS)
+def test_real_zeros_come_back_bit_for_bit(
+    tiny_untied: Path, tmp_path: Path, bits: int, group_size: int | None, form: str
+) -> None:
+    model = quantized(tiny_untied, bits=bits, group_size=group_size)
+    plan = written(model, tmp_path / "gptq", ExportOptions(gptq_form=form))
+    assert plan.symmetric == (form == "auto")
+    again = gptq.read(tmp_path / "gptq")
+    assert_same_model(again, model)
+    spec = again.tensors[f"{Q_PROJ}.weight"].spec
+    assert spec is not None and (spec.zeros, spec.min_dtype) == ("real", torch.float16)
+    assert again.notes == ()
+
+
+@pytest.mark.parametrize("zeros", ["integer", "symmetric"])
+@pytest.mark.parametrize("group_size", [16, 32, 64, None])
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_zeros_keep_their_own(
+    tiny_untied: Path, tmp_path: Path, bits: int, group_size: int | None, zeros: str
+) -> None:
+    model = quantized(tiny_untied, bits=bits, group_size=group_size, zeros=zeros)
+    written(model, tmp_path / "gptq")
+    assert not (tmp_path / "gptq" / "adapter_config.json").exists()
+    settings = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text(encoding="utf-8"))
+    label = "gptq" if zeros == "symmetric" else "gptq_v2"
+    assert (settings["checkpoint_format"], settings["sym"]) == (label, zeros == "symmetric")
+    assert settings["group_size"] == (group_size or -1)
+    again = gptq.read(tmp_path / "gptq")
+    assert_same_model(again, model)
+    assert gptq.ships_adapter(again)
+
+
+@pytest.mark.parametrize("zeros", ["real", "integer"])
+def test_act_order_keeps_its_groups(tiny_untied: Path, tmp_path: Path, zeros: str) -> None:
+    def shuffled(tensor: GroupQuantTensor) -> GroupQuantTensor:
+        order = torch.randperm(tensor.shape[1], generator=torch.Generator().manual_seed(0))
+        return replace(tensor, g_idx=(order // tensor.group_size).int())
+
+    model = quantized(tiny_untied, zeros=zeros, change=shuffled)
+    written(model, tmp_path / "gptq")
+    again = gptq.read(tmp_path / "gptq")
+    assert_same_model(again, model)
+    spec = again.tensors[f"{Q_PROJ}.weight"].spec
+    assert spec is not None and spec.act_order
+
+
+def test_rows_are_those_of_the_whole(tiny_untied: Path, tmp_path: Path) -> None:
+    model = quantized(tiny_untied, bits=3)
+    written(model, tmp_path / "gptq")
+    lazy = gptq.read(tmp_path / "gptq").tensors[f"{Q_PROJ}.weight"]
+    assert_same_tensor(lazy.rows(5, 12), lazy.load_quantized().rows(5, 12))
+
+
+def test_the_same_model_gives_the_same_bytes(tiny_untied: Path, tmp_path: Path) -> None:
+    for place in ("one", "two"):
+        written(quantized(tiny_untied), tmp_path / place)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert "adapter_model.safetensors" in names
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_a_quantized_embedding_is_decoded(tiny_untied: Path, tmp_path: Path) -> None:
+    model = quantized(tiny_untied)
+    name = "model.embed_tokens.weight"
+    made = random_tensor(256, 64, bits=8, group_size=32, zeros="integer")
+    model = replace(
+        model, tensors={**model.tensors, name: lazily(name, made, zeros="integer", min_dtype=torch.float32)}
+    )
+    written(model, tmp_path / "gptq")
+    again = gptq.read(tmp_path / "gptq").tensors[name]
+    assert again.dtype == torch.float32
+    assert torch.equal(again.load_float(), made.dequantize())
+
+
+def test_shards_and_a_quantized_output_layer_are_read(tiny_untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    model = quantized(tiny_untied, zeros="integer")
+    written(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = random_tensor(256, 64, bits=4, group_size=32, zeros="integer", seed=9)
+    layer = encode(head, "own")
+    del tensors["lm_head.weight"]
+    tensors |= {
+        "lm_head.qweight": pack_qweight(layer.packed),
+        "lm_head.qzeros": pack_qzeros(layer.zero, 4, "gptq_v2"),
+        "lm_head.scales": layer.scale.t().contiguous(),
+    }
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
+    index = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    again = gptq.read(folder)
+    assert_same_tensor(again.tensors["lm_head.weight"].load_quantized(), head)
+    for name in model.linears:
+        assert_same_tensor(again.tensors[name].load_quantized(), model.tensors[name].load_quantized())
+    streamed = torch.cat([tile for _, tile in again.tensors["lm_head.weight"].float_tiles(5000)])
+    assert torch.equal(streamed, head.dequantize())
+
+
+# ---- labels that lie
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("stored", ["gptq", "gptq_v2"])
+def test_symmetric_zeros_are_told_by_their_values(tiny_untied: Path, tmp_path: Path, bits: int, stored: str) -> None:
+    model = quantized(tiny_untied, bits=bits, zeros="symmetric")
+    folder = tmp_path / "gptq"
+    written(model, folder)
+    if stored == "gptq_v2":
+
+        def as_v2(tensors: dict[str, torch.Tensor]) -> None:
+            for name in tensors:
+                if name.endswith(".qzeros"):
+                    zero = torch.full((tensors[name].shape[1] * 32 // bits, tensors[name].shape[0]), 1 << (bits - 1))
+                    tensors[name] = pack_qzeros(zero.to(torch.uint8), bits, "gptq_v2")
+
+        edit(folder, as_v2)
+    for label in ("gptq", "gptq_v2"):
+        relabel(folder, checkpoint_format=label)
+        again = gptq.read(folder)
+        assert_same_model(again, model)
+        wrong = f"labelled {label}, but its zero points, all symmetric, are those of {stored}"
+        assert [wrong in note for note in again.notes] == ([] if label == stored else [True])
+
+
+def test_asymmetric_zeros_are_read_as_the_label_says_unless_the_user_does(tiny_untied: Path, tmp_path: Path) -> None:
+    model = quantized(tiny_untied, zeros="integer")
+    folder = tmp_path / "gptq"
+    written(model, folder)
+    relabel(folder)
+    again = load(folder)
+    assert_same_model(again, model)
+    assert "asymmetric zero points, stored as its label says: gptq_v2" in again.notes[0]
+    relabel(folder, checkpoint_format="gptq")
+    assert "label says: gptq;" in load(folder).notes[0]
+    overridden = load(folder, checkpoint_format="gptq_v2")
+    assert overridden.notes == ()
+    assert_same_model(overridden, model)
+    with pytest.raises(InputError, match=r"checkpoint_format: expected gptq or gptq_v2, got 'v1'"):
+        load(folder, checkpoint_format="v1")
+
+
+def test_a_label_of_ours_is_believed(tiny_untied: Path, tmp_path: Path) -> None:
+    """Asymmetric zero points that are all 7 look like symmetric v1; our own name in meta says that they are not."""
+    model = quantized(tiny_untied, zeros="integer", change=lambda tensor: replace(tensor, min=-tensor.scale * 7))
+    positive = replace(model, tensors={name: without_zero_scales(lazy) for name, lazy in model.tensors.items()})
+    written(positive, tmp_path / "gptq")
+    assert_same_model(gptq.read(tmp_path / "gptq"), positive)
+
+
+def without_zero_scales(lazy: LazyTensor) -> LazyTensor:
+    if lazy.spec is None:
+        return lazy
+    tensor = lazy.load_quantized()
+    scale = torch.where(tensor.scale == 0, 0.5, tensor.scale)
+    return replace(lazy, read=replace(tensor, scale=scale, min=-scale * 7).rows)
+
+
+def test_a_late_asymmetric_layer_is_refused_not_guessed(tiny_untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    written(quantized(tiny_untied, zeros="symmetric"), folder)
+    relabel(folder)
+    last = "model.layers.1.self_attn.v_proj"  # the last by name; the first eight are looked at
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{last}.qzeros"] += 1
+
+    edit(folder, change)
+    model = gptq.read(folder)
+    model.tensors[f"{Q_PROJ}.weight"].load()
+    with pytest.raises(FormatError, match=r"v_proj.qzeros: expected symmetric zero points, as in the first layers"):
+        model.tensors[f"{last}.weight"].load()
+    gptq.read(folder, checkpoint_format="gptq").tensors[f"{last}.weight"].load()
+
+
+# ---- what lies beside
+
+
+def test_another_adapter_beside_is_noted_and_not_folded(tiny_untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    written(quantized(tiny_untied), folder)
+    expected = gptq.read(folder)
+    (folder / "adapter_model.safetensors").rename(folder / "kept.safetensors")
+    note = "is an adapter of its own"
+    assert note in gptq.read(folder).notes[0]  # weights missing
+    (folder / "kept.safetensors").rename(folder / "adapter_model.safetensors")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for change in ({"lora_alpha": 4}, {"use_rslora": True}, {"peft_type": "LOHA"}, {"r": 3}, {"rank_pattern": {}}):
+        path.write_text(json.dumps({**config, **change}), encoding="utf-8")
+        model = gptq.read(folder)
+        assert note in model.notes[0], change
+        spec = model.tensors[f"{Q_PROJ}.weight"].spec
+        assert spec is not None and spec.zeros == "integer"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert_same_model(gptq.read(folder), expected)
+
+
+def test_a_changed_pooling_matrix_is_found(tiny_untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    written(quantized(tiny_untied), folder)
+    late = "model.layers.1.mlp.up_proj"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"base_model.model.{late}.lora_A.weight"][0, 0] = 0.5
+
+    edit(folder, change, "adapter_model.safetensors")
+    with pytest.raises(FormatError, match=r"up_proj.*lora_A: expected the pooling matrix"):
+        gptq.read(folder).tensors[f"{late}.weight"].load()
+
+
+def adapter_for(model: Checkpoint, *, pool_size: int = 32, ranks=(4,), factor: float = 0.75) -> Adapter:
+    rng = torch.Generator().manual_seed(1)
+    layers = {}
+    for number, name in enumerate(model.linears):
+        out, columns = model.tensors[name].shape
+        rank = ranks[number % len(ranks)]
+        layers[name.removesuffix(".weight")] = AdapterLayer(
+            a=torch.randn(rank, columns // pool_size, generator=rng),
+            b=torch.randn(out, rank, generator=rng),
+            pool_size=pool_size,
+            scaling=2.0,
+            factor=factor,
+        )
+    return Adapter(layers=layers, convention="official")
+
+
+@pytest.mark.parametrize(("pool_size", "ranks"), [(32, (4,)), (16, (4, 3)), (64, (2, 2, 5))])
+def test_an_adapter_ships_as_a_plain_lora_that_adds_the_same(
+    tiny_untied: Path, tmp_path: Path, pool_size: int, ranks: tuple[int, ...]
+) -> None:
+    model = quantized(tiny_untied, zeros="integer")
+    adapter = adapter_for(model, pool_size=pool_size, ranks=ranks)
+    assert gptq.ships_adapter(model)
+    plan = written(model, tmp_path / "gptq", ExportOptions(adapter=adapter))
+    assert f"plain LoRA of rank {max(ranks)}" in plan.notes[0]
+    stored = load_file(tmp_path / "gptq" / "adapter_model.safetensors")
+    for module, layer in adapter.layers.items():
+        a, b = (stored[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        expected = layer.factor * (layer.b.double() @ layer.a.double()).repeat_interleave(pool_size, dim=1)
+        got = layer.scaling * (b.double() @ a.double())
+        # factor/scaling * A is rounded once to float32, 2^-24 of each product
+        bound = 2.0**-24 * layer.factor * (layer.b.abs().double() @ layer.a.abs().double())
+        assert bool(((got - expected).abs() <= bound.repeat_interleave(pool_size, dim=1)).all())
+    again = gptq.read(tmp_path / "gptq")
+    assert_same_model(again, model)
+    assert "is an adapter of its own" in again.notes[0]
+
+
+def test_an_adapter_needs_integer_zeros_and_its_own_model(tiny_untied: Path) -> None:
+    model = quantized(tiny_untied, zeros="integer")
+    adapter = adapter_for(model)
+    with pytest.raises(InputError, match=r"expected a base with integer zero points, got real ones; fold it"):
+        gptq.plan(quantized(tiny_untied), ExportOptions(adapter=adapter))
+    layer = adapter.layers[Q_PROJ]
+    for module, got in ((Q_PROJ.replace("q_proj", "k_proj"), r"shape \[32, 64\]"), ("lm_head", r"shape")):
+        wrong = replace(adapter, layers={module: layer})
+        with pytest.raises(AdapterError, match=rf"adapter layer .*: expected a linear layer \[64, 64\], got {got}"):
+            gptq.plan(model, ExportOptions(adapter=wrong))
+
+
+# ---- other people's habits
+
+
+def test_settings_may_lie_in_quantize_config_alone(tiny_untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    model = quantized(tiny_untied, zeros="integer")
+    written(model, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert_same_model(load(folder), model)
+
+
+def test_layers_of_their_own_width_are_read_where_config_allows_it(tiny_untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    model = quantized(tiny_untied, zeros="integer")
+    written(model, folder)
+    other = random_tensor(64, 64, bits=8, group_size=64, zeros="integer")
+    layer = encode(other, "own")
+    relabel(folder, dynamic={"+:.*q_proj": {"bits": 8, "group_size": 64}})
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q_PROJ}.qweight"] = pack_qweight(layer.packed)
+        tensors[f"{Q_PROJ}.qzeros"] = pack_qzeros(layer.zero, 8, "gptq_v2")
+        tensors[f"{Q_PROJ}.scales"] = layer.scale.t().contiguous()
+        tensors[f"{Q_PROJ}.g_idx"] = torch.zeros(64, dtype=torch.int32)
+
+    edit(folder, change)
+    again = gptq.read(folder)
+    assert_same_tensor(again.tensors[f"{Q_PROJ}.weight"].load_quantized(), other)
+    with pytest.raises(InputError, match="one width in all layers"):
+        gptq.plan(again, ExportOptions())
+
+
+def test_biases_of_zeros_that_a_llama_has_not_are_dropped(tiny_untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    model = quantized(tiny_untied, zeros="integer")
+    written(model, folder)
+    edit(folder, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.zeros(64, dtype=torch.float16)}))
+    assert_same_model(gptq.read(folder), model)
+    edit(folder, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.ones(64, dtype=torch.float16)}))
+    assert f"{Q_PROJ}.bias" in gptq.read(folder).tensors
