@@ -117,7 +117,7 @@ class QuantSpec:
 
     Each field is a guarantee of whoever made the tensor: `zeros="integer"` says that every group has
     min == -scale * z for a whole number z in 0..2**bits-1; `scale_dtype` and `min_dtype` name the narrowest of float16
-    and float32 that holds every value.
+    and float32 that holds every value; `zero` is the zero point of every group, where it is known to be the same.
     """
 
     bits: int
@@ -126,6 +126,7 @@ class QuantSpec:
     scale_dtype: torch.dtype
     min_dtype: torch.dtype
     act_order: bool = False
+    zero: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -49,6 +49,7 @@ def command(
     name: str | None,
     allow_loss: tuple[str, ...],
     gptq_form: str,
+    gguf_form: str,
     accuracy_level: int,
     checkpoint_format: str | None,
     force: bool,
@@ -67,7 +68,11 @@ def command(
 
     base = load(model, checkpoint_format=checkpoint_format)
     options = ExportOptions(
-        name=name, allow_loss=frozenset(allow_loss), gptq_form=gptq_form, accuracy_level=accuracy_level
+        name=name,
+        allow_loss=frozenset(allow_loss),
+        gptq_form=gptq_form,
+        gguf_form=gguf_form,
+        accuracy_level=accuracy_level,
     )
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     jobs = export_jobs(base, targets, options, adapter=read, minima=minima)  # type: ignore[arg-type]

@@ -90,6 +90,13 @@ def export_options(function: F) -> F:
             help="How GPTQ holds real zero points.",
         ),
         click.option(
+            "--gguf-form",
+            type=click.Choice(["auto", "wide"]),
+            default="auto",
+            show_default=True,
+            help="wide: integer zero points exactly, in Q8_0.",
+        ),
+        click.option(
             "--accuracy-level",
             type=click.IntRange(0, 4),
             default=0,

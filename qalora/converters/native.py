@@ -1,13 +1,14 @@
 """Our own folder: the canonical tensors as they are, packed, in safetensors; read and written.
 
 config.json         transformers' config, and under quantization_config:
-                    {"quant_method": "qalora", "version": 1, "bits", "group_size",
-                     "modules": {module: [bits, group_size]}}
-                    `modules` holds those that differ from the first two
+                    {"quant_method": "qalora", "version": 1, "bits", "group_size", "zero",
+                     "modules": {module: [bits, group_size, zero]}}
+                    `zero` is the zero point of every group where it is the same, else null; `modules` holds those that
+                    differ from the first three
 model.safetensors   <module>.codes  uint8 [out, in*bits/8]       as qalora.tensor packs them
                     <module>.scale  float16 or float32 [out, groups]
                     <module>.min    float16 or float32 [out, groups], or, where every zero point is an integer,
-                    <module>.zero   uint8 [out, groups]            min = -scale * zero
+                    <module>.zero   uint8 [out, groups]            min = -scale * zero; absent where the config has it
                     <module>.g_idx  int32 [in]                     act-order only
                     and every other tensor under its own name and dtype
 metadata.gguf       the metadata of the GGUF file that the model came from, if it did
@@ -16,12 +17,11 @@ tokenizer and other companion files
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,17 +31,16 @@ from qalora.converters.families import linear_names
 from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
 from qalora.errors import FormatError
-from qalora.formats.files import InputFile, contained, read_limited
+from qalora.formats.files import InputFile, contained
 from qalora.formats.output import write_json
 from qalora.formats.safetensors import Entry, Layout, SafetensorsWriter, plan_layout, read_tensor
-from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
+from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
 
 __all__ = ["plan", "read", "write"]
 
 VERSION = 1
 WEIGHTS = "model.safetensors"
 GGUF_METADATA = "metadata.gguf"
-GGUF_METADATA_LIMIT = 256 << 20
 
 _Stored = Mapping[str, tuple[Path, Entry]]
 
@@ -87,15 +86,16 @@ def _gguf_metadata(folder: Path) -> Any:
         return None
     from qalora.formats.gguf import parse_metadata
 
-    return parse_metadata(read_limited(path, GGUF_METADATA_LIMIT))
+    return parse_metadata(path)
 
 
 def _quantized(folder: Path, module: str, stored: _Stored, layout: Mapping[str, Any]) -> LazyTensor:
     where = f"{folder}: {module}"
-    bits, group_size = _sizes(where, module, layout)
-    zeros = "integer" if f"{module}.zero" in stored else "real"
+    bits, group_size, zero = _sizes(where, module, layout)
+    zeros: Literal["integer", "real"] = "real" if zero is None and f"{module}.zero" not in stored else "integer"
+    last = "min" if zeros == "real" else "zero"
     entries = {}
-    for part in ("codes", "scale", "zero" if zeros == "integer" else "min", "g_idx"):
+    for part in ("codes", "scale", *((last,) if zero is None else ()), "g_idx"):
         if f"{module}.{part}" in stored:
             entries[part] = stored[f"{module}.{part}"]
         elif part != "g_idx":
@@ -106,8 +106,9 @@ def _quantized(folder: Path, module: str, stored: _Stored, layout: Mapping[str, 
         group_size=group_size,
         zeros=zeros,
         scale_dtype=entries["scale"][1].dtype,
-        min_dtype=torch.float32 if zeros == "integer" else entries["min"][1].dtype,
+        min_dtype=entries["min"][1].dtype if zeros == "real" else _min_dtype(entries["scale"][1].dtype, zero),
         act_order="g_idx" in entries,
+        zero=zero,
     )
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
@@ -119,7 +120,7 @@ def _quantized(folder: Path, module: str, stored: _Stored, layout: Mapping[str, 
         return GroupQuantTensor(
             packed=part["codes"],
             scale=scale,
-            min=part["min"].float() if zeros == "real" else -scale * part["zero"],
+            min=part["min"].float() if zeros == "real" else -scale * (part["zero"] if zero is None else zero),
             bits=bits,
             group_size=group_size,
             g_idx=part.get("g_idx"),
@@ -128,15 +129,22 @@ def _quantized(folder: Path, module: str, stored: _Stored, layout: Mapping[str, 
     return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, read=read_rows)
 
 
-def _sizes(where: str, module: str, layout: Mapping[str, Any]) -> tuple[int, int]:
-    modules = layout.get("modules") or {}
+def _min_dtype(scale: torch.dtype, zero: int | None) -> torch.dtype:
+    """Of -scale * zero: a power of two changes no significant bit."""
+    return scale if zero is not None and zero & (zero - 1) == 0 else torch.float32
+
+
+def _sizes(where: str, module: str, layout: Mapping[str, Any]) -> tuple[int, int, int | None]:
+    modules = layout.get("modules")
     sizes = modules.get(module) if isinstance(modules, dict) else None
-    bits, group_size = sizes if isinstance(sizes, list) and len(sizes) == 2 else (None, None)
     if sizes is None:
-        bits, group_size = layout.get("bits"), layout.get("group_size")
-    if type(bits) is not int or type(group_size) is not int or not 2 <= bits <= 8 or group_size < 1:
-        raise FormatError(where, expected="bits and group_size in quantization_config", got=f"{bits}, {group_size}")
-    return bits, group_size
+        sizes = [layout.get("bits"), layout.get("group_size"), layout.get("zero")]
+    if isinstance(sizes, list) and len(sizes) == 3:
+        bits, group_size, zero = sizes
+        whole = type(bits) is int and type(group_size) is int and (zero is None or type(zero) is int)
+        if whole and bits in BITS and group_size > 0 and (zero is None or 0 <= zero < 1 << bits):
+            return bits, group_size, zero
+    raise FormatError(where, expected="bits, group_size and zero in quantization_config", got=repr(sizes))
 
 
 def _check_parts(where: str, entries: _Stored, bits: int, group_size: int) -> tuple[int, int]:
@@ -200,26 +208,32 @@ def _parts(lazy: LazyTensor) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         return [(lazy.name, lazy.dtype, lazy.shape)]
     spec, (rows, columns), module = lazy.spec, lazy.shape, module_of(lazy.name)
     groups = (rows, columns // spec.group_size)
-    parts = [
+    parts: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
         (f"{module}.codes", torch.uint8, (rows, packed_row_bytes(columns, spec.bits))),
         (f"{module}.scale", spec.scale_dtype, groups),
-        (f"{module}.min", spec.min_dtype, groups) if spec.zeros == "real" else (f"{module}.zero", torch.uint8, groups),
     ]
-    return [*parts, (f"{module}.g_idx", torch.int32, (columns,))] if spec.act_order else parts
+    if spec.zeros == "real":
+        parts.append((f"{module}.min", spec.min_dtype, groups))
+    elif spec.zero is None:
+        parts.append((f"{module}.zero", torch.uint8, groups))
+    if spec.act_order:
+        parts.append((f"{module}.g_idx", torch.int32, (columns,)))
+    return parts
 
 
 def _config(model: Checkpoint) -> dict[str, Any]:
     sizes = {
-        module_of(name): (lazy.spec.bits, lazy.spec.group_size)
+        module_of(name): (lazy.spec.bits, lazy.spec.group_size, lazy.spec.zero)
         for name, lazy in model.tensors.items()
         if lazy.spec is not None
     }
-    common = Counter(sizes.values()).most_common(1)[0][0] if sizes else (4, 32)
+    common = Counter(sizes.values()).most_common(1)[0][0] if sizes else (4, 32, None)
     quantization = {
         "quant_method": "qalora",
         "version": VERSION,
         "bits": common[0],
         "group_size": common[1],
+        "zero": common[2],
         "modules": {module: list(size) for module, size in sizes.items() if size != common},
     }
     return {**model.config, "quantization_config": quantization}
@@ -231,8 +245,6 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         raise TypeError(f"expected NativePlan, got {type(plan).__name__}")
     from qalora.converters.tokenizer import write_tokenizer
 
-    for name, path in model.files.items():
-        shutil.copyfile(path, folder / name)
     if model.gguf is not None:
         from qalora.formats.gguf import metadata_bytes
 
@@ -266,9 +278,10 @@ def _write_quantized(
         write(f"{module}.min", _narrow(lazy.name, tile.min, spec.min_dtype), row)
     else:
         zero = integer_zeros(tile)
-        if zero is None:
-            raise ValueError(f"{lazy.name}: its spec promises integer zeros, and it has none")
-        write(f"{module}.zero", zero, row)
+        if zero is None or (spec.zero is not None and not bool((zero == spec.zero)[tile.scale != 0].all())):
+            raise ValueError(f"{lazy.name}: its spec promises other zero points than it has")
+        if spec.zero is None:
+            write(f"{module}.zero", zero, row)
     if tile.g_idx is not None and row == 0:
         write(f"{module}.g_idx", tile.g_idx, 0)
 

@@ -115,6 +115,7 @@ class ExportOptions:
     allow_loss      names of LOSSES
     gptq_form       "auto" (own zeros where integer, else symmetric zeros + residual), "nearest" (nearest zeros +
                     residual), "eight-bit" or "round"
+    gguf_form       "auto" (the type of the codes' width) or "wide" (integer zeros at up to 6 bits exactly, in Q8_0)
     accuracy_level  ONNX: 0..4, MatMulNBits' attribute; 4 computes with int8 activations
     adapter         an adapter to ship beside the base instead of folding it (targets that say they can)
     """
@@ -122,6 +123,7 @@ class ExportOptions:
     name: str | None = None
     allow_loss: frozenset[str] = frozenset()
     gptq_form: str = "auto"
+    gguf_form: str = "auto"
     accuracy_level: int = 0
     adapter: Adapter | None = None
 

@@ -41,6 +41,7 @@ def spec_of(bits: int, group_size: int, zeros: Zeros) -> QuantSpec:
         zeros="real" if zeros == "real" else "integer",
         scale_dtype=torch.float16,
         min_dtype=torch.float32 if zeros == "integer" else torch.float16,
+        zero=1 << (bits - 1) if zeros == "symmetric" else None,
     )
 
 

@@ -1,0 +1,82 @@
+"""The metadata of a GGUF file that we write: general.*, the architecture's numbers, the tokenizer.
+
+A model that came from GGUF keeps its metadata, in its order and with its types; only what has changed is replaced.
+Keys: ggml-org/ggml, docs/gguf.md. Nothing here depends on time or place, so that the bytes are the same at every run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qalora.checkpoint import Checkpoint
+from qalora.converters.families import Family
+from qalora.converters.gguf.names import hyperparameters
+from qalora.converters.tokenizer import gguf_tokenizer
+from qalora.formats.gguf import Metadata, Value, ValueType
+
+__all__ = ["file_metadata", "file_name"]
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+"""llama.cpp's general.file_type: the type that most tensors have."""
+
+
+def text(value: str) -> Value:
+    """A string value."""
+    return Value(type=ValueType.STRING, value=value)
+
+
+def number(value: int) -> Value:
+    """A uint32 value."""
+    return Value(type=ValueType.UINT32, value=value)
+
+
+def file_metadata(model: Checkpoint, family: Family, name: str | None, carrier: str) -> Metadata:
+    """All metadata of the file; `carrier` is the type that most linear weights have."""
+    changes = {"general.file_type": number(FILE_TYPES[carrier])}
+    if name is not None:
+        changes["general.name"] = text(name)
+    if model.gguf is not None:
+        return model.gguf.with_entries(changes)
+    general = {
+        "general.architecture": text(family.gguf),
+        "general.type": text("model"),
+        "general.name": text(name or model.path.name),
+        "general.size_label": text(_size_label(model)),
+        **changes,
+        "general.quantization_version": number(2),
+    }
+    tokenizer = gguf_tokenizer(model)
+    return Metadata(entries={**general, **hyperparameters(model.config, family, model.path), **tokenizer})
+
+
+def file_name(model: Checkpoint, metadata: Metadata, name: str | None, carrier: str) -> str:
+    """BaseName-SizeLabel-FineTune-Version-Encoding.gguf, by gguf's own naming convention."""
+    from gguf.utility import naming_convention
+
+    def known(key: str) -> Any:
+        return metadata.get(f"general.{key}")
+
+    given = name or (None if known("basename") else known("name") or model.path.stem)
+    label = naming_convention(
+        _plain(given),
+        None if name else _plain(known("basename")),
+        None if name else _plain(known("finetune")),
+        _plain(known("version")),
+        _plain(known("size_label")) if not name else None,
+        carrier,
+    )
+    return f"{label}.gguf"
+
+
+def _plain(value: object) -> str | None:
+    """A part of a file name: letters, digits and a few signs, whatever the metadata says."""
+    if not isinstance(value, str):
+        return None
+    return "".join(char if char.isalnum() or char in "-_.+" else "-" for char in value)[:80].strip("-.") or None
+
+
+def _size_label(model: Checkpoint) -> str:
+    from gguf.utility import size_label
+
+    return str(size_label(sum(math.prod(lazy.shape) for lazy in model.tensors.values()), 0, 0, 0))

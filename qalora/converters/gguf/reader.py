@@ -1,0 +1,121 @@
+"""Read a GGUF file as a lazy model: transformers' names, transformers' row order, the file's own codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import linear_names
+from qalora.converters.gguf.names import config_of, family_of_metadata, gguf_names, head_count, rows_from
+from qalora.converters.huggingface import check_shapes
+from qalora.errors import FormatError, InputError
+from qalora.formats.files import InputFile
+from qalora.formats.gguf import GgufFile, TensorInfo, read_header
+from qalora.formats.gguf_blocks import BLOCK_TYPES, decode
+from qalora.tensor import GroupQuantTensor
+
+__all__ = ["read"]
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FACTORS = "rope_freqs.weight"
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a GGUF file; reads metadata and the table of tensors only.
+
+    Raises InputError for an architecture or a tensor type that holds no integer groups of ours, FormatError for damage.
+    """
+    file = read_header(path)
+    family = family_of_metadata(file.metadata, path)
+    for needed in ("token_embd.weight", "output_norm.weight"):
+        if needed not in file.tensors:
+            raise FormatError(f"{path}: tensor {needed}", expected="it in a model's file", got="no such tensor")
+    if FACTORS in file.tensors:
+        raise InputError(f"{path}: {FACTORS}: the rope scaling of Llama 3.1 is not read from GGUF yet")
+    tied = "output.weight" not in file.tensors
+    vocab_size = file.tensors["token_embd.weight"].shape[0]
+    config = config_of(file.metadata, family, path, tied=tied, vocab_size=vocab_size)
+    linears = linear_names(config, path)
+    names = gguf_names(family, config["num_hidden_layers"])
+    known = {gguf: name for name, gguf in names.items()}
+    unknown = sorted(set(file.tensors) - set(known))
+    if unknown:
+        raise InputError(f"{path}: tensor {unknown[0]!r} is not one of a {family.model_type} model")
+    tensors = {}
+    for gguf, info in file.tensors.items():
+        name = known[gguf]
+        tensors[name] = _lazy(file, info, name, head_count(family, config, name))
+    check_shapes(path, tensors, linears)
+    _check_heads(path, tensors, config)
+    return Checkpoint(path=path, layout="gguf", config=config, tensors=tensors, linears=linears, gguf=file.metadata)
+
+
+def _check_heads(path: Path, tensors: Mapping[str, LazyTensor], config: Mapping[str, int]) -> None:
+    size = config["head_dim"]
+    for name, lazy in tensors.items():
+        for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if f".{module}." in name and lazy.shape[0] != config[heads] * size:
+                raise FormatError(
+                    f"{path}: {name}", expected=f"{config[heads]} heads of {size} rows", got=f"shape {list(lazy.shape)}"
+                )
+
+
+def _lazy(file: GgufFile, info: TensorInfo, name: str, heads: int | None) -> LazyTensor:
+    shape = info.shape
+    while len(shape) > 1 and shape[0] == 1 and name.endswith("norm.weight"):
+        shape = shape[1:]
+    if info.type in BLOCK_TYPES:
+        if len(shape) != 2:
+            raise FormatError(f"{file.path}: {info.name}", expected="a matrix", got=f"shape {list(shape)}")
+        kind = BLOCK_TYPES[info.type]
+
+        def read_blocks(start: int, stop: int) -> Tensor | GroupQuantTensor:
+            return decode(_rows(file, info, start, stop).view(stop - start, info.row_bytes), info.type)
+
+        read, dtype, spec = read_blocks, None, kind.spec
+    elif info.type in FLOATS:
+        dtype, spec = FLOATS[info.type], None
+
+        def read_floats(start: int, stop: int) -> Tensor | GroupQuantTensor:
+            values = _rows(file, info, start, stop).view(FLOATS[info.type]).view(stop - start, *shape[1:])
+            if not bool(torch.isfinite(values).all()):
+                raise FormatError(f"{file.path}: {info.name}", expected="finite values", got="NaN or Inf")
+            return values
+
+        read = read_floats
+    else:
+        raise InputError(
+            f"{file.path}: {info.name}",
+            expected=f"one of {', '.join([*BLOCK_TYPES, *FLOATS])}",
+            got=f"{info.type}, which holds no integer groups of ours",
+            todo="start from another quantization of this model",
+        )
+    lazy = LazyTensor(name=name, shape=shape, dtype=dtype, spec=spec, read=read)
+    return lazy if heads is None else _reordered(lazy, heads)
+
+
+def _rows(file: GgufFile, info: TensorInfo, start: int, stop: int) -> Tensor:
+    with InputFile(file.path) as opened:
+        return opened.tensor(info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
+
+
+def _reordered(lazy: LazyTensor, heads: int) -> LazyTensor:
+    """Rows in transformers' order; the whole tensor is read for any part of it."""
+
+    def read(start: int, stop: int) -> Tensor | GroupQuantTensor:
+        order = rows_from(lazy.shape[0], heads)[start:stop]
+        return take_rows(lazy.load(), order)
+
+    return replace(lazy, read=read)
+
+
+def take_rows(tensor: Tensor | GroupQuantTensor, order: Tensor) -> Tensor | GroupQuantTensor:
+    """The rows of a tensor in the given order."""
+    if isinstance(tensor, Tensor):
+        return tensor[order]
+    return replace(tensor, packed=tensor.packed[order], scale=tensor.scale[order], min=tensor.min[order])

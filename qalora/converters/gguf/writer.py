@@ -1,0 +1,171 @@
+"""Plan and write a GGUF file: for each tensor the type that holds its codes, then the blocks, a layer at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import Family, family_of
+from qalora.converters.gguf.metadata import file_metadata, file_name
+from qalora.converters.gguf.names import gguf_names, head_count, rows_to
+from qalora.converters.gguf.reader import take_rows
+from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
+from qalora.errors import ExactnessError, InputError
+from qalora.formats.files import OutputFile
+from qalora.formats.gguf import GgufLayout, create, plan_layout
+from qalora.formats.gguf_blocks import BLOCK, BLOCK_TYPES, encode
+from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16, integer_zeros
+
+__all__ = ["GgufPlan", "plan", "write"]
+
+FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F32"}
+TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufPlan(Plan):
+    """A plan with the layout of the file, and GGUF's name of each tensor by transformers'."""
+
+    layout: GgufLayout
+    names: Mapping[str, str]
+    file: str
+
+
+def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
+    """Choose each tensor's type; InputError for what GGUF cannot hold, Losses for what it holds inexactly."""
+    family = family_of(model.config, model.path)
+    known = gguf_names(family, int(model.config["num_hidden_layers"]))
+    unknown = sorted(set(model.tensors) - set(known))
+    if unknown:
+        raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in a {family.gguf} file")
+    carriers = {name: _carrier(lazy, model, options) for name, lazy in model.tensors.items()}
+    kinds = Counter(kind for name, (kind, _) in carriers.items() if name in model.linears)
+    common = kinds.most_common(1)[0][0]
+    metadata = file_metadata(model, family, options.name, common)
+    names = {name: known[name] for name in model.tensors}
+    layout = plan_layout(metadata, [(names[name], model.tensors[name].shape, carriers[name][0]) for name in names])
+    file = file_name(model, metadata, options.name, common)
+    tensors = tuple(
+        PlannedTensor(
+            name=name,
+            carrier=carriers[name][0],
+            file=file,
+            offset=layout.tensors[names[name]].offset,
+            nbytes=layout.tensors[names[name]].nbytes,
+            loss=carriers[name][1],
+        )
+        for name in names
+    )
+    return GgufPlan(
+        target="gguf",
+        tensors=tensors,
+        files={file: layout.size},
+        notes=model.notes,
+        layout=layout,
+        names=names,
+        file=file,
+    )
+
+
+def _carrier(lazy: LazyTensor, model: Checkpoint, options: ExportOptions) -> tuple[str, Loss | None]:
+    if lazy.spec is not None:
+        return _quantized_carrier(lazy, lazy.spec, options)
+    if lazy.dtype not in FLOAT_TYPES:
+        raise InputError(f"{lazy.name}", expected="a float tensor", got=str(lazy.dtype))
+    loss = Loss(name="narrowing", size="float64 rounded to float32") if lazy.dtype is torch.float64 else None
+    return ("F32" if len(lazy.shape) == 1 else FLOAT_TYPES[lazy.dtype]), loss
+
+
+def _quantized_carrier(lazy: LazyTensor, spec: QuantSpec, options: ExportOptions) -> tuple[str, Loss | None]:
+    if spec.act_order:
+        raise ExactnessError(
+            f"gguf: {lazy.name}: an act-order tensor's groups mix columns, and GGUF's blocks are consecutive ones",
+            todo="export it to gptq, or quantize without act-order",
+        )
+    if spec.group_size % BLOCK:
+        raise ExactnessError(
+            f"gguf: {lazy.name}: group_size",
+            expected=f"a multiple of {BLOCK}",
+            got=str(spec.group_size),
+            todo="use onnx",
+        )
+    middle = _middle_zero(lazy, spec)
+    if spec.bits in (6, 8):
+        return _eight_bit_carrier(lazy, spec, middle)
+    if options.gguf_form == "wide" and spec.zeros == "integer":
+        return "Q8_0", _scale_loss(spec)
+    if middle and spec.bits in (4, 5):
+        return f"Q{spec.bits}_0", _scale_loss(spec)
+    kind = "Q5_1" if spec.bits == 5 else "Q4_1"
+    if spec.min_dtype is not torch.float16:
+        wide = ", or keep integer zeros exactly with --gguf-form wide (Q8_0)" if spec.zeros == "integer" else ""
+        return kind, Loss(name="minima", size=f"float32 minima rounded to float16, at most half an ULP{wide}")
+    return kind, _scale_loss(spec)
+
+
+def _eight_bit_carrier(lazy: LazyTensor, spec: QuantSpec, middle: bool) -> tuple[str, Loss | None]:
+    if spec.zeros == "real" or (spec.bits == 8 and not middle):
+        kind = "real" if spec.zeros == "real" else "integer, but not the middle one"
+        raise ExactnessError(
+            f"gguf: {lazy.name}: no type holds {spec.bits}-bit codes whose zero points are {kind}",
+            todo="use onnx, or quantize to 4 or 5 bits",
+        )
+    return "Q8_0", _scale_loss(spec)
+
+
+def _scale_loss(spec: QuantSpec) -> Loss | None:
+    if spec.scale_dtype is torch.float16:
+        return None
+    return Loss(name="scales", size="float32 scales rounded to float16, at most half an ULP")
+
+
+def _middle_zero(lazy: LazyTensor, spec: QuantSpec) -> bool:
+    """Whether every zero point is 2**(bits-1); reads the tensor where its spec does not say."""
+    if spec.zeros == "real" or spec.bits < 4:
+        return False
+    middle = 1 << (spec.bits - 1)
+    if spec.zero is not None:
+        return spec.zero == middle
+    zeros = (integer_zeros(tile) for _, tile in lazy.tiles() if isinstance(tile, GroupQuantTensor))
+    return all(zero is not None and bool((zero == middle).all()) for zero in zeros)
+
+
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+    """Write the planned file into `folder`."""
+    if not isinstance(plan, GgufPlan):
+        raise TypeError(f"expected GgufPlan, got {type(plan).__name__}")
+    family = family_of(model.config, model.path)
+    with create(folder / plan.file, plan.layout) as file:
+        for tensor in plan.tensors:
+            _write_tensor(file, tensor, plan, model, family)
+            progress(tensor.name, tensor.nbytes)
+
+
+def _write_tensor(file: OutputFile, planned: PlannedTensor, plan: GgufPlan, model: Checkpoint, family: Family) -> None:
+    lazy = model.tensors[planned.name]
+    info = plan.layout.tensors[plan.names[planned.name]]
+    heads = head_count(family, model.config, lazy.name)
+    whole = heads is not None or lazy.name in model.linears
+    for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
+        ordered = tile if heads is None else take_rows(tile, rows_to(lazy.shape[0], heads))
+        file.write(info.offset + row * info.row_bytes, _bytes(ordered, planned))
+
+
+def _bytes(tile: Tensor | GroupQuantTensor, planned: PlannedTensor) -> Tensor:
+    if isinstance(tile, Tensor):
+        return tile.to(TORCH_TYPES[planned.carrier])
+    blocks = tile.regrouped(BLOCK)
+    for name, values in (("scale", blocks.scale), ("min", blocks.min)):
+        if name == "min" and BLOCK_TYPES[planned.carrier].zero is not None:
+            continue
+        if not bool(torch.isfinite(values.half()).all()):
+            raise InputError(f"{planned.name}: {name}", expected="values within float16's 65504", got="larger ones")
+        if planned.loss is None and not holds_float16(values):
+            raise ValueError(f"{planned.name}: its spec promises {name} that float16 holds, and it has others")
+    return encode(blocks, planned.carrier)

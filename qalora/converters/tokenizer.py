@@ -1,0 +1,230 @@
+"""Tokenizers between the ecosystems: Hugging Face's files, and the metadata of GGUF.
+
+Byte-level BPE, which the families here use. What llama.cpp calls `tokenizer.ggml.pre` names the rule that cuts text
+before merging; PRE holds the rules known here, as the list of steps that tokenizer.json has for them, and anything else
+is refused: a wrong rule gives other tokens without a word. (transformers' own conversion drops SmolLM's rule that
+digits stand alone.) Chat templates are carried as text and never rendered here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qalora.checkpoint import Checkpoint
+from qalora.errors import FormatError, InputError
+from qalora.formats.files import read_limited
+from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
+from qalora.formats.output import write_json
+
+__all__ = ["gguf_tokenizer", "has_tokenizer", "load_tokenizer", "write_tokenizer"]
+
+TOKENIZER_LIMIT = 256 << 20
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+PRE: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_byte_level(use_regex=True)],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
+    "llama-bpe": [_split(_CONTRACTIONS + r"\p{N}{1,3}" + _REST), _byte_level(use_regex=False)],
+    "qwen2": [_split(_CONTRACTIONS + r"\p{N}" + _REST), _byte_level(use_regex=False)],
+}
+"""tokenizer.ggml.pre, and the steps of tokenizer.json's pre_tokenizer. Source: llama.cpp, src/llama-vocab.cpp."""
+
+
+def has_tokenizer(model: Checkpoint) -> bool:
+    """Whether the model brings a tokenizer."""
+    if "tokenizer.json" in model.files or "tokenizer.model" in model.files:
+        return True
+    return model.gguf is not None and model.gguf.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+
+
+def write_tokenizer(model: Checkpoint, folder: Path) -> list[str]:
+    """Write the model's companion files into `folder`, the tokenizer made from GGUF metadata if it has no files.
+
+    Gives the names written; none for a model without tokenizer.
+    """
+    for name, path in model.files.items():
+        shutil.copyfile(path, folder / name)
+    names = list(model.files)
+    if "tokenizer.json" not in model.files and "tokenizer.model" not in model.files and has_tokenizer(model):
+        names += _write_converted(model, folder)
+    return names
+
+
+def load_tokenizer(model: Checkpoint) -> Any:
+    """The model's tokenizer as transformers' class; InputError if it has none."""
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(model):
+        raise InputError(f"{model.path}: the model has no tokenizer", todo="put tokenizer.json beside its config.json")
+    with tempfile.TemporaryDirectory() as place:
+        write_tokenizer(model, Path(place))
+        write_json(Path(place) / "config.json", {"model_type": model.config["model_type"]})
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+
+
+def _write_converted(model: Checkpoint, folder: Path) -> list[str]:
+    """transformers' conversion of GGUF metadata, with the rule that tokenizer.ggml.pre names."""
+    from transformers import AutoTokenizer
+
+    if model.gguf is None:
+        raise TypeError("a model without GGUF metadata")
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "tokenizer.gguf").write_bytes(metadata_bytes(model.gguf))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file="tokenizer.gguf", local_files_only=True)
+        except Exception as error:  # whatever damaged metadata makes transformers raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FormatError(f"{model.path}: its tokenizer cannot be converted ({reason})") from error
+        tokenizer.save_pretrained(place)
+        names = ["tokenizer.json", "tokenizer_config.json"]
+        _tidy(Path(place), model.gguf)
+        if (Path(place) / "chat_template.jinja").exists():
+            names.append("chat_template.jinja")
+        for name in names:
+            shutil.copyfile(Path(place) / name, folder / name)
+    return names
+
+
+def _tidy(folder: Path, metadata: Metadata) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only"):
+        config.pop(key, None)
+    config["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
+    write_json(folder / "tokenizer_config.json", config)
+    steps = PRE.get(str(metadata.get("tokenizer.ggml.pre")))
+    if steps is not None:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["pre_tokenizer"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def gguf_tokenizer(model: Checkpoint) -> dict[str, Value]:
+    """GGUF's tokenizer metadata from a model's tokenizer.json; without a tokenizer, model "none".
+
+    Raises InputError for a tokenizer that is no byte-level BPE, or whose cutting rule is not in PRE.
+    """
+    if "tokenizer.json" not in model.files:
+        if has_tokenizer(model):
+            raise InputError(
+                f"{model.path}: tokenizer.model", expected="tokenizer.json", todo="save the tokenizer as a fast one"
+            )
+        return {"tokenizer.ggml.model": Value(type=ValueType.STRING, value="none")}
+    content = _read_json(model, "tokenizer.json")
+    try:
+        return _bpe_entries(model, content)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FormatError(f"{model.files['tokenizer.json']}", expected="a tokenizer", got=f"{error!r}") from error
+
+
+def _bpe_entries(model: Checkpoint, content: Mapping[str, Any]) -> dict[str, Value]:
+    bpe, vocab_size = content["model"], int(model.config["vocab_size"])
+    pre = _pre_of(model, content)
+    tokens, types = _vocabulary(bpe["vocab"], content.get("added_tokens") or [], vocab_size)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    entries = {
+        "model": Value(type=ValueType.STRING, value="gpt2"),
+        "pre": Value(type=ValueType.STRING, value=pre),
+        "tokens": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(tokens)),
+        "token_type": Value(type=ValueType.ARRAY, element=ValueType.INT32, value=tuple(types)),
+        "merges": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(merges)),
+    }
+    settings = _read_json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
+    for key, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        token = _special_id(model, settings, ours, tokens)
+        if token is not None:
+            entries[f"{key}_token_id"] = Value(type=ValueType.UINT32, value=token)
+    entries["add_bos_token"] = Value(type=ValueType.BOOL, value=_adds_bos(model, entries))
+    entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=False)
+    result = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
+    template = _chat_template(model, settings)
+    return result if template is None else {**result, "tokenizer.chat_template": template}
+
+
+def _pre_of(model: Checkpoint, content: Mapping[str, Any]) -> str:
+    cutting = content["pre_tokenizer"] or {}
+    steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
+    if content["model"].get("type") == "BPE":
+        for name, known in PRE.items():
+            if [_rule(step) for step in steps] == [_rule(step) for step in known]:
+                return name
+    raise InputError(
+        f"{model.files['tokenizer.json']}: its rule for cutting text is none that llama.cpp is known to have here",
+        expected=f"byte-level BPE cut like {', '.join(PRE)}",
+        todo="start from a GGUF file of the base model, whose tokenizer is carried over",
+    )
+
+
+def _rule(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step without what does not change the tokens."""
+    return {key: value for key, value in step.items() if key != "trim_offsets"}
+
+
+def _vocabulary(vocab: Mapping[str, int], added: list[Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    tokens = [f"[PAD{n}]" for n in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, n in vocab.items():
+        if not isinstance(n, int) or not 0 <= n < vocab_size:
+            raise InputError("tokenizer.json: token id", expected=f"0..{vocab_size - 1}", got=repr(n))
+        tokens[n], types[n] = token, NORMAL
+    for entry in added:
+        n = entry["id"]
+        if not isinstance(n, int) or not 0 <= n < vocab_size:
+            raise InputError("tokenizer.json: added token id", expected=f"0..{vocab_size - 1}", got=repr(n))
+        tokens[n], types[n] = entry["content"], CONTROL if entry.get("special") else USER_DEFINED
+    return tokens, types
+
+
+def _special_id(model: Checkpoint, settings: Mapping[str, Any], kind: str, tokens: list[str]) -> int | None:
+    token = settings.get(f"{kind}_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    if isinstance(name, str) and name in tokens:
+        return tokens.index(name)
+    number = model.config.get(f"{kind}_token_id")
+    return number if isinstance(number, int) and 0 <= number < len(tokens) else None
+
+
+def _adds_bos(model: Checkpoint, entries: Mapping[str, Value]) -> bool:
+    from tokenizers import Tokenizer
+
+    if "bos_token_id" not in entries:
+        return False
+    ids = Tokenizer.from_file(str(model.files["tokenizer.json"])).encode("a").ids
+    return bool(ids) and ids[0] == entries["bos_token_id"].value
+
+
+def _chat_template(model: Checkpoint, settings: Mapping[str, Any]) -> Value | None:
+    template = settings.get("chat_template")
+    if "chat_template.jinja" in model.files:
+        template = read_limited(model.files["chat_template.jinja"], TOKENIZER_LIMIT).decode("utf-8", "replace")
+    return Value(type=ValueType.STRING, value=template) if isinstance(template, str) else None
+
+
+def _read_json(model: Checkpoint, name: str) -> dict[str, Any]:
+    path = model.files[name]
+    try:
+        content = json.loads(read_limited(path, TOKENIZER_LIMIT))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise FormatError(str(path), expected="JSON", got=type(error).__name__) from error
+    if not isinstance(content, dict):
+        raise FormatError(str(path), expected="a JSON object", got=type(content).__name__)
+    return content

@@ -1,0 +1,150 @@
+"""The quantized tensor types of GGUF that hold integer groups: blocks of 32 weights of a row, and the canonical tensor.
+
+| type | bytes of a block | weight | canonical |
+|---|---|---|---|
+| Q4_0 | f16 d, 16 bytes of nibbles | d * (q - 8) | 4 bits, zero 8 |
+| Q4_1 | f16 d, f16 m, 16 bytes of nibbles | d * q + m | 4 bits, min m |
+| Q5_0 | f16 d, u32 high bits, 16 bytes of nibbles | d * (q - 16) | 5 bits, zero 16 |
+| Q5_1 | f16 d, f16 m, u32 high bits, 16 bytes of nibbles | d * q + m | 5 bits, min m |
+| Q8_0 | f16 d, 32 signed bytes | d * q | 8 bits, code q + 128, zero 128 |
+
+Byte j of the nibbles holds weight j in its low half and weight j + 16 in its high half; bit j of the high bits is bit 4
+of weight j. Source: ggml-org/ggml, src/ggml-common.h and ggml-quants.c. Codes move as they are; nothing is rounded here.
+
+Other types (K-quants, IQ) hold no integer groups of this kind, and this module does not know them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
+
+__all__ = ["BLOCK", "BLOCK_TYPES", "BlockType", "decode", "encode"]
+
+BLOCK = 32
+"""Weights of a block."""
+
+TILE = 1 << 20
+"""Weights that are shuffled at a time, so that they stay in the cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockType:
+    """One type: code width, the zero point in the middle or None where the block has a minimum, bytes of a block."""
+
+    bits: int
+    zero: int | None
+    nbytes: int
+
+    @property
+    def spec(self) -> QuantSpec:
+        """What a tensor of this type guarantees."""
+        return QuantSpec(
+            bits=self.bits,
+            group_size=BLOCK,
+            zeros="real" if self.zero is None else "integer",
+            scale_dtype=torch.float16,
+            min_dtype=torch.float16 if self.zero is None else torch.float32,
+            zero=self.zero,
+        )
+
+
+BLOCK_TYPES: dict[str, BlockType] = {
+    "Q4_0": BlockType(bits=4, zero=8, nbytes=18),
+    "Q4_1": BlockType(bits=4, zero=None, nbytes=20),
+    "Q5_0": BlockType(bits=5, zero=16, nbytes=22),
+    "Q5_1": BlockType(bits=5, zero=None, nbytes=24),
+    "Q8_0": BlockType(bits=8, zero=128, nbytes=34),
+}
+
+
+def encode(tensor: GroupQuantTensor, type_name: str) -> Tensor:
+    """The blocks of a canonical tensor with groups of 32: uint8 [out, in/32 * bytes of a block].
+
+    scale, and min where the type has one, are converted to float16: hand over values that it holds. Codes of fewer bits
+    go into Q4_1 and Q5_1 as they are. A type with a zero point in the middle takes codes relative to that zero; Q8_0
+    takes any integer zero with code - zero in -128..127.
+    """
+    kind = BLOCK_TYPES[type_name]
+    rows, columns = tensor.shape
+    out = torch.empty(rows, columns // BLOCK, kind.nbytes, dtype=torch.uint8)
+    halves = out.view(torch.int16)
+    halves[..., 0] = tensor.scale.half().view(torch.int16)
+    if kind.zero is None:
+        halves[..., 1] = tensor.min.half().view(torch.int16)
+    step = max(1, TILE // columns)
+    for start in range(0, rows, step):
+        _encode_codes(tensor.rows(start, start + step), kind, halves[start : start + step])
+    return out.view(rows, -1)
+
+
+def _encode_codes(tensor: GroupQuantTensor, kind: BlockType, halves: Tensor) -> None:
+    at = 1 if kind.zero is not None else 2
+    blocks = (halves.shape[0], halves.shape[1])
+    if kind.bits == 8:
+        halves[..., at:] = _signed(tensor).view(torch.int16).view(*blocks, 16)
+        return
+    packed = tensor.packed
+    if tensor.bits != 4:
+        codes = tensor.codes()
+        packed = pack_codes(codes & 15, 4)
+        if kind.bits == 5:
+            high = (codes >> 4).view(*blocks, BLOCK).to(torch.int64) << torch.arange(BLOCK)
+            halves[..., at : at + 2] = high.sum(dim=2).to(torch.uint32).view(torch.int16).view(*blocks, 2)
+    at += 2 if kind.bits == 5 else 0
+    # byte k of our packing holds weights 2k and 2k+1; word k of a block holds 2k, 2k+16, 2k+1, 2k+17, a nibble each
+    wide = packed.view(*blocks, 16).to(torch.int16)
+    spread = (wide & 0x0F) | ((wide & 0xF0) << 4)
+    torch.bitwise_or(spread[..., :8], spread[..., 8:] << 4, out=halves[..., at:])
+
+
+def _signed(tensor: GroupQuantTensor) -> Tensor:
+    """code - zero as int8 [out, in], stored as uint8."""
+    codes = tensor.codes()
+    safe = torch.where(tensor.scale == 0, 1.0, tensor.scale)
+    zero = torch.where(tensor.scale == 0, 0.0, torch.round(-tensor.min / safe))
+    if bool(((zero == 128) | (tensor.scale == 0)).all()) and tensor.bits == 8:
+        return codes ^ 128
+    signed = codes.view(*zero.shape, BLOCK).to(torch.int16) - zero.to(torch.int16)[..., None]
+    if int(signed.min()) < -128 or int(signed.max()) > 127:
+        raise ValueError("Q8_0: a code is more than 127 steps from its zero point")
+    return signed.to(torch.int8).view(torch.uint8).view(codes.shape)
+
+
+def decode(data: Tensor, type_name: str) -> GroupQuantTensor:
+    """The canonical tensor of rows of blocks, uint8 [out, in/32 * bytes of a block]; inverse of `encode`."""
+    kind = BLOCK_TYPES[type_name]
+    rows = data.shape[0]
+    halves = data.view(rows, -1, kind.nbytes).view(torch.int16)
+    scale = halves[..., 0].view(torch.float16).float()
+    if kind.zero is None:
+        minimum = halves[..., 1].view(torch.float16).float()
+    else:
+        minimum = scale * -kind.zero
+    packed = torch.empty(rows, halves.shape[1] * BLOCK * kind.bits // 8, dtype=torch.uint8)
+    step = max(1, TILE // (halves.shape[1] * BLOCK))
+    for start in range(0, rows, step):
+        packed[start : start + step] = _decode_codes(halves[start : start + step], kind)
+    return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=kind.bits, group_size=BLOCK)
+
+
+def _decode_codes(halves: Tensor, kind: BlockType) -> Tensor:
+    rows, blocks, _ = halves.shape
+    at = 1 if kind.zero is not None else 2
+    if kind.bits == 8:
+        return halves[..., at:].contiguous().view(torch.uint8).view(rows, -1) ^ 128
+    high = halves[..., at : at + 2]
+    at += 2 if kind.bits == 5 else 0
+    words = halves[..., at:]
+    spread = torch.cat([words & 0x0F0F, (words >> 4) & 0x0F0F], dim=2)
+    packed = ((spread & 0x0F) | ((spread >> 4) & 0xF0)).to(torch.uint8).view(rows, -1)
+    if kind.bits == 4:
+        return packed
+    codes = torch.stack([packed & 15, packed >> 4], dim=2).view(rows, blocks, BLOCK)
+    bits = high.contiguous().view(torch.int32) >> torch.arange(BLOCK, dtype=torch.int32)
+    codes |= ((bits & 1) << 4).to(torch.uint8)
+    return pack_codes(codes.view(rows, -1), 5)
