@@ -3,7 +3,7 @@
 A gate looks at `Evidence` about one run of one artefact and gives a value, a bound and a status. Metrics are computed
 in `metrics` and `weights` and know no tolerance; every tolerance is here. Bounds on logits are derived from two
 measurements on the very model and text: float32's own noise (the reference summed in another order), and the
-reference under the same rounding as the runtime's kernels (`reference.Rounding`).
+reference under the same rounding as the runtime's kernels (`roundings.Rounding`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 from qalora.parity.foldcheck import FoldCheck
 from qalora.parity.metrics import LogitMetrics
-from qalora.parity.reference import EXACT, Rounding
+from qalora.parity.roundings import EXACT, Rounding
 from qalora.parity.weights import TensorDifference, WeightMetrics
 
 __all__ = ["GATES", "Evidence", "Gate", "GateResult", "Generation", "Noise", "Status", "judge", "unproven"]

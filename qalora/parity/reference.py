@@ -7,9 +7,9 @@ not the fold's, since it is what the fold is judged by:
               m rounds to the minima's dtype, float16 or float32; the sum is computed in float64
     side      y = x W0^T + factor * (pool(x) A^T) B^T,  W0 the base's weight, pool(x) the sum over p columns
 
-A runtime that rounds inside its kernels is judged against the same forward with the same rounding (`Rounding`), so
-that a bound is a measurement of that rounding and not a number that happened to pass. Float32's own noise is measured
-too: the same forward with the columns of every linear layer summed in another order.
+A runtime that rounds inside its kernels is judged against the same forward with the same rounding
+(`qalora.parity.roundings`), so that a bound is a measurement of that rounding and not a number that happened to pass.
+Float32's own noise is measured too: the same forward with the columns of every linear layer summed in another order.
 
 Only the packed codes are kept; a layer's float weight lives while the layer computes.
 """
@@ -28,32 +28,12 @@ from torch.nn import functional
 
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
-from qalora.residual import to_residual
+from qalora.parity.roundings import EXACT, Rounding, product, q8_input
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["EXACT", "Forward", "Reference", "Rounding", "exact_minima", "rounded_minima"]
+__all__ = ["Forward", "Reference", "exact_minima", "rounded_minima"]
 
 Minima = Literal["float16", "float32"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rounding:
-    """What a runtime's kernels round beside float32's own summation.
-
-    kind   "none"
-           "weights": scale * (codes - zero) to float16, the residual in float32 (GPTQ kernels)
-           "q8": the input to int8 in blocks of 32 columns, d = max|x|/127 in float16, and, where minima are stored,
-           their factor d * sum(q) in float16 (llama.cpp's Q8_0 and Q8_1)
-           "int8": the input to int8 in blocks of a group, d in float32 (MatMulNBits at accuracy level 4)
-           "float16" or "bfloat16": input, weight and output to that dtype
-    zeros  which integer zeros the "weights" kind subtracts: see `qalora.residual.to_residual`
-    """
-
-    kind: Literal["none", "weights", "q8", "int8", "float16", "bfloat16"] = "none"
-    zeros: Literal["nearest", "symmetric"] = "nearest"
-
-
-EXACT = Rounding()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +82,10 @@ def _nearest_float16(values: Tensor) -> Tensor:
 
 
 class _Linear(nn.Module):
-    """A quantized linear layer that computes whatever the setting says."""
+    """A linear layer that computes whatever the setting says; only a quantized one can have an adapter."""
 
     def __init__(
-        self, setting: _Setting, tensor: GroupQuantTensor, layer: AdapterLayer | None, bias: Tensor | None
+        self, setting: _Setting, tensor: GroupQuantTensor | Tensor, layer: AdapterLayer | None, bias: Tensor | None
     ) -> None:
         super().__init__()
         self._setting = setting
@@ -115,76 +95,14 @@ class _Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         setting, tensor, layer = self._setting.forward, self._base, self._layer
-        if layer is not None and (setting.weights == "float16" or setting.weights == "float32"):
-            tensor = rounded_minima(tensor, layer, setting.weights)
-        y = _product(x, tensor, setting)
+        rounded = setting.weights == "float16" or setting.weights == "float32"
+        if rounded and layer is not None and isinstance(tensor, GroupQuantTensor):
+            tensor = rounded_minima(tensor, layer, "float16" if setting.weights == "float16" else "float32")
+        y = product(x, tensor, setting.rounding, permuted=setting.permuted)
         if layer is not None and setting.weights == "side":
-            pooled = x.unflatten(-1, (-1, layer.pool_size)).sum(dim=-1)
+            pooled = x.reshape(*x.shape[:-1], -1, layer.pool_size).sum(dim=-1)
             y = y + layer.factor * functional.linear(functional.linear(pooled, layer.a), layer.b)
         return y if self._bias is None else y + self._bias
-
-
-def _product(x: Tensor, tensor: GroupQuantTensor, forward: Forward) -> Tensor:
-    kind = forward.rounding.kind
-    if kind == "none":
-        weight = tensor.dequantize()
-        if forward.permuted:
-            order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]))
-            return functional.linear(x[..., order], weight[:, order])
-        return functional.linear(x, weight)
-    if kind in ("float16", "bfloat16"):
-        dtype = torch.float16 if kind == "float16" else torch.bfloat16
-        return functional.linear(_via(x, dtype), _via(tensor.dequantize(), dtype)).to(dtype).float()
-    if kind == "q8":
-        return _q8_product(x, tensor)
-    return _residual_product(x, tensor, forward.rounding)
-
-
-def _via(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to(dtype).float()
-
-
-def _residual_product(x: Tensor, tensor: GroupQuantTensor, rounding: Rounding) -> Tensor:
-    """Q(x; codes, scale, z) + pool(x) C^T, with Q's weight or input rounded."""
-    held = to_residual(tensor, rounding.zeros)
-    centred = replace(tensor, min=-tensor.scale * held.zero)
-    weight = centred.dequantize()
-    if rounding.kind == "weights":
-        quantized = functional.linear(x, _via(weight, torch.float16))
-    else:
-        quantized = functional.linear(_int8(x, tensor.group_size, torch.float32), weight)
-    if not bool(held.c.any()):
-        return quantized
-    grouped = _pool(x, tensor)
-    return quantized + functional.linear(grouped, held.c)
-
-
-def _pool(x: Tensor, tensor: GroupQuantTensor) -> Tensor:
-    if tensor.g_idx is None:
-        return x.unflatten(-1, (-1, tensor.group_size)).sum(dim=-1)
-    pooled = torch.zeros(*x.shape[:-1], tensor.groups)
-    return pooled.index_add(-1, tensor.g_idx.long(), x)
-
-
-def _q8_product(x: Tensor, tensor: GroupQuantTensor) -> Tensor:
-    block = 32
-    coarse = _int8(x, block, torch.float16)
-    y = functional.linear(coarse, tensor.dequantize())
-    sums = coarse.unflatten(-1, (-1, block)).sum(dim=-1)
-    lost_sums = _via(sums, torch.float16) - sums
-    if tensor.g_idx is not None or tensor.group_size % block:
-        return y
-    return y + functional.linear(lost_sums, tensor.min.repeat_interleave(tensor.group_size // block, dim=1))
-
-
-def _int8(x: Tensor, block: int, scale_dtype: torch.dtype) -> Tensor:
-    """x rounded to int8 times a scale for each block of columns, max|x|/127."""
-    if x.shape[-1] % block:
-        return x
-    blocks = x.unflatten(-1, (-1, block))
-    scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
-    codes = torch.round(blocks / torch.where(scale == 0, 1.0, scale))
-    return (codes * _via(scale, scale_dtype)).flatten(-2)
 
 
 class Reference:
@@ -197,16 +115,15 @@ class Reference:
         layers = {} if adapter is None else adapter.layers
         self._module = torch_module.build(model)
         for name in model.linears:
-            lazy, path = model.tensors[name], name.removesuffix(".weight")
-            if lazy.spec is not None:
-                bias = model.tensors.get(f"{path}.bias")
-                linear = _Linear(
-                    self._setting,
-                    lazy.load_quantized(),
-                    layers.get(path),
-                    None if bias is None else bias.load_float().float(),
-                )
-                self._module.set_submodule(path, linear)
+            path = name.removesuffix(".weight")
+            tensor, bias = model.tensors[name].load(), model.tensors.get(f"{path}.bias")
+            linear = _Linear(
+                self._setting,
+                tensor.float() if isinstance(tensor, Tensor) else tensor,
+                layers.get(path),
+                None if bias is None else bias.load_float().float(),
+            )
+            self._module.set_submodule(path, linear)
         self._quantized_head = model.tensors.get("lm_head.weight", model.tensors["model.embed_tokens.weight"])
         self._module.lm_head.register_forward_pre_hook(self._round_head_input)
         self._module.eval()
@@ -217,8 +134,8 @@ class Reference:
             return None
         (x,) = inputs
         if self._quantized_head.spec is not None:
-            return (_int8(x, 32, torch.float16),)
-        return (_via(x, torch.float16),) if self._quantized_head.dtype == torch.float16 else None
+            return (q8_input(x),)
+        return (x.half().float(),) if self._quantized_head.dtype == torch.float16 else None
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int], forward: Forward) -> Tensor:

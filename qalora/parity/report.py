@@ -44,7 +44,7 @@ class RunReport:
     """One artefact in one runtime; what was not asked for is None.
 
     kind           the runtime as `open_runtime` knows it
-    rounding       what its kernels round, as the reference models it: `qalora.parity.reference.Rounding.kind`
+    rounding       what its kernels round, as the reference models it: `qalora.parity.roundings.Rounding.kind`
     logits         against the reference
     modelled       against the reference under that rounding
     simulated      the reference under that rounding against the reference

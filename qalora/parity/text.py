@@ -72,8 +72,10 @@ def make_work(
     A model without a tokenizer and without `tokens` gets random ones, the same at every run; a text or prompt for it is
     refused. Raises InputError for tokens outside the vocabulary.
     """
+    from qalora.converters.tokenizer import has_tokenizer, load_tokenizer
+
     vocabulary = model.tensors["model.embed_tokens.weight"].shape[0]
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model) if has_tokenizer(model) else None
     if tokenizer is None and (text is not None or prompt is not None):
         raise InputError(f"{model.path}", expected="a tokenizer for the text", got="a model without one")
     if tokens is not None:
@@ -106,14 +108,3 @@ def _windows(tokens: list[int], context: Any) -> tuple[tuple[int, ...], ...]:
     count = -(-len(tokens) // longest)
     step = -(-len(tokens) // count)
     return tuple(tuple(tokens[start : start + step]) for start in range(0, len(tokens), step))
-
-
-def _tokenizer(model: Checkpoint) -> Any:
-    """transformers' tokenizer of the model, or None if it has none."""
-    from transformers import AutoTokenizer
-
-    if model.gguf is not None and model.path.is_file():
-        return AutoTokenizer.from_pretrained(str(model.path.parent), gguf_file=model.path.name)
-    if "tokenizer.json" in model.files or "tokenizer.model" in model.files:
-        return AutoTokenizer.from_pretrained(str(model.path))
-    return None

@@ -24,8 +24,9 @@ from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.gates import Evidence, GateResult, Generation, Noise, judge, unproven
 from qalora.parity.metrics import TokenMetrics, concatenate, lost, squared_distance, summarize
 from qalora.parity.metrics import token_metrics as compare_tokens
-from qalora.parity.reference import EXACT, Forward, Reference, Rounding
+from qalora.parity.reference import Forward, Reference
 from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport, RuntimeName
+from qalora.parity.roundings import EXACT, Rounding
 from qalora.parity.spool import Spool
 from qalora.parity.text import Work, make_work
 from qalora.parity.weights import compare_weights

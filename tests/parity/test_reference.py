@@ -1,0 +1,123 @@
+"""The reference's forwards against transformers' own model, the fold, and slow loops."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qalora.adapter import AdapterLayer
+from qalora.fold import fold
+from qalora.parity.foldcheck import check_fold, compare_adapters
+from qalora.parity.reference import Forward, Reference, rounded_minima
+from qalora.parity.spool import Spool
+from qalora.testing import random_tensor
+
+TOKENS = list(range(3, 40))
+NOISE = 16 * 2.0**-24
+"""Float32 sums of 64 and 128 terms in two layers, in whatever order a kernel takes."""
+
+
+def transformers_model(folder: Path, model):
+    """transformers' float model with the linear weights of a quantized one."""
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    for name in model.linears:
+        module.get_parameter(name).data = model.tensors[name].load_float()
+    return module
+
+
+@torch.inference_mode()
+def logits_of(module) -> torch.Tensor:
+    return module(input_ids=torch.tensor([TOKENS])).logits[0]
+
+
+@pytest.fixture(scope="module")
+def reference(base, adapter) -> Reference:
+    return Reference(base, adapter)
+
+
+def test_base_is_transformers_with_the_dequantized_weights(reference, base, tiny) -> None:
+    expected = logits_of(transformers_model(tiny, base))
+    torch.testing.assert_close(
+        reference.logits(TOKENS, Forward()), expected, rtol=0, atol=NOISE * float(expected.max())
+    )
+
+
+@pytest.mark.parametrize("minima", ["float16", "float32"])
+def test_rounded_is_the_fold(reference, base, adapter, tiny, minima) -> None:
+    expected = logits_of(transformers_model(tiny, fold(base, adapter, minima=minima)))
+    found = reference.logits(TOKENS, Forward(weights=minima))
+    torch.testing.assert_close(found, expected, rtol=0, atol=NOISE * float(expected.max()))
+
+
+def test_side_is_the_side_branch_with_the_matrices_of_the_adapter(reference, base, adapter, tiny) -> None:
+    module = transformers_model(tiny, base).double()
+    for path, layer in adapter.layers.items():
+        change = layer.factor * (layer.b.double() @ layer.a.double())
+        module.get_parameter(f"{path}.weight").data += change.repeat_interleave(layer.pool_size, dim=1)
+    expected = logits_of(module).float()
+    found = reference.logits(TOKENS, Forward(weights="side"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=NOISE * float(expected.max()))
+    assert float((found - reference.logits(TOKENS, Forward())).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(("pool", "group"), [(32, 32), (64, 32), (16, 32), (128, 64)])
+@pytest.mark.parametrize("minima", ["float16", "float32"])
+def test_minima_are_rounded_once_whatever_the_pool(pool: int, group: int, minima) -> None:
+    tensor = random_tensor(8, 128, bits=4, group_size=group)
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 128 // pool, generator=rng), 0.01 * torch.randn(8, 3, generator=rng)
+    layer = AdapterLayer(a=a, b=b, pool_size=pool, scaling=0.7, factor=0.7)
+    found = rounded_minima(tensor, layer, minima).dequantize()
+    codes, dtype = tensor.codes().numpy(), np.float16 if minima == "float16" else np.float32
+    for o in range(8):
+        for i in range(128):
+            whole = float(tensor.min[o, i // group]) + 0.7 * float(
+                sum(float(b[o, r]) * float(a[r, i // pool]) for r in range(3))
+            )
+            kept = np.float32(dtype(whole))
+            product = np.float32(tensor.scale[o, i // group].item()) * np.float32(codes[o, i])
+            assert float(found[o, i]) == product + kept
+
+
+def test_noise_is_float32s(reference) -> None:
+    noise = Spool(reference, [TOKENS], Path()).noise(Forward())
+    assert 0 < noise.rms < noise.max < 1e-4
+    assert noise.bound >= noise.floor > 0
+
+
+def test_a_spool_computes_each_forward_once(reference, tmp_path: Path) -> None:
+    spool = Spool(reference, [TOKENS[:20], TOKENS[20:]], tmp_path)
+    first = spool.logits(Forward(), 1)
+    assert torch.equal(spool.logits(Forward(), 1), first)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert spool.distance(Forward(), Forward()) == 0.0
+    assert spool.distance(Forward(), Forward(weights="side")) > 0
+    assert spool.logit_count == len(TOKENS) * first.shape[1]
+
+
+def test_the_fold_passes_its_check_and_a_wrong_one_does_not(base, adapter, folded) -> None:
+    checked = check_fold(base, folded, adapter, "float16")
+    assert (checked.codes_differ, checked.min_beyond, checked.first) == (0, 0, "")
+    assert checked.groups == sum(math.prod(base.tensors[name].shape) // 32 for name in base.linears)
+    doubled = {path: replace(layer, factor=2 * layer.factor) for path, layer in adapter.layers.items()}
+    wrong = check_fold(base, fold(base, replace(adapter, layers=doubled)), adapter, "float16")
+    assert wrong.min_beyond > checked.groups / 2 and wrong.first == base.linears[0]
+    whole = check_fold(base, fold(base, adapter, minima="float32"), adapter, "float16")
+    assert whole.min_beyond > checked.groups / 2  # minima that float16 does not hold
+
+
+def test_adapters_are_compared_by_what_they_add(adapter) -> None:
+    from qalora.adapter import to_plain_lora
+
+    assert compare_adapters(adapter, adapter) == ()
+    assert compare_adapters(to_plain_lora(adapter), adapter) == ()
+    path = next(iter(adapter.layers))
+    wrong = {**adapter.layers, path: replace(adapter.layers[path], factor=2.001)}
+    assert compare_adapters(replace(adapter, layers=wrong), adapter) == (path,)
+    del wrong[path]
+    assert compare_adapters(replace(adapter, layers=wrong), adapter) == (path,)
