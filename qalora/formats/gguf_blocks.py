@@ -9,7 +9,7 @@
 | Q8_0 | f16 d, 32 signed bytes | d * q | 8 bits, code q + 128, zero 128 |
 
 Byte j of the nibbles holds weight j in its low half and weight j + 16 in its high half; bit j of the high bits is bit 4
-of weight j. Source: ggml-org/ggml, src/ggml-common.h and ggml-quants.c. Codes move as they are; nothing is rounded here.
+of weight j. Source: ggml-org/ggml, src/ggml-common.h and ggml-quants.c. Codes move as they are; no rounding here.
 
 Other types (K-quants, IQ) hold no integer groups of this kind, and this module does not know them.
 """

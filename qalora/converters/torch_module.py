@@ -1,0 +1,98 @@
+"""A model as transformers' torch module, in float32: what the others are measured against, and what is trained.
+
+The modules are built without memory and then filled from the checkpoint, a tensor at a time, so that nothing is held
+twice. A `linear` factory decides what a decoder's linear layer is: by default a dequantized nn.Linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.errors import FormatError, InputError
+
+__all__ = ["LinearFactory", "build", "float_linear"]
+
+LinearFactory = Callable[[str, LazyTensor, Tensor | None], nn.Module]
+"""Makes a linear layer from its module path, its weight and its bias."""
+
+
+def float_linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
+    """A frozen nn.Linear of the dequantized weight in float32."""
+    out, columns = weight.shape
+    with torch.device("meta"):
+        linear = nn.Linear(columns, out, bias=bias is not None)
+    linear.weight = nn.Parameter(weight.load_float().float(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def build(model: Checkpoint, linear: LinearFactory = float_linear) -> Any:
+    """A transformers *ForCausalLM of the model in eval mode: float32, frozen, on the CPU.
+
+    Raises InputError for a config that transformers does not take, FormatError for a tensor of another shape than the
+    config says.
+    """
+    module = _empty(model.config, model.path)
+    names = set(model.linears)
+    for name in model.linears:
+        path = name.removesuffix(".weight")
+        _check_shape(model, name, module.get_submodule(path).weight)
+        bias = model.tensors.get(f"{path}.bias")
+        made = linear(path, model.tensors[name], None if bias is None else bias.load_float().float())
+        names.add(f"{path}.bias")
+        module.set_submodule(path, made)
+    for name, parameter in list(module.named_parameters()):
+        if name.rsplit(".", 1)[0] + ".weight" not in names and parameter.is_meta:
+            _fill(model, module, name, parameter)
+    module.tie_weights()
+    _rebuild_buffers(module)
+    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if left:
+        raise FormatError(f"{model.path}: tensor {left[0]}", expected="it, as config.json says", got="no such tensor")
+    return module.eval()
+
+
+def _empty(config: Mapping[str, Any], where: object) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plain = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
+    try:
+        with torch.device("meta"):
+            settings = AutoConfig.for_model(**plain)
+            return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:  # whatever a config that is damaged makes transformers raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{where}: config.json", expected="one that transformers takes", got=reason) from error
+
+
+def _fill(model: Checkpoint, module: Any, name: str, parameter: Tensor) -> None:
+    if name not in model.tensors:
+        if name == "lm_head.weight" and model.config.get("tie_word_embeddings"):
+            return
+        raise FormatError(f"{model.path}: tensor {name}", expected="it, as config.json says", got="no such tensor")
+    _check_shape(model, name, parameter)
+    filled = torch.empty(parameter.shape)
+    for row, tile in model.tensors[name].float_tiles():
+        filled[row : row + tile.shape[0]] = tile
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, nn.Parameter(filled, requires_grad=False))
+
+
+def _check_shape(model: Checkpoint, name: str, parameter: Tensor) -> None:
+    if tuple(parameter.shape) != model.tensors[name].shape:
+        raise FormatError(
+            f"{model.path}: {name}", expected=f"shape {list(parameter.shape)}", got=str(list(model.tensors[name].shape))
+        )
+
+
+def _rebuild_buffers(module: Any) -> None:
+    """Make modules with computed buffers (rotary tables) again, now with memory."""
+    for path, part in list(module.named_modules()):
+        if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
+            module.set_submodule(path, type(part)(module.config))
