@@ -89,6 +89,8 @@ def test_integer_zeros_keep_their_own(
     again = gptq.read(tmp_path / "gptq")
     assert_same_model(again, model)
     assert gptq.ships_adapter(again)
+    spec = again.tensors[f"{Q_PROJ}.weight"].spec
+    assert spec is not None and spec.zero == (1 << (bits - 1) if zeros == "symmetric" else None)
 
 
 @pytest.mark.parametrize("zeros", ["real", "integer"])

@@ -27,6 +27,7 @@ from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_
 from qalora.converters.gptq.forms import Form, encode, scales_fit
 from qalora.converters.gptq.reader import MAKER
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
+from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import AdapterError, InputError
 from qalora.formats.gptq import BITS
 from qalora.formats.safetensors import Layout, plan_layout
@@ -99,6 +100,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     rows = _rows(model, specs, form, bits, main, beside)
     files: dict[str, int | None] = {WEIGHTS: main.size, "config.json": None, "quantize_config.json": None}
     files |= {"generation_config.json": None, "README.md": None}
+    if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
+        files |= {"tokenizer.json": None, "tokenizer_config.json": None}
     files |= {name: path.stat().st_size for name, path in model.files.items()}
     if beside is not None:
         files |= {ADAPTER_WEIGHTS: beside.size, ADAPTER_CONFIG: None}
@@ -191,11 +194,14 @@ def _check_adapter(model: Checkpoint, adapter: Adapter) -> None:
 
 
 def _all_symmetric(model: Checkpoint) -> bool:
-    for name in model.linears:
-        tensor = model.tensors[name].load_quantized()
-        if bool((encode(tensor, "own").zero != 1 << (tensor.bits - 1)).any()):
-            return False
-    return True
+    return all(_symmetric(model.tensors[name]) for name in model.linears)
+
+
+def _symmetric(lazy: LazyTensor) -> bool:
+    if lazy.spec is not None and lazy.spec.zero is not None:
+        return lazy.spec.zero == 1 << (lazy.spec.bits - 1)
+    tensor = lazy.load_quantized()
+    return bool((encode(tensor, "own").zero == 1 << (tensor.bits - 1)).all())
 
 
 def _parts(lazy: LazyTensor, model: Checkpoint, bits: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -53,6 +53,7 @@ class _Settings:
     bits: int
     group_size: int
     label: Version
+    symmetric: bool
     ours: bool
     minima: torch.dtype
     dynamic: bool
@@ -104,7 +105,7 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     if not modules:
         raise FormatError(f"{folder}", expected="tensors named <layer>.qweight", got="none")
     layers = {module: _layer(folder, module, stored, settings) for module in modules}
-    version, middle, notes = _version(folder, settings, list(layers.values()), checkpoint_format)
+    version, symmetric, notes = _version(folder, settings, list(layers.values()), checkpoint_format)
     linears = linear_names(config, folder)
     decoder = [layers[name.removesuffix(".weight")] for name in linears if name.removesuffix(".weight") in layers]
     shapes = {layer.module: (layer.rows, layer.columns, layer.group_size, layer.g_idx) for layer in decoder}
@@ -113,7 +114,7 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     taken |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # a buffer that config.json determines
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
     for module, layer in layers.items():
-        tensors[f"{module}.weight"] = _lazy(layer, settings, version, middle, residuals.get(module))
+        tensors[f"{module}.weight"] = _lazy(layer, settings, version, symmetric, residuals.get(module))
     _drop_unused_biases(config, tensors, modules)
     check_shapes(folder, tensors, linears)
     return Checkpoint(
@@ -152,6 +153,7 @@ def _settings(folder: Path, config: object) -> _Settings:
         bits=bits,
         group_size=group_size,
         label=label,
+        symmetric=config.get("sym") is True,
         ours=ours,
         minima=torch.float16 if ours and meta.get("minima") == "float16" else torch.float32,
         dynamic=bool(config.get("dynamic")),
@@ -240,7 +242,7 @@ def _version(
             raise InputError("checkpoint_format", expected="gptq or gptq_v2", got=repr(override))
         return ("gptq" if override == "gptq" else "gptq_v2"), False, ()
     if settings.ours:
-        return settings.label, False, ()
+        return settings.label, settings.symmetric, ()
     offsets = set()
     for layer in layers[:SAMPLE]:
         offsets.add(_offset(layer))
@@ -275,6 +277,7 @@ def _lazy(
         scale_dtype=torch.float16 if scales == torch.float16 else torch.float32,
         min_dtype=torch.float32 if residual is None else settings.minima,
         act_order=layer.g_idx is not None,
+        zero=1 << (layer.bits - 1) if symmetric and residual is None else None,
     )
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from qalora.converters.gptq.forms import Encoded, encode
 from qalora.converters.gptq.planner import WEIGHTS, GptqPlan, module_of
 from qalora.converters.gptq.readme import readme
 from qalora.converters.plan import LOSSES, Plan, Progress
+from qalora.converters.tokenizer import write_tokenizer
 from qalora.errors import ExactnessError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.formats.output import write_json
@@ -47,14 +47,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
 
 
 def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
-    for name, path in model.files.items():
-        shutil.copyfile(path, folder / name)
-    try:
-        from qalora.converters.tokenizer import write_tokenizer
-    except ModuleNotFoundError:
-        pass
-    else:
-        write_tokenizer(model, folder)
+    write_tokenizer(model, folder)
     if "generation_config.json" not in model.files:
         found = {key: model.config[key] for key in GENERATION_KEYS if model.config.get(key) is not None}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **found})
