@@ -22,7 +22,7 @@ __all__ = ["GATES", "Evidence", "Gate", "GateResult", "Generation", "Noise", "St
 
 Status = Literal["pass", "fail", "ambiguous", "not proven"]
 
-NOISE_FACTOR = 8.0
+NOISE_FACTOR = 4.0
 ROUNDING_FACTOR = 2.0
 TOP1 = 0.98
 NAMED = 3
@@ -319,7 +319,7 @@ GATES: tuple[Gate, ...] = (
     Gate(
         name="logits",
         measure=_exact_logits,
-        derivation="a float32 runtime differs by the order of summation: 8 times the largest difference that summing "
+        derivation="a float32 runtime differs by the order of summation: 4 times the largest difference that summing "
         "the linear layers in another order makes (attention and norms have their own orders), at least 8 * 2^-24 of "
         "the largest logit",
     ),
