@@ -269,6 +269,8 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"(a+)+b": 3}}, "none of them of a group"),
     ({"alpha_pattern": {"(a|a)" * 17: 3}}, "none of them of a group"),
     ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+    ({"target_modules": {"q_proj": 1}}, "target_modules: expected text or numbers"),
+    ({"base_model_name_or_path": "\ud800"}, r"expected text or numbers, got '.ud800'"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qalora.adapter import Adapter, AdapterLayer
+from qalora.adapter import Adapter, AdapterLayer, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.cli import main
+from qalora.converters import load
 from qalora.errors import AdapterError, InputError
 from qalora.fold import Minima, _round_to_float16, fold, fold_tensor, folded_minima, prove_fold
 from qalora.quantize.rounding import spec_of
@@ -241,3 +245,57 @@ def test_the_proof_can_fail() -> None:
     packed[0, 0] ^= 1
     assert prove_fold(tensor, layer, replace(folded, packed=packed)).codes_differ == 1
     assert prove_fold(tensor, layer, replace(folded, scale=folded.scale * 2)).scales_differ == 14  # one row is 0
+
+
+def _adapter_of(model: Checkpoint, pool: int, *, minima: Minima | None = None) -> Adapter:
+    layers = {
+        name.removesuffix(".weight"): _layer(*model.tensors[name].shape, pool, seed=n)
+        for n, name in enumerate(model.linears)
+    }
+    return Adapter(layers=layers, convention="paper", minima=minima)
+
+
+def test_the_command_folds_and_proves_what_it_wrote(tiny_untied: Path, tmp_path: Path) -> None:
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    made = CliRunner().invoke(main, ["quantize", str(tiny_untied), "-o", str(base), "--group-size", "32"])
+    assert made.exit_code == 0, made.output
+    model = load(base)
+    write_adapter(_adapter_of(model, 32, minima="float32"), adapter)
+    arguments = ["fold", str(base), str(adapter), "-o", str(out)]
+    dry = CliRunner().invoke(main, [*arguments, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert not out.exists()
+    for extra, minima in (["--json"], "float32"), (["--json", "--force", "--minima", "fp16"], "float16"):
+        done = CliRunner().invoke(main, [*arguments, *extra])
+        assert done.exit_code == 0, done.output
+        report = json.loads(done.stdout)
+        assert report["minima"] == minima
+        assert set(report["layers"]) == {name.removesuffix(".weight") for name in model.linears}
+        assert all(row["exact"] and row["codes_differ"] == 0 for row in report["layers"].values())
+        expected = fold(model, _adapter_of(model, 32), minima=minima)
+        for name in model.linears:
+            assert_same_tensor(load(out).tensors[name].load_quantized(), expected.tensors[name].load_quantized())
+    shown = CliRunner().invoke(main, [*arguments, "--force", "--minima", "fp16"])
+    assert "2 x q_proj" in shown.output
+    assert "trained with float32 minima" in shown.output
+    for place, sentence in ((out, "exists already"), (base, "is MODEL itself")):
+        refused = CliRunner().invoke(main, ["fold", str(base), str(adapter), "-o", str(place)])
+        assert (refused.exit_code, sentence in refused.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_real_model_folds_exactly(smollm2: Path) -> None:
+    model = load(smollm2)
+    adapter = _adapter_of(model, 32)
+    folded = fold(model, adapter)
+    proofs = [
+        prove_fold(
+            model.tensors[name].load_quantized(),
+            adapter.layers[name.removesuffix(".weight")],
+            folded.tensors[name].load_quantized(),
+        )
+        for name in model.linears
+    ]
+    assert len(proofs) == 210
+    assert all(proof.exact for proof in proofs)
+    assert sum(proof.groups for proof in proofs) == 3_317_760

@@ -143,8 +143,16 @@ def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:
         alpha_pattern=_patterns(config, "alpha_pattern", where, whole=False),
         use_qalora=_flag(config, "use_qalora", where),
         group_size=int(check_number(config.get("qalora_group_size", 16), f"{where}: qalora_group_size", whole=True)),
-        carried={key: config[key] for key in CARRIED if config.get(key) is not None},
+        carried={key: _carried(config[key], f"{where}: {key}") for key in CARRIED if config.get(key) is not None},
     )
+
+
+def _carried(value: object, where: str) -> object:
+    """Text or a number, or a list of them; nothing that could not be written again."""
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str | int) or (isinstance(item, str) and not item.isprintable()):
+            raise AdapterError(where, expected="text or numbers", got=ascii(item)[:80])
+    return value
 
 
 def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:

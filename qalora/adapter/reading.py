@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_adapter"]
 
-NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight", re.DOTALL)
+NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.\-]+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 NAME_LENGTH = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAME_FACTOR = 2.0**-48

@@ -19,7 +19,7 @@ from qalora.cli.options import (
     print_json,
     print_plans,
 )
-from qalora.errors import ProofError
+from qalora.errors import InputError, ProofError
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
@@ -56,6 +56,8 @@ def command(
     from qalora.fold import fold
 
     base = load(model)
+    if out.resolve() == base.path.resolve():
+        raise InputError(f"{out} is MODEL itself, which the proof reads again", todo="choose another place")
     read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     chosen: Minima = minima or read.minima or "float16"  # type: ignore[assignment]
     plan = write_native(fold(base, read, minima=chosen), out, force=force, dry_run=dry_run)
@@ -65,7 +67,7 @@ def command(
     elif dry_run:
         print_plans([plan], details=True)
     else:
-        _print(read, proofs)
+        _print(read, proofs, chosen)
     wrong = [module for module, proof in proofs.items() if not proof.exact]
     if wrong:
         raise ProofError(f"{out} is not the folded model: {len(wrong)} layers differ, the first is {wrong[0]}")
@@ -97,13 +99,14 @@ def _rows(adapter: Adapter, proofs: Mapping[str, FoldProof]) -> dict[str, Any]:
     }
 
 
-def _print(adapter: Adapter, proofs: Mapping[str, FoldProof]) -> None:
+def _print(adapter: Adapter, proofs: Mapping[str, FoldProof], minima: Minima) -> None:
     """A row for each kind of layer, such as q_proj; --json has each layer."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Read back and compared with min + factor * B @ A", title_justify="left")
-    for column in ("layers", "rank", "pool", "codes changed", "minima", "largest error", "beyond half an ULP"):
+    console = Console()
+    table = Table(title=f"Read back against min + factor * B @ A, minima in {minima}", title_justify="left")
+    for column in ("layers", "rank", "pool", "codes changed", "minima", "max ULP", "beyond 0.5"):
         table.add_column(column, justify="right" if column != "layers" else "left")
     kinds: dict[tuple[str, int, int], list[FoldProof]] = {}
     for module, layer in adapter.layers.items():
@@ -115,7 +118,9 @@ def _print(adapter: Adapter, proofs: Mapping[str, FoldProof]) -> None:
             str(pool_size),
             str(sum(proof.codes_differ for proof in found)),
             f"{sum(proof.groups for proof in found):,}",
-            f"{max(proof.max_ulp for proof in found):.4f} ULP of {found[0].minima}",
+            f"{max(proof.max_ulp for proof in found):.4f}",
             str(sum(proof.beyond for proof in found)),
         )
-    Console().print(table)
+    console.print(table)
+    if adapter.minima not in (None, minima):
+        console.print(f"  note: the adapter was trained with {adapter.minima} minima")
