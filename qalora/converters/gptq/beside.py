@@ -6,6 +6,9 @@ Two kinds are written:
   which holds 0 and 1, B = C [out, groups] in float32, and rank = alpha = groups, so that the scaling is 1;
 * an adapter over a base with integer zero points, exactly as a plain LoRA of its own rank.
 
+transformers' call holds the LoRA in float16, the dtype of the words' scales, and so pool(x) too, which then must stay
+below 65504; PEFT's own loader, called after it, puts the same LoRA in its place in float32.
+
 The first kind is recognised on reading and belongs to the model; any other adapter found there does not.
 
     adapter_config.json          PEFT's LoraConfig; rank_pattern and alpha_pattern for layers that differ
@@ -14,7 +17,6 @@ The first kind is recognised on reading and belongs to the model; any other adap
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -143,7 +145,7 @@ def find_residual(
         groups = columns // group_size
         if a is None or b is None or not _is_residual(a, b, (groups, columns), (rows, groups)):
             return {}, (other,)
-        if _scaling(config, module, groups) != 1:
+        if not _is_plain(config, module, groups):
             return {}, (other,)
         found[module] = StoredResidual(path=path, a=a, b=b)
     if len(entries) != 2 * len(found):
@@ -165,21 +167,19 @@ def _is_residual(a: Entry, b: Entry, a_shape: tuple[int, int], b_shape: tuple[in
     )
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank as PEFT has it, NaN where the config is not that of a plain LoRA of this rank.
+def _is_plain(config: Mapping[str, Any], module: str, rank: int) -> bool:
+    """Whether the config is that of a plain LoRA whose rank and alpha at this module are both `rank`.
 
     Keys of the patterns are regular expressions in PEFT; here only plain module names are understood, which is what is
     written here.
     """
     if config.get("peft_type") != "LORA" or any(config.get(key) for key in _VARIANTS):
-        return math.nan
-    values: list[Any] = []
+        return False
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         patterns = config.get(pattern) or {}
         if not isinstance(patterns, dict):
-            return math.nan
+            return False
         special = [value for name, value in patterns.items() if module == name or module.endswith(f".{name}")]
-        values.append(special[0] if special else config.get(key))
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values) or values[0] != rank:
-        return math.nan
-    return float(values[1] / rank)
+        if (special[0] if special else config.get(key)) != rank:
+            return False
+    return True

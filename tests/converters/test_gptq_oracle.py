@@ -1,0 +1,258 @@
+"""GPTQ folders in GPTQModel and transformers, and a checkpoint that GPTQModel packed, in our reader."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qalora.adapter import Adapter, AdapterLayer
+from qalora.checkpoint import Checkpoint
+from qalora.converters import gptq, huggingface, load
+from qalora.converters.plan import ExportOptions
+from qalora.residual import to_residual
+from qalora.tensor import GroupQuantTensor, integer_zeros
+from qalora.testing import assert_same_tensor, random_model
+
+pytestmark = [
+    pytest.mark.slow,
+    # transformers says so whenever a backend is asked for; the arguments that are ignored are those of the folder
+    pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
+    # GPTQModel keeps a temporary folder for offloading until its config is collected
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+    # PEFT's loader finds the LoRA that transformers' has loaded, and replaces it
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
+    # optimum asks every attribute of a transformers model for its value
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+TOKENS = torch.arange(3, 35)[None]
+
+
+def quantized(source: Path, **options) -> Checkpoint:
+    return random_model(huggingface.read(source), change=tamed, **options)
+
+
+def tamed(tensor: GroupQuantTensor) -> GroupQuantTensor:
+    """A quarter of the scale: random codes give weights so large that the logits say nothing."""
+    return replace(tensor, scale=tensor.scale / 4, min=tensor.min / 4)
+
+
+def written(model: Checkpoint, folder: Path, **options) -> Path:
+    plan = gptq.plan(model, ExportOptions(**options))
+    plan.check(options.get("allow_loss", ()))
+    folder.mkdir()
+    gptq.write(plan, model, folder, lambda name, nbytes: None)
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # GPTQModel compiles its dequantizer: minutes
+        return model(TOKENS).logits.double()
+
+
+def opened(folder: Path, bits: int, *, again: bool = True):
+    """The folder in float32 with GPTQModel's torch kernel.
+
+    One transformers call holds the LoRA in float16, the dtype of the words' scales; PEFT's own loader, called after it
+    (`again`), puts the same LoRA in its place in float32.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    config = GPTQConfig(bits=bits, backend="gptq_torch")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    return PeftModel.from_pretrained(model, folder) if again and (folder / "adapter_config.json").exists() else model
+
+
+def reference(source: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Logits of the float model with other linear weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+    return logits(model)
+
+
+def kernel_weights(model: Checkpoint, zeros: str | None) -> dict[str, torch.Tensor]:
+    """The weights in float64 as the kernel has them: scale * (code - z) rounded to float16, plus C exactly."""
+    weights = {}
+    for name in model.linears:
+        tensor = model.tensors[name].load_quantized()
+        index = torch.arange(tensor.shape[1]) // tensor.group_size if tensor.g_idx is None else tensor.g_idx.long()
+        if zeros is None:
+            weights[name] = tensor.dequantize().half().double()
+        else:
+            left = to_residual(tensor, zeros)
+            steps = tensor.codes().double() - left.zero.double()[:, index]
+            weights[name] = (tensor.scale.double()[:, index] * steps).half().double() + left.c.double()[:, index]
+    return weights
+
+
+def without_residual(model: Checkpoint, zeros: str) -> dict[str, torch.Tensor]:
+    weights = kernel_weights(model, zeros)
+    for name in model.linears:
+        tensor = model.tensors[name].load_quantized()
+        weights[name] = weights[name] - to_residual(tensor, zeros).c.double().repeat_interleave(32, dim=1)
+    return weights
+
+
+def assert_only_the_kernels_rounding(got: torch.Tensor, source: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Equal to the model with the kernel's weights, but for float32's own noise.
+
+    That noise is measured: the same weights in float32 against float64. The loaded model sums in another order (the
+    residual apart), so its noise is of the same size; 8 times leaves room.
+    """
+    exact = reference(source, weights, torch.float64)
+    noise = (reference(source, weights, torch.float32) - exact).abs().max()
+    assert noise < 1e-4 * exact.abs().max()
+    assert (got - exact).abs().max() <= 8 * noise
+
+
+@pytest.mark.parametrize(
+    ("bits", "form", "zeros"),
+    [
+        (2, "auto", "symmetric"),
+        (3, "auto", "symmetric"),
+        (4, "auto", "symmetric"),
+        (8, "auto", "symmetric"),
+        (4, "nearest", "nearest"),
+    ],
+)
+def test_one_transformers_call_loads_words_and_residual(
+    tiny_untied: Path, tmp_path: Path, bits: int, form: str, zeros: str
+) -> None:
+    model = quantized(tiny_untied, bits=bits)
+    weights = kernel_weights(model, zeros)
+    got = logits(opened(written(model, tmp_path / "gptq", gptq_form=form), bits))
+    assert_only_the_kernels_rounding(got, tiny_untied, weights)
+    # and without the residual they are far off, so that its absence would be seen
+    bare = reference(tiny_untied, without_residual(model, zeros), torch.float64)
+    assert (got - bare).norm() > 100 * (got - reference(tiny_untied, weights, torch.float64)).norm()
+
+
+def test_one_transformers_call_keeps_the_residual_in_float16(tiny_untied: Path, tmp_path: Path) -> None:
+    """x, pool(x), C and the product are each rounded to float16: four times 2^-11 of what the residual adds."""
+    model = quantized(tiny_untied)
+    got = logits(opened(written(model, tmp_path / "gptq"), 4, again=False))
+    exact = reference(tiny_untied, kernel_weights(model, "symmetric"), torch.float64)
+    added = exact - reference(tiny_untied, without_residual(model, "symmetric"), torch.float64)
+    assert 0 < (got - exact).norm() <= 4 * 2.0**-11 * added.norm()
+
+
+@pytest.mark.parametrize(("bits", "zeros"), [(3, "integer"), (4, "integer"), (4, "symmetric"), (8, "integer")])
+def test_transformers_reads_own_zeros(tiny_untied: Path, tmp_path: Path, bits: int, zeros: str) -> None:
+    model = quantized(tiny_untied, bits=bits, zeros=zeros)
+    got = logits(opened(written(model, tmp_path / "gptq"), bits))
+    assert_only_the_kernels_rounding(got, tiny_untied, kernel_weights(model, None))
+
+
+def test_transformers_reads_act_order_with_a_residual(tiny_untied: Path, tmp_path: Path) -> None:
+    def shuffled(tensor: GroupQuantTensor) -> GroupQuantTensor:
+        order = torch.randperm(tensor.shape[1], generator=torch.Generator().manual_seed(0))
+        return replace(tamed(tensor), g_idx=(order // tensor.group_size).int())
+
+    model = random_model(huggingface.read(tiny_untied), change=shuffled)
+    got = logits(opened(written(model, tmp_path / "gptq"), 4))
+    assert_only_the_kernels_rounding(got, tiny_untied, kernel_weights(model, "symmetric"))
+
+
+def test_transformers_loads_the_base_and_the_adapter_beside_it(tiny_untied: Path, tmp_path: Path) -> None:
+    model = quantized(tiny_untied, zeros="integer")
+    rng = torch.Generator().manual_seed(1)
+    layers, weights = {}, kernel_weights(model, None)
+    for number, name in enumerate(model.linears):
+        out, columns = model.tensors[name].shape
+        a = torch.randn(3 + number % 2, columns // 32, generator=rng) * 0.1
+        b = torch.randn(out, 3 + number % 2, generator=rng) * 0.1
+        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=2.0, factor=0.5)
+        weights[name] = weights[name] + 0.5 * (b.double() @ a.double()).repeat_interleave(32, dim=1)
+    adapter = Adapter(layers=layers, convention="paper")
+    got = logits(opened(written(model, tmp_path / "gptq", adapter=adapter), 4))
+    assert_only_the_kernels_rounding(got, tiny_untied, weights)
+    bare = reference(tiny_untied, kernel_weights(model, None), torch.float64)
+    assert (got - bare).norm() > 100 * (got - reference(tiny_untied, weights, torch.float64)).norm()
+
+
+@pytest.mark.parametrize(("bits", "zeros"), [(2, "integer"), (3, "symmetric"), (4, "integer"), (8, "integer")])
+def test_gptqmodel_loads_own_zeros(tiny: Path, tmp_path: Path, bits: int, zeros: str) -> None:
+    """Every layer as GPTQModel dequantizes it: our weight, rounded once to float16."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = quantized(tiny, bits=bits, zeros=zeros)
+    folder = written(model, tmp_path / "gptq")
+    loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
+    for name in model.linears:
+        module = loaded.model.get_submodule(name.removesuffix(".weight"))
+        expected = model.tensors[name].load_quantized().dequantize().half()
+        assert torch.equal(type(module).dequantize_weight(module).T, expected), name  # the method, not compiled
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_checkpoint_packed_by_gptqmodel_is_read(
+    tiny_untied: Path, tmp_path: Path, bits: int, sym: bool, version: str
+) -> None:
+    """Weights in GPTQModel's words, and its own conversion to v1 (zero points of 0 too), against its dequantizer."""
+    source = random_model(huggingface.read(tiny_untied), bits=bits, zeros="symmetric" if sym else "integer")
+    folder, expected = packed_by_gptqmodel(source, tmp_path / "gptq", sym=sym, version=version)
+    model = load(folder)
+    assert [f"label says: {version}" in note for note in model.notes] == ([] if sym else [True])
+    for name, weight in expected.items():
+        assert torch.equal(model.tensors[name].load_float().half(), weight), name
+
+
+def packed_by_gptqmodel(source: Checkpoint, folder: Path, *, sym: bool, version: str):
+    """A folder of GPTQModel's packed layers, and what it makes of them."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.quantization import FORMAT, QuantizeConfig
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    folder.mkdir()
+    bits = source.tensors[source.linears[0]].load_quantized().bits
+    settings = QuantizeConfig(bits=bits, group_size=32, sym=sym, format=FORMAT(version), offload_to_disk=False)
+    tensors = {name: lazy.load_float() for name, lazy in source.tensors.items() if lazy.spec is None}
+    expected = {}
+    for name in source.linears:
+        tensor = source.tensors[name].load_quantized()
+        out, columns = tensor.shape
+        scale = torch.where(tensor.scale == 0, 0.5, tensor.scale)
+        zero = integer_zeros(tensor).float()
+        linear = torch.nn.Linear(columns, out, bias=False)
+        linear.weight.data = replace(tensor, scale=scale, min=-scale * zero).dequantize()
+        module = TorchLinear(
+            bits=bits,
+            group_size=32,
+            sym=sym,
+            desc_act=False,
+            in_features=columns,
+            out_features=out,
+            format=FORMAT.GPTQ_V2,
+        )
+        module.pack(linear, scale, zero, (torch.arange(columns) // 32).int())
+        expected[name] = TorchLinear.dequantize_weight(module).T.contiguous()
+        if version == "gptq":
+            convert_gptq_v2_to_v1_format_module(module, settings)
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[name.replace(".weight", f".{part}")] = getattr(module, part).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {**source.config, "quantization_config": settings.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder, expected
+
+
+def test_smollm2_comes_back_bit_for_bit(smollm2: Path, tmp_path: Path) -> None:
+    """210 layers of a real GGUF file into GPTQ and back."""
+    model = load(smollm2)
+    folder = written(model, tmp_path / "gptq")
+    again = load(folder)
+    for name in model.linears:
+        assert_same_tensor(again.tensors[name].load_quantized(), model.tensors[name].load_quantized())
+    assert torch.equal(
+        again.tensors["model.embed_tokens.weight"].load_float(), model.tensors["model.embed_tokens.weight"].load_float()
+    )
