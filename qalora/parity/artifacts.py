@@ -12,7 +12,7 @@ from pathlib import Path
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
 
-__all__ = ["GENERATORS", "RUNTIMES", "Artifact", "is_symmetric", "open_artifact", "recognize"]
+__all__ = ["GENERATORS", "RUNTIMES", "Artifact", "accuracy_level", "is_symmetric", "open_artifact", "recognize"]
 
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel",),
@@ -114,6 +114,16 @@ def open_artifact(artifact: Artifact) -> Checkpoint:
     from qalora.converters import load
 
     return load(artifact.path)
+
+
+def accuracy_level(path: Path) -> int:
+    """The highest accuracy_level of a graph's MatMulNBits nodes, 0 where there are none; 4 has int8 activations."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False)
+    nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
+    levels = [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"]
+    return max(levels, default=0)
 
 
 def is_symmetric(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from qalora.parity.metrics import LogitMetrics
 from qalora.parity.roundings import EXACT, Rounding
 from qalora.parity.weights import TensorDifference, WeightMetrics
 
-__all__ = ["GATES", "Evidence", "Gate", "GateResult", "Generation", "Noise", "Status", "judge", "unproven"]
+__all__ = ["GATES", "Evidence", "Gate", "GateResult", "Generation", "Noise", "Status", "judge", "refused", "unproven"]
 
 Status = Literal["pass", "fail", "ambiguous", "not proven"]
 
@@ -156,6 +156,11 @@ def unproven(gate: str, reason: str) -> GateResult:
     """A gate that could not be applied: never passed."""
     derivation = "what was not run is not proven"
     return GateResult(gate=gate, status="not proven", value=None, bound=None, detail=reason, derivation=derivation)
+
+
+def refused(gate: str, reason: str) -> GateResult:
+    """A gate that failed because the artefact could not be run at all."""
+    return GateResult(gate=gate, status="fail", value=None, bound=None, detail=reason, derivation="a runtime takes it")
 
 
 def _status(gate: Gate, evidence: Evidence, value: float, bound: float) -> Status:

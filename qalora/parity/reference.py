@@ -24,11 +24,10 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qalora.adapter import Adapter, AdapterLayer
-from qalora.checkpoint import Checkpoint
-from qalora.parity.roundings import EXACT, Rounding, product, q8_input
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.parity.roundings import EXACT, Rounding, product, q8_input, side_branch
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["Forward", "Reference", "exact_minima", "rounded_minima"]
@@ -100,8 +99,7 @@ class _Linear(nn.Module):
             tensor = rounded_minima(tensor, layer, "float16" if setting.weights == "float16" else "float32")
         y = product(x, tensor, setting.rounding, permuted=setting.permuted)
         if layer is not None and setting.weights == "side":
-            pooled = x.reshape(*x.shape[:-1], -1, layer.pool_size).sum(dim=-1)
-            y = y + layer.factor * functional.linear(functional.linear(pooled, layer.a), layer.b)
+            y = y + side_branch(x, layer, setting.rounding)
         return y if self._bias is None else y + self._bias
 
 
@@ -113,20 +111,15 @@ class Reference:
 
         self._setting = _Setting()
         layers = {} if adapter is None else adapter.layers
-        self._module = torch_module.build(model)
-        for name in model.linears:
-            path = name.removesuffix(".weight")
-            tensor, bias = model.tensors[name].load(), model.tensors.get(f"{path}.bias")
-            linear = _Linear(
-                self._setting,
-                tensor.float() if isinstance(tensor, Tensor) else tensor,
-                layers.get(path),
-                None if bias is None else bias.load_float().float(),
-            )
-            self._module.set_submodule(path, linear)
+
+        def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
+            tensor = weight.load()
+            kept = tensor.float() if isinstance(tensor, Tensor) else tensor
+            return _Linear(self._setting, kept, layers.get(path), bias)
+
+        self._module = torch_module.build(model, linear)
         self._quantized_head = model.tensors.get("lm_head.weight", model.tensors["model.embed_tokens.weight"])
         self._module.lm_head.register_forward_pre_hook(self._round_head_input)
-        self._module.eval()
 
     def _round_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """llama.cpp rounds the output layer's input too: to int8 where its weight is quantized, or to float16."""

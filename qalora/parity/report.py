@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.parity.gates import GateResult, Generation, Noise
 from qalora.parity.metrics import LogitMetrics
+from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.weights import TensorDifference, WeightMetrics
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SCHEMA", "AdapterSummary", "ArtifactReport", "ParityReport", "RunReport", "RuntimeName", "render"]
+__all__ = ["SCHEMA", "AdapterSummary", "ArtifactReport", "ParityReport", "RunReport", "render"]
 
 SCHEMA = "qalora.parity/1"
 LISTED = 20
@@ -29,21 +30,10 @@ LISTED = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeName:
-    """What ran an artefact, in its own words: see `qalora.parity.runtimes.RuntimeInfo`."""
-
-    name: str
-    version: str
-    backend: str
-    dtype: str
-    threads: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """One artefact in one runtime; what was not asked for is None.
 
-    kind           the runtime as `open_runtime` knows it
+    kind           the runtime as `open_runtime` knows it; runtime: what it says of itself, None if it did not run
     rounding       what its kernels round, as the reference models it: `qalora.parity.roundings.Rounding.kind`
     logits         against the reference
     modelled       against the reference under that rounding
@@ -53,7 +43,7 @@ class RunReport:
     """
 
     kind: str
-    runtime: RuntimeName | None
+    runtime: RuntimeInfo | None
     rounding: str
     logits: LogitMetrics | None = None
     modelled: LogitMetrics | None = None
@@ -158,8 +148,8 @@ class ParityReport:
 
 
 def _sentence(result: GateResult) -> str:
-    if result.status == "not proven":
-        return f"{result.gate} not proven: {result.detail}"
+    if result.value is None:
+        return f"{result.gate} {result.status}: {result.detail}"
     detail = f" ({result.detail})" if result.detail else ""
     return f"{result.gate} {_number(result.value)}, bound {_number(result.bound)}{detail}"
 

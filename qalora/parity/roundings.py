@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qalora.adapter import AdapterLayer
 from qalora.residual import to_residual
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["EXACT", "Q8_BLOCK", "Rounding", "product", "q8_input"]
+__all__ = ["EXACT", "Q8_BLOCK", "Rounding", "product", "q8_input", "side_branch"]
 
 Q8_BLOCK = 32
 """Columns that share a scale in llama.cpp's Q8_0 and Q8_1."""
@@ -31,15 +32,17 @@ class Rounding:
     """What a runtime's kernels round beside float32's own summation.
 
     kind   "none"
-           "weights": scale * (codes - zero) to float16, the residual in float32 (GPTQ kernels)
+           "weights": scale * (codes - zero) to float16 (GPTQ kernels)
+           "lora": the same, and the LoRA beside, its input, and both its products to float16 (PEFT gives a LoRA the
+           dtype of the layer below, whose scales are float16)
            "q8": the input to int8 in blocks of 32 columns, d = max|x|/127 in float16, and, where minima are stored,
            their factor d * sum(q) in float16 (llama.cpp's Q8_0 and Q8_1)
            "int8": the input to int8 in blocks of a group, d in float32 (MatMulNBits at accuracy level 4)
            "float16" or "bfloat16": input, weight and output to that dtype
-    zeros  which integer zeros the "weights" kind subtracts: see `qalora.residual.to_residual`
+    zeros  which integer zeros "weights" and "lora" subtract: see `qalora.residual.to_residual`
     """
 
-    kind: Literal["none", "weights", "q8", "int8", "float16", "bfloat16"] = "none"
+    kind: Literal["none", "weights", "lora", "q8", "int8", "float16", "bfloat16"] = "none"
     zeros: Literal["nearest", "symmetric"] = "nearest"
 
 
@@ -55,7 +58,7 @@ def product(
     permuted  without rounding: the columns are summed in another order, random and the same at every call
     """
     kind = rounding.kind
-    if isinstance(tensor, GroupQuantTensor) and kind in ("q8", "weights", "int8"):
+    if isinstance(tensor, GroupQuantTensor) and kind in ("q8", "weights", "lora", "int8"):
         return _q8_product(x, tensor) if kind == "q8" else _residual_product(x, tensor, rounding)
     weight = tensor.dequantize() if isinstance(tensor, GroupQuantTensor) else tensor
     if kind == "float16" or kind == "bfloat16":
@@ -76,14 +79,29 @@ def _residual_product(x: Tensor, tensor: GroupQuantTensor, rounding: Rounding) -
     held = to_residual(tensor, rounding.zeros)
     centred = replace(tensor, min=-tensor.scale * held.zero)
     weight = centred.dequantize()
-    if rounding.kind == "weights":
+    if rounding.kind in ("weights", "lora"):
         quantized = functional.linear(x, _via(weight, torch.float16))
     else:
         codes, scale = _int8(x, tensor.group_size)
         quantized = functional.linear((codes * scale).flatten(-2), weight)
     if not bool(held.c.any()):
         return quantized
+    if rounding.kind == "lora":
+        half = torch.float16
+        return quantized + _via(functional.linear(_via(_pool(_via(x, half), tensor), half), _via(held.c, half)), half)
     return quantized + functional.linear(_pool(x, tensor), held.c)
+
+
+def side_branch(x: Tensor, layer: AdapterLayer, rounding: Rounding = EXACT) -> Tensor:
+    """factor * (pool(x) A^T) B^T; "lora": as PEFT computes the plain LoRA of the same, in float16."""
+    if rounding.kind != "lora":
+        pooled = _blocks(x, layer.pool_size).sum(dim=-1)
+        return layer.factor * functional.linear(functional.linear(pooled, layer.a), layer.b)
+    half = torch.float16
+    a = layer.a * (layer.factor / layer.scaling if layer.scaling else 0.0)
+    pooled = _blocks(_via(x, half), layer.pool_size).sum(dim=-1)
+    inner = _via(functional.linear(pooled, _via(a, half)), half)
+    return _via(_via(functional.linear(inner, _via(layer.b, half)), half) * layer.scaling, half)
 
 
 def _pool(x: Tensor, tensor: GroupQuantTensor) -> Tensor:

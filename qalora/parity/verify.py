@@ -10,29 +10,37 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from qalora.adapter import Adapter, read_adapter
 from qalora.checkpoint import Checkpoint
-from qalora.errors import InputError, MissingLibraryError
-from qalora.parity.artifacts import GENERATORS, RUNTIMES, Artifact, is_symmetric, open_artifact, recognize
+from qalora.errors import FormatError, InputError, MissingLibraryError
+from qalora.parity.artifacts import (
+    GENERATORS,
+    RUNTIMES,
+    Artifact,
+    accuracy_level,
+    is_symmetric,
+    open_artifact,
+    recognize,
+)
 from qalora.parity.foldcheck import check_fold, compare_adapters
-from qalora.parity.gates import Evidence, GateResult, Generation, Noise, judge, unproven
+from qalora.parity.gates import Evidence, GateResult, Generation, Noise, judge, refused, unproven
 from qalora.parity.metrics import TokenMetrics, concatenate, lost, squared_distance, summarize
 from qalora.parity.metrics import token_metrics as compare_tokens
 from qalora.parity.reference import Forward, Reference
-from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport, RuntimeName
+from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport
 from qalora.parity.roundings import EXACT, Rounding
+from qalora.parity.runtimes import Runtime, RuntimeInfo, open_runtime
 from qalora.parity.spool import Spool
 from qalora.parity.text import Work, make_work
 from qalora.parity.weights import compare_weights
-
-if TYPE_CHECKING:
-    from qalora.parity.runtimes import Runtime, RuntimeInfo
 
 __all__ = ["LEVELS", "Level", "verify"]
 
@@ -90,10 +98,21 @@ def verify(
         bench = _Bench.of(job, work, Path(folder))
         runner = _Runner(bench=bench, job=job, generate=generate if level == "generation" else 0, threads=threads)
         reports = []
-        for (artifact, checkpoint), report in zip(opened, weights, strict=True):
+        for artifact, report in zip([artifact for artifact, _ in opened], weights, strict=True):
             progress(f"running {artifact.name}")
-            reports.append(replace(report, runs=runner.runs(artifact, checkpoint, report.holds)))
+            with _threads_kept():
+                reports.append(replace(report, runs=runner.runs(artifact, report.holds)))
         return _report(job, level, reports, gates, bench)
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Give torch back its threads: a runtime in this process may set them for all."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,9 +225,9 @@ class _Runner:
     generate: int
     threads: int | None
 
-    def runs(self, artifact: Artifact, checkpoint: Checkpoint, holds: str) -> tuple[RunReport, ...]:
+    def runs(self, artifact: Artifact, holds: str) -> tuple[RunReport, ...]:
         """Every run of one artefact: in the runtimes that prove it, then in those that only generate, if installed."""
-        done = [self._run(kind, artifact, checkpoint, holds) for kind in RUNTIMES[artifact.kind]]
+        done = [self._run(kind, artifact, holds) for kind in RUNTIMES[artifact.kind]]
         logits = done[0].logits
         if self.generate and logits is not None and artifact.path.parent.name != "portable":
             for kind in GENERATORS.get(artifact.kind, ()):
@@ -216,13 +235,13 @@ class _Runner:
                 done += [] if run is None else [run]
         return tuple(done)
 
-    def _run(self, kind: str, artifact: Artifact, checkpoint: Checkpoint, holds: str) -> RunReport:
-        from qalora.parity.runtimes import open_runtime
-
+    def _run(self, kind: str, artifact: Artifact, holds: str) -> RunReport:
         try:
             runtime = open_runtime(kind, artifact.path, threads=self.threads)
         except MissingLibraryError as error:
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(unproven("runtime", str(error)),))
+        except FormatError as error:
+            return RunReport(kind=kind, runtime=None, rounding="none", gates=(refused("runtime", str(error)),))
         with closing(runtime):
             rounding = _rounding(artifact, runtime.info)
             return self._measure(kind, runtime, rounding, self.job.expected(holds))
@@ -258,8 +277,6 @@ class _Runner:
 
     def _generator(self, kind: str, artifact: Artifact, holds: str, max_logit: float) -> RunReport | None:
         """A run that only generates; None where its library is not installed, which leaves nothing unproven."""
-        from qalora.parity.runtimes import open_runtime
-
         try:
             runtime = open_runtime(kind, artifact.path, threads=self.threads)
         except MissingLibraryError:
@@ -293,9 +310,7 @@ class _Runner:
 def _run_report(kind: str, info: RuntimeInfo, evidence: Evidence, unrounded: float | None) -> RunReport:
     return RunReport(
         kind=kind,
-        runtime=RuntimeName(
-            name=info.name, version=info.version, backend=info.backend, dtype=info.dtype, threads=info.threads
-        ),
+        runtime=info,
         rounding=evidence.rounding.kind,
         logits=evidence.logits,
         modelled=evidence.modelled,
@@ -311,10 +326,14 @@ def _rounding(artifact: Artifact, info: RuntimeInfo) -> Rounding:
     """What the runtime's kernels round, from what it says of itself."""
     if info.dtype in ("float16", "bfloat16"):
         return Rounding(kind="float16" if info.dtype == "float16" else "bfloat16")
-    if artifact.kind == "gguf":
+    if artifact.kind == "gguf" and info.name != "torch":
         return Rounding(kind="q8")
     if artifact.kind == "gptq":
-        return Rounding(kind="weights", zeros="symmetric" if is_symmetric(artifact.path) else "nearest")
+        lora = (artifact.path / "adapter_config.json").exists()
+        zeros: Literal["symmetric", "nearest"] = "symmetric" if is_symmetric(artifact.path) else "nearest"
+        return Rounding(kind="lora" if lora else "weights", zeros=zeros)
+    if artifact.kind == "onnx" and accuracy_level(artifact.path) == 4:
+        return Rounding(kind="int8")
     return EXACT
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from qalora.parity.gates import Evidence, Generation, Noise, judge, unproven
 from qalora.parity.metrics import LogitMetrics
-from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport, RuntimeName, render
+from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport, render
+from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.weights import TensorDifference, WeightMetrics
 
 LOGITS = LogitMetrics(
@@ -36,7 +37,7 @@ WEIGHTS = WeightMetrics(
 def make(weights: WeightMetrics = WEIGHTS, missing: str = "") -> ParityReport:
     run = RunReport(
         kind="onnxruntime",
-        runtime=RuntimeName(name="onnxruntime", version="1", backend="CPU", dtype="float32", threads=2),
+        runtime=RuntimeInfo(name="onnxruntime", version="1", backend="CPU", dtype="float32", threads=2),
         rounding="none",
         logits=LOGITS,
         lost=1e-5,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from qalora.parity.roundings import Rounding, product, q8_input
+from qalora.adapter import AdapterLayer
+from qalora.parity.roundings import Rounding, product, q8_input, side_branch
 from qalora.testing import random_tensor
 
 HALF = np.float16
@@ -70,6 +71,35 @@ def test_weights_is_a_float16_dequantizer_and_a_float32_residual(zeros: str, act
     found = product(torch.from_numpy(x).float(), tensor, Rounding(kind="weights", zeros=zeros))
     # ours in float32: at the worst (128 + 4) * 2^-24 of terms that cancel by a factor of some ten
     assert relative(found, y) < 8e-6
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_lora_is_pefts_lora_in_float16(bits: int) -> None:
+    tensor = random_tensor(8, 128, bits=bits, group_size=32)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    middle = 1 << (bits - 1)
+    weight = replace(tensor, min=-middle * tensor.scale).dequantize().half().float()
+    down = torch.repeat_interleave(torch.eye(4), 32, dim=1)  # the pooling matrix
+    up = (tensor.min + middle * tensor.scale).half().float()
+    inner = (x.half().float() @ down.T).half().float()
+    expected = x @ weight.T + (inner @ up.T).half().float()
+    found = product(x, tensor, Rounding(kind="lora", zeros="symmetric"))
+    # float32 sums of 128 terms, and a float16 that float32's order may round to its neighbour
+    assert relative(found, expected.double().numpy()) < 2.0**-11
+    assert relative(found, product(x, tensor).double().numpy()) > 1e-5
+
+
+def test_a_side_branch_in_float16_is_a_plain_lora_in_float16() -> None:
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 4, generator=rng), torch.randn(8, 4, generator=rng)
+    layer = AdapterLayer(a=a, b=b, pool_size=32, scaling=0.5, factor=0.125)
+    x = torch.randn(3, 128, generator=rng)
+    plain = (0.25 * a).repeat_interleave(32, dim=1)
+    inner = (x.half().float() @ plain.half().float().T).half().float()
+    expected = 0.5 * (inner @ b.half().float().T).half().float()
+    assert relative(side_branch(x, layer, Rounding(kind="lora")), expected.double().numpy()) < 2.0**-11
+    exact = (x.double() @ plain.double().T @ b.double().T * 0.5).numpy()
+    assert relative(side_branch(x, layer), exact) < 8e-6
 
 
 def test_int8_rounds_by_group() -> None:
