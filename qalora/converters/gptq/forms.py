@@ -26,12 +26,11 @@ from torch import Tensor
 
 from qalora.errors import ExactnessError, InputError
 from qalora.residual import to_residual
-from qalora.tensor import GroupQuantTensor, holds_float16, integer_zeros, pack_codes
+from qalora.tensor import GroupQuantTensor, integer_zeros, pack_codes
 
-__all__ = ["FORMS", "Encoded", "Form", "encode", "scales_fit"]
+__all__ = ["Encoded", "Form", "encode"]
 
 Form = Literal["own", "symmetric", "nearest", "round", "eight-bit"]
-FORMS: tuple[Form, ...] = ("own", "symmetric", "nearest", "round", "eight-bit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,11 +51,6 @@ class Encoded:
     bits: int
     c: Tensor | None = None
     exact: bool = True
-
-
-def scales_fit(tensor: GroupQuantTensor) -> bool:
-    """Whether float16 holds every scale."""
-    return holds_float16(tensor.scale)
 
 
 def encode(tensor: GroupQuantTensor, form: Form) -> Encoded:

@@ -24,14 +24,14 @@ from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
-from qalora.converters.gptq.forms import Form, encode, scales_fit
+from qalora.converters.gptq.forms import Form, encode
 from qalora.converters.gptq.reader import MAKER
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import AdapterError, InputError
 from qalora.formats.gptq import BITS
 from qalora.formats.safetensors import Layout, plan_layout
-from qalora.tensor import QuantSpec
+from qalora.tensor import QuantSpec, holds_float16
 
 __all__ = ["GROUP_SIZES", "WEIGHTS", "GptqPlan", "module_of", "plan", "ships_adapter"]
 
@@ -288,7 +288,7 @@ def _carrier(lazy: LazyTensor, spec: QuantSpec | None, form: Form) -> tuple[str,
     if not (unsure_scale or unsure_min):
         return carrier, None, None
     tensor = lazy.load_quantized()
-    loss = Loss(name="scales", size=LOSSES["scales"]) if unsure_scale and not scales_fit(tensor) else None
+    loss = Loss(name="scales", size=LOSSES["scales"]) if unsure_scale and not holds_float16(tensor.scale) else None
     rounded = unsure_min and not encode(tensor, form).exact
     return carrier, loss, Loss(name="residual", size=LOSSES["residual"]) if rounded else None
 

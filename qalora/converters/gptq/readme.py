@@ -46,7 +46,8 @@ ordinary LoRA of rank {rank} that adds exactly what the QA-LoRA adapter does.
 _TRAPS = """
 * Without the package peft, and in `GPTQModel.load`, the bare base is loaded without a word. {trap}
 * One call holds the LoRA in float16, which is what the words' kernel computes in. In float32, with a warning about a
-  second adapter: `model = peft.PeftModel.from_pretrained(model, "{name}")` after it loads the same one again, in its place.
+  second adapter: `model = PeftModel.from_pretrained(model, "{name}")` after it loads the same
+  one again, in its place.
 * `PeftModel.from_pretrained(model, other)` takes the name "default" and so replaces this LoRA; `load_adapter(other,
   adapter_name="q")` deactivates it. To keep both: `model.set_adapter(["default", "q"])`.
 * Loaded from a folder, `base_model_name_or_path` in `adapter_config.json` is not looked at. On the Hub it is: write the
