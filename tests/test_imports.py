@@ -17,9 +17,9 @@ FLOORS = [
     {"parity"},
     {"train"},
     {"converters"},
+    {"testing"},
     {"fold", "adapter", "quantize", "residual", "checkpoint"},
     {"formats"},
-    {"testing"},
     {"tensor"},
     {"errors", "_version"},
 ]

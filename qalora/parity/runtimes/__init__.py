@@ -1,0 +1,68 @@
+"""What runs an artefact: one module a runtime, and one form for all of them.
+
+A runtime that is not installed is a MissingLibraryError with the command that installs it; it is never passed over.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from qalora.errors import InputError
+
+if TYPE_CHECKING:
+    from qalora.checkpoint import Checkpoint
+
+__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
+
+RUNTIMES = {
+    "torch": "qalora.parity.runtimes.torch",
+    "llama.cpp": "qalora.parity.runtimes.llamacpp",
+    "onnxruntime": "qalora.parity.runtimes.onnxruntime",
+    "onnxruntime-genai": "qalora.parity.runtimes.genai",
+    "gptqmodel": "qalora.parity.runtimes.gptqmodel",
+}
+"""Each runtime and the module that opens artefacts in it, with a function `open_artifact(path, threads)`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeInfo:
+    """What ran an artefact: the runtime and its version, the kernels, the type they compute in, the threads."""
+
+    name: str
+    version: str
+    backend: str
+    dtype: str
+    threads: int
+
+
+class Runtime(Protocol):
+    """An open artefact."""
+
+    info: RuntimeInfo
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary]: the logits at every position of one sequence, from an empty cache."""
+
+    def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """The tokens that greedy decoding appends; a runtime may stop at an end token."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+def open_runtime(kind: str, path: Path | Checkpoint, *, threads: int | None = None) -> Runtime:
+    """Open an artefact in a runtime of RUNTIMES; `threads` None leaves the choice to the runtime.
+
+    Raises MissingLibraryError if it is not installed, FormatError if it does not take the artefact.
+    """
+    if kind not in RUNTIMES:
+        raise InputError("runtime", expected=f"one of {', '.join(RUNTIMES)}", got=repr(kind))
+    module: Any = importlib.import_module(RUNTIMES[kind])
+    runtime: Runtime = module.open_artifact(path, threads)
+    return runtime

@@ -1,0 +1,79 @@
+"""ONNX folders in onnxruntime-genai, which generates; its logits are ONNX Runtime's."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint
+from qalora.errors import FormatError, MissingLibraryError
+from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes.onnxruntime import check_installed
+
+__all__ = ["open_artifact"]
+
+
+class GenaiRuntime:
+    """A folder with genai_config.json."""
+
+    def __init__(self, folder: Path) -> None:
+        import onnxruntime_genai
+
+        self._library: Any = onnxruntime_genai
+        try:
+            self._model = onnxruntime_genai.Model(str(folder))
+        except Exception as error:  # the library raises what it likes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise FormatError(f"{folder}: onnxruntime-genai does not load it ({reason})") from error
+        self.info = RuntimeInfo(
+            name="onnxruntime-genai",
+            version=version("onnxruntime-genai"),
+            backend="cpu",
+            dtype="float32",
+            threads=torch.get_num_threads(),
+        )
+
+    def _generator(self, tokens: Sequence[int], length: int) -> Any:
+        params = self._library.GeneratorParams(self._model)
+        params.set_search_options(max_length=length, do_sample=False)
+        generator = self._library.Generator(self._model, params)
+        generator.append_tokens(list(tokens))
+        return generator
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary], a token at a time."""
+        generator = self._generator(tokens[:1], len(tokens) + 1)
+        rows = [torch.from_numpy(generator.get_logits().reshape(-1).copy())]
+        for token in tokens[1:]:
+            generator.append_tokens([token])
+            rows.append(torch.from_numpy(generator.get_logits().reshape(-1).copy()))
+        return torch.stack(rows).float()
+
+    def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy tokens; stops at an end token."""
+        generator = self._generator(prompt, len(prompt) + max_tokens)
+        made: list[int] = []
+        while not generator.is_done() and len(made) < max_tokens:
+            generator.generate_next_token()
+            made.append(int(generator.get_next_tokens()[0]))
+        return made
+
+    def close(self) -> None:
+        """Free the model."""
+        del self._model
+
+
+def open_artifact(path: Path | Checkpoint, threads: int | None) -> GenaiRuntime:
+    """Open a folder; MissingLibraryError if onnxruntime-genai is not installed. It chooses its own threads."""
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise MissingLibraryError("onnxruntime-genai", "generating with an ONNX artefact", "genai")
+    check_installed()
+    if not isinstance(path, Path):
+        raise FormatError("onnxruntime-genai", expected="a folder", got="a model in memory")
+    return GenaiRuntime(path if path.is_dir() else path.parent)

@@ -1,0 +1,141 @@
+"""GGUF files in llama.cpp, on the CPU: F32 KV cache, no flash attention, so that what is left is the kernels' own rounding.
+
+llama.cpp quantizes the activations to 8 bits (Q8_1, Q8_0) before it multiplies them with integer weights.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint
+from qalora.errors import FormatError
+from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes.llamacpp_abi import LOG_CALLBACK, load_library
+
+__all__ = ["LlamaCpp", "open_artifact"]
+
+F32 = 0
+DISABLED = 0
+ERROR = 4
+
+_messages: list[str] = []
+
+
+@LOG_CALLBACK
+def _log(level: int, text: bytes | None, _: object) -> None:
+    """Keep the errors, drop the rest; kept alive by the module, as the library calls it at any time."""
+    if level == ERROR and text:
+        _messages.append(text.decode("utf-8", "replace").strip())
+
+
+class LlamaCpp:
+    """A model of one GGUF file; a context is made for each sequence, with room for just that one."""
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        self._library, package = load_library()
+        self._threads = threads or os.cpu_count() or 1
+        self._library.llama_log_set(_log, None)
+        self._library.llama_backend_init()
+        _messages.clear()
+        params = self._library.llama_model_default_params()
+        self._model = self._library.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise FormatError(
+                f"{path}: llama.cpp does not load it ({_messages[0] if _messages else 'no reason given'})"
+            )
+        self._vocab = self._library.llama_model_get_vocab(self._model)
+        self._width = self._library.llama_vocab_n_tokens(self._vocab)
+        self.info = RuntimeInfo(
+            name="llama.cpp",
+            version=package,
+            backend="cpu",
+            dtype="float32 (activations of quantized layers in 8 bits)",
+            threads=self._threads,
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text, without special ones."""
+        data = text.encode()
+        out = (c.c_int32 * (len(data) + 8))()
+        count = self._library.llama_tokenize(self._vocab, data, len(data), out, len(out), False, False)
+        if count < 0:
+            raise FormatError("llama.cpp: the text has more tokens than bytes")
+        return list(out[:count])
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary]."""
+        context = self._context(len(tokens))
+        try:
+            return self._decode(context, tokens, 0, every=True)
+        finally:
+            self._library.llama_free(context)
+
+    def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy tokens, step by step with the cache."""
+        context = self._context(len(prompt) + max_tokens)
+        made: list[int] = []
+        try:
+            ids, seen = list(prompt), 0
+            while len(made) < max_tokens:
+                made.append(int(self._decode(context, ids, seen, every=False)[-1].argmax()))
+                seen += len(ids)
+                ids = made[-1:]
+        finally:
+            self._library.llama_free(context)
+        return made
+
+    def _context(self, length: int) -> Any:
+        params = self._library.llama_context_default_params()
+        params.n_ctx = max(32, length)
+        params.n_batch = params.n_ubatch = params.n_outputs_max = max(32, length)
+        if hasattr(params, "n_outputs_max_per_seq"):
+            params.n_outputs_max_per_seq = max(32, length)
+        params.n_threads = params.n_threads_batch = self._threads
+        params.type_k = params.type_v = F32
+        params.flash_attn_type = DISABLED
+        context = self._library.llama_init_from_model(self._model, params)
+        if not context:
+            raise FormatError(
+                f"llama.cpp: no context of {length} tokens ({_messages[-1] if _messages else 'no reason'})"
+            )
+        return context
+
+    def _decode(self, context: Any, tokens: Sequence[int], seen: int, *, every: bool) -> Tensor:
+        batch = self._library.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for n, token in enumerate(tokens):
+                batch.token[n], batch.pos[n] = token, seen + n
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, 0
+                batch.logits[n] = int(every or n == len(tokens) - 1)
+            status = self._library.llama_decode(context, batch)
+        finally:
+            self._library.llama_batch_free(batch)
+        if status != 0:
+            raise FormatError(f"llama.cpp: decoding failed with status {status}")
+        rows = range(len(tokens)) if every else (len(tokens) - 1,)
+        out = np.empty((len(rows), self._width), dtype=np.float32)
+        for n, row in enumerate(rows):
+            out[n] = np.ctypeslib.as_array(self._library.llama_get_logits_ith(context, row), shape=(self._width,))
+        return torch.from_numpy(out)
+
+    def close(self) -> None:
+        """Free the model."""
+        if self._model:
+            self._library.llama_model_free(self._model)
+            self._model = None
+
+
+def open_artifact(path: Path | Checkpoint, threads: int | None) -> LlamaCpp:
+    """Open a GGUF file; MissingLibraryError if no build of llama.cpp is installed."""
+    if not isinstance(path, Path):
+        raise FormatError("llama.cpp", expected="a GGUF file", got="a model in memory")
+    return LlamaCpp(path, threads)

@@ -1,0 +1,58 @@
+"""Float32 torch through transformers: the runtime that the others are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load
+from qalora.converters.torch_module import build
+from qalora.parity.runtimes import RuntimeInfo
+
+__all__ = ["ModuleRuntime", "open_artifact"]
+
+
+class ModuleRuntime:
+    """A transformers causal language model."""
+
+    def __init__(self, module: Any, info: RuntimeInfo) -> None:
+        self.info = info
+        self._module = module
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary]."""
+        out: Tensor = self._module(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits
+        return out[0].float()
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy tokens, step by step with the cache."""
+        made: list[int] = []
+        ids, cache = torch.tensor([list(prompt)]), None
+        while len(made) < max_tokens:
+            out = self._module(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            made.append(int(out.logits[0, -1].argmax()))
+            ids = torch.tensor([[made[-1]]])
+        return made
+
+    def close(self) -> None:
+        """Free the module."""
+        self._module = None
+
+
+def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime:
+    """Open anything readable, dequantized to float32."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = path if isinstance(path, Checkpoint) else load(path)
+    info = RuntimeInfo(
+        name="torch", version=torch.__version__, backend="cpu", dtype="float32", threads=torch.get_num_threads()
+    )
+    return ModuleRuntime(build(model), info)

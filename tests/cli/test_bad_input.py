@@ -1,0 +1,400 @@
+"""Bad input, to every command: one sentence, exit status 2, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+
+from qalora.adapter import Adapter, AdapterLayer, write_adapter
+from qalora.checkpoint import Checkpoint
+from qalora.cli import main
+from qalora.converters import load
+from qalora.converters.exports import export
+from qalora.quantize import quantize
+from qalora.testing import tiny_llama
+
+
+def _adapter_for(model: Checkpoint, pool_size: int = 32) -> Adapter:
+    layers = {
+        name.removesuffix(".weight"): AdapterLayer(
+            a=torch.randn(2, model.tensors[name].shape[1] // pool_size),
+            b=torch.randn(model.tensors[name].shape[0], 2) * 1e-3,
+            pool_size=pool_size,
+            scaling=1.0,
+            factor=1.0,
+        )
+        for name in model.linears
+    }
+    return Adapter(layers=layers, convention="paper", minima="float16")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of valid things: float, qalora, gptq/, gguf/, onnx/, adapter, other_adapter, data.txt."""
+    root = tmp_path_factory.mktemp("good")
+    tiny_llama(root / "float", config={"vocab_size": 64, "num_hidden_layers": 1})
+    model = quantize(load(root / "float"), bits=4, group_size=32)
+    export(model, ["qalora", "gptq", "gguf", "onnx"], root)
+    next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
+    write_adapter(_adapter_for(model), root / "adapter")
+    other = tiny_llama(root / "other", config={"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 128})
+    write_adapter(_adapter_for(quantize(load(other), group_size=32)), root / "other_adapter")
+    (root / "data.txt").write_text("some text to learn from. " * 200, encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def place(good: Path, tmp_path: Path) -> Path:
+    """A copy of the valid things, to be damaged."""
+    shutil.copytree(good, tmp_path / "in")
+    (tmp_path / "exists").mkdir()
+    (tmp_path / "exists" / "letters").write_text("dear", encoding="utf-8")
+    return tmp_path
+
+
+def _run(place: Path, line: str) -> Result:
+    words = [word.replace("@", f"{place}/in/").replace("%", f"{place}/") for word in line.split()]
+    return CliRunner().invoke(main, words)
+
+
+def _tree(place: Path) -> set[str]:
+    return {path.relative_to(place).as_posix() for path in place.rglob("*")}
+
+
+def _refused(place: Path, line: str, sentence: str) -> None:
+    before = _tree(place)
+    result = _run(place, line)
+    assert result.exit_code == 2, f"{line}: {result.exit_code} {result.output} {result.exception!r}"
+    message = result.stderr.strip().splitlines()
+    assert sentence in message[-1], result.stderr
+    assert message[-1].startswith(("qalora: ", "Error: "))
+    assert message[-1].startswith("Error: ") or len(message) == 1
+    assert _tree(place) == before
+
+
+Damage = Callable[[Path], object]
+
+
+def _cut(name: str, keep: int) -> Damage:
+    def damage(root: Path) -> None:
+        data = (root / name).read_bytes()
+        (root / name).write_bytes(data[:keep])
+
+    return damage
+
+
+def _patch(name: str, at: int, new: bytes) -> Damage:
+    def damage(root: Path) -> None:
+        data = bytearray((root / name).read_bytes())
+        data[at : at + len(new)] = new
+        (root / name).write_bytes(data)
+
+    return damage
+
+
+def _header(name: str, change: Callable[[dict[str, dict[str, object]]], object]) -> Damage:
+    def damage(root: Path) -> None:
+        data = (root / name).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        (root / name).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return damage
+
+
+def _config(name: str, **changes: object) -> Damage:
+    def damage(root: Path) -> None:
+        config = json.loads((root / name).read_text(encoding="utf-8"))
+        (root / name).write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+    return damage
+
+
+def _tensor(name: str, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    def damage(root: Path) -> None:
+        tensors = safetensors.torch.load_file(root / name)
+        tensors[key] = change(tensors[key]).contiguous()
+        safetensors.torch.save_file(tensors, root / name)
+
+    return damage
+
+
+def _shard_outside(root: Path) -> None:
+    shutil.move(root / "float" / "model.safetensors", root / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (root / "float" / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _link_outside(root: Path) -> None:
+    shutil.move(root / "float" / "model.safetensors", root / "outside.safetensors")
+    (root / "float" / "model.safetensors").symlink_to(root / "outside.safetensors")
+
+
+def _pickle(root: Path) -> None:
+    (root / "float" / "model.safetensors").unlink()
+    (root / "float" / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+
+
+def _pickled_adapter(root: Path) -> None:
+    (root / "adapter" / "adapter_model.safetensors").unlink()
+    (root / "adapter" / "adapter_model.bin").write_bytes(b"\x80\x02.")
+
+
+def _nothing(root: Path) -> None:
+    pass
+
+
+FIRST = "model.layers.0.self_attn.q_proj"
+
+MODELS: list[tuple[str, Damage, str, str]] = [
+    ("missing", _nothing, "%absent", "no such file or folder"),
+    ("empty folder", lambda root: (root / "empty").mkdir(), "@empty", "expected a model folder with config.json"),
+    ("a text file", _nothing, "@data.txt", "expected a GGUF file or a model folder"),
+    ("config is no JSON", _cut("float/config.json", 20), "@float", "config.json: expected JSON"),
+    ("unknown family", _config("float/config.json", model_type="mamba"), "@float", "model_type: expected one of llama"),
+    ("layers missing", _config("float/config.json", num_hidden_layers=3), "@float", "model.layers.1.self_attn.q_proj"),
+    ("layers absurd", _config("float/config.json", num_hidden_layers=-1), "@float", "num_hidden_layers"),
+    ("safetensors cut", _cut("float/model.safetensors", -9), "@float", "truncated"),
+    ("safetensors tiny", _cut("float/model.safetensors", 5), "@float", "expected a safetensors file, got 5 bytes"),
+    ("header length lies", _patch("float/model.safetensors", 0, b"\xff" * 8), "@float", "expected a header of at most"),
+    (
+        "gap",
+        _header("float/model.safetensors", lambda h: h.pop("model.norm.weight")),
+        "@float",
+        "gap before tensor",
+    ),
+    (
+        "overflowing product",
+        _header("float/model.safetensors", lambda h: h["model.norm.weight"].update(shape=[1 << 62, 1 << 62])),
+        "@float",
+        "the header lies",
+    ),
+    (
+        "overlap",
+        _header(
+            "float/model.safetensors",
+            lambda h: h["model.norm.weight"].update(
+                data_offsets=h["model.layers.0.input_layernorm.weight"]["data_offsets"]
+            ),
+        ),
+        "@float",
+        "before tensor",
+    ),
+    (
+        "NaN",
+        _tensor("float/model.safetensors", f"{FIRST}.weight", lambda t: t * torch.nan),
+        "@float",
+        f"{FIRST}.weight",
+    ),
+    ("index outside", _shard_outside, "@float", "a plain name inside the folder"),
+    ("link outside", _link_outside, "@float", "a file inside the model's folder"),
+    ("pickle", _pickle, "@float", "pickled weights run code"),
+    (
+        "unknown quantization",
+        _config("float/config.json", quantization_config={"quant_method": "awq"}),
+        "@float",
+        "awq",
+    ),
+]
+
+QUANTIZED: list[tuple[str, Damage, str, str]] = [
+    ("qalora cut", _cut("qalora/model.safetensors", -1), "@qalora", "truncated"),
+    (
+        "a group size that does not fit",
+        _config(
+            "qalora/config.json",
+            quantization_config={"quant_method": "qalora", "version": 1, "bits": 4, "group_size": 16},
+        ),
+        "@qalora",
+        "codes: expected torch.uint8",
+    ),
+    (
+        "a newer version",
+        _config("qalora/config.json", quantization_config={"quant_method": "qalora", "version": 9}),
+        "@qalora",
+        "update qalora",
+    ),
+    (
+        "infinite scale",
+        _tensor("qalora/model.safetensors", f"{FIRST}.scale", lambda t: t / 0),
+        "@qalora",
+        f"{FIRST}.weight: scale: expected finite values",
+    ),
+    (
+        "wrong shape",
+        _tensor("qalora/model.safetensors", f"{FIRST}.min", lambda t: t[1:]),
+        "@qalora",
+        f"{FIRST}.min: expected torch.float16",
+    ),
+    ("gptq cut", _cut("gptq/model.safetensors", -1), "@gptq", "truncated"),
+    (
+        "gptq wrong shape",
+        _tensor("gptq/model.safetensors", f"{FIRST}.qzeros", lambda t: t[:, 1:]),
+        "@gptq",
+        f"{FIRST}",
+    ),
+    ("gguf cut", _cut("gguf/model.gguf", -40), "@gguf/model.gguf", "model.gguf"),
+    ("gguf tiny", _cut("gguf/model.gguf", 20), "@gguf/model.gguf", "model.gguf"),
+    ("gguf version", _patch("gguf/model.gguf", 4, b"\x09\0\0\0"), "@gguf/model.gguf", "version"),
+    ("gguf tensor count", _patch("gguf/model.gguf", 8, b"\xff" * 8), "@gguf/model.gguf", "model.gguf"),
+    ("gguf key count", _patch("gguf/model.gguf", 16, b"\xff" * 8), "@gguf/model.gguf", "model.gguf"),
+]
+
+
+@pytest.mark.parametrize(("damage", "model", "sentence"), [row[1:] for row in MODELS], ids=[row[0] for row in MODELS])
+def test_quantize(place: Path, damage: Damage, model: str, sentence: str) -> None:
+    damage(place / "in")
+    _refused(place, f"quantize {model} -o %out/deep", sentence)
+
+
+@pytest.mark.parametrize(
+    ("damage", "model", "sentence"),
+    [row[1:] for row in MODELS + QUANTIZED if row[0] != "NaN"],
+    ids=[row[0] for row in MODELS + QUANTIZED if row[0] != "NaN"],
+)
+def test_every_command_that_takes_a_model(place: Path, damage: Damage, model: str, sentence: str) -> None:
+    damage(place / "in")
+    for line in (
+        f"train {model} --data @data.txt -o %out/deep --steps 1",
+        f"fold {model} @adapter -o %out/deep",
+        f"export {model} --to gguf -o %out/deep",
+        f"verify {model} @gptq --level weights",
+        f"release {model} --adapter @adapter --to gguf -o %out/deep",
+    ):
+        _refused(place, line, sentence)
+
+
+ADAPTERS: list[tuple[str, Damage, str, str]] = [
+    ("missing", _nothing, "%absent", "absent"),
+    ("of another model", _nothing, "@other_adapter", "model.layers.0"),
+    ("cut", _cut("adapter/adapter_model.safetensors", -1), "@adapter", "truncated"),
+    ("config is no JSON", _cut("adapter/adapter_config.json", 9), "@adapter", "adapter_config.json"),
+    ("pickle", _pickled_adapter, "@adapter", "convert_pickle.py"),
+    (
+        "NaN",
+        _tensor(
+            "adapter/adapter_model.safetensors", f"base_model.model.{FIRST}.lora_A.weight", lambda t: t * torch.nan
+        ),
+        "@adapter",
+        FIRST,
+    ),
+    (
+        "wrong rank",
+        _tensor("adapter/adapter_model.safetensors", f"base_model.model.{FIRST}.lora_A.weight", lambda t: t[1:]),
+        "@adapter",
+        FIRST,
+    ),
+    (
+        "ordinary LoRA",
+        _tensor(
+            "adapter/adapter_model.safetensors",
+            f"base_model.model.{FIRST}.lora_A.weight",
+            lambda t: t.repeat_interleave(32, dim=1),
+        ),
+        "@adapter",
+        FIRST,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "adapter", "sentence"), [row[1:] for row in ADAPTERS], ids=[row[0] for row in ADAPTERS]
+)
+def test_every_command_that_takes_an_adapter(place: Path, damage: Damage, adapter: str, sentence: str) -> None:
+    damage(place / "in")
+    for line in (
+        f"fold @qalora {adapter} -o %out/deep",
+        f"export @qalora --adapter {adapter} --to gguf --to onnx -o %out/deep",
+        f"verify @qalora @gptq --adapter {adapter} --level weights",
+        f"release @qalora --adapter {adapter} --to gguf -o %out/deep",
+    ):
+        _refused(place, line, sentence)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("quantize @float -o %exists", "exists already"),
+        ("quantize @float -o %exists --force", "does not look like an earlier output"),
+        ("quantize @float -o %in/data.txt", "exists already"),
+        ("quantize @float -o %out --bits 7", "bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
+        (
+            "quantize @float -o %out --group-size 48",
+            f"{FIRST}.weight: group_size: expected a divisor of in = 64, got 48",
+        ),
+        ("quantize @float -o %out --group-size many", "a whole number or `row`"),
+        ("quantize @qalora -o %out", "--requantize"),
+        ("quantize @float", "Missing option '-o'"),
+        ("train @float --data @data.txt -o %out", "qalora quantize"),
+        ("train @qalora --data %absent.txt -o %out", "absent.txt"),
+        ("train @qalora --data @data.txt -o %exists", "exists"),
+        ("train @qalora --data @data.txt -o %out --rank 0", "rank"),
+        ("train @qalora --data @data.txt -o %out --pool-size 48", "48"),
+        ("fold @float @adapter -o %out", "qalora quantize"),
+        ("fold @qalora @adapter -o %exists", "exists already"),
+        ("export @qalora --to gguf -o %in/data.txt", "data.txt"),
+        ("export @qalora --to pickle -o %out", "expected one of gptq, gguf, onnx"),
+        ("export @qalora --to gptq --gptq-form round -o %out", "--allow-loss zeros"),
+        ("export @qalora --to gguf -o %in", "exists already"),
+        ("verify @qalora %absent", "absent"),
+        ("verify @qalora @float/config.json", "config.json"),
+        ("inspect %absent", "no such file or folder"),
+        ("release @qalora --to gguf -o %exists", "exists already"),
+        ("adapter convert %absent --to peft -o %out", "absent"),
+        ("adapter convert @adapter --to peft -o %exists", "exists"),
+        ("demo -o %exists", "exists already"),
+        ("nonsense", "No such command"),
+    ],
+)
+def test_lines_that_cannot_be(place: Path, line: str, sentence: str) -> None:
+    _refused(place, line, sentence)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "quantize @float -o %out",
+        "fold @qalora @adapter -o %out",
+        "export @qalora --to gptq -o %out",
+        "export @qalora --to gguf -o %out",
+        "export @qalora --to onnx -o %out",
+        "release @qalora --adapter @adapter --to gguf -o %out",
+    ],
+)
+def test_no_space_left(place: Path, line: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2000, hard)
+    )  # a real limit of the operating system: writes fail with EFBIG
+    try:
+        _refused(place, line, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_act_order_checkpoint_cannot_be_folded(place: Path) -> None:
+    from dataclasses import replace
+
+    model = quantize(load(place / "in" / "float"), bits=4, group_size=32, zeros="integer")
+    name = f"{FIRST}.weight"
+    lazy = model.tensors[name]
+    assert lazy.spec is not None
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).to(torch.int32) // 32
+    shuffled = replace(
+        lazy,
+        spec=replace(lazy.spec, act_order=True),
+        read=lambda start, stop: replace(lazy.read(start, stop), g_idx=order),
+    )
+    export(replace(model, tensors={**model.tensors, name: shuffled}), ["qalora"], place / "acts")
+    _refused(place, "fold %acts/qalora @adapter -o %out", "act-order")
+    _refused(place, "export %acts/qalora --to gguf -o %out", "act-order")

@@ -1,0 +1,189 @@
+"""Seeded fuzzing of every reader: whatever the bytes, either the file is read or one InputError says why not.
+
+Each case is a small valid model; one of its files is mutated, blindly (bytes flipped, cut, doubled, overwritten with
+extreme numbers) or by structure (a JSON value replaced by another, a key dropped or renamed), and everything in it is
+read. The number of rounds is QALORA_FUZZ_ROUNDS for each file, 150 by default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load, onnx
+from qalora.converters.exports import export
+from qalora.errors import InputError
+from qalora.quantize import quantize
+from qalora.testing import tiny_llama
+
+ROUNDS = int(os.environ.get("QALORA_FUZZ_ROUNDS", "150"))
+
+SMALL = (0, 1, 2, 3, 7, 8, 31, 32, 255, 256, 1 << 16)
+EXTREMES = (*SMALL, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
+VALUES = (None, True, 0, -1, 3, 1e308, 1 << 62, "", "gptq", "x" * 1000, [], [1, 2], {}, {"a": 1}, [[[]]], "../../x")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A valid model below `folder`, one of its files to mutate, and how all of it is read."""
+
+    folder: Path
+    file: str
+    read: Callable[[Path], object]
+
+
+def _read_all(model: Checkpoint) -> None:
+    for lazy in model.tensors.values():
+        lazy.load()
+
+
+def _read_model(folder: Path) -> None:
+    _read_all(load(folder))
+
+
+def _read_gguf(folder: Path) -> None:
+    _read_all(load(folder / "model.gguf"))
+
+
+def _read_onnx(folder: Path) -> None:
+    _read_all(onnx.read(folder))
+
+
+def _read_adapter(folder: Path) -> None:
+    read_adapter(folder, convention="paper")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[Path], object]]]:
+    """One small valid model for each reader."""
+    root = tmp_path_factory.mktemp("fuzz")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    tiny_llama(root / "float", config={**shape, **heads, "tie_word_embeddings": False})
+    model = quantize(load(root / "float"), bits=4, group_size=32)
+    export(model, ["qalora", "gptq", "gguf", "onnx"], root)
+    next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
+    whole = quantize(load(root / "float"), bits=4, group_size=32, zeros="integer")
+    export(whole, ["gptq"], root / "integer")
+    layers = {
+        name.removesuffix(".weight"): AdapterLayer(
+            a=torch.randn(2, model.tensors[name].shape[1] // 32),
+            b=torch.randn(model.tensors[name].shape[0], 2),
+            pool_size=32,
+            scaling=1.0,
+            factor=1.0,
+        )
+        for name in model.linears
+    }
+    write_adapter(Adapter(layers=layers, convention="paper"), root / "adapter")
+    return {
+        "float": (root / "float", _read_model),
+        "qalora": (root / "qalora", _read_model),
+        "gptq": (root / "gptq", _read_model),
+        "gptq-integer": (root / "integer" / "gptq", _read_model),
+        "gguf": (root / "gguf", _read_gguf),
+        "onnx": (root / "onnx", _read_onnx),
+        "adapter": (root / "adapter", _read_adapter),
+    }
+
+
+def _mutate_bytes(data: bytes, rng: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 8))):
+        # headers stand at the beginning: that is where most of the damage goes
+        at = rng.randrange(min(len(out), rng.choice((16, 256, 4096, 1 << 30)))) if out else 0
+        kind = rng.randrange(6)
+        if kind == 0 and out:
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del out[at:]
+        elif kind == 2:
+            del out[at : at + rng.choice((1, 4, 8, 100))]
+        elif kind == 3:
+            out[at:at] = out[at : at + rng.choice((1, 8, 64))]
+        elif kind == 4:
+            out[at : at + 4] = struct.pack("<I", rng.choice(EXTREMES) & 0xFFFFFFFF)
+        else:
+            out[at : at + 8] = struct.pack("<Q", rng.choice(EXTREMES))
+    return bytes(out)
+
+
+def _mutate_json(value: object, rng: random.Random) -> object:
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        kind = rng.randrange(8)
+        rest = {k: v for k, v in value.items() if k != key}
+        if kind == 0:
+            return rest
+        if kind == 1:
+            return {**rest, key + "x": value[key]}
+        return {**value, key: _mutate_json(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        return [*value[:at], _mutate_json(value[at], rng), *value[at + 1 :]]
+    return rng.choice(VALUES)
+
+
+def _mutate(path: Path, rng: random.Random) -> None:
+    data = path.read_bytes()
+    if path.suffix == ".json" and rng.random() < 0.7:
+        path.write_text(json.dumps(_mutate_json(json.loads(data), rng)), encoding="utf-8")
+    elif path.suffix == ".safetensors" and rng.random() < 0.5:
+        length = int.from_bytes(data[:8], "little")
+        header = json.dumps(_mutate_json(json.loads(data[8 : 8 + length]), rng)).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    else:
+        path.write_bytes(_mutate_bytes(data, rng))
+
+
+FILES = [
+    ("float", "config.json"),
+    ("float", "model.safetensors"),
+    ("qalora", "config.json"),
+    ("qalora", "model.safetensors"),
+    ("gptq", "config.json"),
+    ("gptq", "model.safetensors"),
+    ("gptq", "adapter_config.json"),
+    ("gptq", "adapter_model.safetensors"),
+    ("gptq-integer", "config.json"),
+    ("gptq-integer", "model.safetensors"),
+    ("gguf", "model.gguf"),
+    ("onnx", "model.onnx"),
+    ("onnx", "config.json"),
+    ("adapter", "adapter_config.json"),
+    ("adapter", "adapter_model.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES, ids=["/".join(file) for file in FILES])
+def test_damage_is_one_sentence(
+    kind: str, name: str, models: dict[str, tuple[Path, Callable[[Path], object]]], tmp_path: Path
+) -> None:
+    source, read = models[kind]
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    read(folder)
+    good = (folder / name).read_bytes()
+    refused = 0
+    for seed in range(ROUNDS):
+        (folder / name).write_bytes(good)
+        _mutate(folder / name, random.Random(seed))
+        try:
+            read(folder)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error), f"seed {seed}: {error}"
+        except Exception as error:
+            pytest.fail(f"seed {seed}: {type(error).__name__}: {error}")
+    assert refused > ROUNDS // 10  # the mutations do damage
