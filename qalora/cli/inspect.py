@@ -38,9 +38,9 @@ def _describe(path: str, convention: str | None) -> dict[str, Any]:
 
         return _adapter(path, read_adapter(Path(path), convention=convention))  # type: ignore[arg-type]
     if (Path(path) / "model.onnx").exists() or path.endswith(".onnx"):
-        from qalora.converters import onnx
+        from qalora.converters.onnx.reader import read as read_onnx
 
-        return _model(path, onnx.read(Path(path)))
+        return _model(path, read_onnx(Path(path)))
     from qalora.converters import load
 
     return _model(path, load(path))

@@ -27,7 +27,7 @@ def target(name: str) -> Target:
     """The module that writes a format; InputError names those there are."""
     if name not in TARGETS:
         raise InputError("--to", expected=f"one of {', '.join(TARGETS)}", got=repr(name))
-    module: Target = importlib.import_module(TARGETS[name])  # type: ignore[assignment]
+    module: Target = importlib.import_module(TARGETS[name])
     return module
 
 
@@ -44,7 +44,8 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
         from qalora.converters.huggingface import download
 
         path = download(str(model))
-    from qalora.converters import gptq, huggingface, native
+    from qalora.converters import huggingface, native
+    from qalora.converters.gptq.reader import read as read_gptq
 
     method = huggingface.quant_method(path)
     if method is None:
@@ -52,7 +53,7 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
     if method == "qalora":
         return native.read(path)
     if method == "gptq":
-        return gptq.read(path, checkpoint_format=checkpoint_format)
+        return read_gptq(path, checkpoint_format=checkpoint_format)
     raise FormatError(
         f"{path}: quant_method", expected="qalora, gptq, or a float model", got=repr(method), todo="see the README"
     )
@@ -62,9 +63,9 @@ def _load_file(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
-        from qalora.converters import gguf
+        from qalora.converters.gguf.reader import read as read_gguf
 
-        return gguf.read(path)
+        return read_gguf(path)
     if magic[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
         raise FormatError(f"{path}: a pickle, which runs code when it is opened", todo="convert it to safetensors")
     raise FormatError(str(path), expected="a GGUF file or a model folder", got=f"a file that begins with {magic!r}")

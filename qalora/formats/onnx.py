@@ -1,11 +1,11 @@
 """ONNX files whose weights lie beside them: stubs, offsets, and reading back with suspicion.
 
-An initializer of `model.onnx` names a file, an offset and a length (external data). Offsets are multiples of ALIGN, so that
-runtimes can map them. onnx.save is not used for the data: it needs all weights in memory, and appends to existing files.
+An initializer of `model.onnx` names a file, an offset and a length (external data). Offsets are multiples of ALIGN, so
+that runtimes can map them. onnx.save is not used for the data: it needs all weights in memory, and appends to files.
 
 Reading knows three keys of external data (location, offset, length) and ignores others; a location must be a plain name
-inside the model's folder, and no link that leads out of it; length must be what dtype and shape say. This module knows no
-graph.
+inside the model's folder, and no link that leads out of it; length must be what dtype and shape say. This module knows
+no graph.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES: dict[str, tuple[int, int, torch.dtype]] = {
     "INT64": (7, 64, torch.int64),
     "UINT4": (21, 4, torch.uint8),
 }
-"""Types: (TensorProto's tag, bits of an element, torch's dtype of the bytes). UINT4 packs two elements, low half first."""
+"""(TensorProto's tag, bits of an element, torch's dtype of the bytes). UINT4 packs two elements, low half first."""
 
 _NAMES = {tag: name for name, (tag, _, _) in DTYPES.items()}
 

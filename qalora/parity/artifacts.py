@@ -108,9 +108,9 @@ def _distinct(found: list[Artifact]) -> list[Artifact]:
 def open_artifact(artifact: Artifact) -> Checkpoint:
     """Read an artefact back, lazily."""
     if artifact.kind == "onnx":
-        from qalora.converters import onnx
+        from qalora.converters.onnx.reader import read as read_onnx
 
-        return onnx.read(artifact.path)
+        return read_onnx(artifact.path)
     from qalora.converters import load
 
     return load(artifact.path)

@@ -7,9 +7,9 @@ MatMulNBits (com.microsoft; `fast`): everything by rows of the weight, 4 bits wi
     zero      UINT8 [N, ceil(K/block / 2)]  low half first
     residual  FLOAT [K/group, N]            C transposed, where zero points are real
 
-Codes of 2 and 3 bits go into the 4-bit container as they are. Codes of 5, 6 and 8 bits go as two halves, code = 16 * high +
-low: `codes_high` with `scale_high` = 16 * scale and `zero_high`, and the low half under the plain names. ONNX Runtime's own
-8-bit kernel dequantizes the whole matrix at every call.
+Codes of 2 and 3 bits go into the 4-bit container as they are. Codes of 5, 6 and 8 bits go as two halves,
+code = 16 * high + low: `codes_high` with `scale_high` = 16 * scale and `zero_high`, and the low half under the plain
+names. ONNX Runtime's own 8-bit kernel dequantizes the whole matrix at every call.
 
 DequantizeLinear (`portable`): the weight transposed, as MatMul wants it.
 
@@ -24,17 +24,26 @@ Sources: onnxruntime, docs/ContribOperators.md; onnx, docs/Operators.md#Dequanti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from qalora.converters.plan import LOSSES
 from qalora.errors import ExactnessError, FormatError
 from qalora.formats.onnx import Initializer
 from qalora.residual import from_residual, to_residual
 from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros, pack_codes, unpack_codes
 
-__all__ = ["block_size", "decode_fast", "decode_portable", "encode_fast", "encode_portable", "fast_parts", "portable_parts"]
+__all__ = [
+    "block_size",
+    "decode_fast",
+    "decode_portable",
+    "encode_fast",
+    "encode_portable",
+    "fast_parts",
+    "portable_parts",
+]
 
 BLOCKS = (256, 128, 64, 32, 16)
 
@@ -52,7 +61,10 @@ def block_size(name: str, spec: QuantSpec) -> int:
         if spec.group_size % block == 0:
             return block
     raise ExactnessError(
-        f"onnx: {name}: group_size", expected="a multiple of 16", got=str(spec.group_size), todo="quantize in other groups"
+        f"onnx: {name}: group_size",
+        expected="a multiple of 16",
+        got=str(spec.group_size),
+        todo="quantize in other groups",
     )
 
 
@@ -92,7 +104,7 @@ def _residual_part(module: str, shape: tuple[int, int], spec: QuantSpec) -> Part
     return [Initializer(name=f"{module}.residual", dtype="FLOAT", shape=(shape[1] // spec.group_size, shape[0]))]
 
 
-def _zeros(module: str, tensor: GroupQuantTensor, spec: QuantSpec) -> tuple[Tensor, dict[str, Tensor]]:
+def _zeros(module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Integer zeros [out, groups] and, where the real ones leave something over, the residual part."""
     if spec.zeros == "integer":
         zero = integer_zeros(tensor)
@@ -100,12 +112,19 @@ def _zeros(module: str, tensor: GroupQuantTensor, spec: QuantSpec) -> tuple[Tens
             raise ValueError(f"{module}: its spec promises integer zeros, and it has none")
         return zero, {}
     residual = to_residual(tensor, "nearest")
+    if not residual.exact and not rounds:
+        raise ExactnessError(
+            f"onnx: {module}",
+            expected="a residual that float32 holds",
+            got=LOSSES["residual"],
+            todo="accept it with --allow-loss residual",
+        )
     return residual.zero, {f"{module}.residual": residual.c.T.contiguous()}
 
 
-def encode_fast(module: str, tensor: GroupQuantTensor, spec: QuantSpec) -> dict[str, Tensor]:
-    """The data of `fast_parts`, by name."""
-    zero, data = _zeros(module, tensor, spec)
+def encode_fast(module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bool = False) -> dict[str, Tensor]:
+    """The data of `fast_parts`, by name. ExactnessError for a residual that float32 rounds, unless `rounds`."""
+    zero, data = _zeros(module, tensor, spec, rounds=rounds)
     times = spec.group_size // block_size(module, spec)
     scale, zero = tensor.scale.repeat_interleave(times, dim=1), zero.repeat_interleave(times, dim=1)
     if spec.bits <= 4:
@@ -170,9 +189,11 @@ def _joined(
     return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=spec.bits, group_size=spec.group_size)
 
 
-def encode_portable(module: str, tensor: GroupQuantTensor, spec: QuantSpec) -> Mapping[str, Tensor]:
+def encode_portable(
+    module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bool = False
+) -> dict[str, Tensor]:
     """The data of `portable_parts`, by name; UINT4 as packed bytes."""
-    zero, data = _zeros(module, tensor, spec)
+    zero, data = _zeros(module, tensor, spec, rounds=rounds)
     times = spec.group_size // block_size(module, spec)
     codes, zero = tensor.codes().T, zero.repeat_interleave(times, dim=1).T
     small = spec.bits <= 4

@@ -42,6 +42,9 @@ def decoder_of(model: Checkpoint) -> Decoder:
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{model.path}: hidden_act", expected="silu", got=repr(config.get("hidden_act")))
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    head_size = int(config.get("head_dim") or hidden // heads)
+    if head_size % 16:
+        raise InputError(f"{model.path}: head size", expected="a multiple of 16", got=str(head_size), todo="use gguf")
     positions = int(config["max_position_embeddings"])
     if not 0 < positions <= MAX_POSITIONS:
         raise InputError(f"{model.path}: max_position_embeddings", expected=f"1..{MAX_POSITIONS}", got=str(positions))
@@ -50,7 +53,7 @@ def decoder_of(model: Checkpoint) -> Decoder:
         hidden=hidden,
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_size=int(config.get("head_dim") or hidden // heads),
+        head_size=head_size,
         vocabulary=int(config["vocab_size"]),
         positions=positions,
         epsilon=float(config.get("rms_norm_eps", 1e-6)),
@@ -58,7 +61,7 @@ def decoder_of(model: Checkpoint) -> Decoder:
 
 
 def rotary_tables(model: Checkpoint) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [positions, head size / 2], by transformers' own module, so that every rope scaling is right."""
+    """cos and sin, float32 [positions, head size / 2], by transformers' own module, which knows every rope scaling."""
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -97,9 +100,10 @@ class Graph:
         return output
 
     def constant(self, name: str, values: Sequence[int] | int, dtype: str = "INT64") -> str:
-        """A small constant in the model itself, added once."""
+        """A small constant in the model itself, added once; gives its name there."""
         from onnx import TensorProto, helper
 
+        name = f"constant.{name}"
         if all(proto.name != name for proto in self.constants):
             shape = [] if isinstance(values, int) else [len(values)]
             flat = [values] if isinstance(values, int) else list(values)
@@ -142,7 +146,9 @@ def graph_inputs(decoder: Decoder) -> list[Any]:
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]),
     ]
-    return inputs + [_cache(decoder, n, side, 0, "past_sequence_length") for n in range(decoder.layers) for side in SIDES]
+    return inputs + [
+        _cache(decoder, n, side, 0, "past_sequence_length") for n in range(decoder.layers) for side in SIDES
+    ]
 
 
 def graph_outputs(decoder: Decoder) -> list[Any]:

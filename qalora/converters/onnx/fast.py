@@ -2,8 +2,8 @@
 
     y = MatMulNBits(x; codes, scale, zero) + pool(x) @ residual
 
-pool(x) is shared by q, k and v, and by gate and up. A batch of different lengths is padded on the right: the fused attention
-counts the ones of the mask.
+pool(x) is shared by q, k and v, and by gate and up. A batch of different lengths is padded on the right: the fused
+attention counts the ones of the mask.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def fast_graph(
         hidden, norm = _layer(graph, model, decoder, n, hidden, norm, lengths, accuracy_level)
     _output(graph, model, norm, decoder, accuracy_level)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1)]
-    return graph.model(
-        decoder, graph_outputs(decoder), graph_inputs(decoder), metadata, opset_imports=opsets
-    )
+    return graph.model(decoder, graph_outputs(decoder), graph_inputs(decoder), metadata, opset_imports=opsets)
 
 
 def _sequence_lengths(graph: Graph) -> tuple[str, str]:
@@ -169,5 +167,3 @@ def add_table_product(graph: Graph, norm: str, weight: str, decoder: Decoder) ->
     shape = graph.add("Shape", ["input_ids"], "input_shape")
     wanted = graph.add("Concat", [shape, graph.constant("vocabulary", [decoder.vocabulary])], "logits_shape", axis=0)
     graph.add("Reshape", [product, wanted], "logits")
-
-

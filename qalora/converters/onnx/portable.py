@@ -6,8 +6,8 @@
 A function's body is standard operators (DequantizeLinear, MatMul, Add), so that no native library is needed, and
 onnx.reference runs the model too. The mask may have zeros anywhere: batches can be padded on either side.
 
-ONNX Runtime turns DequantizeLinear + MatMul into MatMulNBits, at accuracy level 4 (int8 activations) unless the session has
-session.qdq_matmulnbits_accuracy_level = "1"; genai_config.json beside the graph says so.
+ONNX Runtime turns DequantizeLinear + MatMul into MatMulNBits, at accuracy level 4 (int8 activations) unless the session
+has session.qdq_matmulnbits_accuracy_level = "1"; genai_config.json beside the graph says so.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def _attention_bias(graph: Graph) -> str:
     total = graph.add("Squeeze", ["total_length", axis0], "total_scalar")
     past = graph.add("Squeeze", ["past_length", axis0], "past_scalar")
     columns = graph.add("Range", [zero, total, one], "columns")
-    rows = graph.add("Unsqueeze", [graph.add("Range", [past, total, one], "row_numbers"), graph.constant("axis1", [1])], "rows")
+    rows = graph.add(
+        "Unsqueeze", [graph.add("Range", [past, total, one], "row_numbers"), graph.constant("axis1", [1])], "rows"
+    )
     causal = graph.add("LessOrEqual", [columns, rows], "causal")
     kept = graph.add("Cast", ["attention_mask"], "mask_bool", to=TensorProto.BOOL)
     kept = graph.add("Unsqueeze", [kept, graph.constant("axes12", [1, 2])], "mask_wide")
@@ -126,9 +128,7 @@ def _norm(graph: Graph, decoder: Decoder, x: str, weight: str, out: str) -> str:
     return graph.add("RMSNormalization", [x, weight], out, axis=-1, epsilon=decoder.epsilon)
 
 
-def _layer(
-    graph: Graph, model: Checkpoint, decoder: Decoder, n: int, hidden: str, positions: str, bias: str
-) -> str:
+def _layer(graph: Graph, model: Checkpoint, decoder: Decoder, n: int, hidden: str, positions: str, bias: str) -> str:
     path, out = f"model.layers.{n}", f"layer{n}"
     norm = _norm(graph, decoder, hidden, f"{path}.input_layernorm.weight", f"{out}.normed")
     mixed = _attention(graph, model, decoder, n, norm, positions, bias)
@@ -140,9 +140,7 @@ def _layer(
     return graph.add("Add", [hidden, _linear(graph, model, gated, f"{path}.mlp.down_proj")], f"{out}.end")
 
 
-def _attention(
-    graph: Graph, model: Checkpoint, decoder: Decoder, n: int, norm: str, positions: str, bias: str
-) -> str:
+def _attention(graph: Graph, model: Checkpoint, decoder: Decoder, n: int, norm: str, positions: str, bias: str) -> str:
     out, rotated = f"layer{n}", []
     for name, count in (("q", decoder.heads), ("k", decoder.kv_heads), ("v", decoder.kv_heads)):
         flat = _linear(graph, model, norm, f"model.layers.{n}.self_attn.{name}_proj")

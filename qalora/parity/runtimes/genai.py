@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,19 @@ from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.onnxruntime import check_installed
 
 __all__ = ["open_artifact"]
+
+
+PACKAGES = ("onnxruntime-genai", "onnxruntime-genai-cuda")
+"""The second goes with onnxruntime-gpu, and runs on the CPU too."""
+
+
+def _version() -> str:
+    for name in PACKAGES:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 class GenaiRuntime:
@@ -33,7 +46,7 @@ class GenaiRuntime:
             raise FormatError(f"{folder}: onnxruntime-genai does not load it ({reason})") from error
         self.info = RuntimeInfo(
             name="onnxruntime-genai",
-            version=version("onnxruntime-genai"),
+            version=_version(),
             backend="cpu",
             dtype="float32",
             threads=torch.get_num_threads(),

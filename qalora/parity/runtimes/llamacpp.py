@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp, on the CPU: F32 KV cache, no flash attention, so that what is left is the kernels' own rounding.
+"""GGUF files in llama.cpp, on the CPU: F32 KV cache, no flash attention, so that only the kernels' rounding is left.
 
 llama.cpp quantizes the activations to 8 bits (Q8_1, Q8_0) before it multiplies them with integer weights.
 """

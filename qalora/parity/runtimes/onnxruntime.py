@@ -1,4 +1,4 @@
-"""ONNX graphs in ONNX Runtime on the CPU: ours, and those of onnxruntime-genai's builder, whose inputs have the same names.
+"""ONNX graphs in ONNX Runtime on the CPU: ours, and those of onnxruntime-genai's builder, which names inputs alike.
 
 `onnxruntime` and `onnxruntime-gpu` share one import folder; with both installed the last one written wins, and nothing
 else says so: `check_installed` does.

@@ -1,0 +1,127 @@
+"""Read one of our graphs back: canonical tensors from its initializers, as its metadata says; what proves an export.
+
+Graphs that others made are refused: their names and shapes follow other rules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import linear_names
+from qalora.converters.huggingface import check_shapes, companion_files, read_config
+from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
+from qalora.converters.onnx.planner import GRAPH, ROTARY, TENSORS
+from qalora.converters.onnx.portable import DOMAIN
+from qalora.errors import FormatError
+from qalora.formats.onnx import Stored, read_initializers, read_stored
+from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, holds_float16
+
+__all__ = ["read"]
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a folder with model.onnx, or the file, with config.json beside it. Reads the graph and no weights.
+
+    Raises FormatError for a graph that qalora did not write, and for initializers that are not what it says.
+    """
+    file = path / GRAPH if path.is_dir() else path
+    proto, stored = read_initializers(file)
+    kinds = _kinds(file, {entry.key: entry.value for entry in proto.metadata_props})
+    portable = any(opset.domain == DOMAIN for opset in proto.opset_import)
+    config = read_config(file.parent)
+    linears = linear_names(config, file.parent)
+    tensors: dict[str, LazyTensor] = {}
+    used: set[str] = set(ROTARY)
+    for module, spec in kinds.items():
+        tensors[f"{module}.weight"], names = _quantized(file, module, spec, stored, portable=portable)
+        used |= names
+    for name, item in stored.items():
+        if name not in used and item.dtype == "FLOAT" and item.inline is None:
+            tensors[name] = _float(name, item, transposed=name in linears)
+    check_shapes(file.parent, tensors, linears)
+    return Checkpoint(
+        path=path,
+        layout="onnx",
+        config=config,
+        tensors=tensors,
+        linears=linears,
+        files=companion_files(file.parent),
+    )
+
+
+def _kinds(file: Path, metadata: Mapping[str, str]) -> dict[str, QuantSpec]:
+    if TENSORS not in metadata:
+        raise FormatError(f"{file}", expected=f"a graph that qalora wrote, with {TENSORS} in its metadata", got="none")
+    try:
+        found = json.loads(metadata[TENSORS])
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: {TENSORS}", expected="JSON", got=type(error).__name__) from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{file}: {TENSORS}", expected="a JSON object", got=type(found).__name__)
+    return {module: _spec(f"{file}: {TENSORS}: {module}", entry) for module, entry in found.items()}
+
+
+def _spec(where: str, entry: Any) -> QuantSpec:
+    expected = "[bits, group_size, zeros, scale dtype, min dtype]"
+    if not (isinstance(entry, list) and len(entry) == 5 and all(isinstance(part, int | str) for part in entry)):
+        raise FormatError(where, expected=expected, got=repr(entry)[:80])
+    bits, group_size, zeros, scale, minimum = entry
+    known = bits in BITS and zeros in ("integer", "real") and scale in DTYPES and minimum in DTYPES
+    if not known or type(group_size) is not int or not 0 < group_size < 1 << 32:
+        raise FormatError(where, expected=expected, got=repr(entry)[:80])
+    return QuantSpec(
+        bits=bits, group_size=group_size, zeros=zeros, scale_dtype=DTYPES[scale], min_dtype=DTYPES[minimum]
+    )
+
+
+def _quantized(
+    file: Path, module: str, spec: QuantSpec, stored: Mapping[str, Stored], *, portable: bool
+) -> tuple[LazyTensor, set[str]]:
+    """The lazy tensor, and the initializers that it is made of."""
+    codes = stored.get(f"{module}.codes")
+    if codes is None or len(codes.shape) != (2 if portable else 3):
+        raise FormatError(f"{file}: {module}.codes", expected="an initializer", got="none, or another shape")
+    shape = (codes.shape[1], codes.shape[0]) if portable else (codes.shape[0], codes.shape[1] * codes.shape[2] * 2)
+    if 0 in shape or shape[1] % spec.group_size:
+        raise FormatError(f"{file}: {module}", expected=f"groups of {spec.group_size}", got=f"shape {list(shape)}")
+    parts = {part.name: part for part in (portable_parts if portable else fast_parts)(module, shape, spec)}
+    for name, part in parts.items():
+        item = stored.get(name)
+        if item is None or (item.dtype, item.shape) != (part.dtype, part.shape):
+            got = "none" if item is None else f"{item.dtype} {list(item.shape)}"
+            raise FormatError(f"{file}: {name}", expected=f"{part.dtype} {list(part.shape)}", got=got)
+
+    def fetch(name: str) -> Tensor:
+        return read_stored(stored[name])
+
+    def read_rows(start: int, stop: int) -> GroupQuantTensor:
+        tensor = (decode_portable if portable else decode_fast)(module, fetch, spec)
+        for part, values, dtype in (("scale", tensor.scale, spec.scale_dtype), ("min", tensor.min, spec.min_dtype)):
+            if dtype is torch.float16 and not holds_float16(values):
+                raise FormatError(f"{file}: {module}.{part}", expected="float16 values, as metadata says", got="others")
+        return tensor if (start, stop) == (0, shape[0]) else tensor.rows(start, stop)
+
+    return LazyTensor(name=f"{module}.weight", shape=shape, spec=spec, read=read_rows), set(parts)
+
+
+def _float(name: str, item: Stored, *, transposed: bool) -> LazyTensor:
+    if not transposed:
+        shape = item.shape
+        return LazyTensor(
+            name=name, shape=shape, dtype=torch.float32, read=lambda start, stop: read_stored(item, start, stop)
+        )
+    return LazyTensor(
+        name=name,
+        shape=tuple(reversed(item.shape)),
+        dtype=torch.float32,
+        read=lambda start, stop: read_stored(item).T[start:stop].contiguous(),
+    )
