@@ -28,6 +28,7 @@ __all__ = [
     "BITS",
     "GroupQuantTensor",
     "QuantSpec",
+    "dequantize",
     "holds_float16",
     "integer_zeros",
     "pack_codes",
@@ -95,7 +96,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
         return packed
     run_bytes, run_codes = _RUN[bits]
     mask = (1 << bits) - 1
-    out = torch.empty(packed.shape[0], packed.shape[1] * 8 // bits, dtype=torch.uint8)
+    out = torch.empty(packed.shape[0], packed.shape[1] * 8 // bits, dtype=torch.uint8, device=packed.device)
     for rows in _row_tiles(out):
         runs = packed[rows].reshape(-1, run_bytes)
         tile = out[rows].view(-1, run_codes)
@@ -109,6 +110,16 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
             for k in range(run_codes):
                 tile[:, k] = ((wide >> (k * bits)) & mask).to(torch.uint8)
     return out
+
+
+def dequantize(packed: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
+    """scale * codes + min in float32 [out, in], from packed codes and groups that are runs of columns.
+
+    Runs on the tensors' device. Checks nothing: see `GroupQuantTensor.dequantize`, which gives the same bits.
+    """
+    codes = unpack_codes(packed, bits)
+    grouped = codes.view(codes.shape[0], scale.shape[1], -1)
+    return torch.mul(scale[..., None], grouped).add_(minimum[..., None]).view(codes.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +205,10 @@ class GroupQuantTensor:
         Where scale holds at most 16 significant bits (float16 has 11) the product is exact, so that a fused
         multiply-add gives the same bits.
         """
-        codes = self.codes()
         if self.g_idx is not None:
             index = self.g_idx.long()
-            return self.scale[:, index] * codes + self.min[:, index]
-        grouped = codes.view(self.shape[0], self.groups, self.group_size)
-        return torch.add(self.scale[..., None] * grouped, self.min[..., None]).view(self.shape)
+            return self.scale[:, index] * self.codes() + self.min[:, index]
+        return dequantize(self.packed, self.scale, self.min, self.bits)
 
     def rows(self, start: int, stop: int) -> GroupQuantTensor:
         """Rows start..stop-1, sharing memory with this tensor."""

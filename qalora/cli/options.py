@@ -23,7 +23,10 @@ __all__ = [
     "output_option",
     "print_json",
     "print_plans",
+    "print_stage",
     "progress_bar",
+    "verify_options",
+    "verify_settings",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -107,6 +110,45 @@ def export_options(function: F) -> F:
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
+
+
+def verify_options(function: F) -> F:
+    """What `verify` and `release` compute on; `verify_settings` makes arguments of it."""
+    decorators = (
+        click.option("--text", type=click.Path(path_type=Path), help="A text file to compute on; else a built-in one."),
+        click.option(
+            "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the text."
+        ),
+        click.option("--prompt", help="What to continue greedily."),
+        click.option(
+            "--generate", type=click.IntRange(1), default=24, show_default=True, help="Tokens to continue by."
+        ),
+        click.option("--threads", type=click.IntRange(1), help="Threads of each runtime; its own default otherwise."),
+        click.option("--allow-unproven", is_flag=True, help="Exit 0 even where a runtime is not installed."),
+    )
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def verify_settings(
+    text: Path | None, max_tokens: int, prompt: str | None, generate: int, threads: int | None
+) -> dict[str, Any]:
+    """Arguments for `qalora.parity.verify`."""
+    from qalora.parity.text import read_text
+
+    return {
+        "text": None if text is None else read_text(text),
+        "max_tokens": max_tokens,
+        "prompt": prompt,
+        "generate": generate,
+        "threads": threads,
+    }
+
+
+def print_stage(stage: str) -> None:
+    """A line on stderr for each stage of a verification."""
+    click.echo(f"{stage} ...", err=True)
 
 
 def print_json(content: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,11 +13,18 @@ from qalora.cli.options import (
     export_options,
     force_option,
     minima_option,
+    output_option,
+    print_plans,
+    print_stage,
+    progress_bar,
+    verify_options,
+    verify_settings,
 )
-from qalora.cli.verifying import verify_options
 
 if TYPE_CHECKING:
-    pass
+    from qalora.release.package import Release
+
+__all__ = ["command", "print_release"]
 
 
 @click.command(
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter to fold.")
 @click.option("--to", "targets", multiple=True, required=True, metavar="FORMAT", help="gptq, gguf, onnx. Repeatable.")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), metavar="DIST")
+@output_option("The folder to write; it appears only when every gate has passed.")
 @convention_option
 @minima_option
 @export_options
@@ -41,22 +48,68 @@ def command(
     out: Path,
     convention: str | None,
     minima: str | None,
-    dry_run: bool,
+    name: str | None,
+    allow_loss: tuple[str, ...],
+    gptq_form: str,
+    gguf_form: str,
+    accuracy_level: int,
+    text: Path | None,
+    max_tokens: int,
+    prompt: str | None,
+    generate: int,
+    threads: int | None,
+    allow_unproven: bool,
     force: bool,
-    **options: Any,
+    dry_run: bool,
 ) -> None:
     """Fold an adapter into MODEL, export it, verify every artefact in its own runtime, and package the result.
 
-    DIST appears only when every gate has passed: the artefacts, the report, a model card and SHA256SUMS.
+    The folder holds the artefacts, the report, a model card and SHA256SUMS. When a gate fails nothing is left but the
+    report, beside the folder's place; exit status 1.
     """
-    run_release(
-        model,
-        adapter,
-        targets,
-        out,
-        convention=convention,
-        minima=minima,
-        dry_run=dry_run,
-        force=force,
-        options=options,
+    from qalora.adapter import read_adapter
+    from qalora.converters import load
+    from qalora.converters.plan import ExportOptions
+    from qalora.release.package import plan_release, release
+
+    settings = verify_settings(text, max_tokens, prompt, generate, threads)
+    base = load(model)
+    read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
+    options = ExportOptions(
+        name=name,
+        allow_loss=frozenset(allow_loss),
+        gptq_form=gptq_form,
+        gguf_form=gguf_form,
+        accuracy_level=accuracy_level,
     )
+    jobs = plan_release(base, targets, out, options, adapter=read, minima=minima, force=force)  # type: ignore[arg-type]
+    if dry_run:
+        print_plans([job.plan for job in jobs], details=True)
+        return
+    with progress_bar(sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors), "writing") as progress:
+        done = release(
+            base,
+            jobs,
+            out,
+            adapter=read,
+            force=force,
+            allow_unproven=allow_unproven,
+            progress=progress,
+            stage=print_stage,
+            minima=minima,
+            **settings,
+        )
+    print_release(done)
+
+
+def print_release(done: Release) -> None:
+    """The plans in short, the proof, and where it all is."""
+    from rich.console import Console
+
+    from qalora.parity.report import render
+
+    print_plans(done.plans, details=False)
+    console = Console()
+    for part in render(done.report):
+        console.print(part)
+    console.print(f"written: {done.folder}", markup=False)

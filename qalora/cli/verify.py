@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import convention_option, minima_option
+from qalora.cli.options import convention_option, minima_option, print_stage, verify_options, verify_settings
 from qalora.errors import ProofError
 
 
@@ -26,13 +26,8 @@ from qalora.errors import ProofError
     show_default=True,
     help="How far to go; each level includes those before it.",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="A text file to compute on, instead of a built-in one.")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the text.")
-@click.option("--prompt", help="What to continue greedily.")
-@click.option("--generate", type=click.IntRange(1), default=24, show_default=True, help="Tokens to continue it by.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of each runtime; its own default otherwise.")
+@verify_options
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
-@click.option("--allow-unproven", is_flag=True, help="Exit 0 even where a runtime is not installed.")
 def command(
     reference: str,
     artifacts: tuple[Path, ...],
@@ -61,7 +56,6 @@ def command(
     from qalora.formats.output import write_json
     from qalora.parity import verify
     from qalora.parity.report import render
-    from qalora.parity.text import read_text
 
     base = load(reference)
     report = verify(
@@ -70,12 +64,8 @@ def command(
         adapter=None if adapter is None else read_adapter(adapter, base, convention=convention),  # type: ignore[arg-type]
         minima=minima,  # type: ignore[arg-type]
         level=level,  # type: ignore[arg-type]
-        text=None if text is None else read_text(text),
-        prompt=prompt,
-        max_tokens=max_tokens,
-        generate=generate,
-        threads=threads,
-        progress=lambda stage: click.echo(f"{stage} ...", err=True),
+        **verify_settings(text, max_tokens, prompt, generate, threads),
+        progress=print_stage,
     )
     if json_file is not None:
         write_json(json_file, report.to_json())

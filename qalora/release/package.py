@@ -10,7 +10,7 @@ The folder appears only when every gate has passed. When one fails, the report s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,19 +66,21 @@ def release(
     force: bool = False,
     allow_unproven: bool = False,
     progress: Progress = lambda name, nbytes: None,
+    stage: Callable[[str], None] = lambda stage: None,
     **verify_options: Any,
 ) -> Release:
     """Export the planned jobs, verify every artefact, and write the folder.
 
-    verify_options go to `qalora.parity.verify`. Raises ProofError, after leaving the report beside `out`, when a gate
-    fails, or when an artefact is not proven and `allow_unproven` is not set.
+    progress is called with each tensor written, stage with a line for each stage of the verification; verify_options
+    go to `qalora.parity.verify`. Raises ProofError, after leaving the report beside `out`, when a gate fails, or when
+    an artefact is not proven and `allow_unproven` is not set.
     """
     from qalora.parity import verify
 
     with new_folder(out, force=force, names=[SUMS]) as folder:
         run_jobs(jobs, folder, progress=progress)
         artifacts = [folder / job.plan.target for job in jobs]
-        report = verify(model, artifacts, adapter=adapter, relative_to=folder, **verify_options)
+        report = verify(model, artifacts, adapter=adapter, relative_to=folder, progress=stage, **verify_options)
         if not report.passed(allow_unproven=allow_unproven):
             failed = out.parent / f"{out.name}.{REPORT}"
             write_json(failed, report.to_json())

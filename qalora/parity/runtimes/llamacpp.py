@@ -29,7 +29,7 @@ ERROR = 4
 _messages: list[str] = []
 
 
-@LOG_CALLBACK
+@LOG_CALLBACK  # type: ignore[untyped-decorator]
 def _log(level: int, text: bytes | None, _: object) -> None:
     """Keep the errors, drop the rest; kept alive by the module, as the library calls it at any time."""
     if level == ERROR and text:

@@ -1,0 +1,14 @@
+"""Training QA-LoRA adapters on integer weights, with the fold in the loop: what is trained is what ships.
+
+options  what a user may choose
+data     documents, tokens, blocks
+layer    the linear layer that computes with folded, rounded minima
+loss     cross entropy without the whole logits
+state    checkpoints
+loop     steps, held-out loss, the adapter's folder
+"""
+
+from qalora.train.loop import StepReport, train
+from qalora.train.options import TrainOptions
+
+__all__ = ["StepReport", "TrainOptions", "train"]

@@ -1,0 +1,308 @@
+"""Training with the fold in the loop: the model that is trained is, at every step, the folded model.
+
+Everything is float32 on one device. Runs are deterministic: the same options, data and model give the same adapter on
+the same machine with the same number of threads, whether or not the run was interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora.adapter import ADAPTER_FILES, Adapter, convert, write_adapter
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.errors import InputError
+from qalora.fold import FLOAT16_MAX
+from qalora.formats.output import check_output, new_folder, write_json
+from qalora.train.data import Blocks, make_blocks, read_documents
+from qalora.train.layer import FoldedLinear
+from qalora.train.loss import IGNORED, summed_cross_entropy
+from qalora.train.options import TrainOptions
+from qalora.train.state import State, checkpoint_of, read_state, write_state
+
+__all__ = ["LOG", "Progress", "StepReport", "train"]
+
+LOG = "training.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Where a run is: step of steps, the loss of the step, the latest held-out loss, tokens a second so far."""
+
+    step: int
+    steps: int
+    loss: float
+    held_out: float
+    tokens_per_second: float
+
+
+Progress = Callable[[StepReport], None]
+
+
+def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda report: None) -> Adapter:
+    """Train an adapter, write it to `options.out`, and give it as it was written.
+
+    The folder holds an adapter that PEFT can read, and training.json: options, losses by step, held-out losses, in nats
+    per token. Raises InputError for a float or act-order model, one without tokenizer, target modules that match
+    nothing, data that is too short or not as `qalora.train.data` says, an output that exists, and a loss that is no
+    number.
+    """
+    check_output(options.out, force=options.force, names=ADAPTER_FILES)
+    targets = _targets(model, options)
+    kept, held = _data(model, options)
+    run = _Run(model, options, targets, kept, held)
+    state = run.resumed() if options.resume else State()
+    run.to_the_end(state, progress)
+    adapter = convert(run.adapter(), options.convention)
+    with new_folder(options.out, force=options.force, names=ADAPTER_FILES) as folder:
+        write_adapter(adapter, folder)
+        write_json(folder / LOG, run.log(state))
+    shutil.rmtree(checkpoint_of(options.out), ignore_errors=True)
+    return adapter
+
+
+def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
+    """The modules to train."""
+    specs = {name.removesuffix(".weight"): model.tensors[name].spec for name in model.linears}
+    if not any(specs.values()):
+        raise InputError(
+            f"{model.path} holds no integers, and QA-LoRA is trained on integer weights",
+            todo=f"quantize it first: qalora quantize {model.path} -o DIR",
+        )
+    found = {
+        module
+        for module, spec in specs.items()
+        if spec is not None
+        and (not options.target_modules or any(f".{module}".endswith(f".{end}") for end in options.target_modules))
+    }
+    unmatched = [end for end in options.target_modules if not any(f".{module}".endswith(f".{end}") for module in found)]
+    if unmatched:
+        kinds = sorted({module.rpartition(".")[2] for module in specs})
+        raise InputError("--target-modules", expected=f"some of {', '.join(kinds)}", got=repr(unmatched[0]))
+    for module in sorted(found):
+        spec = specs[module]
+        if spec is not None and spec.act_order:
+            raise InputError(
+                f"{module} was quantized with act-order: its groups are not runs of columns, and an adapter over them "
+                "cannot be folded",
+                todo="quantize without act-order",
+            )
+    return frozenset(found)
+
+
+def _data(model: Checkpoint, options: TrainOptions) -> tuple[Blocks, Blocks]:
+    from qalora.converters.tokenizer import load_tokenizer
+
+    context = model.config.get("max_position_embeddings")
+    if isinstance(context, int) and options.sequence_length > context:
+        raise InputError(
+            "--sequence-length", expected=f"at most {context}, the model's context", got=str(options.sequence_length)
+        )
+    tokenizer = load_tokenizer(model)
+    blocks = make_blocks(read_documents(options.data, tokenizer), tokenizer, options.sequence_length)
+    kept, held = blocks.split(options.held_out)
+    for part, name in ((kept, "the part to train on"), (held, "the held-out part")):
+        if not bool((part.targets != IGNORED).any()):
+            raise InputError(f"{options.data}: {name}", expected="something to learn", got="nothing")
+    return kept, held
+
+
+class _Run:
+    """A model that is being trained."""
+
+    def __init__(
+        self, model: Checkpoint, options: TrainOptions, targets: frozenset[str], kept: Blocks, held: Blocks
+    ) -> None:
+        from qalora.converters.torch_module import build
+
+        self._options, self._kept, self._held = options, kept, held
+        self._device = _device(options.device)
+        self._layers: dict[str, FoldedLinear] = {}
+        rng = torch.Generator().manual_seed(options.seed)
+
+        def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
+            trained = path in targets
+            if weight.spec is None:
+                from qalora.converters.torch_module import float_linear
+
+                return float_linear(path, weight, bias)
+            layer = FoldedLinear(
+                weight.load_quantized(),
+                bias,
+                name=f"{path}.weight",
+                rank=options.rank,
+                factor=options.scaling,
+                pool_size=options.pool_size or weight.spec.group_size,
+                minima=options.minima,
+                rng=rng,
+                trained=trained,
+            )
+            if trained:
+                self._layers[path] = layer
+            return layer
+
+        self._module = build(model, linear).to(self._device)
+        self._parameters = {
+            f"{path}.{part}": getattr(layer, part) for path, layer in self._layers.items() for part in ("a", "b")
+        }
+        self._optimizer = torch.optim.AdamW(
+            list(self._parameters.values()),
+            lr=options.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=options.weight_decay,
+        )
+        self._each = options.batch_size * options.gradient_accumulation
+        self._steps = options.steps or max(1, len(kept) // self._each)
+        self._identity = {
+            **options.to_json(),
+            "steps": self._steps,
+            "data_sha256": kept.digest() + held.digest(),
+            "model_sha256": _fingerprint(model),
+        }
+
+    def resumed(self) -> State:
+        """The state of the checkpoint, after it was put into the model."""
+        return read_state(self._options.out, self._identity, self._parameters, self._optimizer)
+
+    def to_the_end(self, state: State, progress: Progress) -> None:
+        """Every step that is left."""
+        options = self._options
+        if not state.held_out:
+            state.held_out.append((0, self.evaluate()))
+        started, first = time.monotonic(), state.step
+        while state.step < self._steps:
+            state.losses.append(self._step(state.step))
+            state.step += 1
+            if state.step == self._steps or (options.evaluate_every and state.step % options.evaluate_every == 0):
+                state.held_out.append((state.step, self.evaluate()))
+            if options.save_every and state.step % options.save_every == 0 and state.step < self._steps:
+                write_state(options.out, state, self._identity, self._parameters, self._optimizer)
+            done = (state.step - first) * self._each * options.sequence_length
+            progress(
+                StepReport(
+                    step=state.step,
+                    steps=self._steps,
+                    loss=state.losses[-1],
+                    held_out=state.held_out[-1][1],
+                    tokens_per_second=done / max(1e-9, time.monotonic() - started),
+                )
+            )
+
+    def _step(self, step: int) -> float:
+        """One optimizer step; gives the mean loss of its tokens before it."""
+        options = self._options
+        tokens, targets = self._kept.take(_order(len(self._kept), options.seed, step * self._each, self._each))
+        count = max(1, int((targets != IGNORED).sum()))
+        total = 0.0
+        for rows in torch.split(torch.arange(len(tokens)), options.batch_size):
+            loss = self._loss(tokens[rows], targets[rows])
+            (loss / count).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        mean = total / count
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), options.max_gradient_norm)
+        if not math.isfinite(mean) or not bool(torch.isfinite(norm)):
+            raise InputError(
+                f"step {step + 1}: the loss is {mean} and the gradient's norm {float(norm)}",
+                todo="train with a lower --learning-rate",
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = options.learning_rate * _schedule(step, self._steps, options.warmup)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return mean
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        out = self._module.model(input_ids=tokens.to(self._device), use_cache=False)
+        hidden = out.last_hidden_state.flatten(0, 1)
+        return summed_cross_entropy(hidden, self._module.lm_head.weight, targets.to(self._device).flatten())
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The held-out loss in nats per token."""
+        total = 0.0
+        for rows in torch.split(torch.arange(len(self._held)), self._options.batch_size):
+            total += self._loss(*self._held.take(rows)).item()
+        return total / int((self._held.targets != IGNORED).sum())
+
+    def adapter(self) -> Adapter:
+        """What was learned, in the paper's convention. InputError for minima that float16 does not reach."""
+        for path, layer in self._layers.items():
+            largest = float(layer.folded().abs().max())
+            if self._options.minima == "float16" and not largest <= FLOAT16_MAX:
+                raise InputError(
+                    f"the minima of {path}",
+                    expected="values that float16 reaches",
+                    got=f"{largest:g}",
+                    todo="train with --minima float32 or a lower --learning-rate",
+                )
+        return Adapter(
+            layers={path: layer.adapter_layer() for path, layer in self._layers.items()},
+            convention="paper",
+            minima=self._options.minima,
+        )
+
+    def log(self, state: State) -> dict[str, Any]:
+        """What training.json holds."""
+        return {
+            "options": {**self._options.to_json(), "steps": self._steps, "data": Path(self._options.data).name},
+            "data_sha256": self._identity["data_sha256"],
+            "trained_tokens": self._steps * self._each * self._options.sequence_length,
+            "held_out_tokens": int((self._held.targets != IGNORED).sum()),
+            "losses": [_short(loss) for loss in state.losses],
+            "held_out": [{"step": step, "loss": _short(loss)} for step, loss in state.held_out],
+        }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError("--device", expected="one that torch has here", got=f"{name!r} ({reason})") from error
+    return device
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    """1 at most: up in a line over the first share of the steps, then down in a line to 1/(steps left)."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return (steps - step) / max(1, steps - rising)
+
+
+def _order(blocks: int, seed: int, first: int, count: int) -> Sequence[int]:
+    """The blocks number first .. first+count-1 of an endless sequence of epochs, each a permutation of its own."""
+    found: list[int] = []
+    while len(found) < count:
+        epoch, at = divmod(first + len(found), blocks)
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        found += torch.randperm(blocks, generator=rng)[at : at + count - len(found)].tolist()
+    return found
+
+
+def _fingerprint(model: Checkpoint) -> str:
+    """SHA-256 of the config and of the first and last quantized layer; enough to tell one base from another."""
+    config: Mapping[str, Any] = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode("utf-8"))
+    names = [name for name in model.linears if model.tensors[name].spec is not None]
+    for name in (names[0], names[-1]):
+        tensor = model.tensors[name].load_quantized()
+        for part in (tensor.packed, tensor.scale, tensor.min):
+            found.update(part.contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,100 @@
+"""What a user may choose for a training run, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from qalora.adapter import CONVENTIONS, Convention
+from qalora.errors import InputError
+
+__all__ = ["TrainOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """Options of `qalora.train.train`; raises InputError for one out of range.
+
+    data            a text or JSONL file, or a dataset of the Hub; see `qalora.train.data`
+    out             the folder to write
+    rank, alpha     of the adapter; s = alpha/rank scales it as in the paper (sum pooling), whichever convention it is
+                    written in, so that the learning rate means the same; alpha None is rank
+    convention      what the files are written in: converted exactly at the end
+    pool_size       columns that share an input; None is each layer's group size
+    minima          what the folded minima are rounded to, in training and in the fold
+    target_modules  ends of module paths, such as q_proj or mlp.up_proj; empty means every linear layer
+    steps           optimiser steps; None is one pass over the data
+    batch_size      sequences of a forward; gradient_accumulation forwards make a step
+    sequence_length tokens of a sequence
+    learning_rate   AdamW's highest: it rises over `warmup` of the steps and falls linearly to 0
+    held_out        share of the data, its end, that is not trained on
+    evaluate_every  steps between held-out losses, beside the first and last; 0 is never
+    save_every      steps between checkpoints, in `<out>.checkpoint`; 0 is never
+    resume          continue from there
+    """
+
+    data: str
+    out: Path
+    rank: int = 16
+    alpha: float | None = None
+    convention: Convention = "paper"
+    pool_size: int | None = None
+    minima: Literal["float16", "float32"] = "float16"
+    target_modules: tuple[str, ...] = ()
+    steps: int | None = None
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    sequence_length: int = 128
+    learning_rate: float = 3e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    held_out: float = 0.05
+    evaluate_every: int = 0
+    save_every: int = 100
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("rank", 1),
+            ("batch_size", 1),
+            ("gradient_accumulation", 1),
+            ("sequence_length", 2),
+            ("evaluate_every", 0),
+            ("save_every", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(name, expected=f"at least {least}", got=str(getattr(self, name)))
+        if self.steps is not None and self.steps < 1:
+            raise InputError("steps", expected="at least 1", got=str(self.steps))
+        for name, low, high in (
+            ("learning_rate", 0.0, 1.0),
+            ("max_gradient_norm", 0.0, 1e9),
+            ("held_out", 0.0, 0.9),
+        ):
+            if not low < getattr(self, name) <= high:
+                raise InputError(name, expected=f"above {low:g}, at most {high:g}", got=str(getattr(self, name)))
+        if not 0 <= self.warmup < 1 or not 0 <= self.weight_decay < 1:
+            raise InputError("warmup and weight_decay", expected="0 to 1", got=f"{self.warmup} and {self.weight_decay}")
+        if self.alpha is not None and not 0 < self.alpha < 1e6:
+            raise InputError("alpha", expected="above 0", got=str(self.alpha))
+        if self.convention not in CONVENTIONS:
+            raise InputError("convention", expected=f"one of {', '.join(CONVENTIONS)}", got=repr(self.convention))
+        if self.minima not in ("float16", "float32"):
+            raise InputError("minima", expected="float16 or float32", got=repr(self.minima))
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the weights, for a checkpoint and the log; places and the data's folder are left out."""
+        left_out = {"out", "data", "resume", "force", "save_every"}
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        return {**found, "target_modules": list(self.target_modules)}
