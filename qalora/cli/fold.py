@@ -18,6 +18,7 @@ from qalora.cli.options import (
     output_option,
     print_json,
     print_plans,
+    table_console,
 )
 from qalora.errors import InputError, ProofError
 
@@ -101,10 +102,9 @@ def _rows(adapter: Adapter, proofs: Mapping[str, FoldProof]) -> dict[str, Any]:
 
 def _print(adapter: Adapter, proofs: Mapping[str, FoldProof], minima: Minima) -> None:
     """A row for each kind of layer, such as q_proj; --json has each layer."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = table_console()
     table = Table(title=f"Read back against min + factor * B @ A, minima in {minima}", title_justify="left")
     for column in ("layers", "rank", "pool", "codes changed", "minima", "max ULP", "beyond 0.5"):
         table.add_column(column, justify="right" if column != "layers" else "left")

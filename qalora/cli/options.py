@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qalora.converters.plan import Plan, Progress
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "print_plans",
     "print_stage",
     "progress_bar",
+    "table_console",
     "verify_options",
     "verify_settings",
 ]
@@ -156,12 +159,19 @@ def print_json(content: object) -> None:
     click.echo(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False))
 
 
-def print_plans(plans: Sequence[Plan], *, details: bool) -> None:
-    """A table for each plan: carriers with counts and bytes; every tensor where `details` is set."""
+def table_console() -> Console:
+    """A console for tables on stdout, wide enough for them where it is no terminal."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+def print_plans(plans: Sequence[Plan], *, details: bool) -> None:
+    """A table for each plan: carriers with counts and bytes; every tensor where `details` is set."""
+    from rich.table import Table
+
+    console = table_console()
     for plan in plans:
         table = Table(title=f"{plan.target}: {plan.nbytes:,} bytes", title_justify="left")
         for column in ("tensor" if details else "tensors", "carrier", "file", "bytes", "exact"):

@@ -17,6 +17,7 @@ from qalora.cli.options import (
     print_plans,
     print_stage,
     progress_bar,
+    table_console,
     verify_options,
     verify_settings,
 )
@@ -104,12 +105,10 @@ def command(
 
 def print_release(done: Release) -> None:
     """The plans in short, the proof, and where it all is."""
-    from rich.console import Console
-
     from qalora.parity.report import render
 
     print_plans(done.plans, details=False)
-    console = Console()
+    console = table_console()
     for part in render(done.report):
         console.print(part)
     console.print(f"written: {done.folder}", markup=False)

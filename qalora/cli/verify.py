@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import convention_option, minima_option, print_stage, verify_options, verify_settings
+from qalora.cli.options import (
+    convention_option,
+    minima_option,
+    print_stage,
+    table_console,
+    verify_options,
+    verify_settings,
+)
 from qalora.errors import ProofError
 
 
@@ -49,8 +56,6 @@ def command(
     bound is derived from a measurement on this very model, and the report says how. Exit status 1 if a gate fails, or
     if a runtime is missing.
     """
-    from rich.console import Console
-
     from qalora.adapter import read_adapter
     from qalora.converters import load
     from qalora.formats.output import write_json
@@ -69,7 +74,7 @@ def command(
     )
     if json_file is not None:
         write_json(json_file, report.to_json())
-    console = Console()
+    console = table_console()
     for part in render(report):
         console.print(part)
     if not report.passed(allow_unproven=allow_unproven):

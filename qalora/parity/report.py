@@ -198,6 +198,7 @@ def render(report: ParityReport) -> list[RenderableType]:
     parts: list[RenderableType] = [_weights_table(report)]
     if report.level != "weights":
         parts.append(_runs_table(report))
+        parts += [Text(f"{_short(name)}: {_runtime(run)}", style="dim") for name, run in _runs(report) if run.runtime]
     counts: dict[str, int] = {}
     for where, result in report.results():
         counts[result.status] = counts.get(result.status, 0) + 1
@@ -220,7 +221,7 @@ def _weights_table(report: ParityReport) -> RenderableType:
     for artifact in report.artifacts:
         total = artifact.weights.total
         table.add_row(
-            artifact.name,
+            _short(artifact.name),
             artifact.holds,
             str(artifact.weights.tensors),
             f"{total.codes:,}",
@@ -245,7 +246,9 @@ def _runs_table(report: ParityReport) -> RenderableType:
     for artifact in report.artifacts:
         for run in artifact.runs:
             losses = [_percent(run.lost), _percent(run.lost_unrounded)] if report.adapter is not None else []
-            table.add_row(artifact.name, _runtime(run), *losses, *_logit_cells(run), _greedy(run), _verdict(run.gates))
+            table.add_row(
+                _short(artifact.name), run.kind, *losses, *_logit_cells(run), _greedy(run), _verdict(run.gates)
+            )
     return table
 
 
@@ -257,10 +260,19 @@ def _logit_cells(run: RunReport) -> list[str]:
     return [*cells, f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
 
 
+def _runs(report: ParityReport) -> list[tuple[str, RunReport]]:
+    return [(artifact.name, run) for artifact in report.artifacts for run in artifact.runs]
+
+
 def _runtime(run: RunReport) -> str:
-    if run.runtime is None:
-        return run.kind
-    return f"{run.runtime.name} {run.runtime.version}\n{run.runtime.backend}, {run.runtime.dtype}"
+    found = run.runtime
+    return "" if found is None else f"{found.name} {found.version}, {found.backend}, {found.dtype}"
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the figures: the folder and the end of a long one."""
+    folder, slash, file = name.rpartition("/")
+    return name if len(name) <= 24 else f"{folder[:12]}{slash}\u2026{file[-10:]}"
 
 
 def _greedy(run: RunReport) -> str:

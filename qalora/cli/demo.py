@@ -1,0 +1,73 @@
+"""qalora demo."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import click
+
+from qalora.cli.options import force_option, output_option, print_stage, progress_bar
+from qalora.cli.release import print_release
+from qalora.cli.train import training_bar
+from qalora.formats.output import check_output
+
+TARGETS = ("gptq", "onnx", "gguf")
+
+
+@click.command("demo", epilog="Example: qalora demo -o demo")
+@output_option("The folder for text, adapter and release.")
+@click.option("--model", help="Another model of integers, instead of SmolLM2-135M-Instruct.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=60, show_default=True, help="Training steps of 4 x 128 tokens."
+)
+@force_option
+def command(out: Path, model: str | None, steps: int, force: bool) -> None:
+    """The whole story on a real model: train on a text, fold, export to three formats, run each, prove.
+
+    DIR gets text.txt (the language reference that every Python carries), held-out.txt (its end, which is not trained
+    on), adapter/ and dist/.
+    """
+    from qalora.converters import load
+    from qalora.converters.plan import ExportOptions
+    from qalora.demo import demo_text, smollm2_file
+    from qalora.release.package import plan_release, release
+    from qalora.train import TrainOptions, train
+    from qalora.train.loop import LOG
+
+    base = load(model if model is not None else smollm2_file())
+    for name in ("adapter", "dist"):
+        check_output(out / name, force=force, names=["adapter_config.json", "SHA256SUMS"])
+    out.mkdir(parents=True, exist_ok=True)
+    text = demo_text()
+    cut = int(len(text) * 0.95)
+    (out / "text.txt").write_text(text[:cut], encoding="utf-8")
+    (out / "held-out.txt").write_text(text[cut:], encoding="utf-8")
+    click.echo(f"1. Train a QA-LoRA adapter on {base.path.name}: {steps} steps of 4 x 128 tokens")
+    options = TrainOptions(data=str(out / "text.txt"), out=out / "adapter", steps=steps, force=force)
+    with training_bar() as show:
+        adapter = train(base, options, show)
+    log = json.loads((out / "adapter" / LOG).read_text(encoding="utf-8"))
+    before, after = (log["held_out"][n]["loss"] for n in (0, -1))
+    click.echo(
+        f"   held-out loss {before:.3f} -> {after:.3f}, perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}"
+    )
+    click.echo("2. Fold it, export to three formats, and run each in its own runtime")
+    jobs = plan_release(base, TARGETS, out / "dist", ExportOptions(), adapter=adapter, force=force)
+    with progress_bar(sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors), "writing") as progress:
+        done = release(
+            base,
+            jobs,
+            out / "dist",
+            adapter=adapter,
+            force=force,
+            progress=progress,
+            stage=print_stage,
+            text=text[cut:],
+        )
+    print_release(done)
+    for artifact in done.report.artifacts:
+        for run in artifact.runs:
+            if run.generation is not None and run.generation.text is not None:
+                click.echo(f"{run.kind:>18} continues: {run.generation.text!r}")

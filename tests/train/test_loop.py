@@ -1,0 +1,255 @@
+"""Whole runs on tiny models: the trained model is the folded model, runs repeat and resume to the same bits."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qalora
+from qalora.adapter import read_adapter
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load
+from qalora.converters.torch_module import build
+from qalora.demo import demo_text
+from qalora.errors import FormatError, InputError
+from qalora.formats.safetensors import read_header
+from qalora.quantize.model import quantize
+from qalora.testing import random_tensor
+from qalora.train import StepReport, TrainOptions, train
+from qalora.train.loop import _data, _order, _Run, _targets
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> Checkpoint:
+    return quantize(load(tiny), bits=4, group_size=32)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(demo_text()[:12_000], encoding="utf-8")
+    return path
+
+
+def options(text: Path, out: Path, **changes: Any) -> TrainOptions:
+    settings: dict[str, Any] = {"steps": 6, "rank": 4, "batch_size": 2, "sequence_length": 32, "held_out": 0.1}
+    return TrainOptions(data=str(text), out=out, **{**settings, **changes})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("minima", ["float16", "float32"])
+@pytest.mark.parametrize("pool_size", [None, 16, 64])
+def test_the_trained_model_is_the_folded_model(
+    base: Checkpoint, text: Path, tmp_path: Path, minima: Any, pool_size: int | None
+) -> None:
+    """Written, read again, folded, and run: the very logits of the model that was being trained."""
+    chosen = options(text, tmp_path / "adapter", minima=minima, pool_size=pool_size)
+    run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
+    from qalora.train.state import State
+
+    run.to_the_end(State(), lambda report: None)
+    train(base, chosen)
+    folded = qalora.fold(base, tmp_path / "adapter")
+    tokens = torch.arange(40)[None] * 7
+    with torch.no_grad():
+        trained = run._module(input_ids=tokens).logits
+    assert torch.equal(build(folded)(input_ids=tokens).logits, trained)
+    assert not torch.equal(build(base)(input_ids=tokens).logits, trained)
+
+
+def test_the_loss_falls_and_is_logged(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    seen: list[StepReport] = []
+    chosen = options(text, tmp_path / "adapter", steps=20, evaluate_every=10, learning_rate=0.01)
+    train(base, chosen, seen.append)
+    log = json.loads((tmp_path / "adapter" / "training.json").read_text("utf-8"))
+    assert [entry["step"] for entry in log["held_out"]] == [0, 10, 20]
+    assert log["held_out"][-1]["loss"] < log["held_out"][0]["loss"] - 0.1
+    assert [report.step for report in seen] == list(range(1, 21))
+    assert len(log["losses"]) == 20
+    assert str(tmp_path) not in json.dumps(log)
+
+
+def test_the_held_out_loss_is_the_model_s_own(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    """Against transformers' logits of the untrained base, in float64."""
+    chosen = options(text, tmp_path / "adapter", steps=1)
+    kept, held = _data(base, chosen)
+    found = _Run(base, chosen, _targets(base, chosen), kept, held).evaluate()
+    logits = build(base).double()(input_ids=held.tokens).logits
+    wanted = nn.functional.cross_entropy(logits.flatten(0, 1), held.targets.flatten(), ignore_index=-100)
+    # float32 logits of 64-term sums in a dozen layers, of values up to the largest logit
+    assert abs(found - float(wanted)) <= 12 * 64 * 2.0**-24 * float(logits.detach().abs().max())
+
+
+def test_a_step_is_adamw_on_the_mean_loss(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    """Gradient accumulation in two parts gives what one larger batch gives, up to the order of sums."""
+    parts = []
+    for name, batch, accumulation in (("a", 4, 1), ("b", 2, 2)):
+        chosen = options(
+            text, tmp_path / name, steps=1, batch_size=batch, gradient_accumulation=accumulation, warmup=0.0
+        )
+        run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
+        run._optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
+        run._optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+        loss = run._step(0)
+        parts.append((loss, {name: p.grad.double() for name, p in run._parameters.items() if p.grad is not None}))
+    (loss_a, grads_a), (loss_b, grads_b) = parts
+    assert math.isclose(loss_a, loss_b, rel_tol=2**-20)
+    norm = math.sqrt(sum(float((grad**2).sum()) for grad in grads_a.values()))
+    for name, grad in grads_a.items():
+        assert float((grad - grads_b[name]).abs().max()) <= 2**-14 * norm, name  # float32 noise through two layers
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resuming_gives_the_same_bits(base: Checkpoint, text: Path, tmp_path: Path, stop: int) -> None:
+    train(base, options(text, tmp_path / "whole"))
+    torch.manual_seed(999)  # nothing may hang on the global generator
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == stop + 1:
+            raise Interrupted
+
+    chosen = options(text, tmp_path / "parts", save_every=2)
+    with pytest.raises(Interrupted):
+        train(base, chosen, interrupt)
+    assert not (tmp_path / "parts").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.checkpoint", "whole"]
+    steps: list[int] = []
+    train(base, replace(chosen, resume=True), lambda report: steps.append(report.step))
+    assert steps == list(range(stop + 1, 7))
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_the_convention_changes_the_file_and_not_the_weights(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    folded = {}
+    for convention in ("paper", "official", "peft"):
+        chosen = options(text, tmp_path / convention, convention=convention)
+        train(base, chosen)
+        read = read_adapter(tmp_path / convention, base)
+        assert read.convention == convention
+        assert read.minima == "float16"
+        folded[convention] = qalora.fold(base, read)
+    for name in base.linears:
+        first, *others = (model.tensors[name].load_quantized() for model in folded.values())
+        assert all(torch.equal(first.min, other.min) for other in others), name
+
+
+def test_target_modules(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    train(base, options(text, tmp_path / "a", target_modules=("q_proj", "mlp.up_proj")))
+    names = read_header(tmp_path / "a" / "adapter_model.safetensors").entries
+    modules = {name.split(".")[5] for name in names if ".self_attn." in name or ".mlp." in name}
+    assert {name.removesuffix(".lora_A.weight").rpartition(".")[2] for name in names if "lora_A" in name} == {
+        "q_proj",
+        "up_proj",
+    }
+    assert modules
+
+
+def test_every_epoch_is_a_permutation() -> None:
+    order = _order(10, 3, 0, 35)
+    assert [sorted(order[n : n + 10]) for n in (0, 10, 20)] == [list(range(10))] * 3
+    assert order[:10] != order[10:20]
+    assert _order(10, 3, 17, 9) == order[17:26]
+    assert _order(10, 4, 0, 10) != order[:10]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"rank": 0}, "rank: expected at least 1, got 0"),
+    "steps": ({"steps": 0}, "steps: expected at least 1"),
+    "learning rate": ({"learning_rate": 0.0}, "learning_rate: expected above 0"),
+    "held out": ({"held_out": 1.0}, "held_out: expected above 0, at most 0.9"),
+    "alpha": ({"alpha": -1.0}, "alpha: expected above 0"),
+    "convention": ({"convention": "mine"}, "convention: expected one of paper, official, peft"),
+    "minima": ({"minima": "int8"}, "minima: expected float16 or float32"),
+    "context": ({"sequence_length": 1024}, "at most 512, the model's context"),
+    "target modules": ({"target_modules": ("query",)}, "--target-modules: expected some of down_proj, .* got 'query'"),
+    "pool size": ({"pool_size": 48}, "pool"),
+    "device": ({"device": "abacus"}, "--device: expected one that torch has"),
+    "data": ({"data": "none.txt"}, "none.txt: no such file"),
+    "resume": ({"resume": True}, "expected a checkpoint to resume, got none"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refusals_leave_nothing(kind: str, base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    changes, words = REFUSED[kind]
+    with pytest.raises(InputError, match=words):
+        chosen = {"data": str(text), "out": tmp_path / "adapter", "sequence_length": 32, "steps": 1, **changes}
+        train(base, TrainOptions(**chosen))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_float_model_is_told_how_to_become_integer(tiny: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"quantize it first: qalora quantize {tiny}"):
+        train(load(tiny), options(text, tmp_path / "adapter"))
+
+
+def test_act_order_is_refused(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    name = base.linears[0]
+    lazy = base.tensors[name]
+    assert lazy.spec is not None
+    mixed = replace(lazy, spec=replace(lazy.spec, act_order=True))
+    with pytest.raises(InputError, match="act-order"):
+        train(replace(base, tensors={**base.tensors, name: mixed}), options(text, tmp_path / "adapter"))
+
+
+def test_a_loss_that_is_no_number_says_what_to_do(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    broken = random_tensor(64, 64, bits=4, group_size=32)
+    huge = replace(broken, scale=torch.full_like(broken.scale, 3e38))
+    name = next(name for name in base.linears if base.tensors[name].shape == (64, 64))
+    tensors = {**base.tensors, name: replace(base.tensors[name], read=huge.rows)}
+    with pytest.raises(InputError, match="lower --learning-rate"):
+        train(replace(base, tensors=tensors), options(text, tmp_path / "adapter"))
+    assert not list(tmp_path.iterdir())
+
+
+def _state(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        record = json.loads((folder / "state.json").read_text("utf-8"))
+        change(record)
+        (folder / "state.json").write_text(json.dumps(record), encoding="utf-8")
+
+    return edit
+
+
+def _cut(folder: Path) -> None:
+    data = (folder / "state.safetensors").read_bytes()
+    (folder / "state.safetensors").write_bytes(data[:-8])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "other seed": (_state(lambda record: record["run"].update(seed=5)), "seed: expected 0, got 5; it is another run's"),
+    "other data": (_state(lambda record: record["run"].update(data_sha256="0")), "data_sha256"),
+    "other version": (_state(lambda record: record.update(version=2)), "version"),
+    "no step": (_state(lambda record: record.pop("step")), "expected a training state"),
+    "cut": (_cut, "state.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_checkpoint_of_another_run_is_refused(kind: str, base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    damage, words = DAMAGE[kind]
+    chosen = options(text, tmp_path / "adapter", save_every=2)
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(base, chosen, interrupt)
+    damage(tmp_path / "adapter.checkpoint")
+    with pytest.raises((InputError, FormatError), match=words):
+        train(base, replace(chosen, resume=True))
+    assert not (tmp_path / "adapter").exists()
