@@ -40,23 +40,23 @@ def load(path: str | Path, **options: Any) -> Checkpoint:
 
 
 def quantize(model: str | Path | Checkpoint, **options: Any) -> Checkpoint:
-    """Quantize a float model by rounding, lazily; see `qalora.quantize.quantize` for bits, group_size and zeros."""
-    from qalora.quantize.model import quantize as quantize_model
+    """Quantize a float model by rounding, lazily; see `qalora.quantization.quantize` for bits, group_size and zeros."""
+    from qalora.quantization.model import quantize as quantize_model
 
     return quantize_model(_opened(model), **options)
 
 
 def train(model: str | Path | Checkpoint, data: str | Path, out: str | Path, **options: Any) -> Adapter:
-    """Train a QA-LoRA adapter on text, write it to the folder `out` and give it; see `qalora.train.TrainOptions`."""
-    from qalora.train import TrainOptions
-    from qalora.train import train as train_model
+    """Train a QA-LoRA adapter on text, write it to the folder `out` and give it; see `qalora.training.TrainOptions`."""
+    from qalora.training import TrainOptions
+    from qalora.training import train as train_model
 
     return train_model(_opened(model), TrainOptions(data=str(data), out=Path(out), **options))
 
 
 def fold(model: str | Path | Checkpoint, adapter: str | Path | Adapter, **options: Any) -> Checkpoint:
-    """Fold an adapter into the model's minima, lazily; the codes stay. See `qalora.fold.fold` for minima."""
-    from qalora.fold import fold as fold_model
+    """Fold an adapter into the model's minima, lazily; the codes stay. See `qalora.folding.fold` for minima."""
+    from qalora.folding import fold as fold_model
 
     base = _opened(model)
     return fold_model(base, _read(adapter, base), **options)

@@ -10,7 +10,7 @@ The codes stay packed, along `in`, lowest bits first, each row beginning at a by
 and 8 bits those of ONNX Runtime's MatMulNBits; at 2, 3, 4 and 8 bits those of a GPTQ word column. So every bit pattern
 is a valid tensor, and the common exports never unpack.
 
-This module knows no file format, and does no rounding: see `qalora.quantize` and `qalora.fold`.
+This module knows no file format, and does no rounding: see `qalora.quantization` and `qalora.folding`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load, onnx
 from qalora.converters.exports import export
 from qalora.errors import InputError
-from qalora.quantize import quantize
+from qalora.quantization import quantize
 from qalora.testing import tiny_llama
 
 ROUNDS = int(os.environ.get("QALORA_FUZZ_ROUNDS", "150"))

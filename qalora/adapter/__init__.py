@@ -1,7 +1,7 @@
 """QA-LoRA adapters: records, conventions, exact rewriting, and PEFT folders read and written.
 
 `records` holds the mathematics and the three conventions, `rewriting` the exact conversions, `peft_config` what PEFT's
-config means, `reading` and `writing` the folders. `qalora.fold` puts an adapter into a model's minima.
+config means, `reading` and `writing` the folders. `qalora.folding` puts an adapter into a model's minima.
 """
 
 from qalora.adapter.reading import read_adapter

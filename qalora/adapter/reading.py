@@ -6,7 +6,7 @@ else has to be told: a factor of 32 between two conventions cannot be seen in th
 
 The pool size is in / (columns of A). PEFT ignores `use_qalora` silently on layers that are not GPTQ's, so that A's
 shape decides: a column of A for each column of the weight is an ordinary LoRA, whose factor is s whatever the flag
-says. `read_adapter` reads such an adapter; `qalora.fold` refuses it.
+says. `read_adapter` reads such an adapter; `qalora.folding` refuses it.
 
 Tensors are float32, float16 or bfloat16, and are widened exactly. Nothing is unpickled.
 """

@@ -33,8 +33,8 @@ def command(out: Path, model: str | None, steps: int, force: bool) -> None:
     from qalora.converters.plan import ExportOptions
     from qalora.demo import demo_text, smollm2_file
     from qalora.release.package import plan_release, release
-    from qalora.train import TrainOptions, train
-    from qalora.train.loop import LOG
+    from qalora.training import TrainOptions, train
+    from qalora.training.loop import LOG
 
     base = load(model if model is not None else smollm2_file())
     for name in ("adapter", "dist"):

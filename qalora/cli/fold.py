@@ -25,7 +25,7 @@ from qalora.errors import InputError, ProofError
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
     from qalora.checkpoint import Checkpoint
-    from qalora.fold import FoldProof, Minima
+    from qalora.folding import FoldProof, Minima
 
 
 @click.command("fold", epilog="Example: qalora fold base adapter -o folded")
@@ -54,7 +54,7 @@ def command(
     from qalora.adapter import read_adapter
     from qalora.cli.writing import write_native
     from qalora.converters import load, native
-    from qalora.fold import fold
+    from qalora.folding import fold
 
     base = load(model)
     if out.resolve() == base.path.resolve():
@@ -75,7 +75,7 @@ def command(
 
 
 def _prove(base: Checkpoint, adapter: Adapter, folded: Checkpoint, minima: Minima) -> dict[str, FoldProof]:
-    from qalora.fold import prove_fold
+    from qalora.folding import prove_fold
 
     return {
         module: prove_fold(

@@ -49,7 +49,7 @@ def command(
     """
     from qalora.cli.writing import write_native
     from qalora.converters import load
-    from qalora.quantize import quantize
+    from qalora.quantization import quantize
 
     if group_size != "row" and not group_size.isdigit():
         raise InputError("--group-size", expected="a whole number or `row`", got=repr(group_size))

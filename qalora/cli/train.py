@@ -13,7 +13,7 @@ import click
 from qalora.cli.options import MINIMA, force_option, json_flag, output_option, print_json
 
 if TYPE_CHECKING:
-    from qalora.train.loop import Progress, StepReport
+    from qalora.training.loop import Progress, StepReport
 
 __all__ = ["command", "training_bar"]
 
@@ -84,7 +84,7 @@ def command(
     for bit.
     """
     from qalora.converters import load
-    from qalora.train import TrainOptions, train
+    from qalora.training import TrainOptions, train
 
     options = TrainOptions(
         data=data,

@@ -16,7 +16,7 @@ from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import target
 from qalora.converters.plan import ExportOptions, Plan, Progress
-from qalora.fold import fold
+from qalora.folding import fold
 from qalora.formats.output import check_output, new_folder
 
 __all__ = ["ExportJob", "export", "export_jobs", "run_jobs"]

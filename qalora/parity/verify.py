@@ -2,8 +2,8 @@
 
 With an adapter the reference is the base, and every artefact is expected to hold the folded model; or, where a GPTQ
 folder keeps the base's integer zeros and has the adapter beside it, both. The weights are compared with what
-`qalora.fold` gives, and what that gives is itself checked against base + factor * B @ A. The logits are compared with
-forwards that know nothing of the fold (`qalora.parity.reference`).
+`qalora.folding` gives, and what that gives is itself checked against base + factor * B @ A. The logits are compared
+with forwards that know nothing of the fold (`qalora.parity.reference`).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Job:
         chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
         if adapter is not None and FOLDED in holds:
-            from qalora.fold import fold
+            from qalora.folding import fold
 
             folded = fold(base, adapter, minima=chosen)
         return cls(base=base, folded=folded, adapter=adapter, minima=chosen)

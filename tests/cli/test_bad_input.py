@@ -18,7 +18,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export
-from qalora.quantize import quantize
+from qalora.quantization import quantize
 from qalora.testing import tiny_llama
 
 

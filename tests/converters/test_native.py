@@ -13,7 +13,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load, native
 from qalora.converters.exports import export
 from qalora.errors import InputError
-from qalora.quantize import ZEROS, quantize, quantize_tensor
+from qalora.quantization import ZEROS, quantize, quantize_tensor
 from qalora.tensor import BITS, GroupQuantTensor
 from qalora.testing import assert_same_tensor, tiny_llama
 

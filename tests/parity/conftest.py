@@ -11,8 +11,8 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load, native
 from qalora.converters.exports import export
 from qalora.converters.plan import ExportOptions
-from qalora.fold import fold
-from qalora.quantize import quantize
+from qalora.folding import fold
+from qalora.quantization import quantize
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qalora.adapter import AdapterLayer
-from qalora.fold import fold
+from qalora.folding import fold
 from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.reference import Forward, Reference, rounded_minima
 from qalora.parity.spool import Spool

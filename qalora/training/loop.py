@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from qalora.adapter import ADAPTER_FILES, Adapter, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import InputError
-from qalora.fold import FLOAT16_MAX
+from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_output, new_folder, write_json
-from qalora.train.data import Blocks, make_blocks, read_documents
-from qalora.train.layer import FoldedLinear
-from qalora.train.loss import IGNORED, summed_cross_entropy
-from qalora.train.options import TrainOptions
-from qalora.train.state import State, checkpoint_of, read_state, write_state
+from qalora.training.data import Blocks, make_blocks, read_documents
+from qalora.training.layer import FoldedLinear
+from qalora.training.loss import IGNORED, summed_cross_entropy
+from qalora.training.options import TrainOptions
+from qalora.training.state import State, checkpoint_of, read_state, write_state
 
 __all__ = ["LOG", "Progress", "StepReport", "train"]
 
@@ -54,7 +54,7 @@ def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda 
 
     The folder holds an adapter that PEFT can read, and training.json: options, losses by step, held-out losses, in nats
     per token. Raises InputError for a float or act-order model, one without tokenizer, target modules that match
-    nothing, data that is too short or not as `qalora.train.data` says, an output that exists, and a loss that is no
+    nothing, data that is too short or not as `qalora.training.data` says, an output that exists, and a loss that is no
     number.
     """
     check_output(options.out, force=options.force, names=ADAPTER_FILES)

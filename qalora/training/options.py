@@ -14,9 +14,9 @@ __all__ = ["TrainOptions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """Options of `qalora.train.train`; raises InputError for one out of range.
+    """Options of `qalora.training.train`; raises InputError for one out of range.
 
-    data            a text or JSONL file, or a dataset of the Hub; see `qalora.train.data`
+    data            a text or JSONL file, or a dataset of the Hub; see `qalora.training.data`
     out             the folder to write
     rank, alpha     of the adapter; s = alpha/rank scales it as in the paper (sum pooling), whichever convention it is
                     written in, so that the learning rate means the same; alpha None is rank

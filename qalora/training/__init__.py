@@ -8,7 +8,7 @@ state    checkpoints
 loop     steps, held-out loss, the adapter's folder
 """
 
-from qalora.train.loop import StepReport, train
-from qalora.train.options import TrainOptions
+from qalora.training.loop import StepReport, train
+from qalora.training.options import TrainOptions
 
 __all__ = ["StepReport", "TrainOptions", "train"]

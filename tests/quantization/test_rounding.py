@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qalora.errors import InputError
-from qalora.quantize import ZEROS, quantize_tensor
-from qalora.quantize.rounding import spec_of
+from qalora.quantization import ZEROS, quantize_tensor
+from qalora.quantization.rounding import spec_of
 from qalora.tensor import BITS, holds_float16, integer_zeros
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qalora.errors import InputError
-from qalora.train.data import Document, make_blocks, read_documents
-from qalora.train.loss import IGNORED
+from qalora.training.data import Document, make_blocks, read_documents
+from qalora.training.loss import IGNORED
 
 
 def write(path: Path, *rows: Any) -> str:

@@ -20,8 +20,8 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.cli import main
 from qalora.converters import load
 from qalora.errors import AdapterError, InputError
-from qalora.fold import Minima, _round_to_float16, fold, fold_tensor, folded_minima, prove_fold
-from qalora.quantize.rounding import spec_of
+from qalora.folding import Minima, _round_to_float16, fold, fold_tensor, folded_minima, prove_fold
+from qalora.quantization.rounding import spec_of
 from qalora.tensor import BITS, GroupQuantTensor
 from qalora.testing import assert_same_tensor, random_tensor
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qalora.errors import InputError, MissingLibraryError
 from qalora.formats.files import InputFile, read_limited
-from qalora.train.loss import IGNORED
+from qalora.training.loss import IGNORED
 
 __all__ = ["Blocks", "Document", "make_blocks", "read_documents"]
 

@@ -19,10 +19,10 @@ from qalora.converters.torch_module import build
 from qalora.demo import demo_text
 from qalora.errors import FormatError, InputError
 from qalora.formats.safetensors import read_header
-from qalora.quantize.model import quantize
+from qalora.quantization.model import quantize
 from qalora.testing import random_tensor
-from qalora.train import StepReport, TrainOptions, train
-from qalora.train.loop import _data, _order, _Run, _targets
+from qalora.training import StepReport, TrainOptions, train
+from qalora.training.loop import _data, _order, _Run, _targets
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_trained_model_is_the_folded_model(
     """Written, read again, folded, and run: the very logits of the model that was being trained."""
     chosen = options(text, tmp_path / "adapter", minima=minima, pool_size=pool_size)
     run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
-    from qalora.train.state import State
+    from qalora.training.state import State
 
     run.to_the_end(State(), lambda report: None)
     train(base, chosen)

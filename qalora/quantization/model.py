@@ -8,7 +8,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import InputError
-from qalora.quantize.rounding import ZEROS, Zeros, quantize_tensor, spec_of
+from qalora.quantization.rounding import ZEROS, Zeros, quantize_tensor, spec_of
 from qalora.tensor import BITS, GroupQuantTensor, check_group_size
 
 __all__ = ["quantize"]

@@ -1,6 +1,6 @@
 """The linear layer that is trained: it computes with the weights that will be shipped.
 
-    min' = round(min + factor * B @ A)          qalora.fold.folded_minima, to the bit
+    min' = round(min + factor * B @ A)          qalora.folding.folded_minima, to the bit
     W'   = scale * codes + min'                 y = x @ W'^T
 
 The gradient passes straight through the rounding, and needs no weight but W':
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qalora.adapter import AdapterLayer
 from qalora.errors import AdapterError
-from qalora.fold import folded_group_size, folded_minima
+from qalora.folding import folded_group_size, folded_minima
 from qalora.tensor import GroupQuantTensor, dequantize
 
 __all__ = ["FoldedLinear"]
