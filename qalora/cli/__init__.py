@@ -7,6 +7,7 @@ Errors are turned into one sentence and an exit status here, and nowhere else: 0
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 import click
@@ -51,6 +52,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        for chatty in ("torchao", "torch.utils._pytree"):  # what optional libraries lack is no concern of the user's
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
         except QaloraError as error:

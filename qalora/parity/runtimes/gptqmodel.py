@@ -7,12 +7,18 @@ are rounded to float16. A residual beside config.json is loaded by the same call
 from __future__ import annotations
 
 import importlib.util
+import logging
+import shutil
 import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, MissingLibraryError
@@ -22,6 +28,7 @@ from qalora.parity.runtimes.torch import ModuleRuntime
 __all__ = ["open_artifact"]
 
 BACKEND = "gptq_torch"
+COMPILERS = ("g++", "clang++", "cl")
 
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime:
@@ -40,19 +47,37 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         dtype="float32 (weights rounded to float16)",
         threads=torch.get_num_threads(),
     )
-    return ModuleRuntime(_load(path), info)
+    return _GptqRuntime(_load(path), info)
+
+
+class _GptqRuntime(ModuleRuntime):
+    """The kernel is compiled where there is a C++ compiler, which takes a minute and saves two; else it runs as it is."""
+
+    _stance: Literal["default", "force_eager"] = "default" if any(map(shutil.which, COMPILERS)) else "force_eager"
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary]."""
+        with torch.compiler.set_stance(self._stance):
+            return super().logits(tokens)
+
+    def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy tokens, step by step with the cache."""
+        with torch.compiler.set_stance(self._stance):
+            return super().generate(prompt, max_tokens)
 
 
 def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, GPTQConfig
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from qalora.converters.huggingface import read_config
 
     stored = read_config(folder).get("quantization_config") or {}
     bits = stored.get("bits")
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it reports that layers of other shapes compile anew
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints banners
         warnings.simplefilter("ignore")
         try:
             module = AutoModelForCausalLM.from_pretrained(
