@@ -145,6 +145,6 @@ def _decode_codes(halves: Tensor, kind: BlockType) -> Tensor:
     if kind.bits == 4:
         return packed
     codes = torch.stack([packed & 15, packed >> 4], dim=2).view(rows, blocks, BLOCK)
-    bits = high.contiguous().view(torch.int32) >> torch.arange(BLOCK, dtype=torch.int32)
+    bits = high.clone(memory_format=torch.contiguous_format).view(torch.int32) >> torch.arange(BLOCK, dtype=torch.int32)
     codes |= ((bits & 1) << 4).to(torch.uint8)
     return pack_codes(codes.view(rows, -1), 5)

@@ -51,7 +51,7 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
 
 
 class _GptqRuntime(ModuleRuntime):
-    """The kernel is compiled where there is a C++ compiler, which takes a minute and saves two; else it runs as it is."""
+    """The kernel is compiled where there is a C++ compiler, which takes a minute and saves two."""
 
     _stance: Literal["default", "force_eager"] = "default" if any(map(shutil.which, COMPILERS)) else "force_eager"
 

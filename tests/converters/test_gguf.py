@@ -1,0 +1,197 @@
+"""GGUF files: there and back, transformers' own loader, llama.cpp, what they cannot hold, and SmolLM2 byte for byte."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+
+from qalora import export
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load
+from qalora.converters.torch_module import build
+from qalora.errors import ExactnessError, FormatError, InputError
+from qalora.parity.runtimes import open_runtime
+from qalora.quantization import quantize
+from qalora.testing import assert_same_model, random_model, tiny_llama
+
+
+def written(model: Checkpoint, folder: Path, **options: Any) -> Path:
+    export(model, "gguf", folder, **options)
+    (path,) = (folder / "gguf").iterdir()
+    return path
+
+
+def types(path: Path) -> set[str]:
+    return {tensor.tensor_type.name for tensor in GGUFReader(path).tensors if len(tensor.shape) == 2}
+
+
+EXACT = [
+    (2, 32, "real", "Q4_1"),
+    (3, 64, "real", "Q4_1"),
+    (4, 32, "real", "Q4_1"),
+    (4, 64, "real", "Q4_1"),
+    (4, None, "real", "Q4_1"),
+    (5, 32, "real", "Q5_1"),
+    (4, 32, "symmetric", "Q4_0"),
+    (5, 64, "symmetric", "Q5_0"),
+    (6, 32, "integer", "Q8_0"),
+    (6, 32, "symmetric", "Q8_0"),
+    (8, 64, "symmetric", "Q8_0"),
+]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "zeros", "kind"), EXACT)
+def test_weights_come_back_bit_for_bit(
+    tiny_untied: Path, tmp_path: Path, bits: int, group_size: int | None, zeros: Any, kind: str
+) -> None:
+    """The same weights; the same codes too where the type has the width."""
+    model = random_model(load(tiny_untied), bits=bits, group_size=group_size, zeros=zeros)
+    path = written(model, tmp_path)
+    assert kind in types(path)
+    again = load(path)
+    assert set(again.tensors) == set(model.tensors)
+    for name, lazy in model.tensors.items():
+        assert torch.equal(again.tensors[name].load_float().float(), lazy.load_float().float()), name
+    if group_size == 32 and again.tensors[model.linears[0]].spec.bits == bits:  # type: ignore[union-attr]
+        assert_same_model(again, model)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_the_wide_form_holds_every_integer_zero(tiny_untied: Path, tmp_path: Path, bits: int) -> None:
+    model = random_model(load(tiny_untied), bits=bits, zeros="integer")
+    if bits < 6:
+        with pytest.raises(ExactnessError, match="--gguf-form wide"):
+            written(model, tmp_path)
+    path = written(model, tmp_path, gguf_form="wide")
+    for name in model.linears:
+        assert torch.equal(load(path).tensors[name].load_float(), model.tensors[name].load_float()), name
+
+
+def test_minima_beyond_float16_are_a_loss_by_name(tiny_untied: Path, tmp_path: Path) -> None:
+    model = random_model(load(tiny_untied), zeros="integer")
+    path = written(model, tmp_path, allow_loss=frozenset({"minima"}))
+    for name in model.linears:
+        wanted, got = model.tensors[name].load_quantized(), load(path).tensors[name].load_quantized()
+        assert torch.equal(got.packed, wanted.packed)
+        assert torch.equal(got.min, wanted.min.half().float())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 6, "zeros": "real"}, "no type holds 6-bit codes whose zero points are real"),
+        ({"bits": 8, "zeros": "real"}, "no type holds 8-bit codes whose zero points are real"),
+        ({"bits": 8, "zeros": "integer"}, "integer, but not the middle one"),
+        ({"bits": 4, "group_size": 16}, "group_size: expected a multiple of 32, got 16"),
+    ],
+)
+def test_what_no_type_holds_is_refused(tiny_untied: Path, tmp_path: Path, options: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        written(random_model(load(tiny_untied), **options), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_transformers_opens_it_with_the_same_weights(tied: bool, dtype: str, tmp_path: Path) -> None:
+    """Rows of q and k are in llama.cpp's order in the file; transformers puts them back."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_llama(tmp_path / "model", config={"tie_word_embeddings": tied, "dtype": dtype})
+    model = random_model(load(folder))
+    path = written(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ours = build(model).state_dict()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+
+
+def test_metadata_and_name(tiny: Path, tmp_path: Path) -> None:
+    path = written(random_model(load(tiny)), tmp_path, name="Tiny Tim")
+    fields = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert fields["general.name"] == "Tiny Tim"
+    assert fields["general.file_type"] == 3
+    assert fields["general.quantization_version"] == 2
+    assert fields["llama.block_count"] == 2
+    assert fields["llama.attention.head_count_kv"] == 2
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"  # as transformers makes it of SmolLM2: no rule for digits
+    assert path.name == "Tiny-Tim-Q4_1.gguf"
+
+
+def test_the_same_bytes_at_every_run(tiny: Path, tmp_path: Path) -> None:
+    model = random_model(load(tiny))
+    assert written(model, tmp_path / "a").read_bytes() == written(model, tmp_path / "b").read_bytes()
+
+
+def test_our_folder_keeps_what_came_from_gguf(tiny: Path, tmp_path: Path) -> None:
+    first = written(random_model(load(tiny)), tmp_path / "a")
+    export(load(first), "qalora", tmp_path)
+    again = written(load(tmp_path / "qalora"), tmp_path / "b")
+    theirs, ours = GGUFReader(first), GGUFReader(again)
+    assert {name: field.contents() for name, field in ours.fields.items()} == {
+        name: field.contents() for name, field in theirs.fields.items()
+    }
+    found = {tensor.name: tensor.data.tobytes() for tensor in ours.tensors}
+    assert found == {tensor.name: tensor.data.tobytes() for tensor in theirs.tensors}
+
+
+def test_a_float_file_runs_in_llama_cpp(tiny: Path, tmp_path: Path) -> None:
+    """F32 tensors: what is left is float32's own noise, of another order of sums."""
+    model = load(tiny)
+    path = written(model, tmp_path)
+    tokens = [(7 * n) % 200 for n in range(40)]
+    runtime = open_runtime("llama.cpp", path)
+    found = runtime.logits(tokens).double()
+    module = build(model)
+    ids = torch.tensor([tokens])
+    single = module(input_ids=ids).logits[0].detach()
+    double = module.double()(input_ids=ids).logits[0].detach()
+    noise = float((single.double() - double).abs().max())
+    # ggml looks exp and rope up in float32 and sums in blocks: up to 16 times torch's noise was never reached
+    assert float((found - double).abs().max()) <= 16 * noise
+    assert runtime.generate(tokens[:5], 8) == open_runtime("torch", model).generate(tokens[:5], 8)
+    runtime.close()
+
+
+def test_llama_cpp_refuses_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(FormatError, match=r"llama\.cpp does not load it"):
+        open_runtime("llama.cpp", tmp_path / "a.gguf")
+
+
+@pytest.mark.slow
+def test_smollm2_comes_back_byte_for_byte(smollm2: Path, tmp_path: Path) -> None:
+    """All 272 tensors, and all metadata."""
+    path = written(load(smollm2), tmp_path)
+    theirs, ours = GGUFReader(smollm2), GGUFReader(path)
+    assert len(theirs.tensors) == 272
+    for wanted, got in zip(theirs.tensors, ours.tensors, strict=True):
+        assert (got.name, got.tensor_type) == (wanted.name, wanted.tensor_type)
+        assert got.data.tobytes() == wanted.data.tobytes(), wanted.name
+    assert path.read_bytes() == smollm2.read_bytes()
+
+
+@pytest.mark.slow
+def test_smollm2_by_way_of_gptq(smollm2: Path, tmp_path: Path) -> None:
+    """GGUF -> GPTQ -> our reader -> GGUF: the 210 quantized layers byte for byte."""
+    export(load(smollm2), "gptq", tmp_path)
+    path = written(load(tmp_path / "gptq"), tmp_path / "again")
+    theirs = {tensor.name: tensor for tensor in GGUFReader(smollm2).tensors}
+    ours = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    layers = [name for name, tensor in theirs.items() if name.startswith("blk.") and tensor.tensor_type.name == "Q4_1"]
+    assert len(layers) == 210
+    for name in layers:
+        assert ours[name].tensor_type.name == "Q4_1"
+        assert ours[name].data.tobytes() == theirs[name].data.tobytes(), name
+
+
+def test_quantized_here_and_read_there(tiny: Path, tmp_path: Path) -> None:
+    """From floats by rounding, to GGUF, and back."""
+    model = quantize(load(tiny), bits=4, group_size=32)
+    again = load(written(model, tmp_path))
+    for name in model.linears:
+        assert torch.equal(again.tensors[name].load_float(), model.tensors[name].load_float())
