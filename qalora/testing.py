@@ -12,7 +12,15 @@ import torch
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
 
-__all__ = ["assert_same_model", "assert_same_tensor", "lazily", "random_model", "random_tensor", "tiny_llama"]
+__all__ = [
+    "assert_same_model",
+    "assert_same_tensor",
+    "byte_tokenizer",
+    "lazily",
+    "random_model",
+    "random_tensor",
+    "tiny_llama",
+]
 
 
 def random_tensor(
@@ -111,6 +119,20 @@ def assert_same_model(got: Checkpoint, expected: Checkpoint) -> None:
             assert_same_tensor(got.tensors[name].load_quantized(), lazy.load_quantized())
         elif not torch.equal(got.tensors[name].load_float(), lazy.load_float()):
             raise AssertionError(f"{name} differs")
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of single bytes and an end token, 257 tokens, that cuts text as GPT-2's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={char: n for n, char in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    return tokenizer
 
 
 def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None) -> Path:

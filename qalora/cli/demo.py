@@ -14,6 +14,7 @@ from qalora.cli.train import training_bar
 from qalora.formats.output import check_output
 
 TARGETS = ("gptq", "onnx", "gguf")
+HELD_OUT = "held-out.txt"
 
 
 @click.command("demo", epilog="Example: qalora demo -o demo")
@@ -36,14 +37,13 @@ def command(out: Path, model: str | None, steps: int, force: bool) -> None:
     from qalora.training import TrainOptions, train
     from qalora.training.loop import LOG
 
+    check_output(out, force=force, names=[HELD_OUT])
     base = load(model if model is not None else smollm2_file())
-    for name in ("adapter", "dist"):
-        check_output(out / name, force=force, names=["adapter_config.json", "SHA256SUMS"])
     out.mkdir(parents=True, exist_ok=True)
     text = demo_text()
     cut = int(len(text) * 0.95)
     (out / "text.txt").write_text(text[:cut], encoding="utf-8")
-    (out / "held-out.txt").write_text(text[cut:], encoding="utf-8")
+    (out / HELD_OUT).write_text(text[cut:], encoding="utf-8")
     click.echo(f"1. Train a QA-LoRA adapter on {base.path.name}: {steps} steps of 4 x 128 tokens")
     options = TrainOptions(data=str(out / "text.txt"), out=out / "adapter", steps=steps, force=force)
     with training_bar() as show:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -69,6 +68,8 @@ def make_work(
 ) -> Work:
     """Cut `tokens`, or those of `text`, or of a built-in passage, to `max_tokens`, in windows of about equal length.
 
+    Windows of text begin with the model's first token (BOS), where its config has one: a word in its place gets
+    activations of a size, and with them float32 noise of a size, that no token has in use.
     A model without a tokenizer and without `tokens` gets random ones, the same at every run; a text or prompt for it is
     refused. Raises InputError for tokens outside the vocabulary.
     """
@@ -88,7 +89,9 @@ def make_work(
         rng = torch.Generator().manual_seed(0)
         chosen = torch.randint(0, vocabulary, (max_tokens,), generator=rng).tolist()
         source = "random tokens, since the model has no tokenizer"
-    chosen = [int(token) for token in chosen[:max_tokens]]
+    first = _first_token(model) if tokenizer is not None and tokens is None else ()
+    longest = _longest(model)
+    chosen = [int(token) for token in chosen[: max(1, max_tokens - len(first) * -(-max_tokens // longest))]]
     if not chosen or min(chosen) < 0 or max(chosen) >= vocabulary:
         got = f"{min(chosen)}..{max(chosen)}" if chosen else "none"
         raise InputError("tokens", expected=f"at least one, each in 0..{vocabulary - 1}", got=got)
@@ -96,15 +99,27 @@ def make_work(
     if tokenizer is not None and tokens is None:
         start = list(tokenizer(prompt if prompt is not None else PROMPT, add_special_tokens=False)["input_ids"])
     return Work(
-        windows=_windows(chosen, model.config.get("max_position_embeddings")),
+        windows=_windows(chosen, longest, first),
         prompt=tuple(start),
         source=source,
         decode=None if tokenizer is None else tokenizer.decode,
     )
 
 
-def _windows(tokens: list[int], context: Any) -> tuple[tuple[int, ...], ...]:
-    longest = min(WINDOW, context) if isinstance(context, int) and context > 0 else WINDOW
-    count = -(-len(tokens) // longest)
+def _first_token(model: Checkpoint) -> tuple[int, ...]:
+    token = model.config.get("bos_token_id")
+    return (
+        (token,) if isinstance(token, int) and 0 <= token < model.tensors["model.embed_tokens.weight"].shape[0] else ()
+    )
+
+
+def _longest(model: Checkpoint) -> int:
+    context = model.config.get("max_position_embeddings")
+    return min(WINDOW, context) if isinstance(context, int) and context > 1 else WINDOW
+
+
+def _windows(tokens: list[int], longest: int, first: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Windows of about equal length, each with `first` before it and at most `longest` tokens in all."""
+    count = -(-len(tokens) // (longest - len(first)))
     step = -(-len(tokens) // count)
-    return tuple(tuple(tokens[start : start + step]) for start in range(0, len(tokens), step))
+    return tuple((*first, *tokens[start : start + step]) for start in range(0, len(tokens), step))

@@ -27,7 +27,7 @@ from qalora.errors import InputError, MissingLibraryError
 from qalora.formats.files import InputFile, read_limited
 from qalora.training.loss import IGNORED
 
-__all__ = ["Blocks", "Document", "make_blocks", "read_documents"]
+__all__ = ["Blocks", "Document", "check_data", "make_blocks", "read_documents"]
 
 LINE_BYTES = 64 << 20
 TEXT_BYTES = 1 << 30
@@ -71,14 +71,20 @@ class Blocks:
         return found.hexdigest()
 
 
-def read_documents(data: str, tokenizer: Any) -> Iterator[Document]:
-    """Every document of a file or dataset; InputError names the line that is not as it should be."""
+def check_data(data: str) -> None:
+    """InputError for a folder, and for what is neither a file nor looks like a dataset of the Hub."""
     path = Path(data)
     if path.is_dir():
         raise InputError(data, expected="a text or JSONL file", got="a folder")
+    if not path.exists() and (path.suffix or data.count("/") > 1 or data.startswith((".", "/", "~"))):
+        raise InputError(f"{data}: no such file")
+
+
+def read_documents(data: str, tokenizer: Any) -> Iterator[Document]:
+    """Every document of a file or dataset; InputError names the line that is not as it should be."""
+    check_data(data)
+    path = Path(data)
     if not path.exists():
-        if path.suffix or data.count("/") > 1 or data.startswith((".", "/", "~")):
-            raise InputError(f"{data}: no such file")
         rows: Iterable[tuple[str, Any]] = _hub_rows(data)
     elif path.suffix in (".jsonl", ".json"):
         rows = _lines(path)

@@ -24,7 +24,7 @@ from qalora.errors import AdapterError
 from qalora.folding import folded_group_size, folded_minima
 from qalora.tensor import GroupQuantTensor, dequantize
 
-__all__ = ["FoldedLinear"]
+__all__ = ["FoldedLinear", "check_pool"]
 
 
 class FoldedLinear(nn.Module):
@@ -55,12 +55,7 @@ class FoldedLinear(nn.Module):
     ) -> None:
         super().__init__()
         (out, columns), pools = tensor.shape, tensor.shape[1] // pool_size
-        if columns % pool_size:
-            raise AdapterError(f"{name}: pool_size", expected=f"a divisor of in = {columns}", got=str(pool_size))
-        probe = AdapterLayer(
-            a=torch.zeros(1, pools), b=torch.zeros(out, 1), pool_size=pool_size, scaling=factor, factor=factor
-        )
-        self.group_size = folded_group_size(tensor.group_size, probe, name, act_order=tensor.g_idx is not None)
+        self.group_size = check_pool(name, tensor.shape, tensor.group_size, pool_size)
         self.base_group_size, self.pool_size = tensor.group_size, pool_size
         self.bits, self.factor, self.minima = tensor.bits, factor, minima
         for key, value in (("packed", tensor.packed), ("scale", tensor.scale), ("minimum", tensor.min)):
@@ -104,6 +99,15 @@ class FoldedLinear(nn.Module):
             scaling=self.factor,
             factor=self.factor,
         )
+
+
+def check_pool(name: str, shape: tuple[int, ...], group_size: int, pool_size: int) -> int:
+    """The group size after the fold; AdapterError for a pool that cannot be folded into these groups."""
+    if shape[1] % pool_size:
+        raise AdapterError(f"{name}: pool_size", expected=f"a divisor of in = {shape[1]}", got=str(pool_size))
+    a, b = torch.zeros(1, shape[1] // pool_size), torch.zeros(shape[0], 1)
+    probe = AdapterLayer(a=a, b=b, pool_size=pool_size, scaling=1.0, factor=1.0)
+    return folded_group_size(group_size, probe, name)
 
 
 class _Folded(torch.autograd.Function):

@@ -24,8 +24,8 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import InputError
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_output, new_folder, write_json
-from qalora.training.data import Blocks, make_blocks, read_documents
-from qalora.training.layer import FoldedLinear
+from qalora.training.data import Blocks, check_data, make_blocks, read_documents
+from qalora.training.layer import FoldedLinear, check_pool
 from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.options import TrainOptions
 from qalora.training.state import State, checkpoint_of, read_state, write_state
@@ -58,6 +58,7 @@ def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda 
     number.
     """
     check_output(options.out, force=options.force, names=ADAPTER_FILES)
+    check_data(options.data)
     targets = _targets(model, options)
     kept, held = _data(model, options)
     run = _Run(model, options, targets, kept, held)
@@ -97,6 +98,8 @@ def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
                 "cannot be folded",
                 todo="quantize without act-order",
             )
+        if spec is not None and options.pool_size is not None:
+            check_pool(module, model.tensors[f"{module}.weight"].shape, spec.group_size, options.pool_size)
     return frozenset(found)
 
 

@@ -19,7 +19,7 @@ from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.quantization import quantize
-from qalora.testing import tiny_llama
+from qalora.testing import byte_tokenizer, tiny_llama
 
 
 def _adapter_for(model: Checkpoint, pool_size: int = 32) -> Adapter:
@@ -40,7 +40,7 @@ def _adapter_for(model: Checkpoint, pool_size: int = 32) -> Adapter:
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of valid things: float, qalora, gptq/, gguf/, onnx/, adapter, other_adapter, data.txt."""
     root = tmp_path_factory.mktemp("good")
-    tiny_llama(root / "float", config={"vocab_size": 64, "num_hidden_layers": 1})
+    tiny_llama(root / "float", tokenizer=byte_tokenizer(), config={"num_hidden_layers": 1})
     model = quantize(load(root / "float"), bits=4, group_size=32)
     export(model, ["qalora", "gptq", "gguf", "onnx"], root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
@@ -73,7 +73,7 @@ def _refused(place: Path, line: str, sentence: str) -> None:
     before = _tree(place)
     result = _run(place, line)
     assert result.exit_code == 2, f"{line}: {result.exit_code} {result.output} {result.exception!r}"
-    message = result.stderr.strip().splitlines()
+    message = [line for line in result.stderr.strip().splitlines() if not line.endswith(" ...")]  # stages
     assert sentence in message[-1], result.stderr
     assert message[-1].startswith(("qalora: ", "Error: "))
     assert message[-1].startswith("Error: ") or len(message) == 1
@@ -169,7 +169,7 @@ MODELS: list[tuple[str, Damage, str, str]] = [
     ("header length lies", _patch("float/model.safetensors", 0, b"\xff" * 8), "@float", "expected a header of at most"),
     (
         "gap",
-        _header("float/model.safetensors", lambda h: h.pop("model.norm.weight")),
+        _header("float/model.safetensors", lambda h: h.pop("model.layers.0.mlp.up_proj.weight")),
         "@float",
         "gap before tensor",
     ),
@@ -276,7 +276,7 @@ def test_every_command_that_takes_a_model(place: Path, damage: Damage, model: st
 
 ADAPTERS: list[tuple[str, Damage, str, str]] = [
     ("missing", _nothing, "%absent", "absent"),
-    ("of another model", _nothing, "@other_adapter", "model.layers.0"),
+    ("of another model", _nothing, "@other_adapter", "it is an adapter of another model"),
     ("cut", _cut("adapter/adapter_model.safetensors", -1), "@adapter", "truncated"),
     ("config is no JSON", _cut("adapter/adapter_config.json", 9), "@adapter", "adapter_config.json"),
     ("pickle", _pickled_adapter, "@adapter", "convert_pickle.py"),

@@ -70,7 +70,7 @@ def test_a_rule_that_is_not_known_is_refused(tiny: Path, tmp_path: Path) -> None
         "invert": False,
     }
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(InputError, match="its rule for cutting text is none that llama.cpp is known to have"):
+    with pytest.raises(InputError, match=r"its rule for cutting text is none that llama\.cpp is known to have"):
         export(random_model(load(folder)), "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
