@@ -21,8 +21,9 @@ import torch
 
 from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
 from qalora.checkpoint import Checkpoint
-from qalora.converters import load, onnx
+from qalora.converters import load, onnx, target
 from qalora.converters.exports import export
+from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError
 from qalora.quantization import quantize
 from qalora.testing import tiny_llama
@@ -44,8 +45,14 @@ class Case:
 
 
 def _read_all(model: Checkpoint) -> None:
+    """Every tensor, and what an export would make of the model: config and specs are believed there."""
     for lazy in model.tensors.values():
         lazy.load()
+    for name in ("qalora", "gptq", "gguf", "onnx"):
+        try:
+            target(name).plan(model, ExportOptions())
+        except InputError as error:
+            assert "\n" not in str(error)
 
 
 def _read_model(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qalora.errors import InputError
 
-__all__ = ["FAMILIES", "Family", "family_of", "linear_names"]
+__all__ = ["FAMILIES", "Family", "check_config", "family_of", "linear_names"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Mapping[str, Any], where: object) -> Family:
     """The family of a transformers config; InputError names those there are. `where` names the model."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f"{where}: model_type",
             expected=f"one of {', '.join(FAMILIES)}",
@@ -76,10 +76,56 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
     return FAMILIES[model_type]
 
 
+def check_config(config: Mapping[str, Any], where: object) -> None:
+    """Refuse a config whose sizes are none; what reads it later can rely on them."""
+    for key, most, required in _SIZES:
+        size = config.get(key)
+        if size is None and not required:
+            continue
+        if type(size) is not int or not 0 < size <= most:
+            raise InputError(f"{where}: {key}", expected=f"a whole number from 1 to {most}", got=repr(size)[:60])
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    if heads % kv_heads or (config.get("head_dim") is None and config["hidden_size"] % heads):
+        raise InputError(
+            f"{where}: num_attention_heads",
+            expected=f"a multiple of num_key_value_heads = {kv_heads}, and a divisor of hidden_size",
+            got=str(heads),
+        )
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise InputError(f"{where}: rms_norm_eps", expected="a number between 0 and 1", got=repr(epsilon)[:60])
+    _check_rope(config, where)
+
+
+def _check_rope(config: Mapping[str, Any], where: object) -> None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping) or not isinstance(rope.get("rope_type", rope.get("type", "default")), str):
+        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(rope)[:60])
+    sizes = {**rope, "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10000.0}
+    for key in ("rope_theta", "factor"):
+        size = sizes.get(key, 1.0)
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < 1e30:
+            raise InputError(f"{where}: {key}", expected="a number above 0", got=repr(size)[:60])
+    if sizes.get("rope_type", sizes.get("type", "default")) == "linear" and "factor" not in sizes:
+        raise InputError(f"{where}: rope_parameters", expected="a factor for linear scaling", got="none")
+
+
+_SIZES = (
+    ("num_hidden_layers", 10_000, True),
+    ("hidden_size", 1 << 24, True),
+    ("intermediate_size", 1 << 24, True),
+    ("num_attention_heads", 1 << 16, True),
+    ("num_key_value_heads", 1 << 16, False),
+    ("head_dim", 1 << 16, False),
+    ("vocab_size", 1 << 28, True),
+    ("max_position_embeddings", 1 << 28, True),
+)
+"""Sizes in a config: the largest that is believed, and whether it has to be there."""
+
+
 def linear_names(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
-    """The names of the linear weights of every layer, in the order of computation."""
+    """The names of the linear weights of every layer, in the order of computation; the config is checked first."""
     family = family_of(config, where)
-    layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or not 0 < layers < 10_000:
-        raise InputError(f"{where}: num_hidden_layers", expected="a whole number from 1", got=repr(layers))
+    check_config(config, where)
+    layers = int(config["num_hidden_layers"])
     return tuple(f"model.layers.{n}.{module}.weight" for n in range(layers) for module, _ in family.linears)

@@ -126,6 +126,8 @@ def hyperparameters(config: Mapping[str, Any], family: Family, where: object) ->
     if kind == "linear":
         entries[f"{prefix}.rope.scaling.type"] = Value(type=ValueType.STRING, value="linear")
         entries[f"{prefix}.rope.scaling.factor"] = Value(type=ValueType.FLOAT32, value=float(rope["factor"]))
-    elif kind not in ("default", "llama3"):
-        raise InputError(f"{where}: rope_type", expected="default, linear or llama3", got=repr(kind))
+    elif kind != "default":
+        raise InputError(
+            f"gguf: {where}: rope_type", expected="default or linear", got=repr(kind), todo="export it to onnx or gptq"
+        )
     return entries

@@ -58,6 +58,8 @@ def lora_names(module: str) -> tuple[str, str]:
 def pooling_matrix(columns: int, group_size: int, g_idx: Tensor | None) -> Tensor:
     """A: float16 [in/group_size, in], 1 where the column belongs to the group."""
     index = torch.arange(columns) // group_size if g_idx is None else g_idx.long()
+    if index.shape[0] != columns or int(index.min()) < 0 or int(index.max()) >= columns // group_size:
+        raise FormatError("g_idx", expected=f"{columns} values in 0..{columns // group_size - 1}", got="others")
     matrix = torch.zeros(columns // group_size, columns, dtype=torch.float16)
     matrix[index, torch.arange(columns)] = 1
     return matrix
