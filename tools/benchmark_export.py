@@ -77,7 +77,7 @@ def layer_times(runs: int = 15) -> list[tuple[str, float]]:
     tensor = random_tensor(4096, 4096, bits=4, group_size=32)
     jobs: list[tuple[str, Callable[[], object]]] = [
         ("plain copy", lambda: tensor.packed.clone()),
-        ("GPTQ words", lambda: gptq.pack_words(tensor.packed, 4)),
+        ("GPTQ words", lambda: gptq.pack_qweight(tensor.packed)),
         ("Q4_1 blocks", lambda: gguf_blocks.encode(tensor, "Q4_1")),
     ]
     rows = []
