@@ -41,9 +41,8 @@ model = onnxruntime_genai.Model("onnx")
 `onnx/portable/model.onnx` is the same model in standard operators; it needs no operator of a vendor's.""",
     "qalora": """```python
 import qalora
-from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("qalora")
+model = qalora.load("qalora")  # to be exported again, or to be fine-tuned further
 ```""",
 }
 

@@ -154,6 +154,37 @@ def _nothing(root: Path) -> None:
     pass
 
 
+def _again(name: str, at: int, length: int) -> Damage:
+    """The first metadata entry of a GGUF file, once more; its count one higher."""
+
+    def damage(root: Path) -> None:
+        data = (root / name).read_bytes()
+        count = int.from_bytes(data[16:24], "little") + 1
+        head = data[:16] + count.to_bytes(8, "little") + data[24:at]
+        (root / name).write_bytes(head + data[at : at + length] + data[at:])
+
+    return damage
+
+
+def _nested(root: Path) -> None:
+    """The first metadata entry becomes an array of arrays."""
+    data = (root / "gguf" / "model.gguf").read_bytes()
+    key = data[24 : 24 + 8 + 20]
+    array = (9).to_bytes(4, "little") + (9).to_bytes(4, "little") + (1 << 40).to_bytes(8, "little")
+    (root / "gguf" / "model.gguf").write_bytes(data[:24] + key + array + data[24:])
+
+
+def _onnx_outside(root: Path) -> None:
+    import onnx
+
+    model = onnx.load(root / "onnx" / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../data.txt"
+    (root / "onnx" / "model.onnx").write_bytes(model.SerializeToString())
+
+
 FIRST = "model.layers.0.self_attn.q_proj"
 
 MODELS: list[tuple[str, Damage, str, str]] = [
@@ -247,6 +278,8 @@ QUANTIZED: list[tuple[str, Damage, str, str]] = [
     ("gguf tiny", _cut("gguf/model.gguf", 20), "@gguf/model.gguf", "model.gguf"),
     ("gguf version", _patch("gguf/model.gguf", 4, b"\x09\0\0\0"), "@gguf/model.gguf", "version"),
     ("gguf tensor count", _patch("gguf/model.gguf", 8, b"\xff" * 8), "@gguf/model.gguf", "model.gguf"),
+    ("gguf key twice", _again("gguf/model.gguf", 24, 8 + 20 + 4 + 8 + 5), "@gguf/model.gguf", "stands twice"),
+    ("gguf nested arrays", _nested, "@gguf/model.gguf", "nested array"),
     ("gguf key count", _patch("gguf/model.gguf", 16, b"\xff" * 8), "@gguf/model.gguf", "model.gguf"),
 ]
 
@@ -319,6 +352,24 @@ def test_every_command_that_takes_an_adapter(place: Path, damage: Damage, adapte
         f"release @qalora --adapter {adapter} --to gguf -o %out/deep",
     ):
         _refused(place, line, sentence)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (_onnx_outside, "a plain name inside the folder"),
+        (_cut("onnx/model.onnx.data", -5000), "a file that is shorter"),
+        (_cut("onnx/model.onnx", 100), "expected an ONNX model"),
+        (lambda root: (root / "onnx" / "model.onnx.data").unlink(), "model.onnx.data"),
+        (_config("onnx/config.json", hidden_size=-1), "hidden_size"),
+        (_cut("gguf/model.gguf", -40), "truncated"),
+        (_cut("gptq/model.safetensors", -1), "truncated"),
+    ],
+)
+def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
+    """All artefacts of a folder are read before one is run, so a damaged one is bad input and no failed gate."""
+    damage(place / "in")
+    _refused(place, "verify @qalora @gptq @gguf @onnx", sentence)
 
 
 @pytest.mark.parametrize(
