@@ -1,0 +1,95 @@
+"""The runtimes by themselves: sentences for what is missing or clashes, and generation that follows the logits."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from qalora.checkpoint import Checkpoint
+from qalora.converters.exports import export
+from qalora.errors import FormatError, InputError, MissingLibraryError
+from qalora.parity.runtimes import RUNTIMES, open_runtime
+from qalora.parity.runtimes.onnxruntime import check_installed
+
+TOKENS = [(7 * n) % 300 for n in range(20)]
+
+
+@pytest.fixture(scope="module")
+def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What each runtime opens: one model in each format."""
+    folder = tmp_path_factory.mktemp("artefacts")
+    export(base, ["qalora", "onnx", "gguf", "gptq"], folder)
+    return {
+        "torch": folder / "qalora",
+        "onnxruntime": folder / "onnx",
+        "onnxruntime-genai": folder / "onnx",
+        "llama.cpp": next((folder / "gguf").iterdir()),
+        "gptqmodel": folder / "gptq",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_generation_follows_the_logits(kind: str, artefacts: dict[str, Path]) -> None:
+    """Greedy tokens, made with the cache, are the best ones of one pass without it."""
+    runtime = open_runtime(kind, artefacts[kind], threads=1)
+    made = runtime.generate(TOKENS[:8], 6)
+    assert len(made) == 6
+    logits = runtime.logits([*TOKENS[:8], *made])
+    assert logits.shape[0] == 14
+    assert logits.dtype == torch.float32
+    best = logits[7:13].topk(2).values
+    clear = (best[:, 0] - best[:, 1]) > 0.05  # the two ways may sum, and round inputs, differently
+    assert bool(clear.any())
+    assert all(a == b for a, b, sure in zip(made, logits[7:13].argmax(1).tolist(), clear, strict=True) if sure)
+    assert runtime.info.version
+    assert runtime.info.threads >= 1
+    runtime.close()
+
+
+def test_a_runtime_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"runtime: expected one of torch, llama\.cpp, .* got 'abacus'"):
+        open_runtime("abacus", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "onnxruntime-genai", "gptqmodel"])
+def test_what_they_do_not_load_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"nonsense")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(FormatError, match="does not load it") as caught:
+        open_runtime(kind, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_onnxruntimes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both packages' metadata are on the path, as after two pip installs; only pip can tell, and does not."""
+    here = check_installed()
+    name = "onnxruntime" if here.startswith("onnxruntime-gpu") else "onnxruntime-gpu"
+    folder = tmp_path / f"{name.replace('-', '_')}-9.9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert version(name) == "9.9"
+    with pytest.raises(InputError, match="are both installed, and they overwrite each other; pip uninstall -y"):
+        check_installed()
+
+
+@pytest.mark.parametrize(
+    ("kind", "absent", "words"),
+    [
+        ("llama.cpp", ("xllamacpp", "llama_cpp"), r"qalora\[llama-cpp\]"),
+        ("gptqmodel", ("optimum",), r"optimum, which is not installed; pip install 'qalora\[gptq\]'"),
+        ("onnxruntime-genai", ("onnxruntime_genai",), r"qalora\[genai\]"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_command(
+    kind: str, absent: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else find(name, *rest))
+    with pytest.raises(MissingLibraryError, match=words):
+        open_runtime(kind, tmp_path)
