@@ -8,6 +8,7 @@ import click
 
 from qalora.cli.options import (
     convention_option,
+    force_option,
     minima_option,
     print_stage,
     table_console,
@@ -35,6 +36,7 @@ from qalora.errors import ProofError
 )
 @verify_options
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+@force_option
 def command(
     reference: str,
     artifacts: tuple[Path, ...],
@@ -48,6 +50,7 @@ def command(
     generate: int,
     threads: int | None,
     json_file: Path | None,
+    force: bool,
     allow_unproven: bool,
 ) -> None:
     """Prove that each ARTIFACT computes what REFERENCE and the adapter do, each in its own runtime.
@@ -58,10 +61,12 @@ def command(
     """
     from qalora.adapter import read_adapter
     from qalora.converters import load
-    from qalora.formats.output import write_json
+    from qalora.formats.output import check_output, new_file, write_json
     from qalora.parity import verify
     from qalora.parity.report import render
 
+    if json_file is not None:
+        check_output(json_file, force=force)
     base = load(reference)
     report = verify(
         base,
@@ -73,7 +78,8 @@ def command(
         progress=print_stage,
     )
     if json_file is not None:
-        write_json(json_file, report.to_json())
+        with new_file(json_file, force=force) as place:
+            write_json(place, report.to_json())
     console = table_console()
     for part in render(report):
         console.print(part)

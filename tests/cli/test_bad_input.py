@@ -398,6 +398,7 @@ def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
         ("export @qalora --to gptq --gptq-form round -o %out", "--allow-loss zeros"),
         ("export @qalora --to gguf -o %in", "exists already"),
         ("verify @qalora %absent", "absent"),
+        ("verify @qalora @gguf --level weights --json @data.txt", "exists already"),
         ("verify @qalora @float/config.json", "config.json"),
         ("inspect %absent", "no such file or folder"),
         ("release @qalora --to gguf -o %exists", "exists already"),

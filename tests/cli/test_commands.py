@@ -1,0 +1,139 @@
+"""Every command on a tiny model, from a float folder to a verified artefact; and what each prints for machines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qalora.cli import COMMANDS, main
+from qalora.testing import byte_tokenizer, tiny_llama
+
+
+def run(*words: object) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def parsed(*words: object) -> Any:
+    return json.loads(run(*words).stdout)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float, base, adapter, folded, dist: each made by the command that makes it."""
+    root = tmp_path_factory.mktemp("commands")
+    tiny_llama(root / "float", tokenizer=byte_tokenizer())
+    (root / "text.txt").write_text("A line of text to learn from, again and again. " * 60, encoding="utf-8")
+    run("quantize", root / "float", "-o", root / "base")
+    training = ("--steps", 3, "--rank", 2, "--sequence-length", 32, "--learning-rate", 0.01)
+    run("train", root / "base", "--data", root / "text.txt", "-o", root / "adapter", *training)
+    run("fold", root / "base", root / "adapter", "-o", root / "folded")
+    run("export", root / "folded", "--to", "gguf", "--to", "onnx", "--to", "gptq", "-o", root / "dist")
+    return root
+
+
+def test_what_the_commands_left(place: Path) -> None:
+    assert {path.name for path in (place / "dist").iterdir()} == {"gguf", "onnx", "gptq"}
+    assert {path.name for path in place.iterdir()} == {"float", "text.txt", "base", "adapter", "folded", "dist"}
+
+
+def test_export_of_the_adapter_is_export_of_the_folded_model(place: Path, tmp_path: Path) -> None:
+    run("export", place / "base", "--adapter", place / "adapter", "--to", "onnx", "-o", tmp_path)
+    for name in ("model.onnx", "model.onnx.data", "portable/model.onnx.data"):
+        assert (tmp_path / "onnx" / name).read_bytes() == (place / "dist" / "onnx" / name).read_bytes(), name
+
+
+def test_force_replaces_and_only_then(place: Path, tmp_path: Path) -> None:
+    words = ("quantize", place / "float", "-o", tmp_path / "base", "--bits", 3, "--group-size", "row")
+    run(*words)
+    before = (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns
+    assert CliRunner().invoke(main, [str(word) for word in words]).exit_code == 2
+    assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == before
+    run(*words, "--force")
+    assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("target", ["gptq", "gguf", "onnx", "qalora"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, tmp_path: Path, target: str) -> None:
+    words = ("export", place / "folded", "--to", target, "-o", tmp_path / "out", "--dry-run")
+    assert "q_proj" in run(*words).stdout
+    (plan,) = parsed(*words, "--json")
+    assert plan["target"] == target
+    assert {tensor["name"] for tensor in plan["tensors"]} >= {"model.norm.weight"}
+    assert all(tensor["loss"] is None for tensor in plan["tensors"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_fold_as_json_has_a_proof_of_each_layer(place: Path, tmp_path: Path) -> None:
+    found = parsed("fold", place / "base", place / "adapter", "-o", tmp_path / "out", "--json")
+    assert len(found["layers"]) == 14
+    assert all(layer["exact"] and layer["codes_differ"] == 0 for layer in found["layers"].values())
+
+
+def test_train_as_json(place: Path, tmp_path: Path) -> None:
+    words = ("train", place / "base", "--data", place / "text.txt", "-o", tmp_path / "a", "--steps", 2, "--json")
+    found = parsed(*words, "--sequence-length", 32, "--target-modules", "q_proj")
+    assert found["steps"] == 2
+    assert found["layers"] == 2
+    assert found["held_out_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("float", "huggingface"),
+        ("base", "qalora"),
+        ("dist/gptq", "gptq"),
+        ("dist/onnx", "onnx"),
+        ("dist/onnx/portable", "onnx"),
+        ("adapter", "adapter"),
+    ],
+)
+def test_inspect_says_what_it_is(place: Path, name: str, layout: str) -> None:
+    assert parsed("inspect", place / name, "--json")["layout"] == layout
+    assert layout in run("inspect", place / name).stdout
+
+
+def test_inspect_of_gguf(place: Path) -> None:
+    (path,) = (place / "dist" / "gguf").iterdir()
+    found = parsed("inspect", path, "--json")
+    assert found["layout"] == "gguf"
+    assert "14 x 4 bits in groups of 32, real zero points" in found["tensors"]
+
+
+@pytest.mark.parametrize("form", ["paper", "official", "peft", "plain"])
+def test_an_adapter_goes_into_every_convention_and_back(place: Path, tmp_path: Path, form: str) -> None:
+    run("adapter", "convert", place / "adapter", "--to", form, "-o", tmp_path / "there")
+    found = parsed("inspect", tmp_path / "there", "--json")
+    if form == "plain":
+        assert found["layers"] == ["14 x rank 2, pool size 1"]
+        return
+    assert found["convention"] == form
+    run("adapter", "convert", tmp_path / "there", "--to", "paper", "-o", tmp_path / "back")
+    for model, adapter in (("a", place / "adapter"), ("b", tmp_path / "back")):
+        run("fold", place / "base", adapter, "-o", tmp_path / model)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_verify_of_weights(place: Path, tmp_path: Path) -> None:
+    words = ("verify", place / "base", place / "dist", "--adapter", place / "adapter", "--level", "weights")
+    result = run(*words, "--json", tmp_path / "report.json")
+    assert "gates: " in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert [artifact["weights"]["codes_differ"] for artifact in report["artifacts"]] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name: str) -> None:
+    text = run(name, "--help").stdout
+    assert "Usage: " in text
+    assert "Example: qalora" in text
+
+
+def test_the_overview_names_every_command() -> None:
+    text = run("--help").stdout
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert "Exit status: 0 done, 1 not proven, 2 bad usage or input." in " ".join(text.split())
