@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
 
 __all__ = [
+    "assert_parity",
     "assert_same_model",
     "assert_same_tensor",
     "byte_tokenizer",
@@ -119,6 +120,24 @@ def assert_same_model(got: Checkpoint, expected: Checkpoint) -> None:
             assert_same_tensor(got.tensors[name].load_quantized(), lazy.load_quantized())
         elif not torch.equal(got.tensors[name].load_float(), lazy.load_float()):
             raise AssertionError(f"{name} differs")
+
+
+def assert_parity(
+    reference: Checkpoint | str | Path,
+    artifacts: Sequence[Path | str],
+    *,
+    allow_unproven: bool = False,
+    **options: Any,
+) -> None:
+    """Fail, with the first gate that did not pass, where artefacts do not compute what the reference does.
+
+    options are those of `qalora.parity.verify`: adapter, level, text, max_tokens and so on.
+    """
+    from qalora.parity import verify
+
+    report = verify(reference, [Path(path) for path in artifacts], **options)
+    if not report.passed(allow_unproven=allow_unproven):
+        raise AssertionError(report.failure())
 
 
 def byte_tokenizer() -> Any:

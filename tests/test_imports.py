@@ -13,11 +13,10 @@ ROOT = Path(qalora.__file__).parent
 
 FLOORS = [
     {"cli", "__main__"},
-    {"release", "demo"},
+    {"release", "demo", "testing"},
     {"parity"},
     {"training"},
     {"converters"},
-    {"testing"},
     {"folding", "adapter", "quantization", "residual", "checkpoint"},
     {"formats"},
     {"tensor"},

@@ -36,6 +36,7 @@ from qalora.errors import ProofError
 )
 @verify_options
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+@click.option("--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write it as JUnit XML.")
 @force_option
 def command(
     reference: str,
@@ -50,6 +51,7 @@ def command(
     generate: int,
     threads: int | None,
     json_file: Path | None,
+    junit_file: Path | None,
     force: bool,
     allow_unproven: bool,
 ) -> None:
@@ -63,10 +65,12 @@ def command(
     from qalora.converters import load
     from qalora.formats.output import check_output, new_file, write_json
     from qalora.parity import verify
+    from qalora.parity.junit import to_junit
     from qalora.parity.report import render
 
-    if json_file is not None:
-        check_output(json_file, force=force)
+    for file in (json_file, junit_file):
+        if file is not None:
+            check_output(file, force=force)
     base = load(reference)
     report = verify(
         base,
@@ -80,6 +84,9 @@ def command(
     if json_file is not None:
         with new_file(json_file, force=force) as place:
             write_json(place, report.to_json())
+    if junit_file is not None:
+        with new_file(junit_file, force=force) as place:
+            place.write_text(to_junit(report), encoding="utf-8")
     console = table_console()
     for part in render(report):
         console.print(part)

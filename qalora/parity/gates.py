@@ -81,6 +81,7 @@ class Evidence:
     logits         y against the reference
     modelled       y against the reference under `rounding`
     simulated      the reference under `rounding` against the reference
+    stepwise       a token at a time through the runtime's cache, against its own single pass
     noise          float32's own
     lost           as `metrics` defines it
     fold_lost      |reference - adapted| / |adapted - base|: what rounding the minima costs; 0 where trained with it
@@ -94,6 +95,7 @@ class Evidence:
     logits: LogitMetrics | None = None
     modelled: LogitMetrics | None = None
     simulated: LogitMetrics | None = None
+    stepwise: LogitMetrics | None = None
     noise: Noise | None = None
     lost: float | None = None
     fold_lost: float = 0.0
@@ -246,6 +248,16 @@ def _top1(evidence: Evidence) -> tuple[float, float, str] | None:
     return evidence.logits.top1, min(TOP1, 1 - ROUNDING_FACTOR * (1 - evidence.simulated.top1)), ""
 
 
+def _cache(evidence: Evidence) -> tuple[float, float, str] | None:
+    """The RMS where kernels round, as an input may then be rounded the other way; else the largest difference."""
+    found = evidence.stepwise
+    if found is None or evidence.noise is None:
+        return None
+    if evidence.rounding.kind in ("none", "weights"):
+        return found.max, evidence.noise.bound, ""
+    return found.rms, _allowed_rms(evidence), "RMS"
+
+
 def _rounds_activations(evidence: Evidence) -> bool:
     return evidence.rounding.kind not in ("none", "weights")
 
@@ -345,6 +357,12 @@ GATES: tuple[Gate, ...] = (
         measure=_top1,
         derivation="0.98, or 1 - 2 times the share of tokens that the same rounding of inputs changes in the reference",
         at_least=True,
+    ),
+    Gate(
+        name="cache",
+        measure=_cache,
+        derivation="one token at a time through the cache is the same sums in another order: bound as for `logits`, "
+        "or, where the kernel rounds its inputs, as for `activation rounding`",
     ),
     Gate(
         name="adapter",

@@ -2,7 +2,7 @@
 
 The JSON has a version, "schema": "qalora.parity/1": later versions of it add keys and rename none. Keys are sorted by
 whoever writes it; reals have six significant digits; a value that is not finite is null. Nothing in it depends on
-where or when it was made, except what the runtimes computed.
+where or when it was made, except what the runtimes computed and, under "speed", how fast they were.
 
 This module computes nothing and judges nothing.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qalora.parity.gates import GateResult, Generation, Noise
@@ -22,11 +22,26 @@ from qalora.parity.weights import TensorDifference, WeightMetrics
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SCHEMA", "AdapterSummary", "ArtifactReport", "ParityReport", "RunReport", "render"]
+__all__ = ["SCHEMA", "AdapterSummary", "ArtifactReport", "ParityReport", "RunReport", "Speed", "render"]
 
 SCHEMA = "qalora.parity/1"
 LISTED = 20
 """Differing tensors that the JSON lists for an artefact; the counts are of all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast a runtime was, and what opening and running it added to the process's resident memory.
+
+    prefill, steps   tokens a second, of whole windows and one at a time through the cache; None where not measured
+    reference        prefill of the reference, in float32 torch from packed codes
+    memory           bytes, of which what the page cache lends is a part; None where the system does not tell
+    """
+
+    prefill: float | None
+    steps: float | None
+    reference: float | None
+    memory: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +53,8 @@ class RunReport:
     logits         against the reference
     modelled       against the reference under that rounding
     simulated      the reference under that rounding against the reference
+    stepwise       a token at a time through the cache, against the runtime's own single pass over the same tokens
+    speed          what it took; never judged, and left out where a report must not depend on the machine
     lost           of the adapter; None without one
     lost_unrounded the same against the side branch, whose minima are not rounded
     """
@@ -48,6 +65,8 @@ class RunReport:
     logits: LogitMetrics | None = None
     modelled: LogitMetrics | None = None
     simulated: LogitMetrics | None = None
+    stepwise: LogitMetrics | None = None
+    speed: Speed | None = None
     lost: float | None = None
     lost_unrounded: float | None = None
     generation: Generation | None = None
@@ -132,8 +151,8 @@ class ParityReport:
         (where, first), rest = bad[0], len(bad) - 1
         return f"{where}: {_sentence(first)}" + (f" (and {rest} more)" if rest else "")
 
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON, schema "qalora.parity/1"."""
+    def to_json(self, *, speed: bool = True) -> dict[str, Any]:
+        """The report as JSON, schema "qalora.parity/1"; without `speed` nothing in it depends on how fast it went."""
         return {
             "schema": SCHEMA,
             "passed": self.passed(),
@@ -143,7 +162,7 @@ class ParityReport:
             "adapter": None if self.adapter is None else _plain(asdict(self.adapter)),
             "noise": None if self.noise is None else _plain({**asdict(self.noise), "bound": self.noise.bound}),
             "gates": [_plain(asdict(result)) for result in self.gates],
-            "artifacts": [_artifact_json(artifact) for artifact in self.artifacts],
+            "artifacts": [_artifact_json(artifact, speed=speed) for artifact in self.artifacts],
         }
 
 
@@ -154,7 +173,7 @@ def _sentence(result: GateResult) -> str:
     return f"{result.gate} {_number(result.value)}, bound {_number(result.bound)}{detail}"
 
 
-def _artifact_json(artifact: ArtifactReport) -> dict[str, Any]:
+def _artifact_json(artifact: ArtifactReport, *, speed: bool) -> dict[str, Any]:
     weights = artifact.weights
     return {
         "name": artifact.name,
@@ -171,7 +190,7 @@ def _artifact_json(artifact: ArtifactReport) -> dict[str, Any]:
             "different": [_difference_json(found, named=True) for found in weights.different[:LISTED]],
         },
         "gates": [_plain(asdict(result)) for result in artifact.gates],
-        "runs": [_plain(asdict(run)) for run in artifact.runs],
+        "runs": [_plain(asdict(run if speed else replace(run, speed=None))) for run in artifact.runs],
     }
 
 
@@ -240,14 +259,20 @@ def _runs_table(report: ParityReport) -> RenderableType:
     table = Table(title=f"logits of {report.tokens} tokens, each in its own runtime", title_justify="left")
     columns = ["artefact", "runtime"]
     columns += ["lost", "unrounded"] if report.adapter is not None else []
-    columns += ["max", "RMS", "KL", "top-1", "perplexity", "greedy", "gates"]
+    columns += ["max", "RMS", "KL", "top-1", "perplexity", "tokens/s", "greedy", "gates"]
     for column in columns:
         table.add_column(column, justify="left" if column in ("artefact", "runtime") else "right")
     for artifact in report.artifacts:
         for run in artifact.runs:
             losses = [_percent(run.lost), _percent(run.lost_unrounded)] if report.adapter is not None else []
             table.add_row(
-                _short(artifact.name), run.kind, *losses, *_logit_cells(run), _greedy(run), _verdict(run.gates)
+                _short(artifact.name),
+                run.kind,
+                *losses,
+                *_logit_cells(run),
+                _speed(run.speed),
+                _greedy(run),
+                _verdict(run.gates),
             )
     return table
 
@@ -273,6 +298,14 @@ def _short(name: str) -> str:
     """A name that leaves room for the figures: the folder and the end of a long one."""
     folder, slash, file = name.rpartition("/")
     return name if len(name) <= 24 else f"{folder[:12]}{slash}\u2026{file[-10:]}"
+
+
+def _speed(speed: Speed | None) -> str:
+    """Prefill, and its ratio to the reference."""
+    if speed is None or speed.prefill is None:
+        return ""
+    ratio = f" ({speed.prefill / speed.reference:.1f}x)" if speed.reference else ""
+    return f"{speed.prefill:.0f}{ratio}"
 
 
 def _greedy(run: RunReport) -> str:

@@ -9,7 +9,9 @@ with forwards that know nothing of the fold (`qalora.parity.reference`).
 from __future__ import annotations
 
 import math
+import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from qalora.adapter import Adapter, read_adapter
 from qalora.checkpoint import Checkpoint
@@ -32,10 +35,10 @@ from qalora.parity.artifacts import (
 )
 from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.gates import Evidence, GateResult, Generation, Noise, judge, refused, unproven
-from qalora.parity.metrics import TokenMetrics, concatenate, lost, squared_distance, summarize
+from qalora.parity.metrics import LogitMetrics, TokenMetrics, concatenate, lost, squared_distance, summarize
 from qalora.parity.metrics import token_metrics as compare_tokens
 from qalora.parity.reference import Forward, Reference
-from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport
+from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport, Speed
 from qalora.parity.roundings import EXACT, Rounding
 from qalora.parity.runtimes import Runtime, RuntimeInfo, open_runtime
 from qalora.parity.spool import Spool
@@ -46,6 +49,9 @@ __all__ = ["LEVELS", "Level", "verify"]
 
 Level = Literal["weights", "logits", "generation"]
 LEVELS: tuple[Level, ...] = ("weights", "logits", "generation")
+
+STEPS = 32
+"""Tokens of the first window that each runtime computes one at a time as well."""
 
 FOLDED = "folded"
 BESIDE = "base and adapter"
@@ -199,20 +205,25 @@ class _Bench:
     noise: Noise
     effect: float
     side_effect: float
+    speed: float
 
     @classmethod
     def of(cls, job: _Job, work: Work, folder: Path) -> _Bench:
         spool = Spool(Reference(job.base, job.adapter), work.windows, folder)
         base, side = Forward(weights="base"), Forward(weights="side")
         noise = spool.noise(job.usual)
+        began = time.perf_counter()
+        spool.logits(job.usual, 0)
+        speed = len(work.windows[0]) / (time.perf_counter() - began)
         if job.adapter is None:
-            return cls(work=work, spool=spool, noise=noise, effect=0.0, side_effect=0.0)
+            return cls(work=work, spool=spool, noise=noise, effect=0.0, side_effect=0.0, speed=speed)
         return cls(
             work=work,
             spool=spool,
             noise=noise,
             effect=spool.distance(job.adapted, base),
             side_effect=spool.distance(side, base),
+            speed=speed,
         )
 
 
@@ -236,6 +247,7 @@ class _Runner:
         return tuple(done)
 
     def _run(self, kind: str, artifact: Artifact, holds: str) -> RunReport:
+        before = _resident()
         try:
             runtime = open_runtime(kind, artifact.path, threads=self.threads)
         except MissingLibraryError as error:
@@ -244,16 +256,25 @@ class _Runner:
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(refused("runtime", str(error)),))
         with closing(runtime):
             rounding = _rounding(artifact, runtime.info)
-            return self._measure(kind, runtime, rounding, self.job.expected(holds))
+            report = self._measure(kind, runtime, rounding, self.job.expected(holds))
+            after = _resident()
+        speed = report.speed
+        if speed is None or before is None or after is None:
+            return report
+        return replace(report, speed=replace(speed, memory=max(0, after - before)))
 
     def _measure(self, kind: str, runtime: Runtime, rounding: Rounding, expected: Forward) -> RunReport:
         spool, job = self.bench.spool, self.job
         rounded = replace(expected, rounding=rounding)
+        first = torch.empty(0)
         plain: list[TokenMetrics] = []
         modelled: list[TokenMetrics] = []
-        from_adapted = from_side = 0.0
+        from_adapted = from_side = fastest = 0.0
         for n, window in enumerate(spool.windows):
+            began = time.perf_counter()
             y = runtime.logits(window)
+            fastest = max(fastest, len(window) / (time.perf_counter() - began))
+            first = y[:STEPS].clone() if n == 0 else first
             plain.append(compare_tokens(y, spool.logits(expected, n), window[1:]))
             if rounding != EXACT:
                 modelled.append(compare_tokens(y, spool.logits(rounded, n), window[1:]))
@@ -261,19 +282,23 @@ class _Runner:
                 from_adapted += squared_distance(y, spool.logits(job.adapted, n))
                 from_side += squared_distance(y, spool.logits(Forward(weights="side"), n))
         logits = summarize(concatenate(plain))
+        stepwise, steps = _through_the_cache(runtime, spool.windows[0][:STEPS], first)
         adapted = job.adapter is not None
         evidence = Evidence(
             rounding=rounding,
             logits=logits,
             modelled=summarize(concatenate(modelled)) if modelled else None,
             simulated=None if rounding == EXACT else spool.compare(rounded, expected),
+            stepwise=stepwise,
             noise=self.bench.noise,
             lost=lost(from_adapted, self.bench.effect) if adapted else None,
             fold_lost=lost(spool.distance(expected, job.adapted), self.bench.effect) if adapted else 0.0,
             effect_rms=math.sqrt(self.bench.effect / spool.logit_count),
             generation=self._generation(runtime, expected, logits.max) if self.generate else None,
         )
-        return _run_report(kind, runtime.info, evidence, lost(from_side, self.bench.side_effect) if adapted else None)
+        speed = Speed(prefill=fastest, steps=steps, reference=self.bench.speed, memory=None)
+        unrounded = lost(from_side, self.bench.side_effect) if adapted else None
+        return replace(_run_report(kind, runtime.info, evidence, unrounded), speed=speed)
 
     def _generator(self, kind: str, artifact: Artifact, holds: str, max_logit: float) -> RunReport | None:
         """A run that only generates; None where its library is not installed, which leaves nothing unproven."""
@@ -307,6 +332,22 @@ class _Runner:
         )
 
 
+def _through_the_cache(runtime: Runtime, tokens: Sequence[int], whole: Tensor) -> tuple[LogitMetrics, float]:
+    """The runtime a token at a time against its own single pass; and its tokens a second."""
+    began = time.perf_counter()
+    y = runtime.steps(tokens)
+    seconds = time.perf_counter() - began
+    return summarize(compare_tokens(y, whole, tokens[1:])), len(tokens) / seconds
+
+
+def _resident() -> int | None:
+    """Bytes of this process in memory, where the system tells."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def _run_report(kind: str, info: RuntimeInfo, evidence: Evidence, unrounded: float | None) -> RunReport:
     return RunReport(
         kind=kind,
@@ -315,6 +356,7 @@ def _run_report(kind: str, info: RuntimeInfo, evidence: Evidence, unrounded: flo
         logits=evidence.logits,
         modelled=evidence.modelled,
         simulated=evidence.simulated,
+        stepwise=evidence.stepwise,
         lost=evidence.lost,
         lost_unrounded=unrounded,
         generation=evidence.generation,

@@ -85,7 +85,7 @@ def release(
             failed = out.parent / f"{out.name}.{REPORT}"
             write_json(failed, report.to_json())
             raise ProofError(f"{out} was not written: {report.failure()}; the report is in {failed}")
-        write_json(folder / REPORT, report.to_json())
+        write_json(folder / REPORT, report.to_json(speed=False))
         for name in LICENCES:
             if name in model.files:
                 shutil.copyfile(model.files[name], folder / name)

@@ -44,6 +44,9 @@ def test_generation_follows_the_logits(kind: str, artefacts: dict[str, Path]) ->
     clear = (best[:, 0] - best[:, 1]) > 0.05  # the two ways may sum, and round inputs, differently
     assert bool(clear.any())
     assert all(a == b for a, b, sure in zip(made, logits[7:13].argmax(1).tolist(), clear, strict=True) if sure)
+    steps = runtime.steps([*TOKENS[:8], *made])
+    assert steps.shape == logits.shape
+    assert torch.equal(steps.argmax(1)[7:13][clear], logits.argmax(1)[7:13][clear])
     assert runtime.info.version
     assert runtime.info.threads >= 1
     runtime.close()

@@ -49,6 +49,9 @@ class Runtime(Protocol):
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary]: the logits at every position of one sequence, from an empty cache."""
 
+    def steps(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary]: the same, a token at a time through the cache."""
+
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """The tokens that greedy decoding appends; a runtime may stop at an end token."""
 

@@ -68,6 +68,10 @@ class GenaiRuntime:
             rows.append(torch.from_numpy(generator.get_logits().reshape(-1).copy()))
         return torch.stack(rows).float()
 
+    def steps(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary], a token at a time."""
+        return self.logits(tokens)
+
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens; stops at an end token."""
         generator = self._generator(prompt, len(prompt) + max_tokens)

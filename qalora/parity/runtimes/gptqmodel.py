@@ -60,6 +60,11 @@ class _GptqRuntime(ModuleRuntime):
         with torch.compiler.set_stance(self._stance):
             return super().logits(tokens)
 
+    def steps(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary], a token at a time."""
+        with torch.compiler.set_stance(self._stance):
+            return super().steps(tokens)
+
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         with torch.compiler.set_stance(self._stance):

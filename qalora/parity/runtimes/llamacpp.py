@@ -78,6 +78,14 @@ class LlamaCpp:
         finally:
             self._library.llama_free(context)
 
+    def steps(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary], a token at a time."""
+        context = self._context(len(tokens))
+        try:
+            return torch.cat([self._decode(context, [token], n, every=True) for n, token in enumerate(tokens)])
+        finally:
+            self._library.llama_free(context)
+
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         context = self._context(len(prompt) + max_tokens)

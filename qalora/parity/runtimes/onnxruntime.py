@@ -106,6 +106,14 @@ class OnnxRuntime:
         out, _ = self._run(tokens, {}, 0)
         return torch.from_numpy(out[0]).float()
 
+    def steps(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary], a token at a time."""
+        rows, past = [], dict[str, Any]()
+        for seen, token in enumerate(tokens):
+            out, past = self._run([token], past, seen)
+            rows.append(torch.from_numpy(out[0]).float())
+        return torch.cat(rows)
+
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         made: list[int] = []

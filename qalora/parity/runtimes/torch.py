@@ -31,6 +31,16 @@ class ModuleRuntime:
         return out[0].float()
 
     @torch.inference_mode()
+    def steps(self, tokens: Sequence[int]) -> Tensor:
+        """float32 [tokens, vocabulary], a token at a time."""
+        rows, cache = [], None
+        for token in tokens:
+            out = self._module(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            rows.append(out.logits[0].float())
+        return torch.cat(rows)
+
+    @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         made: list[int] = []
