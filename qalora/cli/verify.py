@@ -36,6 +36,9 @@ from qalora.errors import ProofError
 )
 @verify_options
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
+@click.option(
+    "--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write it as a page with plots."
+)
 @click.option("--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write it as JUnit XML.")
 @force_option
 def command(
@@ -51,6 +54,7 @@ def command(
     generate: int,
     threads: int | None,
     json_file: Path | None,
+    html_file: Path | None,
     junit_file: Path | None,
     force: bool,
     allow_unproven: bool,
@@ -65,10 +69,11 @@ def command(
     from qalora.converters import load
     from qalora.formats.output import check_output, new_file, write_json
     from qalora.parity import verify
+    from qalora.parity.html import to_html
     from qalora.parity.junit import to_junit
     from qalora.parity.report import render
 
-    for file in (json_file, junit_file):
+    for file in (json_file, html_file, junit_file):
         if file is not None:
             check_output(file, force=force)
     base = load(reference)
@@ -84,6 +89,9 @@ def command(
     if json_file is not None:
         with new_file(json_file, force=force) as place:
             write_json(place, report.to_json())
+    if html_file is not None:
+        with new_file(html_file, force=force) as place:
+            place.write_text(to_html(report), encoding="utf-8")
     if junit_file is not None:
         with new_file(junit_file, force=force) as place:
             place.write_text(to_junit(report), encoding="utf-8")

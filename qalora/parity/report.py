@@ -10,8 +10,8 @@ This module computes nothing and judges nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qalora.parity.gates import GateResult, Generation, Noise
@@ -22,7 +22,7 @@ from qalora.parity.weights import TensorDifference, WeightMetrics
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SCHEMA", "AdapterSummary", "ArtifactReport", "ParityReport", "RunReport", "Speed", "render"]
+__all__ = ["SCHEMA", "AdapterSummary", "ArtifactReport", "ByToken", "ParityReport", "RunReport", "Speed", "render"]
 
 SCHEMA = "qalora.parity/1"
 LISTED = 20
@@ -42,6 +42,15 @@ class Speed:
     steps: float | None
     reference: float | None
     memory: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByToken:
+    """For plots: KL and the largest difference at each token; logits of the first window, (reference, artefact)."""
+
+    kl: tuple[float, ...]
+    max: tuple[float, ...]
+    sample: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +76,7 @@ class RunReport:
     simulated: LogitMetrics | None = None
     stepwise: LogitMetrics | None = None
     speed: Speed | None = None
+    by_token: ByToken | None = None
     lost: float | None = None
     lost_unrounded: float | None = None
     generation: Generation | None = None
@@ -75,7 +85,10 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactReport:
-    """One artefact: its name, its format, its weights, its runs. `holds` is "folded" or "base and adapter"."""
+    """One artefact: its name, its format, its weights, its runs. `holds` is "folded" or "base and adapter".
+
+    layers  how much of the adapter each module's weight has lost, from `qalora.parity.layers`
+    """
 
     name: str
     kind: str
@@ -83,6 +96,7 @@ class ArtifactReport:
     weights: WeightMetrics
     gates: tuple[GateResult, ...]
     runs: tuple[RunReport, ...]
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +203,7 @@ def _artifact_json(artifact: ArtifactReport, *, speed: bool) -> dict[str, Any]:
             "differing_tensors": len(weights.different),
             "different": [_difference_json(found, named=True) for found in weights.different[:LISTED]],
         },
+        "adapter_lost_by_layer": _plain(dict(artifact.layers)),
         "gates": [_plain(asdict(result)) for result in artifact.gates],
         "runs": [_plain(asdict(run if speed else replace(run, speed=None))) for run in artifact.runs],
     }

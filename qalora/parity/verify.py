@@ -35,10 +35,11 @@ from qalora.parity.artifacts import (
 )
 from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.gates import Evidence, GateResult, Generation, Noise, judge, refused, unproven
+from qalora.parity.layers import adapter_by_layer
 from qalora.parity.metrics import LogitMetrics, TokenMetrics, concatenate, lost, squared_distance, summarize
 from qalora.parity.metrics import token_metrics as compare_tokens
 from qalora.parity.reference import Forward, Reference
-from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport, Speed
+from qalora.parity.report import AdapterSummary, ArtifactReport, ByToken, ParityReport, RunReport, Speed
 from qalora.parity.roundings import EXACT, Rounding
 from qalora.parity.runtimes import Runtime, RuntimeInfo, open_runtime
 from qalora.parity.spool import Spool
@@ -52,6 +53,9 @@ LEVELS: tuple[Level, ...] = ("weights", "logits", "generation")
 
 STEPS = 32
 """Tokens of the first window that each runtime computes one at a time as well."""
+
+SAMPLED = 300
+"""Logits of the first window that the report keeps for a plot."""
 
 FOLDED = "folded"
 BESIDE = "base and adapter"
@@ -185,8 +189,11 @@ def _weights(job: _Job, artifact: Artifact, checkpoint: Checkpoint, progress: St
     if holds == BESIDE and job.adapter is not None:
         beside = compare_adapters(read_adapter(artifact.path, checkpoint), job.adapter)
     gates = judge(Evidence(weights=found, beside=beside))
+    layers = {}
+    if job.adapter is not None and holds == FOLDED:
+        layers = adapter_by_layer(checkpoint, job.base, job.adapter, job.adapter.minima or "float32")
     return ArtifactReport(
-        name=artifact.name, kind=artifact.kind, holds=holds, weights=found, gates=tuple(gates), runs=()
+        name=artifact.name, kind=artifact.kind, holds=holds, weights=found, gates=tuple(gates), runs=(), layers=layers
     )
 
 
@@ -267,6 +274,7 @@ class _Runner:
         spool, job = self.bench.spool, self.job
         rounded = replace(expected, rounding=rounding)
         first = torch.empty(0)
+        sample: tuple[tuple[float, float], ...] = ()
         plain: list[TokenMetrics] = []
         modelled: list[TokenMetrics] = []
         from_adapted = from_side = fastest = 0.0
@@ -274,7 +282,8 @@ class _Runner:
             began = time.perf_counter()
             y = runtime.logits(window)
             fastest = max(fastest, len(window) / (time.perf_counter() - began))
-            first = y[:STEPS].clone() if n == 0 else first
+            if n == 0:
+                first, sample = y[:STEPS].clone(), _sample(spool.logits(expected, n), y)
             plain.append(compare_tokens(y, spool.logits(expected, n), window[1:]))
             if rounding != EXACT:
                 modelled.append(compare_tokens(y, spool.logits(rounded, n), window[1:]))
@@ -282,6 +291,8 @@ class _Runner:
                 from_adapted += squared_distance(y, spool.logits(job.adapted, n))
                 from_side += squared_distance(y, spool.logits(Forward(weights="side"), n))
         logits = summarize(concatenate(plain))
+        tokens = concatenate(plain)
+        by_token = ByToken(kl=tuple(tokens.kl.tolist()), max=tuple(tokens.max.tolist()), sample=sample)
         stepwise, steps = _through_the_cache(runtime, spool.windows[0][:STEPS], first)
         adapted = job.adapter is not None
         evidence = Evidence(
@@ -298,7 +309,7 @@ class _Runner:
         )
         speed = Speed(prefill=fastest, steps=steps, reference=self.bench.speed, memory=None)
         unrounded = lost(from_side, self.bench.side_effect) if adapted else None
-        return replace(_run_report(kind, runtime.info, evidence, unrounded), speed=speed)
+        return replace(_run_report(kind, runtime.info, evidence, unrounded), speed=speed, by_token=by_token)
 
     def _generator(self, kind: str, artifact: Artifact, holds: str, max_logit: float) -> RunReport | None:
         """A run that only generates; None where its library is not installed, which leaves nothing unproven."""
@@ -330,6 +341,12 @@ class _Runner:
             gap=gap,
             max_logit=max_logit,
         )
+
+
+def _sample(reference: Tensor, y: Tensor) -> tuple[tuple[float, float], ...]:
+    """(reference, artefact) of SAMPLED logits, evenly spread over tokens and vocabulary."""
+    at = torch.linspace(0, reference.numel() - 1, min(SAMPLED, reference.numel()), dtype=torch.float64).long()
+    return tuple(zip(reference.flatten()[at].tolist(), y.flatten()[at].tolist(), strict=True))
 
 
 def _through_the_cache(runtime: Runtime, tokens: Sequence[int], whole: Tensor) -> tuple[LogitMetrics, float]:

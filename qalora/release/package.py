@@ -1,6 +1,6 @@
 """Fold, export, verify and package: the last step of a fine-tuning pipeline, in one call.
 
-    DIST/  README.md (model card)  LICENSE, NOTICE of the base where it has them  report.json  SHA256SUMS
+    DIST/  README.md (model card)  LICENSE, NOTICE of the base where it has them  report.json  report.html  SHA256SUMS
            gptq/  onnx/  gguf/ ...
 
 The folder appears only when every gate has passed. When one fails, the report stays beside its place, as
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Release", "plan_release", "release"]
 
 REPORT = "report.json"
+PAGE = "report.html"
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 
 
@@ -76,6 +77,7 @@ def release(
     an artefact is not proven and `allow_unproven` is not set.
     """
     from qalora.parity import verify
+    from qalora.parity.html import to_html
 
     with new_folder(out, force=force, names=[SUMS]) as folder:
         run_jobs(jobs, folder, progress=progress)
@@ -86,6 +88,7 @@ def release(
             write_json(failed, report.to_json())
             raise ProofError(f"{out} was not written: {report.failure()}; the report is in {failed}")
         write_json(folder / REPORT, report.to_json(speed=False))
+        (folder / PAGE).write_text(to_html(report, speed=False), encoding="utf-8")
         for name in LICENCES:
             if name in model.files:
                 shutil.copyfile(model.files[name], folder / name)

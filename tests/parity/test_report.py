@@ -113,7 +113,7 @@ def test_json_is_versioned_stable_and_strict() -> None:
         "schema", "passed", "reference", "level", "text", "adapter", "noise", "gates", "artifacts"
     ]  # fmt: skip
     (artifact,) = content["artifacts"]
-    assert list(artifact) == ["name", "kind", "holds", "weights", "gates", "runs"]
+    assert list(artifact) == ["name", "kind", "holds", "weights", "adapter_lost_by_layer", "gates", "runs"]
     (run,) = artifact["runs"]
     assert run["logits"]["max"] == 1.23457e-05
     assert run["logits"]["perplexity"] is None

@@ -1,0 +1,220 @@
+"""The parity report as one HTML file that needs no network: tables, gates with their derivations, and plots.
+
+Plots are inline SVG; the page follows the reader's light or dark setting and a phone's width. Every text that comes
+from a model or an artefact is escaped. What is drawn is computed elsewhere: see `charts` for how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from qalora.parity.charts import Series, heat_map, line_chart, scatter
+from qalora.parity.gates import GateResult
+from qalora.parity.report import ArtifactReport, ParityReport, RunReport, Speed
+
+__all__ = ["to_html"]
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --page: #fff; --card: #f6f8fa; --line: #d1d9e0;
+  --good: #1a7f37; --bad: #cf222e; --maybe: #9a6700; --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df;
+  --c4: #bf3989; --c5: #59636e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --page: #0d1117; --card: #161b22;
+  --line: #3d444d; --good: #3fb950; --bad: #f85149; --maybe: #d29922; --c0: #4493f8; --c1: #f0883e; --c2: #3fb950;
+  --c3: #ab7df8; --c4: #db61a2; --c5: #9198a1; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p { margin: .4rem 0; } .soft { color: var(--soft); }
+.pass { color: var(--good); } .fail { color: var(--bad); } .ambiguous, .not-proven { color: var(--maybe); }
+.verdict { font-weight: 700; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child, td.text, th.text { text-align: left; }
+th.prose { text-align: left; } td.prose { white-space: normal; text-align: left; min-width: 16rem; }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem; } figcaption small { font-weight: 400; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+.axis { stroke: var(--line); } .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); }
+.s3 { --c: var(--c3); } .s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
+.curve { fill: none; stroke: var(--c); stroke-width: 1.5; } .dot { fill: var(--c); opacity: .7; }
+.cell { fill: var(--c1); } .empty { fill: var(--line); opacity: .35; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; margin-top: .4rem; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; background: var(--c);
+  margin-right: .35rem; vertical-align: -.1rem; }
+details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
+"""
+
+
+def to_html(report: ParityReport, *, speed: bool = True) -> str:
+    """The page; without `speed` nothing in it depends on how fast it went."""
+    parts = [_head(report), _weights(report)]
+    runs = [(artifact.name, run) for artifact in report.artifacts for run in artifact.runs]
+    if runs:
+        parts += [_runs(report, runs, speed=speed), _token_plots(runs), _scatters(runs)]
+    parts += [_layers(report.artifacts), _gates(report)]
+    body = "\n".join(part for part in parts if part)
+    title = escape(f"Parity with {report.reference}")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n'
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _head(report: ParityReport) -> str:
+    results = [result for _, result in report.results()]
+    status = "pass" if report.passed() else "fail"
+    word = "Every gate passed" if report.passed() else "Not proven the same"
+    lines = [f"<h1>Parity with {escape(report.reference)}</h1>", f'<p class="verdict {status}">{word}</p>']
+    if not report.passed():
+        lines.append(f"<p>{escape(report.failure())}</p>")
+    counts = ", ".join(
+        f"{count} {status}"
+        for status in ("pass", "fail", "ambiguous", "not proven")
+        if (count := sum(result.status == status for result in results))
+    )
+    lines.append(f'<p class="soft">gates: {counts}</p>')
+    if report.text is not None:
+        lines.append(f'<p class="soft">{report.tokens} tokens in {report.windows} windows: {escape(report.text)}</p>')
+    if report.adapter is not None:
+        found = report.adapter
+        lines.append(
+            f'<p class="soft">adapter on {found.layers} layers, convention {escape(found.convention)}, minima '
+            f"{escape(found.minima)}, trained with {escape(found.trained_with or 'the side branch')}</p>"
+        )
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1, prose: int = 0) -> str:
+    """A table: the first `text` columns are words, the last `prose` ones sentences; cells are HTML already."""
+    kinds = ["text" if n < text else "prose" if n >= len(head) - prose else "number" for n in range(len(head))]
+    top = "".join(f'<th class="{kind}">{escape(name)}</th>' for kind, name in zip(kinds, head, strict=True))
+    lines = [
+        "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
+        for row in rows
+    ]
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _weights(report: ParityReport) -> str:
+    rows = []
+    for artifact in report.artifacts:
+        total = artifact.weights.total
+        rows.append(
+            [
+                escape(artifact.name),
+                escape(artifact.holds),
+                f"{artifact.weights.tensors:,}",
+                f"{total.codes:,}",
+                f"{total.codes_differ:,}",
+                _number(total.scale_ulp),
+                _number(total.min_ulp),
+                f"{total.values_differ:,}",
+                _verdict(artifact.gates),
+            ]
+        )
+    head = ["artefact", "holds", "tensors", "codes", "differ", "scale ULP", "min ULP", "floats differ", "gates"]
+    return "<h2>Weights, read back</h2>" + _table(head, rows, text=2)
+
+
+def _runs(report: ParityReport, runs: Sequence[tuple[str, RunReport]], *, speed: bool) -> str:
+    rows = []
+    for name, run in runs:
+        found, info = run.logits, run.runtime
+        runtime = run.kind if info is None else f"{info.name} {info.version}, {info.backend}, {info.dtype}"
+        cells = [escape(name), escape(runtime)]
+        cells += [_percent(run.lost)] if report.adapter is not None else []
+        if found is None:
+            cells += [""] * 6
+        else:
+            values = (found.max, found.rms, found.kl_mean, found.kl_p99)
+            cells += [*map(_number, values), f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
+        cells += _speed(run.speed) if speed else []
+        rows.append([*cells, _verdict(run.gates)])
+    head = ["artefact", "runtime", *(["lost"] if report.adapter is not None else [])]
+    head += ["max", "RMS", "KL", "KL 99 %", "top-1", "perplexity"]
+    head += [*(["tokens/s", "steps/s", "memory"] if speed else []), "gates"]
+    return "<h2>Logits, each in its own runtime</h2>" + _table(head, rows, text=2)
+
+
+def _speed(found: Speed | None) -> list[str]:
+    if found is None:
+        return ["", "", ""]
+    rates = ["" if rate is None else f"{rate:.0f}" for rate in (found.prefill, found.steps)]
+    return [*rates, "" if found.memory is None else f"{found.memory / 1e6:.0f} MB"]
+
+
+def _series(runs: Sequence[tuple[str, RunReport]], values: str) -> list[Series]:
+    return [
+        Series(name=f"{name} in {run.kind}", values=getattr(run.by_token, values), color=n % 6)
+        for n, (name, run) in enumerate(runs)
+        if run.by_token is not None
+    ]
+
+
+def _token_plots(runs: Sequence[tuple[str, RunReport]]) -> str:
+    if not any(run.by_token for _, run in runs):
+        return ""
+    kl, largest = _series(runs, "kl"), _series(runs, "max")
+    charts = _figure("KL by token", "nats, logarithmic", line_chart(kl), kl)
+    charts += _figure("Largest logit difference by token", "logarithmic", line_chart(largest), largest)
+    return f'<h2>By token</h2><div class="grid">{charts}</div>'
+
+
+def _scatters(runs: Sequence[tuple[str, RunReport]]) -> str:
+    charts = [
+        _figure(f"{name} in {run.kind}", "across: reference, up: artefact", scatter(run.by_token.sample, color=n % 6))
+        for n, (name, run) in enumerate(runs)
+        if run.by_token is not None and run.by_token.sample
+    ]
+    return f'<h2>Logits against the reference</h2><div class="grid">{"".join(charts)}</div>' if charts else ""
+
+
+def _layers(artifacts: Sequence[ArtifactReport]) -> str:
+    charts = []
+    for artifact in artifacts:
+        if artifact.layers:
+            worst = max(artifact.layers, key=lambda module: artifact.layers[module])
+            note = (
+                f"at most {_percent(artifact.layers[worst])}, in {worst}" if artifact.layers[worst] else "0 everywhere"
+            )
+            charts.append(_figure(artifact.name, note, heat_map(artifact.layers)))
+    return f'<h2>Adapter lost by layer</h2><div class="grid">{"".join(charts)}</div>' if charts else ""
+
+
+def _figure(title: str, note: str, chart: str, legend: Sequence[Series] = ()) -> str:
+    entries = "".join(f'<span class="s{entry.color}"><i></i>{escape(entry.name)}</span>' for entry in legend)
+    below = f'<div class="legend">{entries}</div>' if entries else ""
+    caption = f'<figcaption>{escape(title)} <small class="soft">{escape(note)}</small></figcaption>'
+    return f"<figure>{caption}{chart}{below}</figure>"
+
+
+def _gates(report: ParityReport) -> str:
+    rows = []
+    for where, result in report.results():
+        status = f'<span class="{result.status.replace(" ", "-")}">{result.status}</span>'
+        cells = [escape(where), escape(result.gate), status, _number(result.value), _number(result.bound)]
+        rows.append([*cells, escape(result.detail), escape(result.derivation)])
+    head = ["where", "gate", "status", "value", "bound", "detail", "why the bound is what it is"]
+    table = _table(head, rows, text=3, prose=2)
+    return f"<h2>Gates</h2><details><summary>{len(rows)} gates, with their derivations</summary>{table}</details>"
+
+
+def _verdict(gates: Sequence[GateResult]) -> str:
+    statuses = {result.status for result in gates}
+    worst = next((status for status in ("fail", "not proven", "ambiguous") if status in statuses), "pass")
+    return f'<span class="{worst.replace(" ", "-")}">{worst}</span>'
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
+
+
+def _number(value: float | None) -> str:
+    return (
+        "" if value is None else f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.3g}"
+    )
