@@ -7,12 +7,14 @@ from pathlib import Path
 import click
 
 from qalora.cli.options import (
+    checkpoint_format_option,
     convention_option,
     dry_run_option,
     export_options,
     force_option,
     json_flag,
     minima_option,
+    open_model,
     output_option,
     print_json,
     print_plans,
@@ -31,11 +33,7 @@ from qalora.cli.options import (
 @convention_option
 @minima_option
 @export_options
-@click.option(
-    "--checkpoint-format",
-    type=click.Choice(["gptq", "gptq_v2"]),
-    help="What a GPTQ folder's zeros are stored as, where its label is wrong.",
-)
+@checkpoint_format_option
 @force_option
 @dry_run_option
 @json_flag
@@ -62,11 +60,10 @@ def command(
     --allow-loss names the loss.
     """
     from qalora.adapter import read_adapter
-    from qalora.converters import load
     from qalora.converters.exports import export_jobs, run_jobs
     from qalora.converters.plan import ExportOptions
 
-    base = load(model, checkpoint_format=checkpoint_format)
+    base = open_model(model, checkpoint_format)
     options = ExportOptions(
         name=name,
         allow_loss=frozenset(allow_loss),

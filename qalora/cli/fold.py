@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qalora.cli.options import (
+    checkpoint_format_option,
     convention_option,
     dry_run_option,
     force_option,
     json_flag,
     minima_option,
+    open_model,
     output_option,
     print_json,
     print_plans,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 @output_option("The folder to write.")
 @minima_option
 @convention_option
+@checkpoint_format_option
 @force_option
 @dry_run_option
 @json_flag
@@ -43,6 +46,7 @@ def command(
     out: Path,
     minima: str | None,
     convention: str | None,
+    checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -53,10 +57,10 @@ def command(
     """
     from qalora.adapter import read_adapter
     from qalora.cli.writing import write_native
-    from qalora.converters import load, native
+    from qalora.converters import native
     from qalora.folding import fold
 
-    base = load(model)
+    base = open_model(model, checkpoint_format)
     if out.resolve() == base.path.resolve():
         raise InputError(f"{out} is MODEL itself, which the proof reads again", todo="choose another place")
     read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]

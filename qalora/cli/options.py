@@ -13,15 +13,18 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qalora.checkpoint import Checkpoint
     from qalora.converters.plan import Plan, Progress
 
 __all__ = [
+    "checkpoint_format_option",
     "convention_option",
     "dry_run_option",
     "export_options",
     "force_option",
     "json_flag",
     "minima_option",
+    "open_model",
     "output_option",
     "print_json",
     "print_plans",
@@ -76,6 +79,25 @@ def convention_option(function: F) -> F:
         type=click.Choice(["paper", "official", "peft"]),
         help="What the adapter's scaling means, where its file does not say.",
     )(function)
+
+
+def checkpoint_format_option(function: F) -> F:
+    """--checkpoint-format, for `open_model`."""
+    return click.option(
+        "--checkpoint-format",
+        type=click.Choice(["gptq", "gptq_v2"]),
+        help="What a GPTQ folder's zeros are stored as, where its label is wrong.",
+    )(function)
+
+
+def open_model(model: str, checkpoint_format: str | None = None) -> Checkpoint:
+    """Load a MODEL argument, and say on stderr what its reader noted, such as a label that may be wrong."""
+    from qalora.converters import load
+
+    found = load(model, checkpoint_format=checkpoint_format)
+    for note in found.notes:
+        click.echo(f"note: {note}", err=True)
+    return found
 
 
 def export_options(function: F) -> F:

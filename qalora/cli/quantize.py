@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import dry_run_option, force_option, json_flag, output_option, print_json, print_plans
+from qalora.cli.options import (
+    checkpoint_format_option,
+    dry_run_option,
+    force_option,
+    json_flag,
+    open_model,
+    output_option,
+    print_json,
+    print_plans,
+)
 from qalora.errors import InputError
 
 
@@ -27,6 +36,7 @@ from qalora.errors import InputError
 )
 @click.option("--method", type=click.Choice(["rtn"]), default="rtn", show_default=True, help="Rounding to nearest.")
 @click.option("--requantize", is_flag=True, help="Round a model that holds integers already.")
+@checkpoint_format_option
 @force_option
 @dry_run_option
 @json_flag
@@ -38,6 +48,7 @@ def command(
     zeros: str,
     method: str,
     requantize: bool,
+    checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -48,13 +59,13 @@ def command(
     holds the result exactly.
     """
     from qalora.cli.writing import write_native
-    from qalora.converters import load
     from qalora.quantization import quantize
 
     if group_size != "row" and not group_size.isdigit():
         raise InputError("--group-size", expected="a whole number or `row`", got=repr(group_size))
     size = None if group_size == "row" else int(group_size)
-    quantized = quantize(load(model), bits=bits, group_size=size, zeros=zeros, requantize=requantize)  # type: ignore[arg-type]
+    source = open_model(model, checkpoint_format)
+    quantized = quantize(source, bits=bits, group_size=size, zeros=zeros, requantize=requantize)  # type: ignore[arg-type]
     plan = write_native(quantized, out, force=force, dry_run=dry_run)
     if as_json:
         print_json(plan.to_json())

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from qalora.cli.options import (
+    checkpoint_format_option,
     convention_option,
     dry_run_option,
     export_options,
     force_option,
     minima_option,
+    open_model,
     output_option,
     print_plans,
     print_stage,
@@ -40,6 +42,7 @@ __all__ = ["command", "print_release"]
 @minima_option
 @export_options
 @verify_options
+@checkpoint_format_option
 @force_option
 @dry_run_option
 def command(
@@ -60,6 +63,7 @@ def command(
     generate: int,
     threads: int | None,
     allow_unproven: bool,
+    checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -69,12 +73,11 @@ def command(
     report, beside the folder's place; exit status 1.
     """
     from qalora.adapter import read_adapter
-    from qalora.converters import load
     from qalora.converters.plan import ExportOptions
     from qalora.release.package import plan_release, release
 
     settings = verify_settings(text, max_tokens, prompt, generate, threads)
-    base = load(model)
+    base = open_model(model, checkpoint_format)
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     options = ExportOptions(
         name=name,

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qalora.cli.options import MINIMA, force_option, json_flag, output_option, print_json
+from qalora.cli.options import (
+    MINIMA,
+    checkpoint_format_option,
+    force_option,
+    json_flag,
+    open_model,
+    output_option,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from qalora.training.loop import Progress, StepReport
@@ -51,6 +59,7 @@ __all__ = ["command", "training_bar"]
 @click.option("--save-every", type=int, default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda.")
+@checkpoint_format_option
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint beside DIR, to the same weights.")
 @force_option
 @json_flag
@@ -75,6 +84,7 @@ def command(
     seed: int,
     device: str,
     resume: bool,
+    checkpoint_format: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -83,7 +93,6 @@ def command(
     Each layer computes with the folded, rounded minima in training too: the trained model is the folded model, bit
     for bit.
     """
-    from qalora.converters import load
     from qalora.training import TrainOptions, train
 
     options = TrainOptions(
@@ -108,6 +117,7 @@ def command(
         resume=resume,
         force=force,
     )
+    base = open_model(model, checkpoint_format)
     seen: list[StepReport] = []
     with training_bar() as show:
 
@@ -115,7 +125,7 @@ def command(
             seen.append(report)
             show(report)
 
-        adapter = train(load(model), options, step)
+        adapter = train(base, options, step)
     if not seen:
         return
     found = {"steps": seen[-1].steps, "loss": seen[-1].loss, "held_out_loss": seen[-1].held_out}

@@ -7,9 +7,11 @@ from pathlib import Path
 import click
 
 from qalora.cli.options import (
+    checkpoint_format_option,
     convention_option,
     force_option,
     minima_option,
+    open_model,
     print_stage,
     table_console,
     verify_options,
@@ -27,6 +29,7 @@ from qalora.errors import ProofError
 @click.option("--adapter", type=click.Path(path_type=Path), help="What the artefacts hold beside REFERENCE, the base.")
 @convention_option
 @minima_option
+@checkpoint_format_option
 @click.option(
     "--level",
     type=click.Choice(["weights", "logits", "generation"]),
@@ -47,6 +50,7 @@ def command(
     adapter: Path | None,
     convention: str | None,
     minima: str | None,
+    checkpoint_format: str | None,
     level: str,
     text: Path | None,
     max_tokens: int,
@@ -66,7 +70,6 @@ def command(
     if a runtime is missing.
     """
     from qalora.adapter import read_adapter
-    from qalora.converters import load
     from qalora.formats.output import check_output, new_file, write_json
     from qalora.parity import verify
     from qalora.parity.html import to_html
@@ -76,7 +79,7 @@ def command(
     for file in (json_file, html_file, junit_file):
         if file is not None:
             check_output(file, force=force)
-    base = load(reference)
+    base = open_model(reference, checkpoint_format)
     report = verify(
         base,
         artifacts,

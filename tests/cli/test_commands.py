@@ -137,3 +137,41 @@ def test_the_overview_names_every_command() -> None:
     text = run("--help").stdout
     assert all(f"  {name} " in text for name in COMMANDS)
     assert "Exit status: 0 done, 1 not proven, 2 bad usage or input." in " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def unlabelled(place: Path) -> Path:
+    """A GPTQ folder with asymmetric zero points that names nobody who wrote it, so that its label may be wrong."""
+    root = place.parent / "unlabelled"
+    run("quantize", place / "float", "-o", root / "base", "--zeros", "integer")
+    run("export", root / "base", "--to", "gptq", "-o", root)
+    for name in ("config.json", "quantize_config.json"):
+        config = json.loads((root / "gptq" / name).read_text("utf-8"))
+        config.get("quantization_config", config).pop("meta")
+        (root / "gptq" / name).write_text(json.dumps(config), encoding="utf-8")
+    return root / "gptq"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize", "MODEL", "--requantize", "--dry-run", "-o", "OUT"),
+        ("train", "MODEL", "--data", "TEXT", "--steps", 1, "--rank", 1, "--sequence-length", 8, "-o", "OUT"),
+        ("fold", "MODEL", "ADAPTER", "--dry-run", "-o", "OUT"),
+        ("export", "MODEL", "--to", "gptq", "--dry-run", "-o", "OUT"),
+        ("release", "MODEL", "--to", "gptq", "--dry-run", "-o", "OUT"),
+        ("verify", "MODEL", "MODEL", "--level", "weights"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_label_that_may_be_wrong_is_said_and_can_be_overridden(
+    place: Path, unlabelled: Path, tmp_path: Path, words: tuple[object, ...]
+) -> None:
+    places = {"MODEL": unlabelled, "OUT": tmp_path / "out", "ADAPTER": place / "adapter", "TEXT": place / "text.txt"}
+    filled = [places.get(str(word), word) for word in words]
+    warning = "has asymmetric zero points, stored as its label says: gptq_v2"
+    assert warning in run(*filled).stderr
+    assert (
+        warning
+        not in run(*filled, "--checkpoint-format", "gptq_v2", *(["--force"] if words[0] == "train" else [])).stderr
+    )
