@@ -2,33 +2,36 @@
 
 The kernel is named, because the default one computes in bfloat16: float32 activations over weights scale * (q - z) that
 are rounded to float16. A residual beside config.json is loaded by the same call, by PEFT.
+
+The kernel dequantizes a layer at every call, by code that it compiles for a minute. It is left uncompiled here, and,
+where memory allows, asked by its own switch to keep what it dequantized: every later pass is then a plain product.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
-import shutil
+import os
 import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, MissingLibraryError
+from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.torch import ModuleRuntime
 
 __all__ = ["open_artifact"]
 
 BACKEND = "gptq_torch"
-COMPILERS = ("g++", "clang++", "cl")
+KEEP = "GPTQ_TORCH_CACHE_WEIGHTS"
+"""GPTQModel's switch, read when a layer is made: "1" keeps dequantized weights."""
 
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime:
@@ -47,28 +50,21 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         dtype="float32 (weights rounded to float16)",
         threads=torch.get_num_threads(),
     )
-    return _GptqRuntime(_load(path), info)
+    return ModuleRuntime(_load(path), info)
 
 
-class _GptqRuntime(ModuleRuntime):
-    """The kernel is compiled where there is a C++ compiler, which takes a minute and saves two."""
-
-    _stance: Literal["default", "force_eager"] = "default" if any(map(shutil.which, COMPILERS)) else "force_eager"
-
-    def logits(self, tokens: Sequence[int]) -> Tensor:
-        """float32 [tokens, vocabulary]."""
-        with torch.compiler.set_stance(self._stance):
-            return super().logits(tokens)
-
-    def steps(self, tokens: Sequence[int]) -> Tensor:
-        """float32 [tokens, vocabulary], a token at a time."""
-        with torch.compiler.set_stance(self._stance):
-            return super().steps(tokens)
-
-    def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        """Greedy tokens, step by step with the cache."""
-        with torch.compiler.set_stance(self._stance):
-            return super().generate(prompt, max_tokens)
+@contextmanager
+def _kept(keep: bool) -> Iterator[None]:
+    """GPTQModel's switch, set while a model is loaded."""
+    before = os.environ.get(KEEP)
+    os.environ[KEEP] = "1" if keep else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[KEEP]
+        else:
+            os.environ[KEEP] = before
 
 
 def _load(folder: Path) -> Any:
@@ -81,9 +77,9 @@ def _load(folder: Path) -> Any:
     bits = stored.get("bits")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it reports that layers of other shapes compile anew
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints banners
-        warnings.simplefilter("ignore")
+    keep = _dequantized_bytes(folder, bits) < available_memory() // 2
+    with _kept(keep), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")  # and it prints banners
         try:
             module = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -95,4 +91,12 @@ def _load(folder: Path) -> Any:
         except Exception as error:  # a foreign loader raises what it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise FormatError(f"{folder}: transformers does not load it ({reason})") from error
+    for layer in module.modules():
+        vars(layer).pop("dequantize_weight", None)  # the compiled form of the method of that name
     return module.eval()
+
+
+def _dequantized_bytes(folder: Path, bits: object) -> int:
+    """About what the weights take in float32: their files, as if all of them were codes."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return size * 32 // (bits if isinstance(bits, int) and bits > 0 else 4)
