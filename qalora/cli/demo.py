@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import force_option, output_option, print_stage, progress_bar
+from qalora.cli.options import force_option, output_option, progress_bar, verification_bar
 from qalora.cli.release import print_release
 from qalora.cli.train import training_bar
 from qalora.formats.output import check_output
@@ -55,7 +55,8 @@ def command(out: Path, model: str | None, steps: int, force: bool) -> None:
     )
     click.echo("2. Fold it, export to three formats, and run each in its own runtime")
     jobs = plan_release(base, TARGETS, out / "dist", ExportOptions(), adapter=adapter, force=force)
-    with progress_bar(sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors), "writing") as progress:
+    total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
+    with progress_bar(total, "writing") as progress, verification_bar() as stage:
         done = release(
             base,
             jobs,
@@ -63,11 +64,11 @@ def command(out: Path, model: str | None, steps: int, force: bool) -> None:
             adapter=adapter,
             force=force,
             progress=progress,
-            stage=print_stage,
+            stage=stage,
             text=text[cut:],
         )
     print_release(done)
     for artifact in done.report.artifacts:
         for run in artifact.runs:
-            if run.generation is not None and run.generation.text is not None:
-                click.echo(f"{run.kind:>18} continues: {run.generation.text!r}")
+            for made in run.generations:
+                click.echo(f"{run.kind:>18} continues: {made.text!r}")

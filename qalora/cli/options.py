@@ -28,9 +28,9 @@ __all__ = [
     "output_option",
     "print_json",
     "print_plans",
-    "print_stage",
     "progress_bar",
     "table_console",
+    "verification_bar",
     "verify_options",
     "verify_settings",
 ]
@@ -138,17 +138,24 @@ def export_options(function: F) -> F:
 
 
 def verify_options(function: F) -> F:
-    """What `verify` and `release` compute on; `verify_settings` makes arguments of it."""
+    """What `verify` and `release` compute on; `verify_settings` makes arguments of all but --allow-unproven."""
     decorators = (
         click.option("--text", type=click.Path(path_type=Path), help="A text file to compute on; else a built-in one."),
         click.option(
             "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the text."
         ),
-        click.option("--prompt", help="What to continue greedily."),
+        click.option("--prompt", multiple=True, help="What to continue greedily. Repeatable."),
+        click.option("--prompts", type=click.Path(path_type=Path), help="A text file with a prompt on each line."),
         click.option(
             "--generate", type=click.IntRange(1), default=24, show_default=True, help="Tokens to continue by."
         ),
         click.option("--threads", type=click.IntRange(1), help="Threads of each runtime; its own default otherwise."),
+        click.option(
+            "--memory",
+            type=click.FloatRange(0, min_open=True),
+            metavar="GB",
+            help="What a runtime may take; by default what the system has to give.",
+        ),
         click.option("--allow-unproven", is_flag=True, help="Exit 0 even where a runtime is not installed."),
     )
     for decorator in reversed(decorators):
@@ -157,23 +164,49 @@ def verify_options(function: F) -> F:
 
 
 def verify_settings(
-    text: Path | None, max_tokens: int, prompt: str | None, generate: int, threads: int | None
+    *,
+    text: Path | None,
+    max_tokens: int,
+    prompt: tuple[str, ...],
+    prompts: Path | None,
+    generate: int,
+    threads: int | None,
+    memory: float | None,
 ) -> dict[str, Any]:
     """Arguments for `qalora.parity.verify`."""
     from qalora.parity.text import read_text
 
+    lines = [] if prompts is None else [line for line in read_text(prompts).splitlines() if line.strip()]
     return {
         "text": None if text is None else read_text(text),
         "max_tokens": max_tokens,
-        "prompt": prompt,
+        "prompts": [*prompt, *lines],
         "generate": generate,
         "threads": threads,
+        "memory": None if memory is None else int(memory * 1e9),
     }
 
 
-def print_stage(stage: str) -> None:
-    """A line on stderr for each stage of a verification."""
-    click.echo(f"{stage} ...", err=True)
+@contextmanager
+def verification_bar() -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr with the stage and the time left; a line for each stage where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    said = ""
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("verify", total=1.0)
+
+        def show(stage: str, share: float) -> None:
+            nonlocal said
+            bar.update(task, completed=share, description=stage)
+            if not console.is_terminal and stage != said:
+                click.echo(f"{stage} ... ({100 * share:.0f} %)", err=True)
+            said = stage
+
+        yield show
 
 
 def print_json(content: object) -> None:

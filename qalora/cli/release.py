@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,9 +17,9 @@ from qalora.cli.options import (
     open_model,
     output_option,
     print_plans,
-    print_stage,
     progress_bar,
     table_console,
+    verification_bar,
     verify_options,
     verify_settings,
 )
@@ -57,15 +57,11 @@ def command(
     gptq_form: str,
     gguf_form: str,
     accuracy_level: int,
-    text: Path | None,
-    max_tokens: int,
-    prompt: str | None,
-    generate: int,
-    threads: int | None,
     allow_unproven: bool,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
+    **settings: Any,
 ) -> None:
     """Fold an adapter into MODEL, export it, verify every artefact in its own runtime, and package the result.
 
@@ -76,7 +72,7 @@ def command(
     from qalora.converters.plan import ExportOptions
     from qalora.release.package import plan_release, release
 
-    settings = verify_settings(text, max_tokens, prompt, generate, threads)
+    checked = verify_settings(**settings)
     base = open_model(model, checkpoint_format)
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     options = ExportOptions(
@@ -90,7 +86,8 @@ def command(
     if dry_run:
         print_plans([job.plan for job in jobs], details=True)
         return
-    with progress_bar(sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors), "writing") as progress:
+    total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
+    with progress_bar(total, "writing") as progress, verification_bar() as stage:
         done = release(
             base,
             jobs,
@@ -99,9 +96,9 @@ def command(
             force=force,
             allow_unproven=allow_unproven,
             progress=progress,
-            stage=print_stage,
+            stage=stage,
             minima=minima,
-            **settings,
+            **checked,
         )
     print_release(done)
 

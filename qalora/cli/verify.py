@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,8 +13,8 @@ from qalora.cli.options import (
     force_option,
     minima_option,
     open_model,
-    print_stage,
     table_console,
+    verification_bar,
     verify_options,
     verify_settings,
 )
@@ -52,16 +53,12 @@ def command(
     minima: str | None,
     checkpoint_format: str | None,
     level: str,
-    text: Path | None,
-    max_tokens: int,
-    prompt: str | None,
-    generate: int,
-    threads: int | None,
     json_file: Path | None,
     html_file: Path | None,
     junit_file: Path | None,
     force: bool,
     allow_unproven: bool,
+    **settings: Any,
 ) -> None:
     """Prove that each ARTIFACT computes what REFERENCE and the adapter do, each in its own runtime.
 
@@ -80,15 +77,16 @@ def command(
         if file is not None:
             check_output(file, force=force)
     base = open_model(reference, checkpoint_format)
-    report = verify(
-        base,
-        artifacts,
-        adapter=None if adapter is None else read_adapter(adapter, base, convention=convention),  # type: ignore[arg-type]
-        minima=minima,  # type: ignore[arg-type]
-        level=level,  # type: ignore[arg-type]
-        **verify_settings(text, max_tokens, prompt, generate, threads),
-        progress=print_stage,
-    )
+    with verification_bar() as progress:
+        report = verify(
+            base,
+            artifacts,
+            adapter=None if adapter is None else read_adapter(adapter, base, convention=convention),  # type: ignore[arg-type]
+            minima=minima,  # type: ignore[arg-type]
+            level=level,  # type: ignore[arg-type]
+            progress=progress,
+            **verify_settings(**settings),
+        )
     if json_file is not None:
         with new_file(json_file, force=force) as place:
             write_json(place, report.to_json())

@@ -6,7 +6,7 @@ twice. A `linear` factory decides what a decoder's linear layer is: by default a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import FormatError, InputError
 
-__all__ = ["LinearFactory", "build", "float_linear"]
+__all__ = ["LinearFactory", "build", "float_linear", "layer_outputs"]
 
 LinearFactory = Callable[[str, LazyTensor, Tensor | None], nn.Module]
 """Makes a linear layer from its module path, its weight and its bias."""
@@ -96,3 +96,20 @@ def _rebuild_buffers(module: Any) -> None:
     for path, part in list(module.named_modules()):
         if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
             module.set_submodule(path, type(part)(module.config))
+
+
+@torch.inference_mode()
+def layer_outputs(module: Any, tokens: Sequence[int]) -> list[Tensor]:
+    """float32 [tokens, hidden] after each decoder layer of a transformers *ForCausalLM, for one sequence."""
+    found: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: object, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output)[0].float().clone())
+
+    hooks = [layer.register_forward_hook(keep) for layer in module.model.layers]
+    try:
+        module(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -8,11 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
 
-__all__ = ["GENERATORS", "RUNTIMES", "Artifact", "accuracy_level", "is_symmetric", "open_artifact", "recognize"]
+__all__ = [
+    "GENERATORS",
+    "RUNTIMES",
+    "Artifact",
+    "accuracy_level",
+    "is_symmetric",
+    "memory_needed",
+    "open_artifact",
+    "recognize",
+    "runtimes_of",
+]
 
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel",),
@@ -116,11 +127,58 @@ def open_artifact(artifact: Artifact) -> Checkpoint:
     return load(artifact.path)
 
 
-def accuracy_level(path: Path) -> int:
-    """The highest accuracy_level of a graph's MatMulNBits nodes, 0 where there are none; 4 has int8 activations."""
+def runtimes_of(artifact: Artifact) -> tuple[str, ...]:
+    """The runtimes that an artefact is proven in: those of its kind, CUDA where there is a device, and, for a small
+    graph of standard operators, onnx.reference.
+    """
+    kinds = RUNTIMES[artifact.kind]
+    if artifact.kind != "onnx":
+        return kinds
+    import torch
+
+    from qalora.parity.runtimes.onnx_reference import LARGEST
+
+    kinds += ("onnxruntime-cuda",) if torch.cuda.is_available() else ()
+    small = _weight_bytes(artifact) <= LARGEST
+    return (*kinds, "onnx.reference") if small and _is_standard(artifact.path) else kinds
+
+
+def _is_standard(path: Path) -> bool:
+    """Whether a graph has standard operators only, and functions of its own that are made of them."""
+    graph = _graph(path)
+    own = {function.domain for function in graph.functions}
+    return all(opset.domain in own | {"", "ai.onnx"} for opset in graph.opset_import)
+
+
+def _weight_bytes(artifact: Artifact) -> int:
+    """Bytes of an artefact's weights on disk."""
+    path = artifact.path
+    if artifact.kind == "gguf":
+        return path.stat().st_size
+    files = path.parent.glob(f"{path.name}*") if artifact.kind == "onnx" else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def memory_needed(artifact: Artifact, kind: str) -> int:
+    """About how many bytes a runtime takes for an artefact's weights; 0 where it maps the file and reads as it goes.
+
+    torch holds them dequantized, in float32: at least 8 times the bytes of 4-bit codes.
+    """
+    if kind == "llama.cpp":
+        return 0
+    size = _weight_bytes(artifact)
+    return 8 * size if kind == "torch" and artifact.kind == "qalora" else size
+
+
+def _graph(path: Path) -> Any:
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False)
+    return onnx.load(str(path), load_external_data=False)
+
+
+def accuracy_level(path: Path) -> int:
+    """The highest accuracy_level of a graph's MatMulNBits nodes, 0 where there are none; 4 has int8 activations."""
+    graph = _graph(path)
     nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
     levels = [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"]
     return max(levels, default=0)

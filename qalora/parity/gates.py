@@ -82,6 +82,7 @@ class Evidence:
     modelled       y against the reference under `rounding`
     simulated      the reference under `rounding` against the reference
     stepwise       a token at a time through the runtime's cache, against its own single pass
+    batch          sequences of several lengths in one batch, against each of them alone
     noise          float32's own
     lost           as `metrics` defines it
     fold_lost      |reference - adapted| / |adapted - base|: what rounding the minima costs; 0 where trained with it
@@ -96,11 +97,12 @@ class Evidence:
     modelled: LogitMetrics | None = None
     simulated: LogitMetrics | None = None
     stepwise: LogitMetrics | None = None
+    batch: LogitMetrics | None = None
     noise: Noise | None = None
     lost: float | None = None
     fold_lost: float = 0.0
     effect_rms: float = 0.0
-    generation: Generation | None = None
+    generations: tuple[Generation, ...] = ()
 
 
 Measure = Callable[[Evidence], tuple[float, float, str] | None]
@@ -168,16 +170,15 @@ def refused(gate: str, reason: str) -> GateResult:
 def _status(gate: Gate, evidence: Evidence, value: float, bound: float) -> Status:
     good = value >= bound if gate.at_least else value <= bound
     if gate.name == "greedy" and not good:
-        return "ambiguous" if _near_tie(evidence.generation) else "fail"
+        return "ambiguous" if all(map(_near_tie, evidence.generations)) else "fail"
     if gate.name == "adapter" and good and bound > 0.5:
         return "ambiguous"
     return "pass" if good else "fail"
 
 
-def _near_tie(generation: Generation | None) -> bool:
-    if generation is None or generation.gap is None:
-        return False
-    return generation.gap <= 2 * generation.max_logit
+def _near_tie(generation: Generation) -> bool:
+    """Whether a continuation is the reference's, or leaves it where two logits are as good as equal."""
+    return generation.divergence is None or (generation.gap is not None and generation.gap <= 2 * generation.max_logit)
 
 
 def _count(pick: Callable[[TensorDifference], int]) -> Measure:
@@ -249,8 +250,15 @@ def _top1(evidence: Evidence) -> tuple[float, float, str] | None:
 
 
 def _cache(evidence: Evidence) -> tuple[float, float, str] | None:
+    return _other_way(evidence, evidence.stepwise)
+
+
+def _batch(evidence: Evidence) -> tuple[float, float, str] | None:
+    return _other_way(evidence, evidence.batch)
+
+
+def _other_way(evidence: Evidence, found: LogitMetrics | None) -> tuple[float, float, str] | None:
     """The RMS where kernels round, as an input may then be rounded the other way; else the largest difference."""
-    found = evidence.stepwise
     if found is None or evidence.noise is None:
         return None
     if evidence.rounding.kind in ("none", "weights"):
@@ -280,17 +288,19 @@ def _adapter(evidence: Evidence) -> tuple[float, float, str] | None:
 
 
 def _greedy(evidence: Evidence) -> tuple[float, float, str] | None:
-    generation = evidence.generation
-    if generation is None:
+    made = evidence.generations
+    if not made:
         return None
-    if generation.divergence is None:
-        return 0.0, 0.0, f"{len(generation.tokens)} tokens"
-    gap = math.inf if generation.gap is None else generation.gap
+    other = [(n, found) for n, found in enumerate(made, 1) if found.divergence is not None]
+    if not other:
+        return 0.0, 0.0, f"{sum(len(found.tokens) for found in made)} tokens"
+    which, first = next((pair for pair in other if not _near_tie(pair[1])), other[0])
+    at, gap = first.divergence or 0, math.inf if first.gap is None else first.gap
     detail = (
-        f"token {generation.divergence} is {generation.tokens[generation.divergence]} instead of "
-        f"{generation.expected}; the reference's logits of the two are {gap:.3g} apart"
+        f"token {at} is {first.tokens[at]} instead of {first.expected}; the reference's logits of the two are "
+        f"{gap:.3g} apart"
     )
-    return 1.0, 0.0, detail
+    return float(len(other)), 0.0, f"prompt {which}: {detail}" if len(made) > 1 else detail
 
 
 GATES: tuple[Gate, ...] = (
@@ -363,6 +373,12 @@ GATES: tuple[Gate, ...] = (
         measure=_cache,
         derivation="one token at a time through the cache is the same sums in another order: bound as for `logits`, "
         "or, where the kernel rounds its inputs, as for `activation rounding`",
+    ),
+    Gate(
+        name="batch",
+        measure=_batch,
+        derivation="sequences of several lengths in one batch, padded where the runtime pads, are the same sums in "
+        "another order: bound as for `cache`",
     ),
     Gate(
         name="adapter",

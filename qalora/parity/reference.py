@@ -11,13 +11,14 @@ A runtime that rounds inside its kernels is judged against the same forward with
 (`qalora.parity.roundings`), so that a bound is a measurement of that rounding and not a number that happened to pass.
 Float32's own noise is measured too: the same forward with the columns of every linear layer summed in another order.
 
-Only the packed codes are kept; a layer's float weight lives while the layer computes.
+Only the packed codes are kept; a layer's float weight lives while the layer computes. Where memory is too short even
+for the codes, each layer reads them anew at every pass.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.parity.memory import available_memory
 from qalora.parity.roundings import EXACT, Rounding, product, q8_input, side_branch
 from qalora.tensor import GroupQuantTensor
 
@@ -84,16 +86,20 @@ class _Linear(nn.Module):
     """A linear layer that computes whatever the setting says; only a quantized one can have an adapter."""
 
     def __init__(
-        self, setting: _Setting, tensor: GroupQuantTensor | Tensor, layer: AdapterLayer | None, bias: Tensor | None
+        self,
+        setting: _Setting,
+        weight: Callable[[], GroupQuantTensor | Tensor],
+        layer: AdapterLayer | None,
+        bias: Tensor | None,
     ) -> None:
         super().__init__()
         self._setting = setting
-        self._base = tensor
+        self._weight = weight
         self._layer = layer
         self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        setting, tensor, layer = self._setting.forward, self._base, self._layer
+        setting, tensor, layer = self._setting.forward, self._weight(), self._layer
         rounded = setting.weights == "float16" or setting.weights == "float32"
         if rounded and layer is not None and isinstance(tensor, GroupQuantTensor):
             tensor = rounded_minima(tensor, layer, "float16" if setting.weights == "float16" else "float32")
@@ -104,18 +110,27 @@ class _Linear(nn.Module):
 
 
 class Reference:
-    """A model whose linear layers compute any `Forward`."""
+    """A model whose linear layers compute any `Forward`.
 
-    def __init__(self, model: Checkpoint, adapter: Adapter | None = None) -> None:
+    memory  bytes that there are, what the system says by default; `streamed` says whether that was too little to keep
+            the codes, with as much again for everything else
+    """
+
+    def __init__(self, model: Checkpoint, adapter: Adapter | None = None, *, memory: int | None = None) -> None:
         from qalora.converters import torch_module
 
         self._setting = _Setting()
         layers = {} if adapter is None else adapter.layers
 
+        self.streamed = 2 * _kept_bytes(model) > (available_memory() if memory is None else memory)
+
         def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
-            tensor = weight.load()
-            kept = tensor.float() if isinstance(tensor, Tensor) else tensor
-            return _Linear(self._setting, kept, layers.get(path), bias)
+            def read() -> GroupQuantTensor | Tensor:
+                tensor = weight.load()
+                return tensor.float() if isinstance(tensor, Tensor) else tensor
+
+            kept = None if self.streamed else read()
+            return _Linear(self._setting, read if kept is None else lambda: kept, layers.get(path), bias)
 
         self._module = torch_module.build(model, linear)
         self._quantized_head = model.tensors.get("lm_head.weight", model.tensors["model.embed_tokens.weight"])
@@ -136,3 +151,21 @@ class Reference:
         self._setting.forward = forward
         out = self._module(input_ids=torch.tensor([list(tokens)]), use_cache=False)
         return out.logits[0].float()  # type: ignore[no-any-return]
+
+    def layers(self, tokens: Sequence[int], forward: Forward) -> list[Tensor]:
+        """float32 [tokens, hidden] after each layer."""
+        from qalora.converters.torch_module import layer_outputs
+
+        self._setting.forward = forward
+        return layer_outputs(self._module, tokens)
+
+
+def _kept_bytes(model: Checkpoint) -> int:
+    """Bytes of the linear weights as they are kept: packed codes with float32 scale and min, or float32."""
+    total = 0
+    for name in model.linears:
+        lazy = model.tensors[name]
+        count = math.prod(lazy.shape)
+        spec = lazy.spec
+        total += 4 * count if spec is None else count * spec.bits // 8 + 8 * count // spec.group_size
+    return total

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qalora.parity.gates import GateResult, Generation, Noise
+from qalora.parity.layerwise import LayerError
 from qalora.parity.metrics import LogitMetrics
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.weights import TensorDifference, WeightMetrics
@@ -63,6 +64,9 @@ class RunReport:
     modelled       against the reference under that rounding
     simulated      the reference under that rounding against the reference
     stepwise       a token at a time through the cache, against the runtime's own single pass over the same tokens
+    batch          sequences of several lengths in one batch, against the runtime's own pass over each
+    layers         the hidden state after each layer; none where the runtime does not tell
+    fault          where the logits go wrong, in one sentence; None where they do not
     speed          what it took; never judged, and left out where a report must not depend on the machine
     lost           of the adapter; None without one
     lost_unrounded the same against the side branch, whose minima are not rounded
@@ -75,11 +79,14 @@ class RunReport:
     modelled: LogitMetrics | None = None
     simulated: LogitMetrics | None = None
     stepwise: LogitMetrics | None = None
+    batch: LogitMetrics | None = None
     speed: Speed | None = None
     by_token: ByToken | None = None
     lost: float | None = None
     lost_unrounded: float | None = None
-    generation: Generation | None = None
+    generations: tuple[Generation, ...] = ()
+    layers: tuple[LayerError, ...] = ()
+    fault: str | None = None
     gates: tuple[GateResult, ...] = ()
 
 
@@ -239,6 +246,9 @@ def render(report: ParityReport) -> list[RenderableType]:
         if result.status != "pass":
             style = "yellow" if result.status == "ambiguous" else "bold red"
             parts.append(Text(f"{result.status.upper()}  {where}: {_sentence(result)}", style=style))
+    parts += [
+        Text(f"{_short(name)} in {run.kind}: {run.fault}", style="bold red") for name, run in _runs(report) if run.fault
+    ]
     shown = ", ".join(
         f"{counts[status]} {status}" for status in ("pass", "fail", "ambiguous", "not proven") if status in counts
     )
@@ -324,11 +334,12 @@ def _speed(speed: Speed | None) -> str:
 
 
 def _greedy(run: RunReport) -> str:
-    if run.generation is None:
+    if not run.generations:
         return ""
-    if run.generation.divergence is None:
-        return f"{len(run.generation.tokens)} same"
-    return f"from {run.generation.divergence}"
+    other = [found.divergence for found in run.generations if found.divergence is not None]
+    if not other:
+        return f"{sum(len(found.tokens) for found in run.generations)} same"
+    return f"from {other[0]}" if len(run.generations) == 1 else f"{len(other)} of {len(run.generations)} differ"
 
 
 def _verdict(gates: tuple[GateResult, ...]) -> str:

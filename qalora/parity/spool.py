@@ -6,7 +6,7 @@ memory, and recomputing them for every artefact would take as long as the artefa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +25,22 @@ NOISE_FLOOR = 8 * 2.0**-24
 
 
 class Spool:
-    """The reference's logits over windows of tokens, by forward and window. `folder` is the caller's, and temporary."""
+    """The reference's logits over windows of tokens, by forward and window.
 
-    def __init__(self, reference: Reference, windows: Sequence[Sequence[int]], folder: Path) -> None:
+    folder is the caller's, and temporary; tick is called whenever a window has been computed.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        windows: Sequence[Sequence[int]],
+        folder: Path,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         self.reference = reference
         self.windows = windows
         self._folder = folder
+        self._tick = tick
         self._files: dict[tuple[Forward, int], tuple[Path, tuple[int, ...]]] = {}
 
     def logits(self, forward: Forward, window: int) -> Tensor:
@@ -43,6 +53,7 @@ class Spool:
         path = self._folder / f"{len(self._files)}.logits"
         path.write_bytes(logits.contiguous().view(torch.uint8).numpy().data)
         self._files[key] = path, tuple(logits.shape)
+        self._tick()
         return logits
 
     def distance(self, a: Forward, b: Forward) -> float:

@@ -29,10 +29,12 @@ PROMPT_TOKENS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """windows: token ids, each an independent sequence; source: whose they are; decode: None without tokenizer."""
+    """windows: token ids, each an independent sequence; source: whose they are; prompts: token ids to continue;
+    decode: None without tokenizer.
+    """
 
     windows: tuple[tuple[int, ...], ...]
-    prompt: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
     source: str
     decode: Callable[[Sequence[int]], str] | None
 
@@ -63,7 +65,7 @@ def make_work(
     *,
     text: str | None,
     tokens: Sequence[int] | None,
-    prompt: str | None,
+    prompts: Sequence[str],
     max_tokens: int,
 ) -> Work:
     """Cut `tokens`, or those of `text`, or of a built-in passage, to `max_tokens`, in windows of about equal length.
@@ -77,7 +79,7 @@ def make_work(
 
     vocabulary = model.tensors["model.embed_tokens.weight"].shape[0]
     tokenizer = load_tokenizer(model) if has_tokenizer(model) else None
-    if tokenizer is None and (text is not None or prompt is not None):
+    if tokenizer is None and (text is not None or prompts):
         raise InputError(f"{model.path}", expected="a tokenizer for the text", got="a model without one")
     if tokens is not None:
         chosen, source = list(tokens), "tokens given"
@@ -95,12 +97,14 @@ def make_work(
     if not chosen or min(chosen) < 0 or max(chosen) >= vocabulary:
         got = f"{min(chosen)}..{max(chosen)}" if chosen else "none"
         raise InputError("tokens", expected=f"at least one, each in 0..{vocabulary - 1}", got=got)
-    start = chosen[:PROMPT_TOKENS]
-    if tokenizer is not None and tokens is None:
-        start = list(tokenizer(prompt if prompt is not None else PROMPT, add_special_tokens=False)["input_ids"])
+    starts = [chosen[:PROMPT_TOKENS]]
+    if tokenizer is not None and (prompts or tokens is None):
+        starts = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts or (PROMPT,)]
+    if not all(starts):
+        raise InputError("prompt", expected="at least one token", got="an empty one")
     return Work(
         windows=_windows(chosen, longest, first),
-        prompt=tuple(start),
+        prompts=tuple(map(tuple, starts)),
         source=source,
         decode=None if tokenizer is None else tokenizer.decode,
     )

@@ -67,14 +67,14 @@ def release(
     force: bool = False,
     allow_unproven: bool = False,
     progress: Progress = lambda name, nbytes: None,
-    stage: Callable[[str], None] = lambda stage: None,
+    stage: Callable[[str, float], None] = lambda stage, share: None,
     **verify_options: Any,
 ) -> Release:
     """Export the planned jobs, verify every artefact, and write the folder.
 
-    progress is called with each tensor written, stage with a line for each stage of the verification; verify_options
-    go to `qalora.parity.verify`. Raises ProofError, after leaving the report beside `out`, when a gate fails, or when
-    an artefact is not proven and `allow_unproven` is not set.
+    progress is called with each tensor written, stage with each stage of the verification and the share that is done;
+    verify_options go to `qalora.parity.verify`. Raises ProofError, after leaving the report beside `out`, when a gate
+    fails, or when an artefact is not proven and `allow_unproven` is not set.
     """
     from qalora.parity import verify
     from qalora.parity.html import to_html

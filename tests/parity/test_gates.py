@@ -109,10 +109,23 @@ def test_of_the_adapter_only_what_the_runtime_may_lose_is_lost() -> None:
 
 def test_greedy_tokens_may_part_at_a_near_tie() -> None:
     same = Generation(tokens=(1, 2), text=None, divergence=None, expected=None, gap=None, max_logit=0.1)
-    assert status(Evidence(generation=same), "greedy") == "pass"
+    assert status(Evidence(generations=(same,)), "greedy") == "pass"
     parted = replace(same, divergence=1, expected=7, gap=0.2)
-    assert status(Evidence(generation=parted), "greedy") == "ambiguous"
-    assert status(Evidence(generation=replace(parted, gap=0.21)), "greedy") == "fail"
+    assert status(Evidence(generations=(same, parted)), "greedy") == "ambiguous"
+    wrong = replace(parted, gap=0.21)
+    (found,) = judge(Evidence(generations=(parted, wrong, same)))
+    assert (found.status, found.value) == ("fail", 2)
+    assert found.detail.startswith("prompt 2: token 1 is 2 instead of 7")
+
+
+@pytest.mark.parametrize("field", ["stepwise", "batch"])
+def test_another_order_of_the_same_sums_is_float32_noise(field: str) -> None:
+    gate = {"stepwise": "cache", "batch": "batch"}[field]
+    bound = 4e-4  # 4 times NOISE.max
+    assert status(Evidence(noise=NOISE, **{field: replace(SAME, max=bound)}), gate) == "pass"
+    assert status(Evidence(noise=NOISE, **{field: replace(SAME, max=bound * 1.01)}), gate) == "fail"
+    assert status(replace(Q8, **{field: replace(SAME, rms=0.2, max=9.0)}), gate) == "pass"
+    assert status(replace(Q8, **{field: replace(SAME, rms=0.21)}), gate) == "fail"
 
 
 def test_the_fold_and_an_adapter_beside() -> None:

@@ -42,8 +42,8 @@ def make(weights: WeightMetrics = WEIGHTS, missing: str = "") -> ParityReport:
         logits=LOGITS,
         lost=1e-5,
         lost_unrounded=3e-3,
-        generation=GENERATION,
-        gates=tuple(judge(Evidence(logits=LOGITS, noise=NOISE, generation=GENERATION))),
+        generations=(GENERATION,),
+        gates=tuple(judge(Evidence(logits=LOGITS, noise=NOISE, generations=(GENERATION,)))),
     )
     if missing:
         run = RunReport(kind="onnxruntime", runtime=None, rounding="none", gates=(unproven("runtime", missing),))
@@ -117,7 +117,7 @@ def test_json_is_versioned_stable_and_strict() -> None:
     (run,) = artifact["runs"]
     assert run["logits"]["max"] == 1.23457e-05
     assert run["logits"]["perplexity"] is None
-    assert run["generation"]["tokens"] == [1, 2, 3]
+    assert run["generations"][0]["tokens"] == [1, 2, 3]
     assert {gate["gate"]: gate["status"] for gate in run["gates"]} == {"logits": "pass", "greedy": "pass"}
     assert all(gate["derivation"] for gate in artifact["gates"])
 

@@ -23,6 +23,8 @@ def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {
         "torch": folder / "qalora",
         "onnxruntime": folder / "onnx",
+        "onnxruntime-cuda": folder / "onnx",
+        "onnx.reference": folder / "onnx" / "portable",
         "onnxruntime-genai": folder / "onnx",
         "llama.cpp": next((folder / "gguf").iterdir()),
         "gptqmodel": folder / "gptq",
@@ -31,7 +33,21 @@ def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", RUNTIMES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind,
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: generation on CUDA"),
+            ]
+            if kind == "onnxruntime-cuda"
+            else [],
+        )
+        for kind in RUNTIMES
+    ],
+)
 def test_generation_follows_the_logits(kind: str, artefacts: dict[str, Path]) -> None:
     """Greedy tokens, made with the cache, are the best ones of one pass without it."""
     runtime = open_runtime(kind, artefacts[kind], threads=1)

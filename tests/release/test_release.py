@@ -190,7 +190,7 @@ def test_the_demo_on_the_real_model(tmp_path: Path) -> None:
         assert artifact["weights"]["codes_differ"] == 0
         assert artifact["weights"]["min_beyond"] == 0
         for run_ in artifact["runs"]:
-            assert run_["generation"]["tokens"]
+            assert run_["generations"][0]["tokens"]
             if run_["kind"] == "onnxruntime":
                 assert run_["logits"]["max"] < 3e-4
                 assert run_["lost"] < 1e-4

@@ -24,6 +24,8 @@ RUNTIMES = {
     "torch": "qalora.parity.runtimes.torch",
     "llama.cpp": "qalora.parity.runtimes.llamacpp",
     "onnxruntime": "qalora.parity.runtimes.onnxruntime",
+    "onnxruntime-cuda": "qalora.parity.runtimes.onnxruntime_cuda",
+    "onnx.reference": "qalora.parity.runtimes.onnx_reference",
     "onnxruntime-genai": "qalora.parity.runtimes.genai",
     "gptqmodel": "qalora.parity.runtimes.gptqmodel",
 }
@@ -51,6 +53,12 @@ class Runtime(Protocol):
 
     def steps(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary]: the same, a token at a time through the cache."""
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """float32 [tokens, vocabulary] of each sequence, all of them in one batch, padded where the runtime pads."""
+
+    def layers(self, tokens: Sequence[int]) -> list[Tensor]:
+        """float32 [tokens, hidden] after each layer, for one sequence; nothing where the runtime does not tell."""
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """The tokens that greedy decoding appends; a runtime may stop at an end token."""

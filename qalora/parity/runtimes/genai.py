@@ -72,6 +72,14 @@ class GenaiRuntime:
         """float32 [tokens, vocabulary], a token at a time."""
         return self.logits(tokens)
 
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """float32 [tokens, vocabulary] of each sequence, one after the other."""
+        return [self.logits(sequence) for sequence in sequences]
+
+    def layers(self, tokens: Sequence[int]) -> list[Tensor]:
+        """Nothing: the library does not tell."""
+        return []
+
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens; stops at an end token."""
         generator = self._generator(prompt, len(prompt) + max_tokens)

@@ -18,7 +18,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo
-from qalora.parity.runtimes.llamacpp_abi import LOG_CALLBACK, load_library
+from qalora.parity.runtimes.llamacpp_abi import EVAL_CALLBACK, LOG_CALLBACK, load_library
 
 __all__ = ["LlamaCpp", "open_artifact"]
 
@@ -86,6 +86,40 @@ class LlamaCpp:
         finally:
             self._library.llama_free(context)
 
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """float32 [tokens, vocabulary] of each sequence, all in one batch, which is not padded."""
+        context = self._context(max(map(len, sequences)), sequences=len(sequences))
+        try:
+            rows = self._decode_all(context, [(sequence, 0) for sequence in sequences], every=True)
+        finally:
+            self._library.llama_free(context)
+        return list(torch.split(rows, [len(sequence) for sequence in sequences]))
+
+    def layers(self, tokens: Sequence[int]) -> list[Tensor]:
+        """float32 [tokens, hidden] after each layer, from the tensors that llama.cpp's graphs call l_out-<layer>."""
+        found: dict[int, Tensor] = {}
+        if not hasattr(self._library, "ggml_get_name"):  # llama-cpp-python's own declarations
+            return []
+
+        @EVAL_CALLBACK  # type: ignore[untyped-decorator]
+        def keep(tensor: int, ask: bool, _: object) -> bool:
+            name = (self._library.ggml_get_name(tensor) or b"").decode("utf-8", "replace")
+            kind, _, number = name.partition("-")
+            if kind != "l_out" or not number.isdigit():
+                return not ask
+            if not ask:
+                values = np.empty(self._library.ggml_nbytes(tensor) // 4, dtype=np.float32)
+                self._library.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+                found[int(number)] = torch.from_numpy(values).view(len(tokens), -1)
+            return True
+
+        context = self._context(len(tokens), callback=c.cast(keep, c.c_void_p))
+        try:
+            self._decode(context, tokens, 0, every=True)
+        finally:
+            self._library.llama_free(context)
+        return [found[n] for n in sorted(found)]
+
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         context = self._context(len(prompt) + max_tokens)
@@ -100,15 +134,20 @@ class LlamaCpp:
             self._library.llama_free(context)
         return made
 
-    def _context(self, length: int) -> Any:
+    def _context(self, length: int, *, sequences: int = 1, callback: Any = None) -> Any:
+        """Room for sequences of at most `length` tokens."""
         params = self._library.llama_context_default_params()
-        params.n_ctx = max(32, length)
-        params.n_batch = params.n_ubatch = params.n_outputs_max = max(32, length)
+        total = max(32, length) * sequences
+        params.n_ctx = params.n_batch = params.n_ubatch = params.n_outputs_max = total
+        params.n_seq_max = sequences
+        params.kv_unified = sequences > 1
         if hasattr(params, "n_outputs_max_per_seq"):
-            params.n_outputs_max_per_seq = max(32, length)
+            params.n_outputs_max_per_seq = total
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = F32
         params.flash_attn_type = DISABLED
+        if callback is not None:
+            params.cb_eval = callback
         context = self._library.llama_init_from_model(self._model, params)
         if not context:
             raise FormatError(
@@ -117,19 +156,27 @@ class LlamaCpp:
         return context
 
     def _decode(self, context: Any, tokens: Sequence[int], seen: int, *, every: bool) -> Tensor:
-        batch = self._library.llama_batch_init(len(tokens), 0, 1)
+        return self._decode_all(context, [(tokens, seen)], every=every)
+
+    def _decode_all(self, context: Any, parts: Sequence[tuple[Sequence[int], int]], *, every: bool) -> Tensor:
+        """Logits of all sequences' tokens, or of each one's last; a part is (tokens, how many came before)."""
+        count = sum(len(tokens) for tokens, _ in parts)
+        batch = self._library.llama_batch_init(count, 0, 1)
+        rows = []
         try:
-            batch.n_tokens = len(tokens)
-            for n, token in enumerate(tokens):
-                batch.token[n], batch.pos[n] = token, seen + n
-                batch.n_seq_id[n], batch.seq_id[n][0] = 1, 0
-                batch.logits[n] = int(every or n == len(tokens) - 1)
+            for sequence, (tokens, seen) in enumerate(parts):
+                for n, token in enumerate(tokens):
+                    at = batch.n_tokens
+                    batch.token[at], batch.pos[at] = token, seen + n
+                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
+                    batch.logits[at] = int(every or n == len(tokens) - 1)
+                    rows += [at] if batch.logits[at] else []
+                    batch.n_tokens += 1
             status = self._library.llama_decode(context, batch)
         finally:
             self._library.llama_batch_free(batch)
         if status != 0:
             raise FormatError(f"llama.cpp: decoding failed with status {status}")
-        rows = range(len(tokens)) if every else (len(tokens) - 1,)
         out = np.empty((len(rows), self._width), dtype=np.float32)
         for n, row in enumerate(rows):
             out[n] = np.ctypeslib.as_array(self._library.llama_get_logits_ith(context, row), shape=(self._width,))

@@ -17,11 +17,14 @@ from typing import Any
 
 from qalora.errors import InputError, MissingLibraryError
 
-__all__ = ["XLLAMACPP", "ContextParams", "load_library"]
+__all__ = ["EVAL_CALLBACK", "XLLAMACPP", "ContextParams", "load_library"]
 
 XLLAMACPP = "2026.10.11549"
 
 LOG_CALLBACK = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
+
+EVAL_CALLBACK = c.CFUNCTYPE(c.c_bool, c.c_void_p, c.c_bool, c.c_void_p)
+"""(tensor, ask, user data): asked before a tensor of the graph is computed, and, if the answer is yes, told after."""
 
 
 class ModelParams(c.Structure):
@@ -137,6 +140,9 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_batch_free": (None, (Batch,)),
     "llama_decode": (c.c_int32, (c.c_void_p, Batch)),
     "llama_get_logits_ith": (c.POINTER(c.c_float), (c.c_void_p, c.c_int32)),
+    "ggml_get_name": (c.c_char_p, (c.c_void_p,)),
+    "ggml_nbytes": (c.c_size_t, (c.c_void_p,)),
+    "ggml_backend_tensor_get": (None, (c.c_void_p, c.c_void_p, c.c_size_t, c.c_size_t)),
 }
 
 

@@ -1,4 +1,4 @@
-"""ONNX graphs in ONNX Runtime on the CPU: ours, and those of onnxruntime-genai's builder, which names inputs alike.
+"""ONNX graphs in ONNX Runtime: ours, and those of onnxruntime-genai's builder, which names inputs alike.
 
 `onnxruntime` and `onnxruntime-gpu` share one import folder; with both installed the last one written wins, and nothing
 else says so: `check_installed` does.
@@ -7,7 +7,9 @@ else says so: `check_installed` does.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,18 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes.padding import Side, pad, positions, unpad
 
-__all__ = ["check_installed", "open_artifact"]
+__all__ = ["DecoderRuntime", "OnnxRuntime", "check_installed", "open_artifact"]
 
 EXACT = "session.qdq_matmulnbits_accuracy_level"
 """ONNX Runtime fuses DequantizeLinear + MatMul into MatMulNBits at level 4 (int8 activations) unless this says "1"."""
+
+FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where the weights of a graph lie that is opened from memory."""
+
+LAYER = re.compile(r"layer(\d+)\.end(\.sum)?")
+"""What our graphs call the output of a layer."""
 
 _NUMPY = {
     "tensor(float)": np.float32,
@@ -51,68 +60,72 @@ def check_installed() -> str:
     return found[0]
 
 
-class OnnxRuntime:
-    """A decoder graph with a KV cache."""
+class DecoderRuntime(ABC):
+    """A decoder graph with a KV cache, whatever evaluates it: inputs are bound by name, and filled by what they are.
 
-    def __init__(self, path: Path, threads: int | None) -> None:
-        installed = check_installed()
-        import onnxruntime
+    inputs   {name: (element type as ONNX Runtime writes it, shape with names for sizes that vary)}
+    outputs  names
+    padding  the side on which the graph takes shorter sequences of a batch: GroupQueryAttention counts the ones of the
+             mask from the left, so that it takes them on the right only
+    """
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(EXACT, "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        model = path / "model.onnx" if path.is_dir() else path
-        try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has no error tree that could be named
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise FormatError(f"{model}: ONNX Runtime does not load it ({reason})") from error
-        self._inputs = {node.name: node for node in self._session.get_inputs()}
-        self._outputs = [node.name for node in self._session.get_outputs()]
-        if "input_ids" not in self._inputs or "logits" not in self._outputs:
-            raise FormatError(f"{model}", expected="a decoder with input_ids and logits", got=", ".join(self._inputs))
-        name, _, number = installed.partition(" ")
-        self.info = RuntimeInfo(
-            name=name,
-            version=number,
-            backend="CPUExecutionProvider",
-            dtype="float32",
-            threads=threads or torch.get_num_threads(),
-        )
+    info: RuntimeInfo
 
-    def _run(self, ids: Sequence[int], past: dict[str, Any], seen: int) -> tuple[Any, dict[str, Any]]:
+    def __init__(self, inputs: Mapping[str, tuple[str, Sequence[Any]]], outputs: Sequence[str], padding: Side) -> None:
+        self._inputs, self._outputs, self._padding = dict(inputs), list(outputs), padding
+
+    @abstractmethod
+    def _evaluate(self, outputs: Sequence[str], feed: dict[str, Any]) -> list[Any]:
+        """Values of the outputs."""
+
+    @abstractmethod
+    def layers(self, tokens: Sequence[int]) -> list[Tensor]:
+        """float32 [tokens, hidden] after each layer."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the graph."""
+
+    def _feed(self, ids: Tensor, mask: Tensor, past: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs for new tokens [batch, new] behind those of `past`; the mask is over all of them."""
+        batch, new = ids.shape
+        known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)[:, mask.shape[1] - new :]}
         feed: dict[str, Any] = {}
-        for name, node in self._inputs.items():
-            kind = _NUMPY[node.type]
-            if name == "input_ids":
-                feed[name] = np.array([list(ids)], dtype=kind)
-            elif name == "attention_mask":
-                feed[name] = np.ones((1, seen + len(ids)), dtype=kind)
-            elif name == "position_ids":
-                feed[name] = np.arange(seen, seen + len(ids), dtype=kind)[None]
+        for name, (kind, shape) in self._inputs.items():
+            dtype = _NUMPY[kind]
+            if name in known:
+                feed[name] = known[name].numpy().astype(dtype)
             elif name in past:
                 feed[name] = past[name]
             else:
-                shape = [1 if n == 0 else 0 if not isinstance(size, int) else size for n, size in enumerate(node.shape)]
-                feed[name] = np.zeros(shape, dtype=kind)
-        out = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+                sizes = [batch if n == 0 else size if isinstance(size, int) else 0 for n, size in enumerate(shape)]
+                feed[name] = np.zeros(sizes, dtype=dtype)
+        return feed
+
+    def _run(self, ids: Sequence[int], past: Mapping[str, Any], seen: int) -> tuple[Any, dict[str, Any]]:
+        """Logits [tokens, vocabulary] of one sequence, and its cache."""
+        mask = torch.ones(1, seen + len(ids), dtype=torch.int64)
+        found = self._evaluate(self._outputs, self._feed(torch.tensor([list(ids)]), mask, past))
+        out = dict(zip(self._outputs, found, strict=True))
         present = {name.replace("present", "past_key_values"): value for name, value in out.items() if name != "logits"}
-        return out["logits"], present
+        return out["logits"][0], present
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary]."""
-        out, _ = self._run(tokens, {}, 0)
-        return torch.from_numpy(out[0]).float()
+        return torch.from_numpy(self._run(tokens, {}, 0)[0]).float()
 
     def steps(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary], a token at a time."""
         rows, past = [], dict[str, Any]()
         for seen, token in enumerate(tokens):
             out, past = self._run([token], past, seen)
-            rows.append(torch.from_numpy(out[0]).float())
+            rows.append(torch.from_numpy(out).float())
         return torch.cat(rows)
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """float32 [tokens, vocabulary] of each sequence, from one padded batch."""
+        (found,) = self._evaluate(["logits"], self._feed(*pad(sequences, self._padding), {}))
+        return unpad(torch.from_numpy(found).float(), sequences, self._padding)
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
@@ -121,13 +134,94 @@ class OnnxRuntime:
         while len(made) < max_tokens:
             out, past = self._run(ids, past, seen)
             seen += len(ids)
-            made.append(int(out[0, -1].argmax()))
+            made.append(int(out[-1].argmax()))
             ids = made[-1:]
         return made
+
+
+class OnnxRuntime(DecoderRuntime):
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, path: Path, threads: int | None, provider: str = "CPUExecutionProvider") -> None:
+        installed = check_installed()
+        import onnxruntime
+
+        self._file = path / "model.onnx" if path.is_dir() else path
+        self._threads = threads
+        self._provider: Any = provider
+        if provider == "CUDAExecutionProvider":
+            self._provider = (provider, {"use_tf32": "0"})  # else products have 11 significant bits
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(self._file), self._options(), providers=[self._provider, "CPUExecutionProvider"][: _count(provider)]
+            )
+        except Exception as error:  # onnxruntime has no error tree that could be named
+            raise _refused(self._file, error) from error
+        inputs = {node.name: (node.type, node.shape) for node in self._session.get_inputs()}
+        outputs = [node.name for node in self._session.get_outputs()]
+        if "input_ids" not in inputs or "logits" not in outputs:
+            raise FormatError(f"{self._file}", expected="a decoder with input_ids and logits", got=", ".join(inputs))
+        super().__init__(inputs, outputs, _padding(self._file))
+        name, _, number = installed.partition(" ")
+        self.info = RuntimeInfo(
+            name=name,
+            version=number,
+            backend=self._session.get_providers()[0],
+            dtype="float32",
+            threads=threads or torch.get_num_threads(),
+        )
+
+    def _options(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry(EXACT, "1")
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        return options
+
+    def _evaluate(self, outputs: Sequence[str], feed: dict[str, Any]) -> list[Any]:
+        found: list[Any] = self._session.run(outputs, feed)
+        return found
+
+    def layers(self, tokens: Sequence[int]) -> list[Tensor]:
+        """float32 [tokens, hidden] after each layer: from a second session, whose graph has these outputs too."""
+        import onnx
+        import onnxruntime
+
+        model = onnx.load(str(self._file), load_external_data=False)
+        names = [name for node in model.graph.node for name in node.output if LAYER.fullmatch(name)]
+        if not names:
+            return []
+        model.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
+        )
+        options = self._options()
+        options.add_session_config_entry(FOLDER, str(self._file.parent.resolve()))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[self._provider])
+        feed = self._feed(torch.tensor([list(tokens)]), torch.ones(1, len(tokens), dtype=torch.int64), {})
+        return [torch.from_numpy(found[0]).float() for found in session.run(names, feed)]
 
     def close(self) -> None:
         """Free the session."""
         del self._session
+
+
+def _count(provider: str) -> int:
+    return 1 if provider == "CPUExecutionProvider" else 2
+
+
+def _refused(file: Path, error: Exception) -> FormatError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return FormatError(f"{file}: ONNX Runtime does not load it ({reason})")
+
+
+def _padding(file: Path) -> Side:
+    import onnx
+
+    nodes = onnx.load(str(file), load_external_data=False).graph.node
+    return "right" if any(node.op_type == "GroupQueryAttention" for node in nodes) else "left"
 
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> OnnxRuntime:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
-from qalora.converters.torch_module import build
+from qalora.converters.torch_module import build, layer_outputs
 from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes.padding import pad, positions, unpad
 
 __all__ = ["ModuleRuntime", "open_artifact"]
 
@@ -51,6 +52,19 @@ class ModuleRuntime:
             made.append(int(out.logits[0, -1].argmax()))
             ids = torch.tensor([[made[-1]]])
         return made
+
+    @torch.inference_mode()
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """float32 [tokens, vocabulary] of each sequence, from one batch padded on the left, as generation pads."""
+        ids, mask = pad(sequences, "left")
+        out: Tensor = self._module(
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
+        ).logits
+        return [row.float() for row in unpad(out, sequences, "left")]
+
+    def layers(self, tokens: Sequence[int]) -> list[Tensor]:
+        """float32 [tokens, hidden] after each layer."""
+        return layer_outputs(self._module, tokens)
 
     def close(self) -> None:
         """Free the module."""

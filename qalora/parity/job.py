@@ -1,0 +1,72 @@
+"""What is compared: base, adapter, folded model; and what an artefact that holds one of them should compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qalora.adapter import Adapter
+from qalora.checkpoint import Checkpoint
+from qalora.parity.artifacts import Artifact
+from qalora.parity.reference import Forward
+
+__all__ = ["BESIDE", "FOLDED", "Job", "holds"]
+
+FOLDED = "folded"
+BESIDE = "base and adapter"
+
+
+def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -> str:
+    """FOLDED or BESIDE. A GPTQ reader notes an adapter that lies beside the weights and is no residual of theirs."""
+    own = str(artifact.path / "adapter_config.json")
+    return BESIDE if adapter is not None and any(note.startswith(own) for note in checkpoint.notes) else FOLDED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """base: the reference; folded: with the adapter in it, None where no artefact holds that; minima: their dtype."""
+
+    base: Checkpoint
+    folded: Checkpoint | None
+    adapter: Adapter | None
+    minima: Literal["float16", "float32"]
+
+    @classmethod
+    def of(
+        cls,
+        reference: Checkpoint | str | Path,
+        adapter: Adapter | None,
+        minima: Literal["float16", "float32"] | None,
+        held: Sequence[str],
+    ) -> Job:
+        """Load the reference, and fold the adapter if one of the artefacts holds the folded model."""
+        from qalora.converters import load
+
+        base = reference if isinstance(reference, Checkpoint) else load(reference)
+        chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
+        folded = base if adapter is None else None
+        if adapter is not None and FOLDED in held:
+            from qalora.folding import fold
+
+            folded = fold(base, adapter, minima=chosen)
+        return cls(base=base, folded=folded, adapter=adapter, minima=chosen)
+
+    def expected(self, held: str) -> Forward:
+        """What an artefact should compute."""
+        if self.adapter is None:
+            return Forward(weights="base")
+        return Forward(weights=self.minima if held == FOLDED else "side")
+
+    @property
+    def usual(self) -> Forward:
+        """What the most telling artefact should compute: the folded model, where one is to hold it."""
+        return self.expected(BESIDE if self.folded is None else FOLDED)
+
+    @property
+    def adapted(self) -> Forward:
+        """What the adapter was trained with."""
+        if self.adapter is None:
+            return Forward(weights="base")
+        return Forward(weights=self.adapter.minima or "side")

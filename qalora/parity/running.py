@@ -1,0 +1,278 @@
+"""Run an artefact in its runtimes: the same tokens whole, one at a time, and in a batch; then measure and judge.
+
+A runtime that is not installed, or whose artefact needs more memory than there is, leaves it "not proven"; one that
+refuses it fails it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qalora.errors import FormatError, MissingLibraryError
+from qalora.parity.artifacts import (
+    GENERATORS,
+    Artifact,
+    accuracy_level,
+    is_symmetric,
+    memory_needed,
+    runtimes_of,
+)
+from qalora.parity.bench import Bench
+from qalora.parity.gates import Evidence, Generation, judge, refused, unproven
+from qalora.parity.job import Job
+from qalora.parity.layerwise import LAYER_TOKENS, LayerError, compare_layers, first_fault
+from qalora.parity.memory import resident_memory
+from qalora.parity.metrics import LogitMetrics, TokenMetrics, concatenate, lost, squared_distance, summarize
+from qalora.parity.metrics import token_metrics as compare_tokens
+from qalora.parity.reference import Forward
+from qalora.parity.report import ByToken, RunReport, Speed
+from qalora.parity.roundings import EXACT, Rounding
+from qalora.parity.runtimes import Runtime, RuntimeInfo, open_runtime
+from qalora.parity.weights import WeightMetrics
+
+__all__ = ["Runner", "rounding_of"]
+
+STEPS = 32
+"""Tokens of the first window that each runtime computes one at a time as well."""
+
+BATCH = ((0, 32), (3, 23), (5, 12))
+"""Parts of the first window that make a batch of several lengths."""
+
+SAMPLED = 300
+"""Logits of the first window that the report keeps for a plot."""
+
+OF_LOGITS = ("logits", "kernel rounding", "activation rounding", "top-1", "adapter")
+"""Gates whose failure asks for the layer at fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runner:
+    """Runs artefacts in their runtimes, one at a time.
+
+    generate  tokens to continue each prompt by, 0 for none; memory: bytes that there are
+    tick      called after each window
+    """
+
+    bench: Bench
+    job: Job
+    generate: int
+    threads: int | None
+    memory: int
+    tick: Callable[[], None] = lambda: None
+
+    def runs(self, artifact: Artifact, held: str, weights: WeightMetrics) -> tuple[RunReport, ...]:
+        """Every run of one artefact: in the runtimes that prove it, then in those that only generate, if installed."""
+        done = [self._run(kind, artifact, held, weights) for kind in runtimes_of(artifact)]
+        logits = done[0].logits
+        if self.generate and logits is not None and artifact.path.parent.name != "portable":
+            for kind in GENERATORS.get(artifact.kind, ()):
+                run = self._generator(kind, artifact, held, logits.max)
+                done += [] if run is None else [run]
+        return tuple(done)
+
+    def _run(self, kind: str, artifact: Artifact, held: str, weights: WeightMetrics) -> RunReport:
+        needed = memory_needed(artifact, kind)
+        if needed > self.memory:
+            reason = f"it needs about {needed / 1e9:.1f} GB of memory, and there are {self.memory / 1e9:.1f}"
+            return RunReport(kind=kind, runtime=None, rounding="none", gates=(unproven("memory", reason),))
+        before = resident_memory()
+        try:
+            runtime = open_runtime(kind, artifact.path, threads=self.threads)
+        except MissingLibraryError as error:
+            return RunReport(kind=kind, runtime=None, rounding="none", gates=(unproven("runtime", str(error)),))
+        except FormatError as error:
+            return RunReport(kind=kind, runtime=None, rounding="none", gates=(refused("runtime", str(error)),))
+        with closing(runtime):
+            rounding = rounding_of(artifact, runtime.info)
+            report = self._measure(kind, runtime, rounding, self.job.expected(held), weights)
+            after = resident_memory()
+        speed = report.speed
+        if speed is None or before is None or after is None:
+            return report
+        return replace(report, speed=replace(speed, memory=max(0, after - before)))
+
+    def _measure(
+        self, kind: str, runtime: Runtime, rounding: Rounding, expected: Forward, weights: WeightMetrics
+    ) -> RunReport:
+        spool, adapted = self.bench.spool, self.job.adapter is not None
+        rounded = replace(expected, rounding=rounding)
+        passes = self._whole(runtime, expected, rounded)
+        window = spool.windows[0]
+        stepwise, steps = _through_the_cache(runtime, window[:STEPS], passes.first)
+        logits = summarize(passes.plain)
+        evidence = Evidence(
+            rounding=rounding,
+            logits=logits,
+            modelled=None if passes.modelled is None else summarize(passes.modelled),
+            simulated=None if rounding == EXACT else spool.compare(rounded, expected),
+            stepwise=stepwise,
+            batch=_in_a_batch(runtime, window),
+            noise=self.bench.noise,
+            lost=lost(passes.from_adapted, self.bench.effect) if adapted else None,
+            fold_lost=lost(spool.distance(expected, self.job.adapted), self.bench.effect) if adapted else 0.0,
+            effect_rms=math.sqrt(self.bench.effect / spool.logit_count),
+            generations=self._generations(runtime, expected, logits.max),
+        )
+        report = _run_report(kind, runtime.info, evidence)
+        tokens = window[:LAYER_TOKENS]
+        layers = compare_layers(runtime.layers(tokens), spool.reference, expected, rounding, tokens)
+        return replace(
+            report,
+            speed=Speed(prefill=passes.fastest, steps=steps, reference=self.bench.speed, memory=None),
+            lost_unrounded=lost(passes.from_side, self.bench.side_effect) if adapted else None,
+            by_token=ByToken(
+                kl=tuple(passes.plain.kl.tolist()), max=tuple(passes.plain.max.tolist()), sample=passes.sample
+            ),
+            layers=layers,
+            fault=_fault(report, layers, weights),
+        )
+
+    def _whole(self, runtime: Runtime, expected: Forward, rounded: Forward) -> _Passes:
+        """Every window in one pass each, compared with the forwards that it is judged by."""
+        spool, job = self.bench.spool, self.job
+        plain, modelled, first = [], [], torch.empty(0)
+        sample: tuple[tuple[float, float], ...] = ()
+        from_adapted = from_side = fastest = 0.0
+        for n, window in enumerate(spool.windows):
+            began = time.perf_counter()
+            y = runtime.logits(window)
+            fastest = max(fastest, len(window) / (time.perf_counter() - began))
+            if n == 0:
+                first, sample = y[:STEPS].clone(), _sample(spool.logits(expected, n), y)
+            plain.append(compare_tokens(y, spool.logits(expected, n), window[1:]))
+            if rounded != expected:
+                modelled.append(compare_tokens(y, spool.logits(rounded, n), window[1:]))
+            if job.adapter is not None:
+                from_adapted += squared_distance(y, spool.logits(job.adapted, n))
+                from_side += squared_distance(y, spool.logits(Forward(weights="side"), n))
+            self.tick()
+        return _Passes(
+            plain=concatenate(plain),
+            modelled=concatenate(modelled) if modelled else None,
+            first=first,
+            sample=sample,
+            from_adapted=from_adapted,
+            from_side=from_side,
+            fastest=fastest,
+        )
+
+    def _generator(self, kind: str, artifact: Artifact, held: str, max_logit: float) -> RunReport | None:
+        """A run that only generates; None where its library is not installed, which leaves nothing unproven."""
+        try:
+            runtime = open_runtime(kind, artifact.path, threads=self.threads)
+        except MissingLibraryError:
+            return None
+        with closing(runtime):
+            made = self._generations(runtime, self.job.expected(held), max_logit)
+            return _run_report(kind, runtime.info, Evidence(generations=made))
+
+    def _generations(self, runtime: Runtime, expected: Forward, max_logit: float) -> tuple[Generation, ...]:
+        if not self.generate:
+            return ()
+        return tuple(self._generation(runtime, prompt, expected, max_logit) for prompt in self.bench.work.prompts)
+
+    def _generation(self, runtime: Runtime, prompt: Sequence[int], expected: Forward, max_logit: float) -> Generation:
+        """Generate, then let one forward of the reference say where it would have gone another way."""
+        work = self.bench.work
+        tokens = tuple(runtime.generate(prompt, self.generate))
+        logits = self.bench.spool.reference.logits([*prompt, *tokens], expected)
+        choices = logits[len(prompt) - 1 : -1] if tokens else logits[:0]
+        wanted = choices.argmax(dim=1).tolist()
+        divergence = next((n for n, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b), None)
+        gap = None
+        if divergence is not None:
+            row = choices[divergence]
+            gap = float(row[wanted[divergence]] - row[tokens[divergence]])
+        return Generation(
+            tokens=tokens,
+            text=None if work.decode is None else work.decode(list(tokens)),
+            divergence=divergence,
+            expected=None if divergence is None else wanted[divergence],
+            gap=gap,
+            max_logit=max_logit,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Passes:
+    """What single passes over all windows gave.
+
+    plain, modelled  against the expected forward, and against it with the kernels' rounding; None where they have none
+    first            logits of the first STEPS tokens; sample: for a plot
+    from_adapted, from_side   squared distances; fastest: tokens a second
+    """
+
+    plain: TokenMetrics
+    modelled: TokenMetrics | None
+    first: Tensor
+    sample: tuple[tuple[float, float], ...]
+    from_adapted: float
+    from_side: float
+    fastest: float
+
+
+def _sample(reference: Tensor, y: Tensor) -> tuple[tuple[float, float], ...]:
+    """(reference, artefact) of SAMPLED logits, evenly spread over tokens and vocabulary."""
+    at = torch.linspace(0, reference.numel() - 1, min(SAMPLED, reference.numel()), dtype=torch.float64).long()
+    return tuple(zip(reference.flatten()[at].tolist(), y.flatten()[at].tolist(), strict=True))
+
+
+def _through_the_cache(runtime: Runtime, tokens: Sequence[int], whole: Tensor) -> tuple[LogitMetrics, float]:
+    """The runtime a token at a time against its own single pass; and its tokens a second."""
+    began = time.perf_counter()
+    y = runtime.steps(tokens)
+    seconds = time.perf_counter() - began
+    return summarize(compare_tokens(y, whole, tokens[1:])), len(tokens) / seconds
+
+
+def _in_a_batch(runtime: Runtime, window: Sequence[int]) -> LogitMetrics:
+    """Parts of a window in one batch against the runtime's own pass over each of them."""
+    parts = [part for start, stop in BATCH if (part := window[start:stop])]
+    together = runtime.batch(parts)
+    found = [compare_tokens(y, runtime.logits(part), part[1:]) for y, part in zip(together, parts, strict=True)]
+    return summarize(concatenate(found))
+
+
+def _run_report(kind: str, info: RuntimeInfo, evidence: Evidence) -> RunReport:
+    return RunReport(
+        kind=kind,
+        runtime=info,
+        rounding=evidence.rounding.kind,
+        logits=evidence.logits,
+        modelled=evidence.modelled,
+        simulated=evidence.simulated,
+        stepwise=evidence.stepwise,
+        batch=evidence.batch,
+        lost=evidence.lost,
+        generations=evidence.generations,
+        gates=tuple(judge(evidence)),
+    )
+
+
+def _fault(report: RunReport, layers: Sequence[LayerError], weights: WeightMetrics) -> str | None:
+    if not any(result.status == "fail" and result.gate in OF_LOGITS for result in report.gates):
+        return None
+    return first_fault(layers, weights)
+
+
+def rounding_of(artifact: Artifact, info: RuntimeInfo) -> Rounding:
+    """What the runtime's kernels round, from what it says of itself."""
+    if info.dtype in ("float16", "bfloat16"):
+        return Rounding(kind="float16" if info.dtype == "float16" else "bfloat16")
+    if artifact.kind == "gguf" and info.name != "torch":
+        return Rounding(kind="q8")
+    if artifact.kind == "gptq":
+        lora = (artifact.path / "adapter_config.json").exists()
+        zeros: Literal["symmetric", "nearest"] = "symmetric" if is_symmetric(artifact.path) else "nearest"
+        return Rounding(kind="lora" if lora else "weights", zeros=zeros)
+    if artifact.kind == "onnx" and accuracy_level(artifact.path) == 4:
+        return Rounding(kind="int8")
+    return EXACT
