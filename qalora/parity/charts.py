@@ -20,19 +20,20 @@ POINTS = 400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """A line: its name, its values by position, and the number of its colour."""
+    """A line: its name, its values by position, the number of its colour; dashed: a bound."""
 
     name: str
     values: Sequence[float]
     color: int
+    dashed: bool = False
 
 
-def line_chart(series: Sequence[Series]) -> str:
-    """Lines over positions 0.., the values on a logarithmic axis."""
+def line_chart(series: Sequence[Series], unit: str = "token") -> str:
+    """Lines over positions 0.. of `unit`, the values on a logarithmic axis."""
     drawn = [(entry, _binned(entry.values)) for entry in series if entry.values]
     known = [value for _, values in drawn for value in values if value > 0 and math.isfinite(value)]
     if not known:
-        return _svg(_label(WIDTH / 2, HEIGHT / 2, "0 at every token", "middle"))
+        return _svg(_label(WIDTH / 2, HEIGHT / 2, f"0 at every {unit}", "middle"))
     low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
     low, high = (low, high) if low < high else (low - 1, high + 1)
 
@@ -45,9 +46,10 @@ def line_chart(series: Sequence[Series]) -> str:
     for entry, values in drawn:
         step = (WIDTH - LEFT - RIGHT) / max(1, len(values) - 1)
         points = " ".join(f"{LEFT + n * step:.1f},{y(value):.1f}" for n, value in enumerate(values))
-        parts.append(f'<polyline class="curve s{entry.color}" points="{points}"/>')
+        look = f"curve s{entry.color}" + (" dashed" if entry.dashed else "")
+        parts.append(f'<polyline class="{look}" points="{points}"/>')
     parts.append(_label(LEFT, HEIGHT - 6, "0", "start"))
-    parts.append(_label(WIDTH - RIGHT, HEIGHT - 6, f"token {length - 1}", "end"))
+    parts.append(_label(WIDTH - RIGHT, HEIGHT - 6, f"{unit} {length - 1}", "end"))
     return _svg("".join(parts))
 
 

@@ -15,6 +15,9 @@ from qalora.parity.report import ArtifactReport, ParityReport, RunReport, Speed
 
 __all__ = ["to_html"]
 
+COLORS = 6
+"""Colours that the page has for lines and dots."""
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --page: #fff; --card: #f6f8fa; --line: #d1d9e0;
   --good: #1a7f37; --bad: #cf222e; --maybe: #9a6700; --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df;
@@ -40,7 +43,8 @@ figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem; } figcapt
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .axis { stroke: var(--line); } .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); }
 .s3 { --c: var(--c3); } .s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
-.curve { fill: none; stroke: var(--c); stroke-width: 1.5; } .dot { fill: var(--c); opacity: .7; }
+.curve { fill: none; stroke: var(--c); stroke-width: 1.5; }
+.dashed { stroke-dasharray: 3 4; opacity: .6; } .dot { fill: var(--c); opacity: .7; }
 .cell { fill: var(--c1); } .empty { fill: var(--line); opacity: .35; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; margin-top: .4rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; background: var(--c);
@@ -54,7 +58,8 @@ def to_html(report: ParityReport, *, speed: bool = True) -> str:
     parts = [_head(report), _weights(report)]
     runs = [(artifact.name, run) for artifact in report.artifacts for run in artifact.runs]
     if runs:
-        parts += [_runs(report, runs, speed=speed), _token_plots(runs), _scatters(runs)]
+        parts += [_runs(report, runs, speed=speed), _faults(runs), _layer_plots(runs), _token_plots(runs)]
+        parts.append(_scatters(runs))
     parts += [_layers(report.artifacts), _gates(report)]
     body = "\n".join(part for part in parts if part)
     title = escape(f"Parity with {report.reference}")
@@ -150,7 +155,7 @@ def _speed(found: Speed | None) -> list[str]:
 
 def _series(runs: Sequence[tuple[str, RunReport]], values: str) -> list[Series]:
     return [
-        Series(name=f"{name} in {run.kind}", values=getattr(run.by_token, values), color=n % 6)
+        Series(name=f"{name} in {run.kind}", values=getattr(run.by_token, values), color=n % COLORS)
         for n, (name, run) in enumerate(runs)
         if run.by_token is not None
     ]
@@ -165,9 +170,39 @@ def _token_plots(runs: Sequence[tuple[str, RunReport]]) -> str:
     return f'<h2>By token</h2><div class="grid">{charts}</div>'
 
 
+def _faults(runs: Sequence[tuple[str, RunReport]]) -> str:
+    found = [(name, run) for name, run in runs if run.fault]
+    return "".join(f'<p class="fail">{escape(f"{name} in {run.kind}: {run.fault}")}</p>' for name, run in found)
+
+
+def _layer_plots(runs: Sequence[tuple[str, RunReport]]) -> str:
+    """The error after each layer, and, dashed, what it may be."""
+    known = [(n, name, run) for n, (name, run) in enumerate(runs) if run.layers]
+    if not known:
+        return ""
+    drawn, legend = [], []
+    for n, name, run in known:
+        legend.append(
+            Series(name=f"{name} in {run.kind}", values=[layer.error for layer in run.layers], color=n % COLORS)
+        )
+        drawn += [
+            legend[-1],
+            Series(name="", values=[layer.bound for layer in run.layers], color=n % COLORS, dashed=True),
+        ]
+    chart = _figure(
+        "Difference after each layer",
+        "of the hidden state's norm; dashed: its bound",
+        line_chart(drawn, "layer"),
+        legend,
+    )
+    return f'<h2>By layer</h2><div class="grid">{chart}</div>'
+
+
 def _scatters(runs: Sequence[tuple[str, RunReport]]) -> str:
     charts = [
-        _figure(f"{name} in {run.kind}", "across: reference, up: artefact", scatter(run.by_token.sample, color=n % 6))
+        _figure(
+            f"{name} in {run.kind}", "across: reference, up: artefact", scatter(run.by_token.sample, color=n % COLORS)
+        )
         for n, (name, run) in enumerate(runs)
         if run.by_token is not None and run.by_token.sample
     ]

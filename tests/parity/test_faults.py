@@ -58,6 +58,13 @@ def one_zero_off_by_one(tensor: GroupQuantTensor) -> GroupQuantTensor:
     return replace(tensor, min=minimum)
 
 
+def float16_zeros(tensor: GroupQuantTensor) -> GroupQuantTensor:
+    """Zero points rounded to float16, as HQQ keeps them, and minima made of those again."""
+    zero = (-tensor.min / torch.where(tensor.scale == 0, 1.0, tensor.scale)).half().float()
+    minimum = torch.where(tensor.scale == 0, tensor.min, (-tensor.scale * zero).half().float())
+    return replace(tensor, min=minimum)
+
+
 def permuted_rows(tensor: GroupQuantTensor, heads: int) -> GroupQuantTensor:
     """Rows of each head in llama.cpp's rotary order: [2, d/2] -> [d/2, 2]."""
     rows = torch.arange(tensor.shape[0]).view(heads, 2, -1).transpose(1, 2).reshape(-1)
@@ -99,6 +106,7 @@ FAULTS: dict[str, tuple[Callable[[Checkpoint, Checkpoint], Checkpoint], str]] = 
     "one scale by an ULP": (layer(one_scale_ulp), "scale"),
     "one zero off by one": (layer(one_zero_off_by_one), "minima"),
     "zeros off by one": (layer(zero_off_by_one), "minima"),
+    "zeros in float16": (layer(float16_zeros), "minima"),
     "q not permuted": (layer(lambda tensor: permuted_rows(tensor, heads=4)), "rows"),
     "adapter left out of a layer": (adapter_left_out, "minima"),
     "a norm by an ULP": (norm_off_by_an_ulp, "floats"),
