@@ -48,7 +48,7 @@ def _read_all(model: Checkpoint) -> None:
     """Every tensor, and what an export would make of the model: config and specs are believed there."""
     for lazy in model.tensors.values():
         lazy.load()
-    for name in ("qalora", "gptq", "gguf", "onnx"):
+    for name in ("qalora", "gptq", "gguf", "onnx", "mlx"):
         try:
             target(name).plan(model, ExportOptions())
         except InputError as error:
@@ -79,7 +79,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     tiny_llama(root / "float", config={**shape, **heads, "tie_word_embeddings": False})
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    export(model, ["qalora", "gptq", "gguf", "onnx"], root)
+    export(model, ["qalora", "gptq", "gguf", "onnx", "mlx"], root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
     whole = quantize(load(root / "float"), bits=4, group_size=32, zeros="integer")
     export(whole, ["gptq"], root / "integer")
@@ -101,6 +101,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         "gptq-integer": (root / "integer" / "gptq", _read_model),
         "gguf": (root / "gguf", _read_gguf),
         "onnx": (root / "onnx", _read_onnx),
+        "mlx": (root / "mlx", _read_model),
         "adapter": (root / "adapter", _read_adapter),
     }
 
@@ -168,6 +169,8 @@ FILES = [
     ("gguf", "model.gguf"),
     ("onnx", "model.onnx"),
     ("onnx", "config.json"),
+    ("mlx", "config.json"),
+    ("mlx", "model.safetensors"),
     ("adapter", "adapter_config.json"),
     ("adapter", "adapter_model.safetensors"),
 ]

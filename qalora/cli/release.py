@@ -36,7 +36,9 @@ __all__ = ["command", "print_release"]
 )
 @click.argument("model")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter to fold.")
-@click.option("--to", "targets", multiple=True, required=True, metavar="FORMAT", help="gptq, gguf, onnx. Repeatable.")
+@click.option(
+    "--to", "targets", multiple=True, required=True, metavar="FORMAT", help="gptq, gguf, onnx, mlx. Repeatable."
+)
 @output_option("The folder to write; it appears only when every gate has passed.")
 @convention_option
 @minima_option

@@ -18,6 +18,7 @@ TARGETS: dict[str, str] = {
     "gptq": "qalora.converters.gptq",
     "gguf": "qalora.converters.gguf",
     "onnx": "qalora.converters.onnx",
+    "mlx": "qalora.converters.mlx",
     "qalora": "qalora.converters.native",
 }
 """Each format that `export` writes, and the module that does it: a `Target`. Its folder has the format's name."""
@@ -32,7 +33,7 @@ def target(name: str) -> Target:
 
 
 def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoint:
-    """Open a model: our own folder, a GPTQ or float safetensors folder, a GGUF file, or a Hub id. Reads headers only.
+    """Open a model: our own folder, a GPTQ, MLX or float folder, a GGUF file, or a Hub id. Reads headers only.
 
     checkpoint_format overrides what a GPTQ folder says of its zeros: "gptq" (stored minus one) or "gptq_v2".
     Raises InputError for what is not there or not recognised, FormatError for what is damaged.
@@ -54,8 +55,12 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
         return native.read(path)
     if method == "gptq":
         return read_gptq(path, checkpoint_format=checkpoint_format)
+    if method == "mlx":
+        from qalora.converters.mlx.reader import read as read_mlx
+
+        return read_mlx(path)
     raise FormatError(
-        f"{path}: quant_method", expected="qalora, gptq, or a float model", got=repr(method), todo="see the README"
+        f"{path}: quant_method", expected="qalora, gptq, mlx, or a float model", got=repr(method), todo="see the README"
     )
 
 

@@ -63,9 +63,13 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 def quant_method(folder: Path) -> str | None:
     """quantization_config.quant_method of a model folder, or None for a float model.
 
-    Older GPTQ folders have quantize_config.json instead, which names no method.
+    Older GPTQ folders have quantize_config.json instead, which names no method. MLX folders, "mlx" here, have
+    `quantization`, and may have a copy of it as quantization_config.
     """
-    config = read_config(folder).get("quantization_config")
+    found = read_config(folder)
+    config = found.get("quantization_config")
+    if isinstance(found.get("quantization"), dict) and (config is None or config == found["quantization"]):
+        return "mlx"
     if config is None:
         return "gptq" if (folder / "quantize_config.json").exists() else None
     if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):

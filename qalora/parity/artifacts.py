@@ -1,6 +1,6 @@
 """Artefacts: recognised by what they are, never by what they are called; opened with the reader of their format.
 
-A folder that holds several (`gptq/`, `gguf/`, `onnx/` and, in that, `portable/`) stands for all of them.
+A folder that holds several (`gptq/`, `gguf/`, `mlx/`, `onnx/` and, in that, `portable/`) stands for all of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel",),
     "gguf": ("llama.cpp",),
     "onnx": ("onnxruntime",),
+    "mlx": ("mlx",),
     "qalora": ("torch",),
     "huggingface": ("torch",),
 }

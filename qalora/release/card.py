@@ -39,6 +39,12 @@ model = onnxruntime_genai.Model("onnx")
 ```
 
 `onnx/portable/model.onnx` is the same model in standard operators; it needs no operator of a vendor's.""",
+    "mlx": """```python
+from mlx_lm import generate, load
+
+model, tokenizer = load("mlx")
+print(generate(model, tokenizer, prompt="Hello"))
+```""",
     "qalora": """```python
 import qalora
 

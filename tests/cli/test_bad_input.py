@@ -38,11 +38,11 @@ def _adapter_for(model: Checkpoint, pool_size: int = 32) -> Adapter:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of valid things: float, qalora, gptq/, gguf/, onnx/, adapter, other_adapter, data.txt."""
+    """A folder of valid things: float, qalora, gptq/, gguf/, onnx/, mlx/, adapter, other_adapter, data.txt."""
     root = tmp_path_factory.mktemp("good")
     tiny_llama(root / "float", tokenizer=byte_tokenizer(), config={"num_hidden_layers": 1})
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    export(model, ["qalora", "gptq", "gguf", "onnx"], root)
+    export(model, ["qalora", "gptq", "gguf", "onnx", "mlx"], root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
     write_adapter(_adapter_for(model), root / "adapter")
     other = tiny_llama(root / "other", config={"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 128})
@@ -124,6 +124,15 @@ def _tensor(name: str, key: str, change: Callable[[torch.Tensor], torch.Tensor])
     def damage(root: Path) -> None:
         tensors = safetensors.torch.load_file(root / name)
         tensors[key] = change(tensors[key]).contiguous()
+        safetensors.torch.save_file(tensors, root / name)
+
+    return damage
+
+
+def _without(name: str, key: str) -> Damage:
+    def damage(root: Path) -> None:
+        tensors = safetensors.torch.load_file(root / name)
+        del tensors[key]
         safetensors.torch.save_file(tensors, root / name)
 
     return damage
@@ -274,6 +283,51 @@ QUANTIZED: list[tuple[str, Damage, str, str]] = [
         "@gptq",
         f"{FIRST}",
     ),
+    ("mlx cut", _cut("mlx/model.safetensors", -1), "@mlx", "truncated"),
+    (
+        "mlx wrong shape",
+        _tensor("mlx/model.safetensors", f"{FIRST}.biases", lambda t: t[:, 1:]),
+        "@mlx",
+        f"{FIRST}.biases: expected [64, 2], got [64, 1]",
+    ),
+    (
+        "mlx wrong words",
+        _tensor("mlx/model.safetensors", f"{FIRST}.weight", lambda t: t.view(torch.int32)),
+        "@mlx",
+        f"{FIRST}.weight: expected a matrix of torch.uint32, got torch.int32",
+    ),
+    ("mlx no biases", _without("mlx/model.safetensors", f"{FIRST}.biases"), "@mlx", f"a tensor {FIRST}.biases"),
+    (
+        "mlx infinite scale",
+        _tensor("mlx/model.safetensors", f"{FIRST}.scales", lambda t: t / 0),
+        "@mlx",
+        f"{FIRST}.weight: scale: expected finite values",
+    ),
+    (
+        "mlx other width",
+        _config("mlx/config.json", quantization={"bits": 3, "group_size": 32}, quantization_config=None),
+        "@mlx",
+        "expected 12 words a row for 4 groups of 32 at 3 bits, got [64, 16]",
+    ),
+    (
+        "mlx other mode",
+        _config(
+            "mlx/config.json",
+            quantization={"bits": 4, "group_size": 32, "mode": "mxfp4"},
+            quantization_config=None,
+        ),
+        "@mlx",
+        "quantization.mode: expected affine, got 'mxfp4'",
+    ),
+    (
+        "mlx metadata of another model",
+        _header(
+            "mlx/model.safetensors",
+            lambda h: h["__metadata__"].update({"qalora.tensors": '{"a": [4, 32, "real", "float16", "float16"]}'}),
+        ),
+        "@mlx",
+        "qalora.tensors: expected tensors of the file, got 'a.weight'",
+    ),
     ("gguf cut", _cut("gguf/model.gguf", -40), "@gguf/model.gguf", "model.gguf"),
     ("gguf tiny", _cut("gguf/model.gguf", 20), "@gguf/model.gguf", "model.gguf"),
     ("gguf version", _patch("gguf/model.gguf", 4, b"\x09\0\0\0"), "@gguf/model.gguf", "version"),
@@ -364,12 +418,13 @@ def test_every_command_that_takes_an_adapter(place: Path, damage: Damage, adapte
         (_config("onnx/config.json", hidden_size=-1), "hidden_size"),
         (_cut("gguf/model.gguf", -40), "truncated"),
         (_cut("gptq/model.safetensors", -1), "truncated"),
+        (_cut("mlx/model.safetensors", -1), "truncated"),
     ],
 )
 def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
     """All artefacts of a folder are read before one is run, so a damaged one is bad input and no failed gate."""
     damage(place / "in")
-    _refused(place, "verify @qalora @gptq @gguf @onnx", sentence)
+    _refused(place, "verify @qalora @gptq @gguf @onnx @mlx", sentence)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +449,7 @@ def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
         ("fold @float @adapter -o %out", "qalora quantize"),
         ("fold @qalora @adapter -o %exists", "exists already"),
         ("export @qalora --to gguf -o %in/data.txt", "data.txt"),
-        ("export @qalora --to pickle -o %out", "expected one of gptq, gguf, onnx"),
+        ("export @qalora --to pickle -o %out", "expected one of gptq, gguf, onnx, mlx"),
         ("export @qalora --to gptq --gptq-form round -o %out", "--allow-loss zeros"),
         ("export @qalora --to gguf -o %in", "exists already"),
         ("verify @qalora %absent", "absent"),
@@ -420,6 +475,7 @@ def test_lines_that_cannot_be(place: Path, line: str, sentence: str) -> None:
         "export @qalora --to gptq -o %out",
         "export @qalora --to gguf -o %out",
         "export @qalora --to onnx -o %out",
+        "export @qalora --to mlx -o %out",
         "release @qalora --adapter @adapter --to gguf -o %out",
     ],
 )

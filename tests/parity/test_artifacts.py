@@ -18,6 +18,10 @@ def dist(tmp_path: Path) -> Path:
     for folder, method in (("gptq", "gptq"), ("native", "qalora")):
         config = {"quantization_config": {"quant_method": method}}
         (root / folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (root / "mlx").mkdir()
+    sizes = {"bits": 4, "group_size": 32}
+    config = {"quantization": sizes, "quantization_config": sizes}
+    (root / "mlx" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (root / "float" / "config.json").write_text("{}", encoding="utf-8")
     (root / "gguf" / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     for folder in ("onnx", "onnx/portable"):
@@ -37,13 +41,14 @@ def test_each_alone(dist: Path) -> None:
     assert found(dist / "gguf" / "model.gguf") == [("gguf/model.gguf", "gguf")]
     assert found(dist / "onnx") == [("onnx", "onnx"), ("onnx/portable", "onnx")]
     assert found(dist / "onnx" / "portable" / "model.onnx") == [("portable", "onnx")]
+    assert found(dist / "mlx") == [("mlx", "mlx")]
     assert found(dist / "native") == [("native", "qalora")]
     assert found(dist / "float") == [("float", "huggingface")]
 
 
 def test_a_folder_stands_for_all_in_it(dist: Path) -> None:
     kinds = [kind for _, kind in found(dist)]
-    assert kinds == ["huggingface", "gguf", "gptq", "qalora", "onnx", "onnx"]
+    assert kinds == ["huggingface", "gguf", "gptq", "mlx", "qalora", "onnx", "onnx"]
 
 
 def test_names_relative_to_a_folder(dist: Path) -> None:

@@ -19,7 +19,7 @@ TOKENS = [(7 * n) % 300 for n in range(20)]
 def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What each runtime opens: one model in each format."""
     folder = tmp_path_factory.mktemp("artefacts")
-    export(base, ["qalora", "onnx", "gguf", "gptq"], folder)
+    export(base, ["qalora", "onnx", "gguf", "gptq", "mlx"], folder)
     return {
         "torch": folder / "qalora",
         "onnxruntime": folder / "onnx",
@@ -28,6 +28,7 @@ def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dic
         "onnxruntime-genai": folder / "onnx",
         "llama.cpp": next((folder / "gguf").iterdir()),
         "gptqmodel": folder / "gptq",
+        "mlx": folder / "mlx",
     }
 
 
@@ -73,7 +74,7 @@ def test_a_runtime_that_is_none(tmp_path: Path) -> None:
         open_runtime("abacus", tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["onnxruntime", "onnxruntime-genai", "gptqmodel"])
+@pytest.mark.parametrize("kind", ["onnxruntime", "onnxruntime-genai", "gptqmodel", "mlx"])
 def test_what_they_do_not_load_is_one_sentence(kind: str, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nonsense")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
@@ -101,6 +102,8 @@ def test_two_onnxruntimes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("llama.cpp", ("xllamacpp", "llama_cpp"), r"qalora\[llama-cpp\]"),
         ("gptqmodel", ("optimum",), r"optimum, which is not installed; pip install 'qalora\[gptq\]'"),
         ("onnxruntime-genai", ("onnxruntime_genai",), r"qalora\[genai\]"),
+        ("mlx", ("mlx_lm",), r"mlx-lm, which is not installed; pip install 'qalora\[mlx\]'"),
+        ("mlx", ("mlx",), r"needs mlx, which is not installed; pip install 'qalora\[mlx\]'"),
     ],
 )
 def test_a_missing_library_is_named_with_its_command(

@@ -28,6 +28,7 @@ RUNTIMES = {
     "onnx.reference": "qalora.parity.runtimes.onnx_reference",
     "onnxruntime-genai": "qalora.parity.runtimes.genai",
     "gptqmodel": "qalora.parity.runtimes.gptqmodel",
+    "mlx": "qalora.parity.runtimes.mlx",
 }
 """Each runtime and the module that opens artefacts in it, with a function `open_artifact(path, threads)`."""
 

@@ -1,0 +1,171 @@
+"""Decide how a model goes into an MLX folder: groups, types, offsets, config; refusals.
+
+Every real zero point has its place in `biases`, so that nothing is lost: scale and min are stored in the narrowest of
+float16 and float32 that their spec guarantees, and larger groups are repeated. MLX computes in the widest type that
+takes part. The lookup of a quantized embedding is where the activations begin, and it has no input that could be wider
+than scales and biases; so those of the embedding are float32, as the model's computation is to be.
+
+mlx-lm's defaults are not transformers', and its Llama reads `rope_theta` and `rope_scaling` where transformers 5
+writes `rope_parameters`; without them a model is read without a word and computes something else. So the config says
+them all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import family_of
+from qalora.converters.plan import ExportOptions, Plan, PlannedTensor
+from qalora.converters.specs import TENSORS, specs_text
+from qalora.converters.tokenizer import has_tokenizer
+from qalora.errors import ExactnessError, InputError
+from qalora.formats.mlx import GROUP_SIZES, group_size_for
+from qalora.formats.safetensors import Layout, plan_layout
+from qalora.tensor import QuantSpec
+
+__all__ = ["EMBEDDING", "WEIGHTS", "MlxPlan", "mlx_group_size", "module_of", "plan"]
+
+WEIGHTS = "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+MODE = "affine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlxPlan(Plan):
+    """A plan with the layout of the weights' file and the config to write."""
+
+    layout: Layout
+    config: Mapping[str, Any]
+
+
+def module_of(name: str) -> str:
+    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
+    return name.removesuffix(".weight")
+
+
+def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
+    """Decide everything. ExactnessError for groups that MLX does not have; nothing is lost in those it has."""
+    family = family_of(model.config, model.path)
+    parts = [part for lazy in model.tensors.values() for part in _parts(lazy)]
+    specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if lazy.spec is not None}
+    metadata = {"format": "mlx"} | ({TENSORS: specs_text(specs)} if specs else {})
+    layout = plan_layout(parts, metadata)
+    tensors = []
+    for lazy in model.tensors.values():
+        entries = [layout.entries[name] for name, _, _ in _parts(lazy)]
+        size = sum(entry.nbytes for entry in entries)
+        tensors.append(
+            PlannedTensor(name=lazy.name, carrier=_carrier(lazy), file=WEIGHTS, offset=entries[0].offset, nbytes=size)
+        )
+    files: dict[str, int | None] = {WEIGHTS: layout.size, "config.json": None}
+    if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
+        files |= {"tokenizer.json": None, "tokenizer_config.json": None}
+    files |= {name: path.stat().st_size for name, path in model.files.items()}
+    return MlxPlan(
+        target="mlx",
+        tensors=tuple(tensors),
+        files=files,
+        notes=(*model.notes, *_notes(model)),
+        layout=layout,
+        config=_config(model, family.architecture),
+    )
+
+
+def mlx_group_size(lazy: LazyTensor) -> int:
+    """The groups that a tensor is stored in; ExactnessError where MLX has none that fit."""
+    if lazy.spec is None:
+        raise TypeError(f"{lazy.name} is not quantized")
+    if lazy.spec.act_order:
+        raise ExactnessError(
+            f"mlx: {lazy.name}: an act-order tensor's groups mix columns, and MLX's groups are consecutive ones",
+            todo="export it to gptq, or quantize without act-order",
+        )
+    size = group_size_for(lazy.spec.group_size)
+    if size is None:
+        raise ExactnessError(
+            f"mlx: {lazy.name}: group_size",
+            expected=f"a multiple of {GROUP_SIZES[0]}, as MLX's kernels know groups of 32, 64 and 128 only",
+            got=str(lazy.spec.group_size),
+            todo="use onnx or gptq, or quantize in groups of 32",
+        )
+    return size
+
+
+def _dtypes(lazy: LazyTensor, spec: QuantSpec) -> tuple[torch.dtype, torch.dtype]:
+    """The types of scales and biases."""
+    return (torch.float32, torch.float32) if lazy.name == EMBEDDING else (spec.scale_dtype, spec.min_dtype)
+
+
+def _parts(lazy: LazyTensor) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a tensor becomes in the file."""
+    if lazy.spec is None:
+        if lazy.dtype is None:
+            raise TypeError(f"{lazy.name}: neither dtype nor spec")
+        return [(lazy.name, _float_type(lazy), lazy.shape)]
+    (rows, columns), size, module = lazy.shape, mlx_group_size(lazy), module_of(lazy.name)
+    scale, minimum = _dtypes(lazy, lazy.spec)
+    return [
+        (f"{module}.weight", torch.uint32, (rows, columns * lazy.spec.bits // 32)),
+        (f"{module}.scales", scale, (rows, columns // size)),
+        (f"{module}.biases", minimum, (rows, columns // size)),
+    ]
+
+
+def _float_type(lazy: LazyTensor) -> torch.dtype:
+    if lazy.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise InputError(f"mlx: {lazy.name}", expected="float16, bfloat16 or float32", got=str(lazy.dtype))
+    return lazy.dtype
+
+
+def _carrier(lazy: LazyTensor) -> str:
+    if lazy.spec is None:
+        return str(lazy.dtype).removeprefix("torch.")
+    kinds = [str(dtype).removeprefix("torch.") for dtype in _dtypes(lazy, lazy.spec)]
+    return f"{lazy.spec.bits}-bit words in groups of {mlx_group_size(lazy)}, {kinds[0]} scales, {kinds[1]} biases"
+
+
+def _notes(model: Checkpoint) -> list[str]:
+    floats = {lazy.dtype for lazy in model.tensors.values()} & {torch.float16, torch.bfloat16}
+    if not floats:
+        return []
+    kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in floats if dtype is not None))
+    return [
+        f"the tensors that are not quantized are {kinds}, and MLX computes in the types it finds; "
+        "model.set_dtype(mlx.core.float32) after loading computes in float32"
+    ]
+
+
+def _config(model: Checkpoint, architecture: str) -> dict[str, Any]:
+    config = {"architectures": [architecture], **model.config, "tie_word_embeddings": model.tied}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        kind = rope.get("rope_type", "default")
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+    quantization = _quantization(model)
+    if quantization is None:
+        return config
+    return {**config, "quantization": quantization, "quantization_config": quantization}
+
+
+def _quantization(model: Checkpoint) -> dict[str, Any] | None:
+    sizes = {
+        module_of(name): (lazy.spec.bits, mlx_group_size(lazy))
+        for name, lazy in model.tensors.items()
+        if lazy.spec is not None
+    }
+    if not sizes:
+        return None
+    common = Counter(sizes.values()).most_common(1)[0][0]
+    others = {module: _entry(*size) for module, size in sizes.items() if size != common}
+    return {**_entry(*common), **others}
+
+
+def _entry(bits: int, group_size: int) -> dict[str, Any]:
+    return {"bits": bits, "group_size": group_size, "mode": MODE}

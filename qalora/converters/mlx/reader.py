@@ -1,0 +1,148 @@
+"""Read an MLX folder, ours or mlx-lm's: affine codes as they are, in their own groups; lazily.
+
+A folder of ours says what each tensor was before it was cut into MLX's groups; that is read back, and held against the
+values. Not read: modes mxfp4, mxfp8 and nvfp4, whose groups are floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import linear_names
+from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
+from qalora.converters.specs import TENSORS, parse_specs, restored
+from qalora.errors import FormatError
+from qalora.formats.files import InputFile
+from qalora.formats.mlx import GROUP_SIZES, unpack_words
+from qalora.formats.safetensors import Entry, read_header, read_tensor
+from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
+
+__all__ = ["read"]
+
+PARTS = ("weight", "scales", "biases")
+
+_Stored = Mapping[str, tuple[Path, Entry]]
+
+
+def read(folder: Path) -> Checkpoint:
+    """Open an MLX folder; reads config and headers only. FormatError for what is no such folder."""
+    config = read_config(folder)
+    settings = config.pop("quantization", None)
+    config.pop("quantization_config", None)
+    if not isinstance(settings, dict):
+        raise FormatError(f"{folder}: quantization", expected="an object", got=type(settings).__name__)
+    stored = stored_tensors(folder)
+    modules = sorted(name.removesuffix(".scales") for name in stored if name.endswith(".scales"))
+    taken = {f"{module}.{part}" for module in modules for part in PARTS}
+    tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
+    for module in modules:
+        tensors[f"{module}.weight"] = _quantized(folder, module, stored, settings)
+    for module, spec in _metadata(stored).items():
+        name = f"{module}.weight"
+        if name not in tensors:
+            raise FormatError(f"{folder}: {TENSORS}", expected="tensors of the file", got=repr(name)[:120])
+        tensors[name] = restored(tensors[name], spec)
+    linears = linear_names(config, folder)
+    check_shapes(folder, tensors, linears)
+    return Checkpoint(
+        path=folder, layout="mlx", config=config, tensors=tensors, linears=linears, files=companion_files(folder)
+    )
+
+
+def _metadata(stored: _Stored) -> dict[str, QuantSpec]:
+    found: dict[str, QuantSpec] = {}
+    for path in sorted({path for path, _ in stored.values()}):
+        text = read_header(path).metadata.get(TENSORS)
+        found |= {} if text is None else parse_specs(text, str(path))
+    return found
+
+
+def _quantized(folder: Path, module: str, stored: _Stored, settings: Mapping[str, Any]) -> LazyTensor:
+    where = f"{folder}: {module}"
+    bits, group_size = _sizes(where, module, settings)
+    parts = {}
+    for part in PARTS:
+        if f"{module}.{part}" not in stored:
+            raise FormatError(where, expected=f"a tensor {module}.{part}", got="none")
+        parts[part] = stored[f"{module}.{part}"]
+    rows, columns = _check_parts(where, {part: entry for part, (_, entry) in parts.items()}, bits, group_size)
+    spec = QuantSpec(
+        bits=bits,
+        group_size=group_size,
+        zeros="real",
+        scale_dtype=_narrowest(parts["scales"][1].dtype),
+        min_dtype=_narrowest(parts["biases"][1].dtype),
+    )
+
+    def read_rows(start: int, stop: int) -> GroupQuantTensor:
+        part: dict[str, Tensor] = {}
+        for key, (path, entry) in parts.items():
+            with InputFile(path) as file:
+                part[key] = read_tensor(file, entry, start, stop)
+        return GroupQuantTensor(
+            packed=unpack_words(part["weight"]),
+            scale=part["scales"].float(),
+            min=part["biases"].float(),
+            bits=bits,
+            group_size=group_size,
+        )
+
+    return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, read=read_rows)
+
+
+def _narrowest(dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 reaches further than float16."""
+    return torch.float16 if dtype is torch.float16 else torch.float32
+
+
+def _sizes(where: str, module: str, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Bits and group size of a module: its own entry, or the folder's."""
+    own = settings.get(module)
+    entry = own if isinstance(own, dict) else settings
+    mode = entry.get("mode", "affine")
+    if mode != "affine":
+        raise FormatError(
+            f"{where}: quantization.mode",
+            expected="affine",
+            got=repr(mode)[:80],
+            todo="start from another quantization of this model",
+        )
+    bits, group_size = entry.get("bits"), entry.get("group_size")
+    if type(bits) is int and bits in BITS and type(group_size) is int and group_size in GROUP_SIZES:
+        return bits, group_size
+    raise FormatError(
+        f"{where}: quantization",
+        expected=f"bits among {', '.join(map(str, BITS))} and group_size among {', '.join(map(str, GROUP_SIZES))}",
+        got=f"{bits!r} and {group_size!r}"[:80],
+    )
+
+
+def _check_parts(where: str, entries: Mapping[str, Entry], bits: int, group_size: int) -> tuple[int, int]:
+    """Shapes and dtypes against each other; gives (out, in)."""
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    for part, entry in entries.items():
+        allowed = (torch.uint32,) if part == "weight" else floats
+        if entry.dtype not in allowed or len(entry.shape) != 2:
+            raise FormatError(
+                f"{where}.{part}",
+                expected=f"a matrix of {' or '.join(str(dtype) for dtype in allowed)}",
+                got=f"{entry.dtype} {list(entry.shape)}",
+            )
+    (rows, words), groups = entries["weight"].shape, entries["scales"].shape[1]
+    columns = groups * group_size
+    if rows == 0 or columns == 0 or words * 32 != columns * bits:
+        raise FormatError(
+            f"{where}.weight",
+            expected=f"{columns * bits // 32} words a row for {groups} groups of {group_size} at {bits} bits",
+            got=f"{[rows, words]}",
+        )
+    for part in ("scales", "biases"):
+        if entries[part].shape != (rows, groups):
+            raise FormatError(f"{where}.{part}", expected=f"{[rows, groups]}", got=f"{list(entries[part].shape)}")
+    return rows, columns

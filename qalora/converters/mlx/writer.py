@@ -1,0 +1,51 @@
+"""Write a planned MLX folder, a layer at a time; embedding and output layer by rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.mlx.planner import WEIGHTS, MlxPlan, mlx_group_size, module_of
+from qalora.converters.plan import Plan, Progress
+from qalora.converters.tokenizer import write_tokenizer
+from qalora.formats.mlx import pack_words
+from qalora.formats.output import write_json
+from qalora.formats.safetensors import SafetensorsWriter
+
+__all__ = ["write"]
+
+
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+    """Write the folder."""
+    if not isinstance(plan, MlxPlan):
+        raise TypeError(f"expected MlxPlan, got {type(plan).__name__}")
+    write_tokenizer(model, folder)
+    write_json(folder / "config.json", plan.config)
+    with SafetensorsWriter(folder / WEIGHTS, plan.layout) as weights:
+        for tensor in plan.tensors:
+            lazy = model.tensors[tensor.name]
+            _write_tensor(weights, plan, lazy, whole=tensor.name in model.linears)
+            progress(tensor.name, tensor.nbytes)
+
+
+def _write_tensor(weights: SafetensorsWriter, plan: MlxPlan, lazy: LazyTensor, *, whole: bool) -> None:
+    module = module_of(lazy.name)
+    for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
+        if isinstance(tile, Tensor):
+            weights.write(lazy.name, tile, row)
+            continue
+        groups = tile.regrouped(mlx_group_size(lazy))
+        weights.write(f"{module}.weight", pack_words(groups.packed), row)
+        for part, values in (("scales", groups.scale), ("biases", groups.min)):
+            name = f"{module}.{part}"
+            weights.write(name, _narrow(name, values, plan.layout.entries[name].dtype), row)
+
+
+def _narrow(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = values.to(dtype)
+    if not torch.equal(narrow.float(), values):
+        raise ValueError(f"{name}: its spec promises values that {dtype} holds, and it has others")
+    return narrow
