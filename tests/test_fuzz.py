@@ -81,6 +81,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
     model = quantize(load(root / "float"), bits=4, group_size=32)
     export(model, ["qalora", "gptq", "gguf", "onnx", "mlx"], root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
+    export(quantize(load(root / "float"), bits=3, group_size=32), ["gguf"], root / "narrow")
+    next((root / "narrow" / "gguf").glob("*.gguf")).rename(root / "narrow" / "gguf" / "model.gguf")
     whole = quantize(load(root / "float"), bits=4, group_size=32, zeros="integer")
     export(whole, ["gptq"], root / "integer")
     layers = {
@@ -100,6 +102,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         "gptq": (root / "gptq", _read_model),
         "gptq-integer": (root / "integer" / "gptq", _read_model),
         "gguf": (root / "gguf", _read_gguf),
+        "gguf-narrow": (root / "narrow" / "gguf", _read_gguf),
         "onnx": (root / "onnx", _read_onnx),
         "mlx": (root / "mlx", _read_model),
         "adapter": (root / "adapter", _read_adapter),
@@ -167,6 +170,7 @@ FILES = [
     ("gptq-integer", "config.json"),
     ("gptq-integer", "model.safetensors"),
     ("gguf", "model.gguf"),
+    ("gguf-narrow", "model.gguf"),
     ("onnx", "model.onnx"),
     ("onnx", "config.json"),
     ("mlx", "config.json"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import force_option, output_option, progress_bar, verification_bar
+from qalora.cli.options import force_option, output_option, progress_bar, targets_option, verification_bar
 from qalora.cli.release import print_release
 from qalora.cli.train import training_bar
 from qalora.formats.output import check_output
@@ -19,13 +19,14 @@ HELD_OUT = "held-out.txt"
 
 @click.command("demo", epilog="Example: qalora demo -o demo")
 @output_option("The folder for text, adapter and release.")
+@targets_option(TARGETS)
 @click.option("--model", help="Another model of integers, instead of SmolLM2-135M-Instruct.")
 @click.option(
     "--steps", type=click.IntRange(1), default=60, show_default=True, help="Training steps of 4 x 128 tokens."
 )
 @force_option
-def command(out: Path, model: str | None, steps: int, force: bool) -> None:
-    """The whole story on a real model: train on a text, fold, export to three formats, run each, prove.
+def command(out: Path, targets: tuple[str, ...], model: str | None, steps: int, force: bool) -> None:
+    """The whole story on a real model: train on a text, fold, export to several formats, run each, prove.
 
     DIR gets text.txt (the language reference that every Python carries), held-out.txt (its end, which is not trained
     on), adapter/ and dist/.
@@ -53,8 +54,8 @@ def command(out: Path, model: str | None, steps: int, force: bool) -> None:
     click.echo(
         f"   held-out loss {before:.3f} -> {after:.3f}, perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}"
     )
-    click.echo("2. Fold it, export to three formats, and run each in its own runtime")
-    jobs = plan_release(base, TARGETS, out / "dist", ExportOptions(), adapter=adapter, force=force)
+    click.echo(f"2. Fold it, export to {', '.join(targets)}, and run each in its own runtime")
+    jobs = plan_release(base, targets, out / "dist", ExportOptions(), adapter=adapter, force=force)
     total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
     with progress_bar(total, "writing") as progress, verification_bar() as stage:
         done = release(

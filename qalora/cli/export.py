@@ -19,6 +19,7 @@ from qalora.cli.options import (
     print_json,
     print_plans,
     progress_bar,
+    targets_option,
 )
 
 
@@ -27,9 +28,7 @@ from qalora.cli.options import (
     epilog="Example: qalora export folded --to gguf --to onnx -o dist",
 )
 @click.argument("model")
-@click.option(
-    "--to", "targets", multiple=True, required=True, metavar="FORMAT", help="gptq, gguf, onnx, mlx. Repeatable."
-)
+@targets_option()
 @output_option("Each format lands in DIR/<format>/.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Fold this adapter first; GPTQ may ship it beside.")
 @convention_option

@@ -30,6 +30,7 @@ __all__ = [
     "print_plans",
     "progress_bar",
     "table_console",
+    "targets_option",
     "verification_bar",
     "verify_options",
     "verify_settings",
@@ -60,6 +61,20 @@ def dry_run_option(function: F) -> F:
 def json_flag(function: F) -> F:
     """--json as a flag: machine-readable on stdout."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def targets_option(default: Sequence[str] = ()) -> Callable[[F], F]:
+    """--to, repeatable; required where there is no default."""
+    return click.option(
+        "--to",
+        "targets",
+        multiple=True,
+        required=not default,
+        default=default or None,
+        metavar="FORMAT",
+        show_default=bool(default),
+        help="gptq, gguf, onnx, mlx. Repeatable.",
+    )
 
 
 def minima_option(function: F) -> F:

@@ -19,6 +19,7 @@ from qalora.cli.options import (
     print_plans,
     progress_bar,
     table_console,
+    targets_option,
     verification_bar,
     verify_options,
     verify_settings,
@@ -36,9 +37,7 @@ __all__ = ["command", "print_release"]
 )
 @click.argument("model")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter to fold.")
-@click.option(
-    "--to", "targets", multiple=True, required=True, metavar="FORMAT", help="gptq, gguf, onnx, mlx. Repeatable."
-)
+@targets_option()
 @output_option("The folder to write; it appears only when every gate has passed.")
 @convention_option
 @minima_option

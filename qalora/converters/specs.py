@@ -23,7 +23,7 @@ from qalora.checkpoint import LazyTensor
 from qalora.errors import FormatError
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, holds_float16, integer_zeros, pack_codes
 
-__all__ = ["TENSORS", "fits", "parse_specs", "restored", "specs_text"]
+__all__ = ["TENSORS", "check_values", "fits", "parse_specs", "restored", "specs_text"]
 
 TENSORS = "qalora.tensors"
 """Key of the metadata."""
@@ -90,8 +90,12 @@ def fits(lazy: LazyTensor, spec: QuantSpec) -> bool:
     stored = lazy.spec
     if stored is None or len(lazy.shape) != 2 or lazy.shape[1] % spec.group_size or spec.group_size % stored.group_size:
         return False
-    if spec.bits == stored.bits or stored.zero is None:
-        return spec.bits <= stored.bits and (stored.zero is None or spec.zero in (None, stored.zero))
+    if stored.zero is None:
+        return spec.bits <= stored.bits
+    if spec.zeros == "real":
+        return False  # whoever stored it had no choice of a minimum
+    if spec.bits == stored.bits:
+        return spec.zero in (None, stored.zero)
     return spec.bits < stored.bits and spec.zero is not None and spec.zero <= stored.zero
 
 
@@ -109,7 +113,7 @@ def restored(lazy: LazyTensor, spec: QuantSpec) -> LazyTensor:
         if not isinstance(stored, GroupQuantTensor):
             raise TypeError(f"{lazy.name} is not quantized")
         tensor = _coarser(_narrower(stored, lazy, spec), spec.group_size)
-        _check(tensor, spec)
+        check_values(tensor, spec)
         return tensor
 
     return replace(lazy, spec=spec, read=read)
@@ -143,7 +147,8 @@ def _coarser(tensor: GroupQuantTensor, group_size: int) -> GroupQuantTensor:
     return replace(tensor, scale=scale, min=minimum, group_size=group_size)
 
 
-def _check(tensor: GroupQuantTensor, spec: QuantSpec) -> None:
+def check_values(tensor: GroupQuantTensor, spec: QuantSpec) -> None:
+    """FormatError where the values are not as `spec` promises."""
     if spec.zeros == "integer":
         zero = integer_zeros(tensor)
         if zero is None or (spec.zero is not None and not bool((zero == spec.zero)[tensor.scale != 0].all())):

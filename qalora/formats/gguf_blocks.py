@@ -103,10 +103,10 @@ def _encode_codes(tensor: GroupQuantTensor, kind: BlockType, halves: Tensor) -> 
 
 
 def _signed(tensor: GroupQuantTensor) -> Tensor:
-    """code - zero as int8 [out, in], stored as uint8."""
+    """code - zero as int8 [out, in], stored as uint8; the middle zero where the scale is 0, as in `integer_zeros`."""
     codes = tensor.codes()
     safe = torch.where(tensor.scale == 0, 1.0, tensor.scale)
-    zero = torch.where(tensor.scale == 0, 0.0, torch.round(-tensor.min / safe))
+    zero = torch.where(tensor.scale == 0, float(1 << (tensor.bits - 1)), torch.round(-tensor.min / safe))
     if bool(((zero == 128) | (tensor.scale == 0)).all()) and tensor.bits == 8:
         return codes ^ 128
     signed = codes.view(*zero.shape, BLOCK).to(torch.int16) - zero.to(torch.int16)[..., None]

@@ -10,6 +10,7 @@ from gguf import GGUFReader
 from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
+from qalora.converters.specs import TENSORS
 from qalora.converters.torch_module import build
 from qalora.errors import ExactnessError, FormatError, InputError
 from qalora.parity.runtimes import open_runtime
@@ -56,6 +57,52 @@ def test_weights_come_back_bit_for_bit(
         assert torch.equal(again.tensors[name].load_float().float(), lazy.load_float().float()), name
     if group_size == 32 and again.tensors[model.linears[0]].spec.bits == bits:  # type: ignore[union-attr]
         assert_same_model(again, model)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "zeros"),
+    [(2, 32, "real"), (3, 64, "real"), (4, None, "real"), (5, 64, "symmetric"), (6, 32, "symmetric")],
+)
+def test_what_the_blocks_do_not_tell_is_metadata(
+    tiny_untied: Path, tmp_path: Path, bits: int, group_size: int | None, zeros: Any
+) -> None:
+    model = random_model(load(tiny_untied), bits=bits, group_size=group_size, zeros=zeros)
+    path = written(model, tmp_path)
+    again = load(path)
+    assert_same_model(again, model)
+    assert again.notes == () and again.gguf is not None and again.gguf.get(TENSORS) is None
+    assert TENSORS in GGUFReader(path).fields
+    tokens = [(7 * n) % 200 for n in range(8)]
+    assert open_runtime("llama.cpp", path).logits(tokens).isfinite().all()  # it takes the unknown key
+
+
+def test_what_the_blocks_tell_is_not_said_again(tiny_untied: Path, tmp_path: Path) -> None:
+    for bits, zeros in ((4, "real"), (4, "symmetric"), (5, "real"), (8, "symmetric")):
+        path = written(random_model(load(tiny_untied), bits=bits, zeros=zeros), tmp_path / f"{bits}{zeros}")  # type: ignore[arg-type]
+        assert TENSORS not in GGUFReader(path).fields
+
+
+def test_metadata_that_does_not_fit_is_passed_over_or_refused(tiny_untied: Path, tmp_path: Path) -> None:
+    """llama.cpp's tools carry it along when they requantize."""
+    model = random_model(load(tiny_untied), bits=3, group_size=64)
+    path = written(model, tmp_path)
+    data, name = path.read_bytes(), model.linears[0]
+    assert data.count(b"[3,64,") == len(model.linears)
+
+    path.write_bytes(data.replace(b"[3,64,", b"[5,64,"))  # no Q4_1
+    stale = load(path)
+    assert stale.notes[0].endswith(
+        f"qalora.tensors does not describe {sorted(model.linears)[0]!r} (14 such); it is passed over"
+    )
+    assert (stale.tensors[name].spec.bits, stale.tensors[name].spec.group_size) == (4, 32)  # type: ignore[union-attr]
+    assert torch.equal(stale.tensors[name].load_float(), model.tensors[name].load_float())
+
+    path.write_bytes(data.replace(b"[3,64,", b"[2,64,"))
+    with pytest.raises(FormatError, match=f"{name}: codes: expected 2 bits, as qalora.tensors says, got 7"):
+        load(path).tensors[name].load()
+    path.write_bytes(data.replace(b"[3,64,", b"[9,64,"))
+    with pytest.raises(FormatError, match=r"qalora\.tensors: model\.layers\.0\..*: expected \[bits, group_size"):
+        load(path)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])

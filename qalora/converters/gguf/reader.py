@@ -13,9 +13,10 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import linear_names
 from qalora.converters.gguf.names import config_of, family_of_metadata, gguf_names, head_count, rows_from
 from qalora.converters.huggingface import check_shapes
+from qalora.converters.specs import TENSORS, fits, parse_specs, restored
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
-from qalora.formats.gguf import GgufFile, TensorInfo, read_header
+from qalora.formats.gguf import GgufFile, Metadata, TensorInfo, read_header
 from qalora.formats.gguf_blocks import BLOCK_TYPES, decode
 from qalora.tensor import GroupQuantTensor
 
@@ -52,7 +53,33 @@ def read(path: Path) -> Checkpoint:
         tensors[name] = _lazy(file, info, name, head_count(family, config, name))
     check_shapes(path, tensors, linears)
     _check_heads(path, tensors, config)
-    return Checkpoint(path=path, layout="gguf", config=config, tensors=tensors, linears=linears, gguf=file.metadata)
+    notes = _restore(file, tensors)
+    metadata = Metadata(entries={key: value for key, value in file.metadata.entries.items() if key != TENSORS})
+    return Checkpoint(
+        path=path, layout="gguf", config=config, tensors=tensors, linears=linears, gguf=metadata, notes=notes
+    )
+
+
+def _restore(file: GgufFile, tensors: dict[str, LazyTensor]) -> tuple[str, ...]:
+    """Put tensors back into the widths and groups that a file of ours says they had; notes.
+
+    llama.cpp's tools carry metadata along when they requantize; what a tensor's new type cannot be is then passed over.
+    """
+    text = file.metadata.get(TENSORS)
+    if text is None:
+        return ()
+    if not isinstance(text, str):
+        raise FormatError(f"{file.path}: {TENSORS}", expected="a string", got=type(text).__name__)
+    stale = []
+    for module, spec in parse_specs(text, str(file.path)).items():
+        name = f"{module}.weight"
+        if name in tensors and fits(tensors[name], spec):
+            tensors[name] = restored(tensors[name], spec)
+        else:
+            stale.append(name)
+    if not stale:
+        return ()
+    return (f"{file.path}: {TENSORS} does not describe {stale[0]!r:.120} ({len(stale)} such); it is passed over",)
 
 
 def _check_heads(path: Path, tensors: Mapping[str, LazyTensor], config: Mapping[str, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from qalora.converters.gguf.metadata import file_metadata, file_name
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
+from qalora.converters.specs import TENSORS, specs_text
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.files import OutputFile
-from qalora.formats.gguf import GgufLayout, create, plan_layout
+from qalora.formats.gguf import GgufLayout, Value, ValueType, create, plan_layout
 from qalora.formats.gguf_blocks import BLOCK, BLOCK_TYPES, encode
 from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16, integer_zeros
 
@@ -48,6 +49,10 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     kinds = Counter(kind for name, (kind, _) in carriers.items() if name in model.linears)
     common = kinds.most_common(1)[0][0]
     metadata = file_metadata(model, family, options.name, common)
+    specs = {name: spec for name, carrier in carriers.items() if (spec := _kept(model.tensors[name], *carrier))}
+    if specs:
+        text = specs_text({name.removesuffix(".weight"): spec for name, spec in specs.items()})
+        metadata = metadata.with_entries({TENSORS: Value(type=ValueType.STRING, value=text)})
     names = {name: known[name] for name in model.tensors}
     layout = plan_layout(metadata, [(names[name], model.tensors[name].shape, carriers[name][0]) for name in names])
     file = file_name(model, metadata, options.name, common)
@@ -103,7 +108,7 @@ def _quantized_carrier(lazy: LazyTensor, spec: QuantSpec, options: ExportOptions
     if middle and spec.bits in (4, 5):
         return f"Q{spec.bits}_0", _scale_loss(spec)
     kind = "Q5_1" if spec.bits == 5 else "Q4_1"
-    if spec.min_dtype is not torch.float16:
+    if spec.min_dtype is not torch.float16 and not _exact_minima(spec):
         wide = ", or keep integer zeros exactly with --gguf-form wide (Q8_0)" if spec.zeros == "integer" else ""
         return kind, Loss(name="minima", size=f"float32 minima rounded to float16, at most half an ULP{wide}")
     return kind, _scale_loss(spec)
@@ -117,6 +122,30 @@ def _eight_bit_carrier(lazy: LazyTensor, spec: QuantSpec, middle: bool) -> tuple
             todo="use onnx, or quantize to 4 or 5 bits",
         )
     return "Q8_0", _scale_loss(spec)
+
+
+def _exact_minima(spec: QuantSpec) -> bool:
+    """Whether min = -scale * zero has no more significant bits than a float16 scale: zero is 0 or a power of two."""
+    return spec.zero is not None and spec.zero & (spec.zero - 1) == 0 and spec.scale_dtype is torch.float16
+
+
+def _kept(lazy: LazyTensor, kind: str, loss: Loss | None) -> QuantSpec | None:
+    """What the reader is to make of the blocks, where they do not tell: see `qalora.converters.specs`.
+
+    Integer zero points that differ are not to be had from Q8_0, whose codes are relative to them.
+    """
+    spec = lazy.spec
+    if spec is None:
+        return None
+    block = BLOCK_TYPES[kind].spec
+    kept = replace(block, bits=spec.bits, group_size=spec.group_size)
+    if block.zero is None:
+        kept = kept if loss is not None else replace(kept, zeros=spec.zeros, zero=spec.zero)
+    elif spec.bits == block.bits or _middle_zero(lazy, spec):
+        kept = replace(kept, zero=1 << (spec.bits - 1))
+    else:
+        kept = replace(block, group_size=spec.group_size)
+    return None if kept == block else kept
 
 
 def _scale_loss(spec: QuantSpec) -> Loss | None:

@@ -8,7 +8,6 @@ Values are read for a plan only where specs do not tell whether float32 holds wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,19 +22,17 @@ from qalora.converters.onnx.fast import fast_graph
 from qalora.converters.onnx.genai import genai_config
 from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
+from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import InputError
 from qalora.formats.onnx import Initializer, lay_out
 from qalora.residual import to_residual
 from qalora.tensor import QuantSpec
 
-__all__ = ["GRAPH", "PORTABLE", "TENSORS", "GraphPlan", "OnnxPlan", "module_of", "plan"]
+__all__ = ["GRAPH", "PORTABLE", "GraphPlan", "OnnxPlan", "module_of", "plan"]
 
 GRAPH = "model.onnx"
 PORTABLE = "portable"
-TENSORS = "qalora.tensors"
-"""Key of the model's metadata: JSON {module: [bits, group_size, zeros, scale dtype, min dtype]}."""
-
 ROTARY = ("rotary.cos", "rotary.sin")
 
 
@@ -72,7 +69,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
         raise InputError("--accuracy-level", expected="0..4", got=str(options.accuracy_level))
     decoder = decoder_of(model)
     _check_tensors(model)
-    metadata = {TENSORS: json.dumps(_kinds(model), sort_keys=True, separators=(",", ":"))}
+    metadata = {TENSORS: specs_text(_kinds(model))}
     fast_data, fast_size = lay_out(_initializers(model, portable=False))
     portable_data, portable_size = lay_out(_initializers(model, portable=True))
     fast = GraphPlan(
@@ -126,16 +123,12 @@ def is_quantized(lazy: LazyTensor) -> bool:
     return lazy.spec is not None and lazy.name != "model.embed_tokens.weight"
 
 
-def _kinds(model: Checkpoint) -> dict[str, list[Any]]:
+def _kinds(model: Checkpoint) -> dict[str, QuantSpec]:
     return {
-        module_of(name): [spec.bits, spec.group_size, spec.zeros, _short(spec.scale_dtype), _short(spec.min_dtype)]
+        module_of(name): lazy.spec
         for name, lazy in model.tensors.items()
-        if is_quantized(lazy) and (spec := lazy.spec) is not None
+        if is_quantized(lazy) and lazy.spec is not None
     }
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _initializers(model: Checkpoint, *, portable: bool) -> list[Initializer]:

@@ -5,10 +5,8 @@ Graphs that others made are refused: their names and shapes follow other rules.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +15,14 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import linear_names
 from qalora.converters.huggingface import check_shapes, companion_files, read_config
 from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
-from qalora.converters.onnx.planner import GRAPH, ROTARY, TENSORS
+from qalora.converters.onnx.planner import GRAPH, ROTARY
 from qalora.converters.onnx.portable import DOMAIN
+from qalora.converters.specs import TENSORS, check_values, parse_specs
 from qalora.errors import FormatError
 from qalora.formats.onnx import Stored, read_initializers, read_stored
-from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, holds_float16
+from qalora.tensor import GroupQuantTensor, QuantSpec
 
 __all__ = ["read"]
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def read(path: Path) -> Checkpoint:
@@ -61,26 +58,7 @@ def read(path: Path) -> Checkpoint:
 def _kinds(file: Path, metadata: Mapping[str, str]) -> dict[str, QuantSpec]:
     if TENSORS not in metadata:
         raise FormatError(f"{file}", expected=f"a graph that qalora wrote, with {TENSORS} in its metadata", got="none")
-    try:
-        found = json.loads(metadata[TENSORS])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: {TENSORS}", expected="JSON", got=type(error).__name__) from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{file}: {TENSORS}", expected="a JSON object", got=type(found).__name__)
-    return {module: _spec(f"{file}: {TENSORS}: {module}", entry) for module, entry in found.items()}
-
-
-def _spec(where: str, entry: Any) -> QuantSpec:
-    expected = "[bits, group_size, zeros, scale dtype, min dtype]"
-    if not (isinstance(entry, list) and len(entry) == 5 and all(isinstance(part, int | str) for part in entry)):
-        raise FormatError(where, expected=expected, got=repr(entry)[:80])
-    bits, group_size, zeros, scale, minimum = entry
-    known = bits in BITS and zeros in ("integer", "real") and scale in DTYPES and minimum in DTYPES
-    if not known or type(group_size) is not int or not 0 < group_size < 1 << 32:
-        raise FormatError(where, expected=expected, got=repr(entry)[:80])
-    return QuantSpec(
-        bits=bits, group_size=group_size, zeros=zeros, scale_dtype=DTYPES[scale], min_dtype=DTYPES[minimum]
-    )
+    return parse_specs(metadata[TENSORS], str(file))
 
 
 def _quantized(
@@ -105,9 +83,7 @@ def _quantized(
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
         tensor = (decode_portable if portable else decode_fast)(module, fetch, spec)
-        for part, values, dtype in (("scale", tensor.scale, spec.scale_dtype), ("min", tensor.min, spec.min_dtype)):
-            if dtype is torch.float16 and not holds_float16(values):
-                raise FormatError(f"{file}: {module}.{part}", expected="float16 values, as metadata says", got="others")
+        check_values(tensor, spec)
         return tensor if (start, stop) == (0, shape[0]) else tensor.rows(start, stop)
 
     return LazyTensor(name=f"{module}.weight", shape=shape, spec=spec, read=read_rows), set(parts)
