@@ -142,7 +142,7 @@ LARGE = ("zeros off by one", "q not permuted", "adapter left out of a layer", "a
 HIDDEN = ("gguf", "adapter left out of a layer")
 """In a model this small one layer's adapter is less than what 8-bit inputs do; the weights read back show it."""
 
-FELT = {"qalora": "logits", "onnx": "logits", "gptq": "kernel rounding", "gguf": "activation rounding"}
+FELT = {"qalora": "logits", "mlx": "logits", "onnx": "logits", "gptq": "kernel rounding", "gguf": "activation rounding"}
 """The gate on logits of each format's own runtime."""
 
 

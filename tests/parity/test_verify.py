@@ -18,6 +18,7 @@ RUNS = {
     "onnx": ["onnxruntime", "onnxruntime", "onnx.reference"],
     "gguf": ["llama.cpp"],
     "gptq": ["gptqmodel"],
+    "mlx": ["mlx"],
 }
 
 

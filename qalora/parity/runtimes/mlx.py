@@ -21,6 +21,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, MissingLibraryError
 from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes.padding import pad, unpad
 
 __all__ = ["open_artifact"]
 
@@ -68,6 +69,33 @@ class MlxRuntime:
         cache = self._cache()
         return torch.cat([self._run([token], cache) for token in tokens])
 
+    def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """float32 [tokens, vocabulary] of each sequence, from one batch padded on the left, as mlx-lm's own is; one
+        after the other where the model keeps another cache than the plain one, which mlx-lm does not pad.
+        """
+        from mlx_lm.models.cache import BatchKVCache, KVCache
+
+        cache = self._cache()
+        if not all(type(part) is KVCache for part in cache):
+            return [self.logits(sequence) for sequence in sequences]
+        ids, mask = pad(sequences, "left")
+        padding = (mask.shape[1] - mask.sum(dim=1)).tolist()
+        with self._core.stream(self._core.cpu):
+            out = self._model(self._core.array(ids.numpy()), cache=[BatchKVCache(padding) for _ in cache])
+            return unpad(torch.from_numpy(np.array(out.astype(self._core.float32))), sequences, "left")
+
+    def layers(self, tokens: Sequence[int]) -> list[Tensor]:
+        """float32 [tokens, hidden] after each layer."""
+        found: list[Tensor] = []
+        decoder = self._model.model
+        plain = decoder.layers
+        decoder.layers = [_Recorder(layer, found) for layer in plain]
+        try:
+            self._run(tokens)
+        finally:
+            decoder.layers = plain
+        return found
+
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         cache = self._cache()
@@ -81,6 +109,21 @@ class MlxRuntime:
     def close(self) -> None:
         """Free the model."""
         del self._model
+
+
+class _Recorder:
+    """A layer that keeps what it gives."""
+
+    def __init__(self, layer: Any, found: list[Tensor]) -> None:
+        self._layer, self._found = layer, found
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        out = self._layer(*args, **options)
+        self._found.append(torch.from_numpy(np.array(out[0])).float())
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
 
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> MlxRuntime:
