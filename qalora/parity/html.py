@@ -36,6 +36,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child, td.text, th.text { text-align: left; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; } td small { display: block; }
 th.prose { text-align: left; } td.prose { white-space: normal; text-align: left; min-width: 16rem; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
@@ -130,8 +131,8 @@ def _runs(report: ParityReport, runs: Sequence[tuple[str, RunReport]], *, speed:
     rows = []
     for name, run in runs:
         found, info = run.logits, run.runtime
-        runtime = run.kind if info is None else f"{info.name} {info.version}, {info.backend}, {info.dtype}"
-        cells = [escape(name), escape(runtime)]
+        about = "" if info is None else f"{info.name} {info.version}, {info.backend}, {info.dtype}"
+        cells = [escape(name), f'{escape(run.kind)}<small class="soft">{escape(about)}</small>']
         cells += [_percent(run.lost)] if report.adapter is not None else []
         if found is None:
             cells += [""] * 6
@@ -210,15 +211,19 @@ def _scatters(runs: Sequence[tuple[str, RunReport]]) -> str:
 
 
 def _layers(artifacts: Sequence[ArtifactReport]) -> str:
-    charts = []
-    for artifact in artifacts:
-        if artifact.layers:
-            worst = max(artifact.layers, key=lambda module: artifact.layers[module])
-            note = (
-                f"at most {_percent(artifact.layers[worst])}, in {worst}" if artifact.layers[worst] else "0 everywhere"
-            )
+    """A map for each artefact that has lost something; one sentence about those that have all of it."""
+    charts, whole = [], []
+    for artifact in (artifact for artifact in artifacts if artifact.layers):
+        worst = max(artifact.layers, key=lambda module: artifact.layers[module])
+        if artifact.layers[worst]:
+            note = f"at most {_percent(artifact.layers[worst])}, in {worst}"
             charts.append(_figure(artifact.name, note, heat_map(artifact.layers)))
-    return f'<h2>Adapter lost by layer</h2><div class="grid">{"".join(charts)}</div>' if charts else ""
+        else:
+            whole.append(artifact.name)
+    if not charts and not whole:
+        return ""
+    line = f"<p>Nothing is lost in any layer's weights of {escape(', '.join(whole))}.</p>" if whole else ""
+    return f'<h2>Adapter lost by layer</h2>{line}<div class="grid">{"".join(charts)}</div>'
 
 
 def _figure(title: str, note: str, chart: str, legend: Sequence[Series] = ()) -> str:
