@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, NotFiniteError
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class LazyTensor:
         except InputError as error:
             if self.name in str(error):
                 raise
-            raise FormatError(f"{self.name}: {error}") from error
+            kind = NotFiniteError if isinstance(error, NotFiniteError) else FormatError
+            raise kind(f"{self.name}: {error}") from error
 
     def load_quantized(self) -> GroupQuantTensor:
         """The whole tensor; TypeError if it is not quantized."""

@@ -3,6 +3,7 @@
     QaloraError
     ├── InputError(ValueError)     bad usage or bad input; exit status 2
     │   ├── FormatError            a file is not what its format says it is
+    │   │   └── NotFiniteError     a tensor holds NaN or Inf
     │   ├── AdapterError           an adapter does not fit, or cannot be folded
     │   ├── ExactnessError         a target cannot hold a weight exactly, and no loss was asked for by name
     │   ├── OutputError            the output exists, or there is no room for it
@@ -22,6 +23,7 @@ __all__ = [
     "FormatError",
     "InputError",
     "MissingLibraryError",
+    "NotFiniteError",
     "OutputError",
     "ProofError",
     "QaloraError",
@@ -44,6 +46,10 @@ class InputError(QaloraError, ValueError):
 
 class FormatError(InputError):
     """A file is not what its format says it is."""
+
+
+class NotFiniteError(FormatError):
+    """A tensor holds NaN or Inf."""
 
 
 class AdapterError(InputError):

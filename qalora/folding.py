@@ -31,7 +31,16 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import AdapterError, InputError
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
-__all__ = ["FoldProof", "Minima", "fold", "fold_tensor", "folded_group_size", "folded_minima", "prove_fold"]
+__all__ = [
+    "FoldProof",
+    "Minima",
+    "check_pool",
+    "fold",
+    "fold_tensor",
+    "folded_group_size",
+    "folded_minima",
+    "prove_fold",
+]
 
 Minima = Literal["float16", "float32"]
 FLOAT16_MAX = 65504.0
@@ -90,7 +99,11 @@ def _folded(source: LazyTensor, layer: AdapterLayer, minima: Minima) -> LazyTens
 
 def folded_group_size(group_size: int, layer: AdapterLayer, name: str = "weight", *, act_order: bool = False) -> int:
     """The group size after the fold: the smaller of group and pool. AdapterError where the fold is not exact."""
-    pool_size = layer.pool_size
+    return check_pool(group_size, layer.pool_size, name, act_order=act_order)
+
+
+def check_pool(group_size: int, pool_size: int, name: str = "weight", *, act_order: bool = False) -> int:
+    """As `folded_group_size`, of an adapter that is known by its pool size alone."""
     if act_order:
         raise AdapterError(
             f"{name} was quantized with act-order: its groups are not the runs of columns that the adapter pools, so "

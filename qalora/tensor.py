@@ -22,12 +22,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qalora.errors import InputError
+from qalora.errors import InputError, NotFiniteError
 
 __all__ = [
     "BITS",
     "GroupQuantTensor",
     "QuantSpec",
+    "check_finite",
+    "check_group_size",
     "dequantize",
     "holds_float16",
     "integer_zeros",
@@ -175,8 +177,7 @@ class GroupQuantTensor:
         for name, value in (("scale", self.scale), ("min", self.min)):
             if value.dtype != torch.float32 or list(value.shape) != groups:
                 raise InputError(name, expected=f"float32 {groups}", got=f"{value.dtype} {list(value.shape)}")
-            if not bool(torch.isfinite(value).all()):
-                raise InputError(name, expected="finite values", got="NaN or Inf")
+            check_finite(name, value)
         if self.g_idx is not None:
             _check_g_idx(self.g_idx, columns, groups[1])
 
@@ -246,6 +247,14 @@ def integer_zeros(tensor: GroupQuantTensor) -> Tensor | None:
 def holds_float16(values: Tensor) -> bool:
     """Whether float16 holds every value of a float32 tensor exactly."""
     return bool((values.to(torch.float16).to(torch.float32) == values).all())
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise NotFiniteError, with how many there are, where a tensor holds NaN or Inf."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        bad = values.numel() - int(finite.sum())
+        raise NotFiniteError(name, expected="finite values", got=f"NaN or Inf in {bad:,} of {values.numel():,}")
 
 
 def check_group_size(columns: int, group_size: int) -> None:

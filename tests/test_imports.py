@@ -13,7 +13,7 @@ ROOT = Path(qalora.__file__).parent
 
 FLOORS = [
     {"cli", "__main__"},
-    {"release", "demo", "testing"},
+    {"release", "demo", "inspection", "testing"},
     {"parity"},
     {"training"},
     {"converters"},

@@ -32,7 +32,7 @@ from qalora.formats.safetensors import Entry, read_header, read_tensor
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
 
-__all__ = ["read_adapter"]
+__all__ = ["AdapterRecord", "AdapterSource", "convention_of", "open_adapter", "read_adapter"]
 
 NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.\-]+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 NAME_LENGTH = 256
@@ -42,7 +42,7 @@ SAME_FACTOR = 2.0**-48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Record:
+class AdapterRecord:
     """What `qalora_adapter.json` says: for each module its pool size and factor."""
 
     convention: Convention
@@ -51,12 +51,12 @@ class _Record:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
+class AdapterSource:
     """An adapter's folder before its tensors are read: for each module where its A and B are."""
 
     folder: Path
     config: PeftConfig
-    record: _Record | None
+    record: AdapterRecord | None
     pairs: Mapping[str, tuple[Entry, Entry]]
 
     def columns(self, module: str) -> int:
@@ -75,11 +75,11 @@ def read_adapter(path: Path | str, model: Checkpoint | None = None, *, conventio
     """
     if convention is not None and convention not in CONVENTIONS:
         raise InputError("convention", expected=f"one of {', '.join(CONVENTIONS)}", got=repr(convention))
-    source = _open(Path(path))
+    source = open_adapter(Path(path))
     if model is not None:
         _check_model(source, model)
     pools = {module: _pool_size(source, module, model) for module in source.pairs}
-    chosen = _convention(source, pools, convention)
+    chosen = convention_of(source, pools, convention)
     layers = {}
     weights = contained(source.folder, WEIGHTS)
     with InputFile(weights) as file:
@@ -93,7 +93,8 @@ def read_adapter(path: Path | str, model: Checkpoint | None = None, *, conventio
     return Adapter(layers=layers, convention=chosen, minima=minima, metadata=source.config.carried)
 
 
-def _open(folder: Path) -> _Source:
+def open_adapter(folder: Path) -> AdapterSource:
+    """Check an adapter's folder and read config, record and headers, no values; raises as `read_adapter` does."""
     _check_folder(folder)
     config = parse_config(read_json(folder, CONFIG), str(folder / CONFIG))
     pairs = _pairs(read_header(contained(folder, WEIGHTS)).entries, str(folder / WEIGHTS))
@@ -104,7 +105,7 @@ def _open(folder: Path) -> _Source:
                 expected=f"the rank of {CONFIG}, {config.rank_of(module)}",
                 got=str(list(a.shape)),
             )
-    return _Source(folder=folder, config=config, record=_read_record(folder, pairs), pairs=pairs)
+    return AdapterSource(folder=folder, config=config, record=_read_record(folder, pairs), pairs=pairs)
 
 
 def _check_folder(folder: Path) -> None:
@@ -163,7 +164,7 @@ def _pair(parts: Mapping[str, Entry], where: str) -> tuple[Entry, Entry]:
     return a, b
 
 
-def _read_record(folder: Path, pairs: Mapping[str, object]) -> _Record | None:
+def _read_record(folder: Path, pairs: Mapping[str, object]) -> AdapterRecord | None:
     if not (folder / RECORD).exists():
         return None
     content, where = read_json(folder, RECORD), str(folder / RECORD)
@@ -182,10 +183,10 @@ def _read_record(folder: Path, pairs: Mapping[str, object]) -> _Record | None:
             raise FormatError(f"{where}: {module}", expected="pool_size and factor", got=type(layer).__name__)
         pool_size = check_number(layer.get("pool_size"), f"{where}: pool_size of {module}", whole=True)
         read[module] = int(pool_size), check_number(layer.get("factor"), f"{where}: factor of {module}")
-    return _Record(convention=convention, minima=minima, layers=read)
+    return AdapterRecord(convention=convention, minima=minima, layers=read)
 
 
-def _check_model(source: _Source, model: Checkpoint) -> None:
+def _check_model(source: AdapterSource, model: Checkpoint) -> None:
     """Modules and shapes against the model's weights."""
     unknown = [module for module in source.pairs if f"{module}.weight" not in model.tensors]
     if unknown:
@@ -206,7 +207,7 @@ def _check_model(source: _Source, model: Checkpoint) -> None:
             )
 
 
-def _pool_size(source: _Source, module: str, model: Checkpoint | None) -> int:
+def _pool_size(source: AdapterSource, module: str, model: Checkpoint | None) -> int:
     """in / (columns of A), checked against what the files say; what the files say where there is no model."""
     config, record = source.config, source.record
     said = record.layers[module][0] if record is not None else config.group_size if config.use_qalora else None
@@ -228,8 +229,11 @@ def _pool_size(source: _Source, module: str, model: Checkpoint | None) -> int:
     return pool_size
 
 
-def _convention(source: _Source, pools: Mapping[str, int], asked: Convention | None) -> Convention:
-    """What the files say, else what was asked for; AdapterError if neither, or both and they differ."""
+def convention_of(source: AdapterSource, pools: Mapping[str, int], asked: Convention | None) -> Convention:
+    """What the files say, else what was asked for; AdapterError if neither, or both and they differ.
+
+    pools  the pool size of each module
+    """
     config, record = source.config, source.record
     pooled = [module for module, pool_size in pools.items() if pool_size > 1]
     if record is None and config.use_qalora and config.group_size == 1:
@@ -255,7 +259,7 @@ def _convention(source: _Source, pools: Mapping[str, int], asked: Convention | N
     return said
 
 
-def _unknown_convention(source: _Source, module: str, pool_size: int) -> AdapterError:
+def _unknown_convention(source: AdapterSource, module: str, pool_size: int) -> AdapterError:
     scaling, columns = source.config.scaling_of(module), source.columns(module) * pool_size
     factors = ", ".join(
         f"{convention_factor(convention, scaling, columns, pool_size):g} ({convention})" for convention in CONVENTIONS
@@ -267,7 +271,7 @@ def _unknown_convention(source: _Source, module: str, pool_size: int) -> Adapter
     )
 
 
-def _factor(source: _Source, module: str, convention: Convention, pool_size: int) -> float:
+def _factor(source: AdapterSource, module: str, convention: Convention, pool_size: int) -> float:
     """The record's factor, after a check against what alpha gives; else what alpha gives."""
     scaling = source.config.scaling_of(module)
     given = scaling

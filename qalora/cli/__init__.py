@@ -24,7 +24,7 @@ COMMANDS = {
     "export": "Write a model as GPTQ, ONNX, GGUF, MLX.",
     "adapter": "Rewrite adapters from one convention or format into another.",
     "verify": "Run artefacts in their own runtimes and compare.",
-    "inspect": "Say what a model, adapter or artefact is.",
+    "inspect": "Say what a model, adapter or artefact is, and what is wrong with it.",
     "release": "Fold, export, verify and package, in one command.",
     "demo": "The whole story on a real model.",
 }

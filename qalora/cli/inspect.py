@@ -2,88 +2,121 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qalora.cli.options import convention_option, json_flag, print_json
+from qalora.cli.options import convention_option, json_flag, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from qalora.adapter import Adapter
-    from qalora.checkpoint import Checkpoint, LazyTensor
+    from qalora.inspection import AdapterReport, Finding, ModelReport, Report
 
 
 @click.command("inspect", epilog="Example: qalora inspect dist/gguf/model.gguf")
 @click.argument("path")
+@click.option("--base", metavar="MODEL", help="The model that an adapter belongs to: shapes and groups are compared.")
+@click.option("--quick", is_flag=True, help="Read headers, labels and zero points only, not every value.")
 @convention_option
 @json_flag
-def command(path: str, convention: str | None, as_json: bool) -> None:
-    """Say what a model, adapter or artefact is: layout, family, bits, groups, zero points, convention, size."""
-    found = _describe(path, convention)
+def command(path: str, base: str | None, quick: bool, convention: str | None, as_json: bool) -> None:
+    """Say what a model, adapter or artefact is, and what is wrong with it, with the evidence.
+
+    Layout, family, bits, groups, zero points, convention, sizes, a histogram of the scales; and warnings: labels that
+    the values contradict, zero points off by one, NaN, layers of zeros, act-order, what a runtime misreads, an adapter
+    that PEFT or the base does not take as it says. Warnings leave the exit status 0; what cannot be read is 2.
+    """
+    from qalora.inspection import inspect
+
+    with _Bar() as bar:
+        report = inspect(path, base=base, convention=convention, quick=quick, progress=bar.begin)  # type: ignore[arg-type]
     if as_json:
-        print_json(found)
+        print_json(report.to_json())
+    else:
+        _print(report)
+
+
+class _Bar:
+    """A progress bar for each model that is read, one behind the other."""
+
+    def __init__(self) -> None:
+        self._open: Any = None
+
+    def begin(self, total: int) -> Any:
+        self.__exit__()
+        self._open = progress_bar(4 * total, "reading")
+        advance = self._open.__enter__()
+        return lambda name, weights: advance(name, 4 * weights)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+
+
+def _print(report: Report) -> None:
+    from qalora.inspection import AdapterReport, FolderReport
+
+    if isinstance(report, FolderReport):
+        for n, artifact in enumerate(report.artifacts):
+            if n:
+                click.echo()
+            _print(artifact)
         return
-    width = max(len(key) for key in found)
-    for key, value in found.items():
-        lines = value if isinstance(value, list) else [value]
-        for n, line in enumerate(lines):
-            click.echo(f"{'' if n else key:<{width}}  {line}")
+    lines = _adapter(report) if isinstance(report, AdapterReport) else _model(report)
+    width = max(len(key) for key in lines)
+    for key, value in lines.items():
+        for n, line in enumerate(value if isinstance(value, list) else [value]):
+            click.echo(f"{'' if n else key:<{width}}  {line}".rstrip())
+    for finding in report.warnings:
+        _warn(finding)
 
 
-def _describe(path: str, convention: str | None) -> dict[str, Any]:
-    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
-        from qalora.adapter import read_adapter
-
-        return _adapter(path, read_adapter(Path(path), convention=convention))  # type: ignore[arg-type]
-    if (Path(path) / "model.onnx").exists() or path.endswith(".onnx"):
-        from qalora.converters.onnx.reader import read as read_onnx
-
-        return _model(path, read_onnx(Path(path)))
-    from qalora.converters import load
-
-    return _model(path, load(path))
+def _warn(finding: Finding) -> None:
+    click.echo(f"\nwarning: {finding.message} [{finding.code}]")
+    click.echo(f"    seen: {finding.evidence}")
+    if finding.todo:
+        click.echo(f"    to do: {finding.todo}")
 
 
-def _model(path: str, model: Checkpoint) -> dict[str, Any]:
-    kinds = Counter(_kind(lazy) for lazy in model.tensors.values())
-    weights = sum(_count(lazy) for lazy in model.tensors.values())
-    return {
-        "path": path,
-        "layout": model.layout,
-        "family": str(model.config.get("model_type")),
-        "layers": model.config.get("num_hidden_layers"),
-        "weights": f"{weights:,}",
-        "tensors": [f"{count} x {kind}" for kind, count in kinds.most_common()],
-        "output": "tied to the embedding" if model.tied else "a layer of its own",
-        "files": sorted(model.files),
-        "notes": list(model.notes),
+def _model(report: ModelReport) -> dict[str, Any]:
+    lines: dict[str, Any] = {
+        "path": report.path,
+        "layout": report.layout,
+        "family": f"{report.family}, {report.layers} layers",
+        "weights": f"{report.weights:,}",
+        "size": f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits a weight",
+        "tensors": [str(kind) for kind in report.tensors],
+        "output": "tied to the embedding" if report.tied else "a layer of its own",
+        "files": list(report.files),
+        "notes": list(report.notes),
     }
+    held = report.histogram
+    if held is not None:
+        lines["scales"] = held.lines()
+        if held.negative:
+            lines["negative"] = f"{held.negative:,} scales"
+        if held.zero_points is not None:
+            lines["zero points"] = f"{held.zero_points[0]:.4g} to {held.zero_points[1]:.4g}"
+    return lines
 
 
-def _kind(lazy: LazyTensor) -> str:
-    spec = lazy.spec
-    if spec is None:
-        return str(lazy.dtype).removeprefix("torch.")
-    order = ", act-order" if spec.act_order else ""
-    return f"{spec.bits} bits in groups of {spec.group_size}, {spec.zeros} zero points{order}"
-
-
-def _count(lazy: LazyTensor) -> int:
-    count = 1
-    for size in lazy.shape:
-        count *= size
-    return count
-
-
-def _adapter(path: str, adapter: Adapter) -> dict[str, Any]:
-    kinds = Counter((layer.rank, layer.pool_size) for layer in adapter.layers.values())
+def _adapter(report: AdapterReport) -> dict[str, Any]:
+    kinds = [
+        f"{count} x rank {rank}, pool size {'unknown' if pool is None else pool}"
+        for (rank, pool), count in report.layers.items()
+    ]
     return {
-        "path": path,
-        "layout": "adapter",
-        "convention": adapter.convention,
-        "minima": adapter.minima or "not recorded",
-        "layers": [f"{count} x rank {rank}, pool size {pool}" for (rank, pool), count in kinds.most_common()],
-        "parameters": f"{sum(layer.a.numel() + layer.b.numel() for layer in adapter.layers.values()):,}",
+        "path": report.path,
+        "layout": f"adapter, {report.layout}",
+        "convention": report.convention or "unknown",
+        "use_qalora": "yes" if report.use_qalora else "no",
+        "minima": report.minima or "not recorded",
+        "base": report.base or "not recorded",
+        "layers": kinds,
+        "parameters": f"{report.parameters:,}",
+        "size": f"{report.nbytes:,} bytes",
+        "notes": list(report.notes),
     }

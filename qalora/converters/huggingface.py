@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
@@ -19,6 +18,7 @@ from qalora.converters.families import linear_names
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile, contained, read_limited
 from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
+from qalora.tensor import check_finite
 
 __all__ = ["companion_files", "download", "float_tensor", "quant_method", "read", "read_config", "stored_tensors"]
 
@@ -104,8 +104,7 @@ def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:
     def read_rows(start: int, stop: int) -> Tensor:
         with InputFile(path) as file:
             tensor = read_tensor(file, entry, start, stop)
-        if not bool(torch.isfinite(tensor).all()):
-            raise FormatError(f"{name}", expected="finite values", got="NaN or Inf")
+        check_finite(name, tensor)
         return tensor
 
     return LazyTensor(name=name, shape=entry.shape, dtype=entry.dtype, read=read_rows)

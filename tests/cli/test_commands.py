@@ -89,7 +89,7 @@ def test_train_as_json(place: Path, tmp_path: Path) -> None:
         ("dist/gptq", "gptq"),
         ("dist/onnx", "onnx"),
         ("dist/onnx/portable", "onnx"),
-        ("adapter", "adapter"),
+        ("adapter", "peft"),
     ],
 )
 def test_inspect_says_what_it_is(place: Path, name: str, layout: str) -> None:
@@ -101,7 +101,9 @@ def test_inspect_of_gguf(place: Path) -> None:
     (path,) = (place / "dist" / "gguf").iterdir()
     found = parsed("inspect", path, "--json")
     assert found["layout"] == "gguf"
-    assert "14 x 4 bits in groups of 32, real zero points" in found["tensors"]
+    kinds = [(kind["count"], kind["bits"], kind["group_size"], kind["zeros"]) for kind in found["tensors"]]
+    assert (14, 4, 32, "real") in kinds
+    assert "14 x 4 bits in groups of 32, real zero points" in run("inspect", path).stdout
 
 
 @pytest.mark.parametrize("form", ["paper", "official", "peft", "plain"])
@@ -109,7 +111,7 @@ def test_an_adapter_goes_into_every_convention_and_back(place: Path, tmp_path: P
     run("adapter", "convert", place / "adapter", "--to", form, "-o", tmp_path / "there")
     found = parsed("inspect", tmp_path / "there", "--json")
     if form == "plain":
-        assert found["layers"] == ["14 x rank 2, pool size 1"]
+        assert found["layers"] == [{"count": 14, "rank": 2, "pool_size": 1}]
         return
     assert found["convention"] == form
     run("adapter", "convert", tmp_path / "there", "--to", "paper", "-o", tmp_path / "back")

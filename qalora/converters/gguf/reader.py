@@ -18,7 +18,7 @@ from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
 from qalora.formats.gguf import GgufFile, Metadata, TensorInfo, read_header
 from qalora.formats.gguf_blocks import BLOCK_TYPES, decode
-from qalora.tensor import GroupQuantTensor
+from qalora.tensor import GroupQuantTensor, check_finite
 
 __all__ = ["read"]
 
@@ -110,8 +110,7 @@ def _lazy(file: GgufFile, info: TensorInfo, name: str, heads: int | None) -> Laz
 
         def read_floats(start: int, stop: int) -> Tensor | GroupQuantTensor:
             values = _rows(file, info, start, stop).view(FLOATS[info.type]).view(stop - start, *shape[1:])
-            if not bool(torch.isfinite(values).all()):
-                raise FormatError(f"{file.path}: {info.name}", expected="finite values", got="NaN or Inf")
+            check_finite(f"{file.path}: {info.name}", values)
             return values
 
         read = read_floats

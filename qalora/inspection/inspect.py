@@ -1,0 +1,74 @@
+"""Recognise what lies at a path, and inspect it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from qalora.adapter import Convention
+from qalora.checkpoint import Checkpoint
+from qalora.inspection.adapter import inspect_adapter
+from qalora.inspection.model import inspect_model
+from qalora.inspection.records import FolderReport, ModelReport, Report
+
+__all__ = ["inspect"]
+
+Progress = Callable[[str, int], None]
+
+
+def inspect(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    convention: Convention | None = None,
+    quick: bool = False,
+    progress: Callable[[int], Progress] | None = None,
+) -> Report:
+    """Inspect a model, an adapter's folder, an artefact, a folder of artefacts, or a model's Hub id.
+
+    base        the model that an adapter belongs to: shapes, pools and groups are held against it
+    convention  what an adapter's scaling means, where its file does not say
+    quick       read headers, labels and zero points only; else every value is read, a layer at a time
+    progress    called with the weights of a model that is going to be read; gives what to call with (name, weights)
+
+    Raises InputError for what is not there, is not recognised, or is so damaged that it has no header to read.
+    """
+    place = Path(path)
+    if place.is_dir() and (place / "adapter_config.json").exists() and not (place / "config.json").exists():
+        return inspect_adapter(place, base, convention)
+    if place.is_dir() and not (place / "config.json").exists():
+        return _folder(place, quick, progress)
+    return _model(path, quick, progress)
+
+
+def _model(path: str | Path, quick: bool, progress: Callable[[int], Progress] | None) -> ModelReport:
+    model = _opened(path)
+    counted = sum(_size(lazy.shape) for lazy in model.tensors.values())
+    return inspect_model(model, Path(path), quick=quick, progress=None if progress is None else progress(counted))
+
+
+def _opened(path: str | Path) -> Checkpoint:
+    place = Path(path)
+    if (place / "model.onnx").exists() or place.suffix == ".onnx":
+        from qalora.converters.onnx.reader import read as read_onnx
+
+        return read_onnx(place)
+    from qalora.converters import load
+
+    return load(path)
+
+
+def _folder(path: Path, quick: bool, progress: Callable[[int], Progress] | None) -> Report:
+    """What lies in a folder that is no model itself."""
+    from qalora.parity.artifacts import recognize
+
+    found = recognize([path])
+    reports = [_model(artifact.path, quick, progress) for artifact in found]
+    return reports[0] if len(reports) == 1 else FolderReport(path=path, artifacts=tuple(reports))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
