@@ -12,6 +12,7 @@ from qalora.cli.options import convention_option, force_option, output_option
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
+    from qalora.checkpoint import Checkpoint
 
 
 @click.group("adapter", epilog="Example: qalora adapter convert adapter --to plain -o lora")
@@ -24,18 +25,24 @@ def command() -> None:
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["paper", "official", "peft", "plain"]),
+    type=click.Choice(["paper", "official", "peft", "plain", "gguf-lora"]),
     required=True,
-    help="A QA-LoRA convention, or an ordinary LoRA that every runtime reads.",
+    help="A QA-LoRA convention, an ordinary LoRA that every runtime reads, or llama.cpp's file of one.",
 )
-@click.option("--model", help="The model it belongs to: checked against it, and where the pool size is not recorded.")
-@output_option("The folder to write.")
+@click.option(
+    "--model",
+    "--base",
+    "model",
+    help="The model it belongs to: needed where the pool size is not recorded, and for gguf-lora; checked otherwise.",
+)
+@output_option("The folder to write; for gguf-lora the file.")
 @convention_option
 @force_option
 def convert(adapter: Path, form: str, model: str | None, out: Path, convention: str | None, force: bool) -> None:
     """Write ADAPTER in another convention: the same change of the weights, no value of A or B rounded.
 
-    The constant between conventions goes into alpha, layer by layer. A plain LoRA repeats the columns of A.
+    The constant between conventions goes into alpha, layer by layer. A plain LoRA repeats the columns of A. A GGUF LoRA
+    is that again in a file that llama.cpp applies over a GGUF file of the base: llama-cli -m BASE.gguf --lora FILE.gguf
     """
     from qalora.adapter import ADAPTER_FILES, read_adapter, to_plain_lora, write_adapter
     from qalora.adapter import convert as convert_adapter
@@ -45,10 +52,27 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     check_output(out, force=force, names=ADAPTER_FILES)
     base = None if model is None else load(model)
     read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
+    if form == "gguf-lora":
+        click.echo(_write_gguf_lora(read, base, out, force=force))
+        return
     written = to_plain_lora(read) if form == "plain" else convert_adapter(read, form)  # type: ignore[arg-type]
     with new_folder(out, force=force, names=ADAPTER_FILES) as folder:
         write_adapter(written, folder)
     click.echo(_summary(read, written, form))
+
+
+def _write_gguf_lora(adapter: Adapter, base: Checkpoint | None, out: Path, *, force: bool) -> str:
+    from qalora.converters.gguf.lora import plan_lora, write_lora
+    from qalora.errors import InputError
+    from qalora.formats.output import new_file
+
+    if base is None:
+        raise InputError("gguf-lora needs the base model, for names and row order", todo="give --base MODEL")
+    plan = plan_lora(adapter, base)
+    with new_file(out, force=force) as path:
+        write_lora(plan, adapter, path)
+    rounded = f"B of {len(plan.rounded)} layers scaled, rounded to float32" if plan.rounded else "exact"
+    return f"{len(adapter.layers)} layers as a GGUF LoRA, {plan.layout.size:,} bytes: {rounded}"
 
 
 def _summary(read: Adapter, written: Adapter, form: str) -> str:

@@ -1,4 +1,4 @@
-"""An adapter's folder: shapes against its flags, against each other, and against the base.
+"""An adapter's folder: shapes against its flags, against each other, and against the base; and GGUF LoRA files.
 
 PEFT ignores `use_qalora`, silently, on layers that are not GPTQ's; the adapter is then an ordinary LoRA, and only A's
 shape tells: [rank, in], not [rank, in/pool]. `in` is the base's; without a base it is inferred from the other modules
@@ -8,22 +8,24 @@ of the layer, whose rows are its inputs (down_proj reads what up_proj gives), wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qalora.adapter import Convention
 from qalora.adapter.reading import AdapterSource, convention_of, open_adapter
 from qalora.adapter.writing import WEIGHTS
 from qalora.checkpoint import Checkpoint
-from qalora.errors import AdapterError
+from qalora.errors import AdapterError, FormatError
 from qalora.folding import check_pool
 from qalora.formats.files import InputFile, contained
+from qalora.formats.gguf import GgufFile, read_header
 from qalora.formats.safetensors import read_tensor
 from qalora.inspection.records import AdapterReport, Finding
 
-__all__ = ["inspect_adapter"]
+__all__ = ["inspect_adapter", "inspect_gguf_lora", "is_gguf_lora"]
 
 READS: dict[str, tuple[str, ...]] = {
     "q_proj": ("o_proj", "down_proj", "q_proj"),
@@ -212,16 +214,23 @@ def _convention(
 
 
 def _values(source: AdapterSource, weights: Path) -> list[Finding]:
-    bad, idle = [], []
     with InputFile(weights) as file:
-        for module, pair in source.pairs.items():
-            for part, entry in zip("AB", pair, strict=True):
-                values = read_tensor(file, entry)
-                broken = values.numel() - int(torch.isfinite(values).sum())
-                if broken:
-                    bad.append(f"lora_{part} of {module}: {broken:,} of {values.numel():,} values")
-                elif not bool(values.any()):
-                    idle.append(f"lora_{part} of {module}")
+        return _value_findings(
+            (f"lora_{part} of {module}", read_tensor(file, entry))
+            for module, pair in source.pairs.items()
+            for part, entry in zip("AB", pair, strict=True)
+        )
+
+
+def _value_findings(matrices: Iterable[tuple[str, Tensor]]) -> list[Finding]:
+    bad, idle, count = [], [], 0
+    for name, values in matrices:
+        count += 1
+        broken = values.numel() - int(torch.isfinite(values).sum())
+        if broken:
+            bad.append(f"{name}: {broken:,} of {values.numel():,} values")
+        elif not bool(values.any()):
+            idle.append(name)
     findings = []
     if bad:
         findings.append(
@@ -236,10 +245,55 @@ def _values(source: AdapterSource, weights: Path) -> list[Finding]:
         findings.append(
             Finding(
                 code="all-zero",
-                message=f"{len(idle)} of {2 * len(source.pairs)} matrices are zero everywhere: those modules add "
+                message=f"{len(idle)} of {count} matrices are zero everywhere: those modules add "
                 "nothing, as before the first step of training",
                 evidence="; ".join(idle[:3]) + (f"; and {len(idle) - 3} more" if len(idle) > 3 else ""),
                 todo="train it, or leave those modules out",
             )
         )
     return findings
+
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def is_gguf_lora(path: Path) -> bool:
+    """Whether a file is a GGUF file that says it is an adapter."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return False
+    return bool(read_header(path).metadata.get("general.type") == "adapter")
+
+
+def inspect_gguf_lora(path: Path) -> AdapterReport:
+    """Inspect a LoRA as llama.cpp applies it; see `qalora.converters.gguf.lora`. FormatError for what is none."""
+    file = read_header(path)
+    kind = file.metadata.get("adapter.type")
+    if kind != "lora":
+        raise FormatError(f"{path}: adapter.type", expected="lora", got=repr(kind))
+    a = {name.removesuffix(".lora_a"): info for name, info in file.tensors.items() if name.endswith(".lora_a")}
+    kinds = Counter((info.shape[0], 1) for info in a.values())
+    base = file.metadata.get("general.base_model.0.name")
+    notes = [f"for models of architecture {file.metadata.get('general.architecture')}"]
+    notes += [f"alpha {file.metadata.get('adapter.lora.alpha')}"]
+    unread = sorted({info.type for info in file.tensors.values()} - set(FLOATS))
+    return AdapterReport(
+        path=path,
+        layout="gguf-lora",
+        convention=None,
+        minima=None,
+        use_qalora=False,
+        base=base if isinstance(base, str) else None,
+        parameters=sum(int(torch.Size(info.shape).numel()) for info in file.tensors.values()),
+        nbytes=path.stat().st_size,
+        layers=dict(kinds.most_common()),
+        notes=(*notes, *(f"values of {kind} tensors are not read" for kind in unread)),
+        warnings=tuple(_value_findings(_gguf_matrices(file))),
+    )
+
+
+def _gguf_matrices(file: GgufFile) -> Iterable[tuple[str, Tensor]]:
+    with InputFile(file.path) as opened:
+        for name, info in file.tensors.items():
+            if info.type in FLOATS:
+                yield name, opened.tensor(info.offset, info.nbytes).view(FLOATS[info.type])

@@ -37,9 +37,9 @@ def _log(level: int, text: bytes | None, _: object) -> None:
 
 
 class LlamaCpp:
-    """A model of one GGUF file; a context is made for each sequence, with room for just that one."""
+    """A model of one GGUF file, with a GGUF LoRA or without; a context is made for each sequence, just large enough."""
 
-    def __init__(self, path: Path, threads: int | None) -> None:
+    def __init__(self, path: Path, threads: int | None, *, lora: Path | None = None) -> None:
         self._library, package = load_library()
         self._threads = threads or os.cpu_count() or 1
         self._library.llama_log_set(_log, None)
@@ -51,6 +51,7 @@ class LlamaCpp:
             raise FormatError(
                 f"{path}: llama.cpp does not load it ({_messages[0] if _messages else 'no reason given'})"
             )
+        self._lora = None if lora is None else self._open_lora(lora)
         self._vocab = self._library.llama_model_get_vocab(self._model)
         self._width = self._library.llama_vocab_n_tokens(self._vocab)
         self.info = RuntimeInfo(
@@ -60,6 +61,15 @@ class LlamaCpp:
             dtype="float32 (activations of quantized layers in 8 bits)",
             threads=self._threads,
         )
+
+    def _open_lora(self, path: Path) -> Any:
+        """The adapter of a file; the model frees it with itself."""
+        adapter = self._library.llama_adapter_lora_init(self._model, str(path).encode())
+        if not adapter:
+            raise FormatError(
+                f"{path}: llama.cpp does not load it ({_messages[-1] if _messages else 'no reason given'})"
+            )
+        return adapter
 
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text, without special ones."""
@@ -153,6 +163,10 @@ class LlamaCpp:
             raise FormatError(
                 f"llama.cpp: no context of {length} tokens ({_messages[-1] if _messages else 'no reason'})"
             )
+        if self._lora is not None:
+            adapters, scales = (c.c_void_p * 1)(self._lora), (c.c_float * 1)(1.0)
+            if self._library.llama_set_adapters_lora(context, adapters, 1, scales) != 0:
+                raise FormatError("llama.cpp: the LoRA is not applied")
         return context
 
     def _decode(self, context: Any, tokens: Sequence[int], seen: int, *, every: bool) -> Tensor:

@@ -139,6 +139,11 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_batch_init": (Batch, (c.c_int32, c.c_int32, c.c_int32)),
     "llama_batch_free": (None, (Batch,)),
     "llama_decode": (c.c_int32, (c.c_void_p, Batch)),
+    "llama_adapter_lora_init": (c.c_void_p, (c.c_void_p, c.c_char_p)),
+    "llama_set_adapters_lora": (
+        c.c_int32,
+        (c.c_void_p, c.POINTER(c.c_void_p), c.c_size_t, c.POINTER(c.c_float)),
+    ),
     "llama_get_logits_ith": (c.POINTER(c.c_float), (c.c_void_p, c.c_int32)),
     "ggml_get_name": (c.c_char_p, (c.c_void_p,)),
     "ggml_nbytes": (c.c_size_t, (c.c_void_p,)),

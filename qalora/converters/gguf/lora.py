@@ -1,0 +1,126 @@
+"""A LoRA as llama.cpp applies it beside a GGUF model (`--lora FILE`): any adapter here, as an exact plain LoRA.
+
+    general.type "adapter", general.architecture that of the model, adapter.type "lora", adapter.lora.alpha (float32)
+    <GGUF name of the weight>.lora_a   F32 [rank, in]     shapes in torch's order
+    <GGUF name of the weight>.lora_b   F32 [out, rank]
+
+llama.cpp computes y = W x + (alpha / rank) * B (A x) in float32, with one alpha for the file and each layer's own rank.
+A QA-LoRA layer's A repeats its columns over the pool, which rounds nothing. B's rows are in the order of the weight's:
+llama.cpp's rotary order for q and k of Llamas. A layer whose factor is not alpha / rank has its B multiplied by the
+quotient, which rounds to float32 once, unless the quotient is a power of two; the commonest alpha keeps that rare.
+
+Source: llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp; the model is needed for names and row order only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qalora.adapter import Adapter, AdapterLayer
+from qalora.checkpoint import Checkpoint
+from qalora.converters.families import family_of
+from qalora.converters.gguf.names import gguf_names, head_count, rows_to
+from qalora.errors import AdapterError
+from qalora.formats.gguf import GgufLayout, Metadata, Value, ValueType, create, plan_layout
+
+__all__ = ["GgufLora", "plan_lora", "write_lora"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufLora:
+    """A file to be written.
+
+    layout   of the file
+    names    GGUF's name of each module's weight, in the model's order
+    times    what each module's B is multiplied by; 1 where alpha / rank is its factor
+    heads    by which its rows are reordered, or None
+    rounded  the modules whose B is rounded by it
+    """
+
+    layout: GgufLayout
+    names: Mapping[str, str]
+    times: Mapping[str, float]
+    heads: Mapping[str, int | None]
+    rounded: tuple[str, ...]
+
+
+def plan_lora(adapter: Adapter, model: Checkpoint, name: str | None = None) -> GgufLora:
+    """Lay the file out. AdapterError for modules that the model, or a GGUF file of it, does not have."""
+    family = family_of(model.config, model.path)
+    known = gguf_names(family, int(model.config["num_hidden_layers"]))
+    for module, layer in adapter.layers.items():
+        weight = f"{module}.weight"
+        if weight not in known or weight not in model.tensors or model.tensors[weight].shape != layer.shape:
+            got = list(model.tensors[weight].shape) if weight in model.tensors else "none"
+            raise AdapterError(
+                f"gguf-lora: {weight}",
+                expected=f"a weight {list(layer.shape)} of {model.path}",
+                got=str(got),
+                todo="it is an adapter of another model",
+            )
+    names = {weight.removesuffix(".weight"): gguf for weight, gguf in known.items()}
+    names = {module: gguf for module, gguf in names.items() if module in adapter.layers}
+    tensors: list[tuple[str, tuple[int, ...], str]] = []
+    for module, gguf in names.items():
+        layer = adapter.layers[module]
+        tensors.append((f"{gguf}.lora_a", (layer.rank, layer.shape[1]), "F32"))
+        tensors.append((f"{gguf}.lora_b", tuple(layer.b.shape), "F32"))
+    alpha = _alpha(adapter)
+    times = {module: layer.factor / (alpha / layer.rank) for module, layer in adapter.layers.items()}
+    return GgufLora(
+        layout=plan_layout(_metadata(family.gguf, alpha, name or model.path.name), tensors),
+        names=names,
+        times=times,
+        heads={module: head_count(family, model.config, f"{module}.weight") for module in names},
+        rounded=tuple(module for module, value in times.items() if not _is_power_of_two(value)),
+    )
+
+
+def _alpha(adapter: Adapter) -> float:
+    """The alpha, as float32 holds it, that is right for most layers."""
+    alphas = Counter(layer.factor * layer.rank for layer in adapter.layers.values() if layer.factor)
+    if not alphas:
+        return 1.0
+    return float(torch.tensor(alphas.most_common(1)[0][0], dtype=torch.float32))
+
+
+def _is_power_of_two(value: float) -> bool:
+    return value == 0 or math.frexp(abs(value))[0] == 0.5
+
+
+def _metadata(architecture: str, alpha: float, name: str) -> Metadata:
+    def text(value: str) -> Value:
+        return Value(type=ValueType.STRING, value=value)
+
+    return Metadata(
+        entries={
+            "general.architecture": text(architecture),
+            "general.type": text("adapter"),
+            "adapter.type": text("lora"),
+            "general.name": text(name),
+            "general.file_type": Value(type=ValueType.UINT32, value=0),
+            "adapter.lora.alpha": Value(type=ValueType.FLOAT32, value=alpha),
+        }
+    )
+
+
+def write_lora(plan: GgufLora, adapter: Adapter, path: Path) -> None:
+    """Write the planned file, a layer at a time."""
+    with create(path, plan.layout) as file:
+        for module, name in plan.names.items():
+            layer = adapter.layers[module]
+            file.write(plan.layout.tensors[f"{name}.lora_a"].offset, layer.a.repeat_interleave(layer.pool_size, dim=1))
+            file.write(plan.layout.tensors[f"{name}.lora_b"].offset, _b(plan, module, layer))
+
+
+def _b(plan: GgufLora, module: str, layer: AdapterLayer) -> Tensor:
+    times, heads = plan.times[module], plan.heads[module]
+    b = layer.b if times == 1 else (layer.b.double() * times).float()
+    return b if heads is None else b[rows_to(b.shape[0], heads)]
