@@ -25,9 +25,9 @@ def command() -> None:
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["paper", "official", "peft", "plain", "gguf-lora"]),
+    type=click.Choice(["paper", "official", "peft", "plain", "gguf-lora", "onnx-adapter"]),
     required=True,
-    help="A QA-LoRA convention, an ordinary LoRA that every runtime reads, or llama.cpp's file of one.",
+    help="A QA-LoRA convention, an ordinary LoRA that every runtime reads, or llama.cpp's or ONNX Runtime's file.",
 )
 @click.option(
     "--model",
@@ -35,14 +35,15 @@ def command() -> None:
     "model",
     help="The model it belongs to: needed where the pool size is not recorded, and for gguf-lora; checked otherwise.",
 )
-@output_option("The folder to write; for gguf-lora the file.")
+@output_option("The folder to write; for gguf-lora and onnx-adapter the file.")
 @convention_option
 @force_option
 def convert(adapter: Path, form: str, model: str | None, out: Path, convention: str | None, force: bool) -> None:
     """Write ADAPTER in another convention: the same change of the weights, no value of A or B rounded.
 
     The constant between conventions goes into alpha, layer by layer. A plain LoRA repeats the columns of A. A GGUF LoRA
-    is that again in a file that llama.cpp applies over a GGUF file of the base: llama-cli -m BASE.gguf --lora FILE.gguf
+    is that again in a file that llama.cpp applies over a GGUF file of the base: llama-cli -m BASE.gguf --lora FILE. An
+    ONNX adapter fills the slots of a graph made by qalora export --to onnx --lora-slots ADAPTER.
     """
     from qalora.adapter import ADAPTER_FILES, read_adapter, to_plain_lora, write_adapter
     from qalora.adapter import convert as convert_adapter
@@ -54,6 +55,9 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     if form == "gguf-lora":
         click.echo(_write_gguf_lora(read, base, out, force=force))
+        return
+    if form == "onnx-adapter":
+        click.echo(_write_onnx_adapter(read, out, force=force))
         return
     written = to_plain_lora(read) if form == "plain" else convert_adapter(read, form)  # type: ignore[arg-type]
     with new_folder(out, force=force, names=ADAPTER_FILES) as folder:
@@ -71,8 +75,22 @@ def _write_gguf_lora(adapter: Adapter, base: Checkpoint | None, out: Path, *, fo
     plan = plan_lora(adapter, base)
     with new_file(out, force=force) as path:
         write_lora(plan, adapter, path)
-    rounded = f"B of {len(plan.rounded)} layers scaled, rounded to float32" if plan.rounded else "exact"
-    return f"{len(adapter.layers)} layers as a GGUF LoRA, {plan.layout.size:,} bytes: {rounded}"
+    return f"{len(adapter.layers)} layers as a GGUF LoRA, {plan.layout.size:,} bytes: {_exactness(len(plan.rounded))}"
+
+
+def _write_onnx_adapter(adapter: Adapter, out: Path, *, force: bool) -> str:
+    from qalora.converters.onnx.slots import rounded_modules, write_adapter_file
+    from qalora.formats.output import new_file
+
+    with new_file(out, force=force) as path:
+        write_adapter_file(adapter, path)
+    exact = _exactness(len(rounded_modules(adapter)))
+    return f"{len(adapter.layers)} layers as an ONNX Runtime adapter, {out.stat().st_size:,} bytes: {exact}"
+
+
+def _exactness(rounded: int) -> str:
+    """What became of the scaling, where the file has no place for each layer's own."""
+    return f"B of {rounded} layers times their scaling, rounded once to float32" if rounded else "exact"
 
 
 def _summary(read: Adapter, written: Adapter, form: str) -> str:

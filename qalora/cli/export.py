@@ -31,6 +31,12 @@ from qalora.cli.options import (
 @targets_option()
 @output_option("Each format lands in DIR/<format>/.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Fold this adapter first; GPTQ may ship it beside.")
+@click.option(
+    "--lora-slots",
+    type=click.Path(path_type=Path),
+    metavar="ADAPTER",
+    help="ONNX: the modules of this adapter take a LoRA at run time; see adapter convert --to onnx-adapter.",
+)
 @convention_option
 @minima_option
 @export_options
@@ -43,6 +49,7 @@ def command(
     targets: tuple[str, ...],
     out: Path,
     adapter: Path | None,
+    lora_slots: Path | None,
     convention: str | None,
     minima: str | None,
     name: str | None,
@@ -60,10 +67,13 @@ def command(
     Everything is planned first: what a format cannot hold exactly is refused before the first byte is written, unless
     --allow-loss names the loss.
     """
-    from qalora.adapter import read_adapter
+    from qalora.adapter import open_adapter, read_adapter
     from qalora.converters.exports import export_jobs, run_jobs
     from qalora.converters.plan import ExportOptions
+    from qalora.errors import InputError
 
+    if lora_slots is not None and "onnx" not in targets:
+        raise InputError("--lora-slots", expected="--to onnx", got=", ".join(targets))
     base = open_model(model, checkpoint_format)
     options = ExportOptions(
         name=name,
@@ -71,6 +81,7 @@ def command(
         gptq_form=gptq_form,
         gguf_form=gguf_form,
         accuracy_level=accuracy_level,
+        lora_slots=frozenset() if lora_slots is None else frozenset(open_adapter(lora_slots).pairs),
     )
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     jobs = export_jobs(base, targets, options, adapter=read, minima=minima)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""An adapter's folder: shapes against its flags, against each other, and against the base; and GGUF LoRA files.
+"""An adapter's folder: shapes against its flags, against each other, and against the base; LoRA files of runtimes.
 
 PEFT ignores `use_qalora`, silently, on layers that are not GPTQ's; the adapter is then an ordinary LoRA, and only A's
 shape tells: [rank, in], not [rank, in/pool]. `in` is the base's; without a base it is inferred from the other modules
@@ -25,7 +25,7 @@ from qalora.formats.gguf import GgufFile, read_header
 from qalora.formats.safetensors import read_tensor
 from qalora.inspection.records import AdapterReport, Finding
 
-__all__ = ["inspect_adapter", "inspect_gguf_lora", "is_gguf_lora"]
+__all__ = ["inspect_adapter", "inspect_gguf_lora", "inspect_onnx_adapter", "is_gguf_lora"]
 
 READS: dict[str, tuple[str, ...]] = {
     "q_proj": ("o_proj", "down_proj", "q_proj"),
@@ -297,3 +297,24 @@ def _gguf_matrices(file: GgufFile) -> Iterable[tuple[str, Tensor]]:
         for name, info in file.tensors.items():
             if info.type in FLOATS:
                 yield name, opened.tensor(info.offset, info.nbytes).view(FLOATS[info.type])
+
+
+def inspect_onnx_adapter(path: Path) -> AdapterReport:
+    """Inspect an .onnx_adapter file whose tensors are named as ours; see `qalora.converters.onnx.slots`."""
+    from qalora.converters.onnx.slots import read_adapter_file, slot_names
+
+    slots = read_adapter_file(path)
+    matrices = [pair for module, both in slots.items() for pair in zip(slot_names(module), both, strict=True)]
+    return AdapterReport(
+        path=path,
+        layout="onnx-adapter",
+        convention=None,
+        minima=None,
+        use_qalora=False,
+        base=None,
+        parameters=sum(values.numel() for _, values in matrices),
+        nbytes=path.stat().st_size,
+        layers=dict(Counter((a.shape[1], 1) for a, _ in slots.values()).most_common()),
+        notes=(),
+        warnings=tuple(_value_findings(matrices)),
+    )

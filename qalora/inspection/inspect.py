@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qalora.adapter import Convention
 from qalora.checkpoint import Checkpoint
-from qalora.inspection.adapter import inspect_adapter, inspect_gguf_lora, is_gguf_lora
+from qalora.inspection.adapter import inspect_adapter, inspect_gguf_lora, inspect_onnx_adapter, is_gguf_lora
 from qalora.inspection.model import inspect_model
 from qalora.inspection.records import FolderReport, ModelReport, Report
 
@@ -24,7 +24,7 @@ def inspect(
     quick: bool = False,
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
-    """Inspect a model, an adapter's folder or GGUF LoRA, an artefact, a folder of artefacts, or a model's Hub id.
+    """Inspect a model, an adapter's folder or file, an artefact, a folder of artefacts, or a model's Hub id.
 
     base        the model that an adapter belongs to: shapes, pools and groups are held against it
     convention  what an adapter's scaling means, where its file does not say
@@ -38,6 +38,8 @@ def inspect(
         return inspect_adapter(place, base, convention)
     if place.is_dir() and not (place / "config.json").exists():
         return _folder(place, quick, progress)
+    if place.is_file() and place.suffix == ".onnx_adapter":
+        return inspect_onnx_adapter(place)
     if place.is_file() and is_gguf_lora(place):
         return inspect_gguf_lora(place)
     return _model(path, quick, progress)

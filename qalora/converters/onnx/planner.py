@@ -21,6 +21,7 @@ from qalora.converters.onnx.decoder import DATA, decoder_of
 from qalora.converters.onnx.fast import fast_graph
 from qalora.converters.onnx.genai import genai_config
 from qalora.converters.onnx.portable import portable_graph
+from qalora.converters.onnx.slots import add_slots
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import has_tokenizer
@@ -73,13 +74,13 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
     fast_data, fast_size = lay_out(_initializers(model, portable=False))
     portable_data, portable_size = lay_out(_initializers(model, portable=True))
     fast = GraphPlan(
-        proto=fast_graph(model, fast_data, metadata, options.accuracy_level),
+        proto=add_slots(fast_graph(model, fast_data, metadata, options.accuracy_level), model, options.lora_slots),
         data=fast_data,
         size=fast_size,
         genai=genai_config(model, decoder, portable=False),
     )
     portable = GraphPlan(
-        proto=portable_graph(model, portable_data, metadata),
+        proto=add_slots(portable_graph(model, portable_data, metadata), model, options.lora_slots),
         data=portable_data,
         size=portable_size,
         genai=genai_config(model, decoder, portable=True),
