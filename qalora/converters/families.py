@@ -1,39 +1,68 @@
-"""Model families: what a decoder's tensors are called, here and in GGUF. A family is data; code belongs to the targets.
+"""Model families: what a decoder's tensors are called, here and in GGUF, and how it differs from a Llama.
 
-Names are `model.layers.<n>.<module>.weight` in transformers and `blk.<n>.<gguf>.weight` in GGUF.
+Names are `model.layers.<n>.<module>.weight` in transformers and `blk.<n>.<gguf>.weight` in GGUF. A family is data:
+`qalora.converters.decoder` turns it and a config into the numbers that graphs and metadata are made of. README.md
+beside this file says how a family is added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from qalora.converters.rope import rope_of
 from qalora.errors import InputError
 
-__all__ = ["FAMILIES", "Family", "check_config", "family_of", "linear_names"]
+__all__ = ["FAMILIES", "Family", "bias_names", "check_config", "family_of", "linear_names", "settings_of"]
+
+Names = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One family of decoders.
+    """One family of decoders; what is not said is a Llama's.
 
-    model_type    transformers' config.model_type
-    architecture  transformers' class
-    gguf          general.architecture of GGUF files
-    linears       (module of a layer, GGUF name) of the linear weights, in the order of computation
-    norms         (module of a layer, GGUF name) of the norms
-    outer         (transformers' tensor, GGUF tensor) outside the layers; the output layer is absent where it is tied
-    permuted      modules whose rows GGUF stores in llama.cpp's rotary order: rows of a head [2, d/2] -> [d/2, 2]
+    model_type      transformers' config.model_type
+    architecture    transformers' class
+    gguf            general.architecture of GGUF files
+    genai           model.type in onnxruntime-genai's config
+    linears         (module of a layer, GGUF name) of the linear weights, in the order of computation
+    norms           (module of a layer, GGUF name) of the norms
+    outer           (transformers' tensor, GGUF tensor) outside the layers; the output layer is absent where it is tied
+    permuted        modules whose rows GGUF stores in llama.cpp's rotary order: rows of a head [2, d/2] -> [d/2, 2]
+    biases          linear modules that have a bias in every model of the family
+    defaults        what transformers takes for a key that a config leaves out, where it changes the logits
+    activation      the one activation of the family, and the key that names it
+    norm_offset     norms multiply with 1 + weight; GGUF and the graphs hold that sum
+    scaled_embedding  embeddings are multiplied with the root of hidden_size
+    windows         which layers have the sliding window, if sliding_window is set: none, all, those that layer_types
+                    name, or by that list and, without it, all but every sliding_window_pattern-th ("alternate")
+    local_rope      layers with a window have rotary positions of their own
+    skips_rope      some layers have no rotary positions
     """
 
     model_type: str
     architecture: str
     gguf: str
-    linears: tuple[tuple[str, str], ...]
-    norms: tuple[tuple[str, str], ...]
-    outer: tuple[tuple[str, str], ...]
-    permuted: tuple[str, ...]
+    genai: str
+    linears: Names
+    norms: Names
+    outer: Names
+    permuted: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    activation: str = "silu"
+    activation_key: str = "hidden_act"
+    norm_offset: bool = False
+    scaled_embedding: bool = False
+    windows: Literal["none", "all", "typed", "alternate"] = "none"
+    local_rope: bool = False
+    skips_rope: bool = False
+
+    def has(self, module: str) -> bool:
+        """Whether a layer has this linear module or norm."""
+        return any(name == module for name, _ in (*self.linears, *self.norms))
 
 
 _OUTER = (
@@ -41,24 +70,29 @@ _OUTER = (
     ("model.norm.weight", "output_norm.weight"),
     ("lm_head.weight", "output.weight"),
 )
+_LINEARS = (
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+)
+_NORMS = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"))
+_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         model_type="llama",
         architecture="LlamaForCausalLM",
         gguf="llama",
-        linears=(
-            ("self_attn.q_proj", "attn_q"),
-            ("self_attn.k_proj", "attn_k"),
-            ("self_attn.v_proj", "attn_v"),
-            ("self_attn.o_proj", "attn_output"),
-            ("mlp.gate_proj", "ffn_gate"),
-            ("mlp.up_proj", "ffn_up"),
-            ("mlp.down_proj", "ffn_down"),
-        ),
-        norms=(("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")),
+        genai="llama",
+        linears=_LINEARS,
+        norms=_NORMS,
         outer=_OUTER,
         permuted=("self_attn.q_proj", "self_attn.k_proj"),
+        defaults=_DEFAULTS,
     ),
 }
 
@@ -71,43 +105,63 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
             f"{where}: model_type",
             expected=f"one of {', '.join(FAMILIES)}",
             got=repr(model_type),
-            todo="see the README",
+            todo=_missing(config),
         )
     return FAMILIES[model_type]
 
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _missing(config: Mapping[str, Any]) -> str:
+    """What a model of no family here would need."""
+    if any(isinstance(config.get(key), int) and config[key] > 1 for key in _EXPERTS):
+        return "a mixture of experts: its expert weights and their router are not read yet"
+    if isinstance(config.get("text_config"), Mapping):
+        return "a model of text and images: save its text part as a model of its own"
+    return "see the README"
+
+
+def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """The config with the family's defaults for what it leaves out."""
+    return {**family_of(config, where).defaults, **config}
+
+
 def check_config(config: Mapping[str, Any], where: object) -> None:
     """Refuse a config whose sizes are none; what reads it later can rely on them."""
+    family, settings = family_of(config, where), settings_of(config, where)
     for key, most, required in _SIZES:
-        size = config.get(key)
+        size = settings.get(key)
         if size is None and not required:
             continue
         if type(size) is not int or not 0 < size <= most:
             raise InputError(f"{where}: {key}", expected=f"a whole number from 1 to {most}", got=repr(size)[:60])
-    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    if heads % kv_heads or (config.get("head_dim") is None and config["hidden_size"] % heads):
+    heads = settings["num_attention_heads"]
+    kv_heads = settings.get("num_key_value_heads") or heads
+    if heads % kv_heads or (settings.get("head_dim") is None and settings["hidden_size"] % heads):
         raise InputError(
             f"{where}: num_attention_heads",
             expected=f"a multiple of num_key_value_heads = {kv_heads}, and a divisor of hidden_size",
             got=str(heads),
         )
-    epsilon = config.get("rms_norm_eps", 1e-6)
+    epsilon = settings.get("rms_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise InputError(f"{where}: rms_norm_eps", expected="a number between 0 and 1", got=repr(epsilon)[:60])
-    _check_rope(config, where)
-
-
-def _check_rope(config: Mapping[str, Any], where: object) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping) or not isinstance(rope.get("rope_type", rope.get("type", "default")), str):
-        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(rope)[:60])
-    sizes = {**rope, "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10000.0}
-    for key in ("rope_theta", "factor"):
-        size = sizes.get(key, 1.0)
-        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < 1e30:
-            raise InputError(f"{where}: {key}", expected="a number above 0", got=repr(size)[:60])
-    if sizes.get("rope_type", sizes.get("type", "default")) == "linear" and "factor" not in sizes:
-        raise InputError(f"{where}: rope_parameters", expected="a factor for linear scaling", got="none")
+    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        value = settings.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9):
+            raise InputError(f"{where}: {key}", expected="a number above 0", got=repr(value)[:60])
+    if type(settings.get("max_window_layers", 0)) is not int:
+        raise InputError(
+            f"{where}: max_window_layers", expected="a whole number", got=repr(settings["max_window_layers"])
+        )
+    for key in ("layer_types", "no_rope_layers"):
+        value = settings.get(key)
+        if value is not None and (not isinstance(value, list) or len(value) < settings["num_hidden_layers"]):
+            raise InputError(f"{where}: {key}", expected="a list with an entry for each layer", got=repr(value)[:60])
+    rope_of(settings, where)
+    if family.local_rope:
+        rope_of(settings, where, "sliding_attention")
 
 
 _SIZES = (
@@ -119,6 +173,10 @@ _SIZES = (
     ("head_dim", 1 << 16, False),
     ("vocab_size", 1 << 28, True),
     ("max_position_embeddings", 1 << 28, True),
+    ("original_max_position_embeddings", 1 << 28, False),
+    ("sliding_window", 1 << 28, False),
+    ("sliding_window_pattern", 10_000, False),
+    ("no_rope_layer_interval", 10_000, False),
 )
 """Sizes in a config: the largest that is believed, and whether it has to be there."""
 
@@ -129,3 +187,9 @@ def linear_names(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
     check_config(config, where)
     layers = int(config["num_hidden_layers"])
     return tuple(f"model.layers.{n}.{module}.weight" for n in range(layers) for module, _ in family.linears)
+
+
+def bias_names(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
+    """The names of the biases that every model of the family has; a config may announce others."""
+    layers = range(int(config["num_hidden_layers"]))
+    return tuple(f"model.layers.{n}.{module}.bias" for n in layers for module in family_of(config, where).biases)

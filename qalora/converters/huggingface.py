@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import linear_names
+from qalora.converters.families import bias_names, linear_names
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile, contained, read_limited
 from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
@@ -115,7 +115,7 @@ def read(folder: Path) -> Checkpoint:
     config = read_config(folder)
     tensors = {name: float_tensor(name, *where) for name, where in stored_tensors(folder).items()}
     linears = linear_names(config, folder)
-    check_shapes(folder, tensors, linears)
+    check_shapes(folder, config, tensors, linears)
     return Checkpoint(
         path=folder,
         layout="huggingface",
@@ -126,13 +126,19 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def check_shapes(where: Path, tensors: Mapping[str, LazyTensor], linears: tuple[str, ...]) -> None:
-    """Refuse a model that lacks a linear weight, or has one that is no matrix."""
-    for name in linears:
+def check_shapes(
+    where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], linears: tuple[str, ...]
+) -> None:
+    """Refuse a model that lacks a linear weight or a bias of its family, or has a weight that is no matrix."""
+    for name in (*linears, *bias_names(config, where)):
         if name not in tensors:
             raise FormatError(f"{where}: tensor {name}", expected="it, as config.json says", got="no such tensor")
-        if len(tensors[name].shape) != 2 or 0 in tensors[name].shape:
-            raise FormatError(f"{where}: {name}", expected="a matrix", got=f"shape {list(tensors[name].shape)}")
+        if len(tensors[name].shape) != (2 if name in linears else 1) or 0 in tensors[name].shape:
+            raise FormatError(
+                f"{where}: {name}",
+                expected="a matrix" if name in linears else "a list",
+                got=f"shape {list(tensors[name].shape)}",
+            )
 
 
 def download(repo: str) -> Path:

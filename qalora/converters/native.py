@@ -68,7 +68,7 @@ def read(folder: Path) -> Checkpoint:
     for module in modules:
         tensors[f"{module}.weight"] = _quantized(folder, module, stored, layout)
     linears = linear_names(config, folder)
-    check_shapes(folder, tensors, linears)
+    check_shapes(folder, config, tensors, linears)
     return Checkpoint(
         path=folder,
         layout="qalora",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.decoder import FULL, decoder_of
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["TensorDifference", "WeightMetrics", "compare_tensors", "compare_weights", "essentials", "ulp"]
@@ -268,32 +269,34 @@ def _largest_ulp(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
 
 def essentials(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a transformers config changes the logits, in one form whatever version wrote it; reals as float32."""
-    heads = config.get("num_attention_heads")
-    hidden = config.get("hidden_size")
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    decoder = decoder_of(config, "config.json")
     found = {
-        "hidden_size": hidden,
-        "intermediate_size": config.get("intermediate_size"),
-        "num_hidden_layers": config.get("num_hidden_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or (hidden // heads if heads and hidden else None),
-        "vocab_size": config.get("vocab_size"),
-        "hidden_act": config.get("hidden_act", "silu"),
+        "hidden_size": decoder.hidden,
+        "intermediate_size": decoder.intermediate,
+        "num_hidden_layers": len(decoder.layers),
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.head_size,
+        "vocab_size": decoder.vocabulary,
+        "activation": decoder.activation,
         "attention_bias": bool(config.get("attention_bias")),
         "mlp_bias": bool(config.get("mlp_bias")),
-        "rms_norm_eps": _float32(config.get("rms_norm_eps", 1e-6)),
-        "rope_theta": _float32(theta),
-        "rope_type": kind,
+        "rms_norm_eps": decoder.epsilon,
+        "attention scale": decoder.scale,
+        "attn_logit_softcapping": decoder.softcap,
+        "final_logit_softcapping": decoder.logit_softcap,
+        "windows": [layer.window for layer in decoder.layers],
+        "rotary positions": [layer.rope for layer in decoder.layers],
     }
-    if kind != "default":
-        found |= {f"rope.{key}": _float32(value) for key, value in sorted(rope.items()) if value is not None}
-    return found
+    for kind, rope in decoder.ropes.items():
+        where = "rope" if kind == FULL else f"rope.{kind}"
+        found |= {f"{where}.{key}": value for key, value in rope.parameters().items()}
+    return {key: _float32(value) for key, value in found.items()}
 
 
 def _float32(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_float32(part) for part in value]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return torch.tensor(float(value), dtype=torch.float32).item() if number else value
 

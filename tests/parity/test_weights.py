@@ -121,10 +121,18 @@ def test_ulp_is_the_distance_to_the_next_value(dtype: torch.dtype) -> None:
 
 
 def test_a_config_says_the_same_in_several_ways() -> None:
-    old = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 1e5, "rms_norm_eps": 1e-5, "head_dim": 16}
-    new = {
+    sizes = {
+        "model_type": "llama",
         "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "vocab_size": 256,
+        "max_position_embeddings": 512,
+    }
+    old = {**sizes, "rope_theta": 1e5, "rms_norm_eps": 1e-5, "head_dim": 16}
+    new = {
+        **sizes,
         "num_key_value_heads": 4,
         "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
         "rms_norm_eps": 9.999999747378752e-06,

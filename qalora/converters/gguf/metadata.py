@@ -10,8 +10,9 @@ import math
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.families import Family
-from qalora.converters.gguf.names import hyperparameters
+from qalora.converters.decoder import Decoder
+from qalora.converters.families import settings_of
+from qalora.converters.gguf.hyperparameters import hyperparameters
 from qalora.converters.tokenizer import gguf_tokenizer
 from qalora.formats.gguf import Metadata, Value, ValueType
 
@@ -31,15 +32,16 @@ def number(value: int) -> Value:
     return Value(type=ValueType.UINT32, value=value)
 
 
-def file_metadata(model: Checkpoint, family: Family, name: str | None, carrier: str) -> Metadata:
+def file_metadata(model: Checkpoint, decoder: Decoder, name: str | None, carrier: str) -> Metadata:
     """All metadata of the file; `carrier` is the type that most linear weights have."""
+    numbers = hyperparameters(decoder, settings_of(model.config, model.path), model.path)
     changes = {"general.file_type": number(FILE_TYPES[carrier])}
     if name is not None:
         changes["general.name"] = text(name)
     if model.gguf is not None:
         return model.gguf.with_entries(changes)
     general = {
-        "general.architecture": text(family.gguf),
+        "general.architecture": text(decoder.family.gguf),
         "general.type": text("model"),
         "general.name": text(name or model.path.name),
         "general.size_label": text(_size_label(model)),
@@ -47,7 +49,7 @@ def file_metadata(model: Checkpoint, family: Family, name: str | None, carrier: 
         "general.quantization_version": number(2),
     }
     tokenizer = gguf_tokenizer(model)
-    return Metadata(entries={**general, **hyperparameters(model.config, family, model.path), **tokenizer})
+    return Metadata(entries={**general, **numbers, **tokenizer})
 
 
 def file_name(model: Checkpoint, metadata: Metadata, name: str | None, carrier: str) -> str:

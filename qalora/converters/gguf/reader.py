@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import linear_names
-from qalora.converters.gguf.names import config_of, family_of_metadata, gguf_names, head_count, rows_from
+from qalora.converters.gguf.hyperparameters import FREQS, LONGROPE, config_of, family_of_metadata
+from qalora.converters.gguf.names import gguf_names, head_count, rows_from
 from qalora.converters.huggingface import check_shapes
 from qalora.converters.specs import TENSORS, fits, parse_specs, restored
 from qalora.errors import FormatError, InputError
@@ -23,7 +24,8 @@ from qalora.tensor import GroupQuantTensor, check_finite
 __all__ = ["read"]
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FACTORS = "rope_freqs.weight"
+FACTORS = (FREQS, *LONGROPE.values())
+"""Tensors that say how rotary frequencies are scaled; the config has it."""
 
 
 def read(path: Path) -> Checkpoint:
@@ -36,22 +38,21 @@ def read(path: Path) -> Checkpoint:
     for needed in ("token_embd.weight", "output_norm.weight"):
         if needed not in file.tensors:
             raise FormatError(f"{path}: tensor {needed}", expected="it in a model's file", got="no such tensor")
-    if FACTORS in file.tensors:
-        raise InputError(f"{path}: {FACTORS}: the rope scaling of Llama 3.1 is not read from GGUF yet")
-    tied = "output.weight" not in file.tensors
-    vocab_size = file.tensors["token_embd.weight"].shape[0]
-    config = config_of(file.metadata, family, path, tied=tied, vocab_size=vocab_size)
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    config = config_of(file.metadata, family, path, shapes=shapes, factors=_factors(file))
     linears = linear_names(config, path)
     names = gguf_names(family, config["num_hidden_layers"])
     known = {gguf: name for name, gguf in names.items()}
-    unknown = sorted(set(file.tensors) - set(known))
+    unknown = sorted(set(file.tensors) - set(known) - set(FACTORS))
     if unknown:
         raise InputError(f"{path}: tensor {unknown[0]!r} is not one of a {family.model_type} model")
     tensors = {}
     for gguf, info in file.tensors.items():
+        if gguf in FACTORS:
+            continue
         name = known[gguf]
         tensors[name] = _lazy(file, info, name, head_count(family, config, name))
-    check_shapes(path, tensors, linears)
+    check_shapes(path, config, tensors, linears)
     _check_heads(path, tensors, config)
     notes = _restore(file, tensors)
     metadata = Metadata(entries={key: value for key, value in file.metadata.entries.items() if key != TENSORS})
@@ -80,6 +81,22 @@ def _restore(file: GgufFile, tensors: dict[str, LazyTensor]) -> tuple[str, ...]:
     if not stale:
         return ()
     return (f"{file.path}: {TENSORS} does not describe {stale[0]!r:.120} ({len(stale)} such); it is passed over",)
+
+
+def _factors(file: GgufFile) -> dict[str, Tensor]:
+    """The factors of rotary frequencies, which are read at once; FormatError for what is no list of float32."""
+    found = {}
+    for name in FACTORS:
+        info = file.tensors.get(name)
+        if info is None:
+            continue
+        if info.type != "F32" or len(info.shape) != 1 or not 0 < info.shape[0] <= 1 << 16:
+            raise FormatError(f"{file.path}: {name}", expected="a list of F32", got=f"{info.type} {list(info.shape)}")
+        with InputFile(file.path) as opened:
+            found[name] = opened.tensor(info.offset, 4 * info.shape[0]).view(torch.float32)
+        if not bool((found[name] > 0).all()):
+            raise FormatError(f"{file.path}: {name}", expected="numbers above 0", got="others")
+    return found
 
 
 def _check_heads(path: Path, tensors: Mapping[str, LazyTensor], config: Mapping[str, int]) -> None:

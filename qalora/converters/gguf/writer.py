@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import Family, family_of
+from qalora.converters.decoder import decoder_of
+from qalora.converters.families import Family
+from qalora.converters.gguf.hyperparameters import context_note, factor_tensors
 from qalora.converters.gguf.metadata import file_metadata, file_name
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
@@ -31,30 +33,35 @@ TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPlan(Plan):
-    """A plan with the layout of the file, and GGUF's name of each tensor by transformers'."""
+    """A plan with the layout of the file, and GGUF's name of each tensor by transformers'; `factors` are the tensors
+    that GGUF alone has, of rotary frequencies."""
 
     layout: GgufLayout
     names: Mapping[str, str]
+    factors: Mapping[str, Tensor]
     file: str
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     """Choose each tensor's type; InputError for what GGUF cannot hold, Losses for what it holds inexactly."""
-    family = family_of(model.config, model.path)
-    known = gguf_names(family, int(model.config["num_hidden_layers"]))
+    decoder = decoder_of(model.config, model.path)
+    family = decoder.family
+    known = gguf_names(family, len(decoder.layers))
     unknown = sorted(set(model.tensors) - set(known))
     if unknown:
         raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in a {family.gguf} file")
     carriers = {name: _carrier(lazy, model, options) for name, lazy in model.tensors.items()}
     kinds = Counter(kind for name, (kind, _) in carriers.items() if name in model.linears)
     common = kinds.most_common(1)[0][0]
-    metadata = file_metadata(model, family, options.name, common)
+    metadata = file_metadata(model, decoder, options.name, common)
     specs = {name: spec for name, carrier in carriers.items() if (spec := _kept(model.tensors[name], *carrier))}
     if specs:
         text = specs_text({name.removesuffix(".weight"): spec for name, spec in specs.items()})
         metadata = metadata.with_entries({TENSORS: Value(type=ValueType.STRING, value=text)})
     names = {name: known[name] for name in model.tensors}
-    layout = plan_layout(metadata, [(names[name], model.tensors[name].shape, carriers[name][0]) for name in names])
+    factors = factor_tensors(decoder)
+    sizes = [(names[name], model.tensors[name].shape, carriers[name][0]) for name in names]
+    layout = plan_layout(metadata, [*((name, tuple(data.shape), "F32") for name, data in factors.items()), *sizes])
     file = file_name(model, metadata, options.name, common)
     tensors = tuple(
         PlannedTensor(
@@ -67,13 +74,15 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
         )
         for name in names
     )
+    note = context_note(decoder)
     return GgufPlan(
         target="gguf",
         tensors=tensors,
         files={file: layout.size},
-        notes=model.notes,
+        notes=model.notes if note is None else (*model.notes, note),
         layout=layout,
         names=names,
+        factors=factors,
         file=file,
     )
 
@@ -169,8 +178,10 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
     """Write the planned file into `folder`."""
     if not isinstance(plan, GgufPlan):
         raise TypeError(f"expected GgufPlan, got {type(plan).__name__}")
-    family = family_of(model.config, model.path)
+    family = decoder_of(model.config, model.path).family
     with create(folder / plan.file, plan.layout) as file:
+        for name, data in plan.factors.items():
+            file.write(plan.layout.tensors[name].offset, data)
         for tensor in plan.tensors:
             _write_tensor(file, tensor, plan, model, family)
             progress(tensor.name, tensor.nbytes)

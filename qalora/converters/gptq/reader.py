@@ -116,7 +116,7 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     for module, layer in layers.items():
         tensors[f"{module}.weight"] = _lazy(layer, settings, version, symmetric, residuals.get(module))
     _drop_unused_biases(config, tensors, modules)
-    check_shapes(folder, tensors, linears)
+    check_shapes(folder, config, tensors, linears)
     return Checkpoint(
         path=folder,
         layout="gptq",

@@ -49,7 +49,7 @@ def read(folder: Path) -> Checkpoint:
             raise FormatError(f"{folder}: {TENSORS}", expected="tensors of the file", got=repr(name)[:120])
         tensors[name] = restored(tensors[name], spec)
     linears = linear_names(config, folder)
-    check_shapes(folder, tensors, linears)
+    check_shapes(folder, config, tensors, linears)
     return Checkpoint(
         path=folder, layout="mlx", config=config, tensors=tensors, linears=linears, files=companion_files(folder)
     )

@@ -1,172 +1,156 @@
-"""What both graphs of a decoder share: its numbers, rotary tables, names of inputs and outputs, and a list of nodes."""
+"""The parts of a decoder that both graphs build alike, from standard operators; `linear` is each graph's own product.
+
+Initializers have the names of transformers' tensors. A norm of a family with `norm_offset` is held as 1 + weight.
+Rotary tables are `rotary.cos`, `rotary.sin` (and `rotary_local.*`), [rows, rotated elements / 2], as `rotary_table`
+lays them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.decoder import FULL, LOCAL, Decoder, check_activation
+from qalora.converters.onnx.graph import Graph
+from qalora.converters.rope import check_rope, rotary_table, table_rows
 from qalora.errors import InputError
-from qalora.formats.onnx import Initializer, stub
+from qalora.formats.onnx import Initializer
 
-__all__ = ["DATA", "IR_VERSION", "OPSET", "Decoder", "Graph", "decoder_of", "rotary_tables"]
-
-OPSET = 23
-IR_VERSION = 11
-DATA = "model.onnx.data"
+__all__ = [
+    "TABLES",
+    "Linear",
+    "add_logits",
+    "add_softcap",
+    "check_decoder",
+    "embed",
+    "feed_forward",
+    "norm",
+    "projections",
+    "rotary_parts",
+    "rotary_tables",
+]
 
 MAX_POSITIONS = 1 << 20
 
+TABLES = {FULL: "rotary", LOCAL: "rotary_local"}
+"""The name of each kind's rotary tables, before `.cos` and `.sin`."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoder:
-    """The numbers of a decoder."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    positions: int
-    epsilon: float
+Linear = Callable[[str, str], str]
+"""Adds the product of an activation with the weight of a module; gives the product's name."""
 
 
-def decoder_of(model: Checkpoint) -> Decoder:
-    """The numbers from transformers' config; InputError for what the graphs do not do."""
-    config = model.config
-    if config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{model.path}: hidden_act", expected="silu", got=repr(config.get("hidden_act")))
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    head_size = int(config.get("head_dim") or hidden // heads)
-    if head_size % 16:
-        raise InputError(f"{model.path}: head size", expected="a multiple of 16", got=str(head_size), todo="use gguf")
-    positions = int(config["max_position_embeddings"])
-    if not 0 < positions <= MAX_POSITIONS:
-        raise InputError(f"{model.path}: max_position_embeddings", expected=f"1..{MAX_POSITIONS}", got=str(positions))
-    return Decoder(
-        layers=int(config["num_hidden_layers"]),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_size=head_size,
-        vocabulary=int(config["vocab_size"]),
-        positions=positions,
-        epsilon=float(config.get("rms_norm_eps", 1e-6)),
-    )
+def check_decoder(decoder: Decoder, where: object) -> None:
+    """Refuse what the graphs do not do."""
+    check_activation(decoder, where)
+    if decoder.head_size % 16:
+        raise InputError(
+            f"{where}: head size", expected="a multiple of 16", got=str(decoder.head_size), todo="use gguf"
+        )
+    if not 0 < decoder.positions <= MAX_POSITIONS:
+        raise InputError(
+            f"{where}: max_position_embeddings", expected=f"1..{MAX_POSITIONS}", got=str(decoder.positions)
+        )
+    for kind in used_ropes(decoder):
+        check_rope(decoder.ropes[kind], decoder.head_size, where)
 
 
-def rotary_tables(model: Checkpoint) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [positions, head size / 2], by transformers' own module, which knows every rope scaling."""
-    from transformers import AutoConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    plain = {key: value for key, value in model.config.items() if key != "architectures"}
-    rotary = LlamaRotaryEmbedding(AutoConfig.for_model(**plain))
-    positions = torch.arange(decoder_of(model).positions)[None]
-    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+def used_ropes(decoder: Decoder) -> list[str]:
+    """The kinds of rotary positions that some layer has."""
+    return [kind for kind in decoder.ropes if any(layer.rope == kind for layer in decoder.layers)]
 
 
-@dataclass(slots=True, kw_only=True)
-class Graph:
-    """Nodes one behind the other; each method that adds one gives its output's name."""
-
-    data: Mapping[str, Initializer]
-    nodes: list[Any] = field(default_factory=list)
-    constants: list[Any] = field(default_factory=list)
-    _pools: dict[tuple[str, int], str] = field(default_factory=dict)
-
-    def add(
-        self,
-        op: str,
-        inputs: Sequence[str],
-        output: str,
-        *,
-        domain: str = "",
-        outputs: Sequence[str] | None = None,
-        **attributes: Any,
-    ) -> str:
-        """Add a node; `outputs` names all of them where there are several."""
-        from onnx import helper
-
-        names = [output] if outputs is None else list(outputs)
-        self.nodes.append(helper.make_node(op, list(inputs), names, name=f"/{output}", domain=domain, **attributes))
-        return output
-
-    def constant(self, name: str, values: Sequence[int] | int, dtype: str = "INT64") -> str:
-        """A small constant in the model itself, added once; gives its name there."""
-        from onnx import TensorProto, helper
-
-        name = f"constant.{name}"
-        if all(proto.name != name for proto in self.constants):
-            shape = [] if isinstance(values, int) else [len(values)]
-            flat = [values] if isinstance(values, int) else list(values)
-            self.constants.append(helper.make_tensor(name, getattr(TensorProto, dtype), shape, flat))
-        return name
-
-    def pooled(self, x: str, group_size: int, groups: int) -> str:
-        """The sum of an activation [batch, sequence, in] over each group, made once for each activation and size."""
-        key = (x, group_size)
-        if key not in self._pools:
-            shape = self.constant(f"groups_{groups}x{group_size}", [0, 0, groups, group_size])
-            axis = self.constant("last_axis", [-1])
-            grouped = self.add("Reshape", [x, shape], f"{x}.groups{group_size}")
-            self._pools[key] = self.add("ReduceSum", [grouped, axis], f"{x}.pooled{group_size}", keepdims=0)
-        return self._pools[key]
-
-    def model(
-        self, decoder: Decoder, outputs: Sequence[Any], inputs: Sequence[Any], metadata: Mapping[str, str], **extra: Any
-    ) -> Any:
-        """The ModelProto: stubs for the weights, IR and opsets that every supported ONNX Runtime loads."""
-        from onnx import helper
-
-        stubs = [stub(item, DATA) for item in self.data.values()]
-        graph = helper.make_graph(self.nodes, "decoder", list(inputs), list(outputs), [*stubs, *self.constants])
-        model = helper.make_model(graph, producer_name="qalora", ir_version=IR_VERSION, **extra)
-        helper.set_model_props(model, dict(sorted(metadata.items())))
-        return model
+def rotary_parts(decoder: Decoder) -> list[Initializer]:
+    """The initializers of the rotary tables."""
+    parts = []
+    for kind in used_ropes(decoder):
+        rope = decoder.ropes[kind]
+        shape = (table_rows(rope, decoder.positions), rope.size(decoder.head_size) // 2)
+        parts += [Initializer(name=f"{TABLES[kind]}.{side}", dtype="FLOAT", shape=shape) for side in ("cos", "sin")]
+    return parts
 
 
-def cache_names(layer: int, side: str) -> tuple[str, str]:
-    """The input and output of a layer's cache; side is "key" or "value"."""
-    return f"past_key_values.{layer}.{side}", f"present.{layer}.{side}"
+def rotary_tables(decoder: Decoder, where: object) -> Iterator[tuple[str, Tensor]]:
+    """The data of `rotary_parts`, one kind of positions at a time."""
+    for kind in used_ropes(decoder):
+        tables = rotary_table(decoder.ropes[kind], decoder.head_size, decoder.positions, where)
+        for side, table in zip(("cos", "sin"), tables, strict=True):
+            yield f"{TABLES[kind]}.{side}", table
 
 
-def graph_inputs(decoder: Decoder) -> list[Any]:
-    """input_ids, attention_mask and the cache."""
-    from onnx import TensorProto, helper
-
-    inputs = [
-        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
-        helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]),
-    ]
-    return inputs + [
-        _cache(decoder, n, side, 0, "past_sequence_length") for n in range(decoder.layers) for side in SIDES
-    ]
+def embed(graph: Graph, decoder: Decoder) -> str:
+    """Embeddings [batch, sequence, hidden], scaled where the family does."""
+    found = graph.add("Gather", ["model.embed_tokens.weight", "input_ids"], "embedded")
+    if decoder.embedding_scale == 1.0:
+        return found
+    return graph.add("Mul", [found, graph.number(decoder.embedding_scale)], "embedded_scaled")
 
 
-def graph_outputs(decoder: Decoder) -> list[Any]:
-    """Logits and the cache."""
-    from onnx import TensorProto, helper
-
-    shape = ["batch_size", "sequence_length", decoder.vocabulary]
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)
-    return [logits] + [
-        _cache(decoder, n, side, 1, "total_sequence_length") for n in range(decoder.layers) for side in SIDES
-    ]
+def norm(graph: Graph, decoder: Decoder, x: str, module: str, out: str) -> str:
+    """RMSNormalization over the last axis."""
+    return graph.add("RMSNormalization", [x, f"{module}.weight"], out, axis=-1, epsilon=decoder.epsilon)
 
 
-SIDES = ("key", "value")
+def projections(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Linear) -> list[str]:
+    """Queries, keys and values, [batch, sequence, heads * head size] each, normed by heads where the family does."""
+    path, out = f"model.layers.{n}.self_attn", f"layer{n}"
+    counts = {"q": decoder.heads, "k": decoder.kv_heads, "v": decoder.kv_heads}
+    if decoder.family.has("self_attn.qkv_proj"):
+        sizes = graph.constant("qkv_sizes", [count * decoder.head_size for count in counts.values()])
+        flat = [f"{out}.{name}" for name in counts]
+        graph.add("Split", [linear(normed, f"{path}.qkv_proj"), sizes], flat[0], outputs=flat, axis=-1)
+    else:
+        flat = [linear(normed, f"{path}.{name}_proj") for name in counts]
+    if decoder.family.has("self_attn.q_norm"):
+        for at, name in enumerate("qk"):
+            shape = graph.constant(f"heads_{counts[name]}", [0, 0, counts[name], decoder.head_size])
+            split = graph.add("Reshape", [flat[at], shape], f"{out}.{name}_by_head")
+            split = norm(graph, decoder, split, f"{path}.{name}_norm", f"{out}.{name}_normed")
+            whole = graph.constant(f"flat_{counts[name]}", [0, 0, counts[name] * decoder.head_size])
+            flat[at] = graph.add("Reshape", [split, whole], f"{out}.{name}_flat")
+    return flat
 
 
-def _cache(decoder: Decoder, layer: int, side: str, which: int, length: str) -> Any:
-    from onnx import TensorProto, helper
+def feed_forward(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Linear) -> str:
+    """down(activation(gate) * up)."""
+    path, out = f"model.layers.{n}.mlp", f"layer{n}"
+    if decoder.family.has("mlp.gate_up_proj"):
+        sizes = graph.constant("gate_up_sizes", [decoder.intermediate, decoder.intermediate])
+        halves = [f"{out}.gate", f"{out}.up"]
+        graph.add("Split", [linear(normed, f"{path}.gate_up_proj"), sizes], halves[0], outputs=halves, axis=-1)
+        gate, up = halves
+    else:
+        gate, up = linear(normed, f"{path}.gate_proj"), linear(normed, f"{path}.up_proj")
+    if decoder.activation == "silu":
+        active = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], f"{out}.sigmoid")], f"{out}.silu")
+    else:
+        active = graph.add("Gelu", [gate], f"{out}.gelu", approximate="tanh")
+    return linear(graph.add("Mul", [active, up], f"{out}.gated"), f"{path}.down_proj")
 
-    shape = ["batch_size", decoder.kv_heads, length, decoder.head_size]
-    return helper.make_tensor_value_info(cache_names(layer, side)[which], TensorProto.FLOAT, shape)
+
+def add_logits(graph: Graph, model: Checkpoint, decoder: Decoder, normed: str, linear: Linear) -> None:
+    """The logits; a tied output multiplies with the embedding as it is stored, [vocabulary, hidden]."""
+    name = "logits" if decoder.logit_softcap is None else "logits_uncapped"
+    if not model.tied and model.tensors["lm_head.weight"].spec is not None:
+        graph.add("Identity", [linear(normed, "lm_head")], name)
+    else:
+        _table_product(graph, normed, "model.embed_tokens.weight" if model.tied else "lm_head.weight", decoder, name)
+    if decoder.logit_softcap is not None:
+        add_softcap(graph, name, decoder.logit_softcap, "logits")
+
+
+def add_softcap(graph: Graph, x: str, cap: float, out: str) -> str:
+    """cap * tanh(x / cap)."""
+    number = graph.number(cap)
+    divided = graph.add("Tanh", [graph.add("Div", [x, number], f"{out}.divided")], f"{out}.tanh")
+    return graph.add("Mul", [divided, number], out)
+
+
+def _table_product(graph: Graph, normed: str, weight: str, decoder: Decoder, out: str) -> None:
+    """normed @ weight^T by Gemm, which takes the table as it is and needs no transposed copy."""
+    rows = graph.add("Reshape", [normed, graph.constant("rows", [-1, decoder.hidden])], "output_rows")
+    product = graph.add("Gemm", [rows, weight], "output_product", transB=1)
+    shape = graph.add("Shape", ["input_ids"], "input_shape")
+    wanted = graph.add("Concat", [shape, graph.constant("vocabulary", [decoder.vocabulary])], "logits_shape", axis=0)
+    graph.add("Reshape", [product, wanted], out)

@@ -3,31 +3,37 @@
     y = MatMulNBits(x; codes, scale, zero) + pool(x) @ residual
 
 pool(x) is shared by q, k and v, and by gate and up. A batch of different lengths is padded on the right: the fused
-attention counts the ones of the mask.
+attention counts the ones of the mask. It rotates queries and keys itself, caps scores and keeps to a window; norms of
+queries and keys, a longrope's two tables, and heads that are rotated in part only stand before it as nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.decoder import FULL, Decoder, decoder_of
 from qalora.converters.onnx.carriers import block_size
-from qalora.converters.onnx.decoder import (
-    OPSET,
-    SIDES,
-    Decoder,
-    Graph,
-    cache_names,
-    decoder_of,
-    graph_inputs,
-    graph_outputs,
-)
+from qalora.converters.onnx.decoder import TABLES, Linear, add_logits, embed, feed_forward, norm, projections
+from qalora.converters.onnx.graph import OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
+from qalora.converters.rope import two_tables
 from qalora.formats.onnx import Initializer
 
 __all__ = ["fast_graph"]
 
 MS = "com.microsoft"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lengths:
+    """Names of what attention asks for: the last position of each sequence and the length of the longest, int32; and
+    the positions of the new tokens, int64 [batch, sequence], where queries and keys are rotated before attention."""
+
+    last: str
+    total: str
+    positions: str | None
 
 
 def fast_graph(
@@ -36,81 +42,122 @@ def fast_graph(
     """The ModelProto, its weights as stubs."""
     from onnx import helper
 
-    decoder, graph = decoder_of(model), Graph(data=data)
-    lengths = _sequence_lengths(graph)
-    hidden = graph.add("Gather", ["model.embed_tokens.weight", "input_ids"], "embedded")
-    norm = graph.add(
-        "RMSNormalization",
-        [hidden, "model.layers.0.input_layernorm.weight"],
-        "layer0.normed",
-        axis=-1,
-        epsilon=decoder.epsilon,
-    )
-    for n in range(decoder.layers):
-        hidden, norm = _layer(graph, model, decoder, n, hidden, norm, lengths, accuracy_level)
-    _output(graph, model, norm, decoder, accuracy_level)
+    decoder, graph = decoder_of(model.config, model.path), Graph(data=data)
+
+    def linear(x: str, module: str) -> str:
+        return _linear(graph, model, x, module, accuracy_level)
+
+    lengths = _lengths(graph, decoder)
+    hidden = embed(graph, decoder)
+    normed = norm(graph, decoder, hidden, "model.layers.0.input_layernorm", "layer0.normed")
+    for n in range(len(decoder.layers)):
+        hidden, normed = _layer(graph, decoder, n, hidden, normed, lengths, linear)
+    add_logits(graph, model, decoder, normed, linear)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1)]
     return graph.model(decoder, graph_outputs(decoder), graph_inputs(decoder), metadata, opset_imports=opsets)
 
 
-def _sequence_lengths(graph: Graph) -> tuple[str, str]:
-    """The last position of each sequence, and the length of the longest: what GroupQueryAttention asks for."""
+def _rotated_before(decoder: Decoder) -> bool:
+    """Whether attention cannot rotate by itself: two tables to choose from, or a part of each head."""
+    rope = decoder.ropes[FULL]
+    return two_tables(rope, decoder.positions) or rope.size(decoder.head_size) != decoder.head_size
+
+
+def _lengths(graph: Graph, decoder: Decoder) -> _Lengths:
+    from onnx import TensorProto
+
     axis, one = graph.constant("axis1", [1]), graph.constant("one", [1])
     total = graph.add("ReduceSum", ["attention_mask", axis], "mask_sum", keepdims=0)
     last = graph.add("Sub", [total, one], "last_position")
-    from onnx import TensorProto
-
     seqlens = graph.add("Cast", [last], "seqlens_k", to=TensorProto.INT32)
     shape = graph.add("Shape", ["attention_mask"], "mask_shape")
     length = graph.add("Gather", [shape, graph.constant("index1", 1)], "mask_length", axis=0)
-    return seqlens, graph.add("Cast", [length], "total_length", to=TensorProto.INT32)
+    whole = graph.add("Cast", [length], "total_length", to=TensorProto.INT32)
+    positions = _positions(graph, decoder, total) if _rotated_before(decoder) else None
+    return _Lengths(last=seqlens, total=whole, positions=positions)
+
+
+def _positions(graph: Graph, decoder: Decoder, total: str) -> str:
+    """The row of the rotary tables for each new token: its position; past the first table where the longest sequence is
+    beyond the original context. The first of `sequence` new tokens of a row stands at max(0, ones - sequence)."""
+    index, zero = graph.constant("index1", 1), graph.constant("zero_scalar", 0)
+    ids = graph.add("Shape", ["input_ids"], "ids_shape")
+    sequence = graph.add("Gather", [ids, index], "sequence_length", axis=0)
+    first = graph.add("Max", [graph.add("Sub", [total, sequence], "first_or_less"), zero], "first_position")
+    rope = decoder.ropes[FULL]
+    if two_tables(rope, decoder.positions):
+        longest = graph.add("ReduceMax", [total], "longest", keepdims=0)
+        original = graph.constant("original_context", rope.original)
+        beyond = graph.add("Greater", [longest, original], "beyond_original")
+        first = graph.add("Add", [first, graph.add("Where", [beyond, original, zero], "table_start")], "first_row")
+    steps = graph.add("Range", [zero, sequence, graph.constant("one_scalar", 1)], "steps")
+    column = graph.add("Unsqueeze", [first, graph.constant("axis1", [1])], "first_column")
+    return graph.add("Add", [column, steps], "position_rows")
 
 
 def _layer(
-    graph: Graph,
-    model: Checkpoint,
-    decoder: Decoder,
-    n: int,
-    hidden: str,
-    norm: str,
-    lengths: tuple[str, str],
-    accuracy_level: int,
+    graph: Graph, decoder: Decoder, n: int, hidden: str, normed: str, lengths: _Lengths, linear: Linear
 ) -> tuple[str, str]:
     """One layer; gives the hidden state before its last addition's normalisation, and the normalised one."""
     path, out = f"model.layers.{n}", f"layer{n}"
+    mixed = linear(_attention(graph, decoder, n, normed, lengths, linear), f"{path}.self_attn.o_proj")
+    after = "post_attention_layernorm"
+    if decoder.family.has("pre_feedforward_layernorm"):
+        mixed = norm(graph, decoder, mixed, f"{path}.{after}", f"{out}.mixed_normed")
+        after = "pre_feedforward_layernorm"
+    hidden, normed = _add_norm(graph, decoder, hidden, mixed, f"{path}.{after}", f"{out}.middle")
+    down = feed_forward(graph, decoder, n, normed, linear)
+    if decoder.family.has("post_feedforward_layernorm"):
+        down = norm(graph, decoder, down, f"{path}.post_feedforward_layernorm", f"{out}.down_normed")
+    last = n + 1 == len(decoder.layers)
+    following = "model.norm" if last else f"model.layers.{n + 1}.input_layernorm"
+    return _add_norm(graph, decoder, hidden, down, following, f"{out}.end")
 
-    def linear(x: str, module: str) -> str:
-        return _linear(graph, model, x, f"{path}.{module}", accuracy_level)
 
-    heads = [linear(norm, f"self_attn.{name}_proj") for name in "qkv"]
+def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, lengths: _Lengths, linear: Linear) -> str:
+    layer, out = decoder.layers[n], f"layer{n}"
+    heads = projections(graph, decoder, n, normed, linear)
+    tables = [] if layer.rope is None else [f"{TABLES[layer.rope]}.{side}" for side in ("cos", "sin")]
+    if layer.rope is not None and lengths.positions is not None:
+        for at, name in enumerate("qk"):
+            heads[at] = _rotate(graph, decoder, heads[at], name, [lengths.positions, *tables], out)
+        tables = []
     past = [cache_names(n, side)[0] for side in SIDES]
     present = [cache_names(n, side)[1] for side in SIDES]
-    attended = graph.add(
+    optional: dict[str, Any] = {}
+    if layer.window is not None:
+        optional["local_window_size"] = layer.window
+    if decoder.softcap is not None:
+        optional["softcap"] = float(decoder.softcap)
+    return graph.add(
         "GroupQueryAttention",
-        [*heads, *past, *lengths, "rotary.cos", "rotary.sin"],
+        [*heads, *past, lengths.last, lengths.total, *tables],
         f"{out}.attended",
         domain=MS,
         outputs=[f"{out}.attended", *present],
         num_heads=decoder.heads,
         kv_num_heads=decoder.kv_heads,
-        do_rotary=1,
+        scale=decoder.scale,
+        do_rotary=int(bool(tables)),
         rotary_interleaved=0,
+        **optional,
     )
-    mixed = linear(attended, "self_attn.o_proj")
-    hidden, norm = _add_norm(graph, decoder, hidden, mixed, f"{path}.post_attention_layernorm.weight", f"{out}.middle")
-    gate, up = linear(norm, "mlp.gate_proj"), linear(norm, "mlp.up_proj")
-    active = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], f"{out}.sigmoid")], f"{out}.silu")
-    down = linear(graph.add("Mul", [active, up], f"{out}.gated"), "mlp.down_proj")
-    last = n + 1 == decoder.layers
-    weight = "model.norm.weight" if last else f"model.layers.{n + 1}.input_layernorm.weight"
-    return _add_norm(graph, decoder, hidden, down, weight, f"{out}.end")
 
 
-def _add_norm(graph: Graph, decoder: Decoder, hidden: str, change: str, weight: str, out: str) -> tuple[str, str]:
+def _rotate(graph: Graph, decoder: Decoder, x: str, name: str, inputs: list[str], out: str) -> str:
+    """Queries or keys by the rows of the tables."""
+    partial: dict[str, Any] = {}
+    size = decoder.ropes[FULL].size(decoder.head_size)
+    if size != decoder.head_size:
+        partial = {"rotary_embedding_dim": size, "num_heads": decoder.heads if name == "q" else decoder.kv_heads}
+    return graph.add("RotaryEmbedding", [x, *inputs], f"{out}.{name}_rotated", domain=MS, **partial)
+
+
+def _add_norm(graph: Graph, decoder: Decoder, hidden: str, change: str, module: str, out: str) -> tuple[str, str]:
     """hidden + change, and its normalisation, in one node."""
     graph.add(
         "SkipSimplifiedLayerNormalization",
-        [hidden, change, weight],
+        [hidden, change, f"{module}.weight"],
         f"{out}.normed",
         domain=MS,
         outputs=[f"{out}.normed", "", "", f"{out}.sum"],
@@ -149,21 +196,3 @@ def _linear(graph: Graph, model: Checkpoint, x: str, module: str, accuracy_level
     if f"{module}.bias" in model.tensors:
         product = graph.add("Add", [product, f"{module}.bias"], f"{y}.biased")
     return product
-
-
-def _output(graph: Graph, model: Checkpoint, norm: str, decoder: Decoder, accuracy_level: int) -> None:
-    """The logits; a tied output multiplies with the embedding as it is stored, [vocabulary, hidden]."""
-    if not model.tied and model.tensors["lm_head.weight"].spec is not None:
-        graph.add("Identity", [_linear(graph, model, norm, "lm_head", accuracy_level)], "logits")
-        return
-    weight = "model.embed_tokens.weight" if model.tied else "lm_head.weight"
-    add_table_product(graph, norm, weight, decoder)
-
-
-def add_table_product(graph: Graph, norm: str, weight: str, decoder: Decoder) -> None:
-    """logits = norm @ weight^T by Gemm, which takes the table as it is and needs no transposed copy."""
-    rows = graph.add("Reshape", [norm, graph.constant("rows", [-1, decoder.hidden])], "output_rows")
-    product = graph.add("Gemm", [rows, weight], "output_product", transB=1)
-    shape = graph.add("Shape", ["input_ids"], "input_shape")
-    wanted = graph.add("Concat", [shape, graph.constant("vocabulary", [decoder.vocabulary])], "logits_shape", axis=0)
-    graph.add("Reshape", [product, wanted], "logits")

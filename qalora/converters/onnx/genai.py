@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.onnx.decoder import Decoder
+from qalora.converters.decoder import Decoder
 
 __all__ = ["ACCURACY_LEVEL", "genai_config"]
 
@@ -21,7 +21,7 @@ def genai_config(model: Checkpoint, decoder: Decoder, *, portable: bool) -> dict
     end = _token(model, "eos_token_id", 0)
     return {
         "model": {
-            "type": "llama",
+            "type": decoder.family.genai,
             "bos_token_id": _first(_token(model, "bos_token_id", end)),
             "eos_token_id": end,
             "pad_token_id": _first(_token(model, "pad_token_id", end)),
@@ -33,7 +33,7 @@ def genai_config(model: Checkpoint, decoder: Decoder, *, portable: bool) -> dict
                 "head_size": decoder.head_size,
                 "hidden_size": decoder.hidden,
                 "num_attention_heads": decoder.heads,
-                "num_hidden_layers": decoder.layers,
+                "num_hidden_layers": len(decoder.layers),
                 "num_key_value_heads": decoder.kv_heads,
                 "inputs": {
                     "input_ids": "input_ids",

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.decoder import decoder_of
 from qalora.converters.families import family_of
 from qalora.converters.onnx.carriers import fast_parts, portable_parts
-from qalora.converters.onnx.decoder import DATA, decoder_of
+from qalora.converters.onnx.decoder import check_decoder, rotary_parts
 from qalora.converters.onnx.fast import fast_graph
 from qalora.converters.onnx.genai import genai_config
+from qalora.converters.onnx.graph import DATA
 from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.onnx.slots import add_slots
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
@@ -34,7 +36,6 @@ __all__ = ["GRAPH", "PORTABLE", "GraphPlan", "OnnxPlan", "module_of", "plan"]
 
 GRAPH = "model.onnx"
 PORTABLE = "portable"
-ROTARY = ("rotary.cos", "rotary.sin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
     """
     if not 0 <= options.accuracy_level <= 4:
         raise InputError("--accuracy-level", expected="0..4", got=str(options.accuracy_level))
-    decoder = decoder_of(model)
+    decoder = decoder_of(model.config, model.path)
+    check_decoder(decoder, model.path)
     _check_tensors(model)
     metadata = {TENSORS: specs_text(_kinds(model))}
     fast_data, fast_size = lay_out(_initializers(model, portable=False))
@@ -110,7 +112,7 @@ def _check_tensors(model: Checkpoint) -> None:
     unknown = sorted(set(model.tensors) - known - norms)
     if unknown:
         raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in the graph of a {family.model_type}")
-    decoder, table = decoder_of(model), model.tensors["model.embed_tokens.weight"].shape
+    decoder, table = decoder_of(model.config, model.path), model.tensors["model.embed_tokens.weight"].shape
     if table != (decoder.vocabulary, decoder.hidden):
         raise InputError(
             f"{model.path}: model.embed_tokens.weight",
@@ -133,10 +135,8 @@ def _kinds(model: Checkpoint) -> dict[str, QuantSpec]:
 
 
 def _initializers(model: Checkpoint, *, portable: bool) -> list[Initializer]:
-    decoder = decoder_of(model)
     found = [part for lazy in model.tensors.values() for part in _parts(lazy, model, portable=portable)]
-    table = (decoder.positions, decoder.head_size // 2)
-    return found + [Initializer(name=name, dtype="FLOAT", shape=table) for name in ROTARY]
+    return found + rotary_parts(decoder_of(model.config, model.path))
 
 
 def _parts(lazy: LazyTensor, model: Checkpoint, *, portable: bool) -> list[Initializer]:

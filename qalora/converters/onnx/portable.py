@@ -16,18 +16,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.decoder import FULL, Decoder, decoder_of
 from qalora.converters.onnx.carriers import block_size
 from qalora.converters.onnx.decoder import (
-    OPSET,
-    SIDES,
-    Decoder,
-    Graph,
-    cache_names,
-    decoder_of,
-    graph_inputs,
-    graph_outputs,
+    TABLES,
+    Linear,
+    add_logits,
+    add_softcap,
+    embed,
+    feed_forward,
+    norm,
+    projections,
 )
-from qalora.converters.onnx.fast import add_table_product
+from qalora.converters.onnx.graph import OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
+from qalora.converters.rope import two_tables
 from qalora.formats.onnx import Initializer
 
 __all__ = ["DOMAIN", "portable_graph"]
@@ -40,16 +42,16 @@ def portable_graph(model: Checkpoint, data: Mapping[str, Initializer], metadata:
     """The ModelProto, its weights as stubs."""
     from onnx import helper
 
-    decoder, graph = decoder_of(model), Graph(data=data)
-    positions, bias = _positions(graph), _attention_bias(graph)
-    hidden = graph.add("Gather", ["model.embed_tokens.weight", "input_ids"], "embedded")
-    for n in range(decoder.layers):
-        hidden = _layer(graph, model, decoder, n, hidden, positions, bias)
-    norm = _norm(graph, decoder, hidden, "model.norm.weight", "normed")
-    if not model.tied and model.tensors["lm_head.weight"].spec is not None:
-        graph.add("Identity", [_linear(graph, model, norm, "lm_head")], "logits")
-    else:
-        add_table_product(graph, norm, "model.embed_tokens.weight" if model.tied else "lm_head.weight", decoder)
+    decoder, graph = decoder_of(model.config, model.path), Graph(data=data)
+
+    def linear(x: str, module: str) -> str:
+        return _linear(graph, model, x, module)
+
+    positions, biases = _positions(graph, decoder), _attention_biases(graph, decoder)
+    hidden = embed(graph, decoder)
+    for n in range(len(decoder.layers)):
+        hidden = _layer(graph, decoder, n, hidden, positions, biases[decoder.layers[n].window], linear)
+    add_logits(graph, model, decoder, norm(graph, decoder, hidden, "model.norm", "normed"), linear)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     return graph.model(
         decoder,
@@ -85,15 +87,24 @@ def _function(*, real: bool) -> Any:
     )
 
 
-def _positions(graph: Graph) -> str:
-    """The position of each new token: how many ones stand before it in its row of the mask."""
+def _positions(graph: Graph, decoder: Decoder) -> str:
+    """The row of the rotary tables for each new token: how many ones stand before it in its row of the mask; past the
+    first table where the longest sequence is beyond the original context."""
     axis = graph.constant("mask_axis", 1)
     counted = graph.add("CumSum", ["attention_mask", axis], "mask_counted")
     from_zero = graph.add("Sub", [counted, graph.constant("one", [1])], "mask_positions")
     positive = graph.add("Max", [from_zero, graph.constant("zero_positions", [0])], "mask_positive")
     sequence, total = _lengths(graph)
     first = graph.add("Sub", [total, sequence], "past_length")
-    return graph.add("Slice", [positive, first, total, graph.constant("axis1", [1])], "positions")
+    positions = graph.add("Slice", [positive, first, total, graph.constant("axis1", [1])], "positions")
+    rope = decoder.ropes[FULL]
+    if not two_tables(rope, decoder.positions):
+        return positions
+    longest = graph.add("ReduceMax", [counted], "longest", keepdims=0)
+    original, zero = graph.constant("original_context", rope.original), graph.constant("zero_scalar", 0)
+    beyond = graph.add("Greater", [longest, original], "beyond_original")
+    start = graph.add("Where", [beyond, original, zero], "table_start")
+    return graph.add("Add", [positions, start], "position_rows")
 
 
 def _lengths(graph: Graph) -> tuple[str, str]:
@@ -103,9 +114,9 @@ def _lengths(graph: Graph) -> tuple[str, str]:
     return sequence, graph.add("Gather", [mask, index], "total_length", axis=0)
 
 
-def _attention_bias(graph: Graph) -> str:
-    """float32 [batch, 1, sequence, total]: 0 where a token may look, the lowest float where not."""
-    from onnx import TensorProto, helper
+def _attention_biases(graph: Graph, decoder: Decoder) -> dict[int | None, str]:
+    """For each window, float32 [batch, 1, sequence, total]: 0 where a token may look, the lowest float where not."""
+    from onnx import TensorProto
 
     zero, one = graph.constant("zero_scalar", 0), graph.constant("one_scalar", 1)
     axis0 = graph.constant("axis0", [0])
@@ -119,51 +130,84 @@ def _attention_bias(graph: Graph) -> str:
     kept = graph.add("Cast", ["attention_mask"], "mask_bool", to=TensorProto.BOOL)
     kept = graph.add("Unsqueeze", [kept, graph.constant("axes12", [1, 2])], "mask_wide")
     allowed = graph.add("And", [causal, kept], "allowed")
-    for name, value in (("bias_zero", 0.0), ("bias_masked", MASKED)):
-        graph.constants.append(helper.make_tensor(name, TensorProto.FLOAT, [], [value]))
-    return graph.add("Where", [allowed, "bias_zero", "bias_masked"], "attention_bias")
+    found: dict[int | None, str] = {}
+    for window in dict.fromkeys(layer.window for layer in decoder.layers):
+        seen, name = allowed, "attention_bias"
+        if window is not None:
+            name = f"attention_bias_{window}"
+            edge = graph.add("Sub", [rows, graph.constant(f"window_{window}", window)], f"edge_{window}")
+            within = graph.add("Greater", [columns, edge], f"within_{window}")
+            seen = graph.add("And", [allowed, within], f"allowed_{window}")
+        found[window] = graph.add("Where", [seen, graph.number(0.0), graph.number(MASKED)], name)
+    return found
 
 
-def _norm(graph: Graph, decoder: Decoder, x: str, weight: str, out: str) -> str:
-    return graph.add("RMSNormalization", [x, weight], out, axis=-1, epsilon=decoder.epsilon)
-
-
-def _layer(graph: Graph, model: Checkpoint, decoder: Decoder, n: int, hidden: str, positions: str, bias: str) -> str:
+def _layer(graph: Graph, decoder: Decoder, n: int, hidden: str, positions: str, bias: str, linear: Linear) -> str:
     path, out = f"model.layers.{n}", f"layer{n}"
-    norm = _norm(graph, decoder, hidden, f"{path}.input_layernorm.weight", f"{out}.normed")
-    mixed = _attention(graph, model, decoder, n, norm, positions, bias)
+    normed = norm(graph, decoder, hidden, f"{path}.input_layernorm", f"{out}.normed")
+    mixed = _attention(graph, decoder, n, normed, positions, bias, linear)
+    after = "post_attention_layernorm"
+    if decoder.family.has("pre_feedforward_layernorm"):
+        mixed = norm(graph, decoder, mixed, f"{path}.{after}", f"{out}.mixed_normed")
+        after = "pre_feedforward_layernorm"
     hidden = graph.add("Add", [hidden, mixed], f"{out}.middle")
-    norm = _norm(graph, decoder, hidden, f"{path}.post_attention_layernorm.weight", f"{out}.middle_normed")
-    gate, up = _linear(graph, model, norm, f"{path}.mlp.gate_proj"), _linear(graph, model, norm, f"{path}.mlp.up_proj")
-    active = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], f"{out}.sigmoid")], f"{out}.silu")
-    gated = graph.add("Mul", [active, up], f"{out}.gated")
-    return graph.add("Add", [hidden, _linear(graph, model, gated, f"{path}.mlp.down_proj")], f"{out}.end")
-
-
-def _attention(graph: Graph, model: Checkpoint, decoder: Decoder, n: int, norm: str, positions: str, bias: str) -> str:
-    out, rotated = f"layer{n}", []
-    for name, count in (("q", decoder.heads), ("k", decoder.kv_heads), ("v", decoder.kv_heads)):
-        flat = _linear(graph, model, norm, f"model.layers.{n}.self_attn.{name}_proj")
-        shape = graph.constant(f"heads_{count}", [0, 0, count, decoder.head_size])
-        split = graph.add("Reshape", [flat, shape], f"{out}.{name}_split")
-        heads = graph.add("Transpose", [split], f"{out}.{name}_heads", perm=[0, 2, 1, 3])
-        if name != "v":
-            tables = ["rotary.cos", "rotary.sin", positions]
-            heads = graph.add("RotaryEmbedding", [heads, *tables], f"{out}.{name}_rotated")
-        rotated.append(heads)
-    past = [cache_names(n, side)[0] for side in SIDES]
-    present = [cache_names(n, side)[1] for side in SIDES]
-    attended = graph.add(
-        "Attention",
-        [*rotated, bias, *past],
-        f"{out}.attended_heads",
-        outputs=[f"{out}.attended_heads", *present],
-        scale=decoder.head_size**-0.5,
+    down = feed_forward(
+        graph, decoder, n, norm(graph, decoder, hidden, f"{path}.{after}", f"{out}.middle_normed"), linear
     )
+    if decoder.family.has("post_feedforward_layernorm"):
+        down = norm(graph, decoder, down, f"{path}.post_feedforward_layernorm", f"{out}.down_normed")
+    return graph.add("Add", [hidden, down], f"{out}.end")
+
+
+def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, positions: str, bias: str, linear: Linear) -> str:
+    out, layer, heads = f"layer{n}", decoder.layers[n], []
+    counts = {"q": decoder.heads, "k": decoder.kv_heads, "v": decoder.kv_heads}
+    for name, flat in zip(counts, projections(graph, decoder, n, normed, linear), strict=True):
+        shape = graph.constant(f"heads_{counts[name]}", [0, 0, counts[name], decoder.head_size])
+        split = graph.add("Reshape", [flat, shape], f"{out}.{name}_split")
+        turned = graph.add("Transpose", [split], f"{out}.{name}_heads", perm=[0, 2, 1, 3])
+        if name != "v" and layer.rope is not None:
+            turned = _rotate(graph, decoder, turned, layer.rope, positions, f"{out}.{name}_rotated")
+        heads.append(turned)
+    attended = _attend(graph, decoder, n, heads, bias)
     back = graph.add("Transpose", [attended], f"{out}.attended_split", perm=[0, 2, 1, 3])
     flat_shape = graph.constant("flat_heads", [0, 0, decoder.heads * decoder.head_size])
     flat = graph.add("Reshape", [back, flat_shape], f"{out}.attended")
-    return _linear(graph, model, flat, f"model.layers.{n}.self_attn.o_proj")
+    return linear(flat, f"model.layers.{n}.self_attn.o_proj")
+
+
+def _rotate(graph: Graph, decoder: Decoder, x: str, kind: str, positions: str, out: str) -> str:
+    size = decoder.ropes[kind].size(decoder.head_size)
+    partial: dict[str, Any] = {} if size == decoder.head_size else {"rotary_embedding_dim": size}
+    tables = [f"{TABLES[kind]}.{side}" for side in ("cos", "sin")]
+    return graph.add("RotaryEmbedding", [x, *tables, positions], out, **partial)
+
+
+def _attend(graph: Graph, decoder: Decoder, n: int, heads: list[str], bias: str) -> str:
+    """[batch, heads, sequence, head size]. Capped scores are written out, since versions of the Attention operator cap
+    before the mask is added and after it: then -inf becomes -cap, and nothing is masked."""
+    out = f"layer{n}.attended_heads"
+    past, present = [[cache_names(n, side)[which] for side in SIDES] for which in (0, 1)]
+    if decoder.softcap is None:
+        names = [out, *present]
+        return graph.add("Attention", [*heads, bias, *past], out, outputs=names, scale=decoder.scale)
+    grouped = []
+    for head, old, new in zip(heads[1:], past, present, strict=True):
+        graph.add("Concat", [old, head], new, axis=2)
+        grouped.append(graph.add("Unsqueeze", [new, graph.constant("axis2", [2])], f"{new}.grouped"))
+    times = decoder.heads // decoder.kv_heads
+    shape = graph.constant("query_groups", [0, decoder.kv_heads, times, -1, decoder.head_size])
+    query = graph.add("Reshape", [heads[0], shape], f"{out}.query_groups")
+    keys = graph.add("Transpose", [grouped[0]], f"{out}.keys", perm=[0, 1, 2, 4, 3])
+    product = graph.add("MatMul", [query, keys], f"{out}.product")
+    scores = graph.add("Mul", [product, graph.number(decoder.scale)], f"{out}.scores")
+    capped = add_softcap(graph, scores, decoder.softcap, f"{out}.capped")
+    masked = graph.add(
+        "Add", [capped, graph.add("Unsqueeze", [bias, graph.constant("axis1", [1])], f"{out}.bias")], f"{out}.masked"
+    )
+    weights = graph.add("Softmax", [masked], f"{out}.weights", axis=-1)
+    mixed = graph.add("MatMul", [weights, grouped[1]], f"{out}.groups")
+    return graph.add("Reshape", [mixed, graph.constant("all_heads", [0, decoder.heads, -1, decoder.head_size])], out)
 
 
 def _linear(graph: Graph, model: Checkpoint, x: str, module: str) -> str:

@@ -15,7 +15,8 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import linear_names
 from qalora.converters.huggingface import check_shapes, companion_files, read_config
 from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
-from qalora.converters.onnx.planner import GRAPH, ROTARY
+from qalora.converters.onnx.decoder import TABLES
+from qalora.converters.onnx.planner import GRAPH
 from qalora.converters.onnx.portable import DOMAIN
 from qalora.converters.specs import TENSORS, check_values, parse_specs
 from qalora.errors import FormatError
@@ -37,14 +38,14 @@ def read(path: Path) -> Checkpoint:
     config = read_config(file.parent)
     linears = linear_names(config, file.parent)
     tensors: dict[str, LazyTensor] = {}
-    used: set[str] = set(ROTARY)
+    used = {f"{table}.{side}" for table in TABLES.values() for side in ("cos", "sin")}
     for module, spec in kinds.items():
         tensors[f"{module}.weight"], names = _quantized(file, module, spec, stored, portable=portable)
         used |= names
     for name, item in stored.items():
         if name not in used and item.dtype == "FLOAT" and item.inline is None:
             tensors[name] = _float(name, item, transposed=name in linears)
-    check_shapes(file.parent, tensors, linears)
+    check_shapes(file.parent, config, tensors, linears)
     return Checkpoint(
         path=path,
         layout="onnx",

@@ -10,9 +10,11 @@ from types import TracebackType
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.decoder import decoder_of
 from qalora.converters.onnx.carriers import encode_fast, encode_portable
-from qalora.converters.onnx.decoder import DATA, rotary_tables
-from qalora.converters.onnx.planner import GRAPH, PORTABLE, ROTARY, GraphPlan, OnnxPlan, is_quantized, module_of
+from qalora.converters.onnx.decoder import rotary_tables
+from qalora.converters.onnx.graph import DATA
+from qalora.converters.onnx.planner import GRAPH, PORTABLE, GraphPlan, OnnxPlan, is_quantized, module_of
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.files import OutputFile
@@ -43,7 +45,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
             else:
                 _write_float(fast, portable, lazy, transposed=name in model.linears)
             progress(name, fast.done + portable.done - before)
-        for name, table in zip(ROTARY, rotary_tables(model), strict=True):
+        for name, table in rotary_tables(decoder_of(model.config, model.path), model.path):
             fast.write(name, table)
             portable.write(name, table)
 

@@ -1,0 +1,130 @@
+"""What a decoder computes: the numbers of a config, with what transformers assumes where the config is silent.
+
+The ONNX graphs, GGUF's metadata and the comparison of configs all read this, so that a key of transformers' is
+understood in one place, whatever version wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qalora.converters.families import Family, family_of, settings_of
+from qalora.converters.rope import Rope, rope_of
+from qalora.errors import InputError
+
+__all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of"]
+
+FULL, LOCAL = "full", "local"
+"""The two kinds of rotary positions."""
+
+SLIDING = "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What differs from layer to layer.
+
+    window  how many positions a token sees, its own included; None for all before it
+    rope    the key of its rotary positions in `Decoder.ropes`; None for a layer without
+    """
+
+    window: int | None
+    rope: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The numbers of a decoder.
+
+    activation       transformers' name of it
+    scale            what queries times keys are multiplied with
+    softcap          scores become softcap * tanh(score / softcap); None where they stay
+    logit_softcap    the same for the logits
+    embedding_scale  what embeddings are multiplied with
+    """
+
+    family: Family
+    layers: tuple[Layer, ...]
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    positions: int
+    epsilon: float
+    activation: str
+    scale: float
+    softcap: float | None
+    logit_softcap: float | None
+    embedding_scale: float
+    ropes: Mapping[str, Rope]
+
+
+def decoder_of(config: Mapping[str, Any], where: object) -> Decoder:
+    """The numbers of a config that `check_config` let pass."""
+    family, settings = family_of(config, where), settings_of(config, where)
+    heads, hidden = int(settings["num_attention_heads"]), int(settings["hidden_size"])
+    head_size = int(settings.get("head_dim") or hidden // heads)
+    ropes = {FULL: rope_of(settings, where)}
+    if family.local_rope:
+        ropes[LOCAL] = rope_of(settings, where, SLIDING)
+    return Decoder(
+        family=family,
+        layers=_layers(settings, family),
+        hidden=hidden,
+        intermediate=int(settings["intermediate_size"]),
+        heads=heads,
+        kv_heads=int(settings.get("num_key_value_heads") or heads),
+        head_size=head_size,
+        vocabulary=int(settings["vocab_size"]),
+        positions=int(settings["max_position_embeddings"]),
+        epsilon=float(settings["rms_norm_eps"]),
+        activation=str(settings[family.activation_key]),
+        scale=float(settings.get("query_pre_attn_scalar") or head_size) ** -0.5,
+        softcap=settings.get("attn_logit_softcapping"),
+        logit_softcap=settings.get("final_logit_softcapping"),
+        embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
+        ropes=ropes,
+    )
+
+
+def check_activation(decoder: Decoder, where: object) -> None:
+    """Refuse another activation than the family's own: graphs and runtimes know that one."""
+    family = decoder.family
+    if decoder.activation != family.activation:
+        raise InputError(f"{where}: {family.activation_key}", expected=family.activation, got=repr(decoder.activation))
+
+
+def _layers(settings: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    window, count = settings.get("sliding_window"), int(settings["num_hidden_layers"])
+    if family.windows == "none" or not settings.get("use_sliding_window", True):
+        window = None
+    layers = []
+    for n in range(count):
+        slides = window is not None and (family.windows == "all" or _slides(settings, family, n))
+        rope = (LOCAL if family.local_rope and slides else FULL) if _rotates(settings, family, n) else None
+        layers.append(Layer(window=int(window) if slides and window is not None else None, rope=rope))
+    return tuple(layers)
+
+
+def _slides(settings: Mapping[str, Any], family: Family, n: int) -> bool:
+    """Whether layer n has the window, where some layers have it and some have not."""
+    types = settings.get("layer_types")
+    if types is not None:
+        return bool(types[n] == SLIDING)
+    if family.windows == "alternate":
+        return bool((n + 1) % int(settings["sliding_window_pattern"]))
+    if family.skips_rope:
+        return not _rotates(settings, family, n)
+    return bool(n >= int(settings["max_window_layers"]))
+
+
+def _rotates(settings: Mapping[str, Any], family: Family, n: int) -> bool:
+    """Whether layer n has rotary positions."""
+    if not family.skips_rope:
+        return True
+    given = settings.get("no_rope_layers")
+    return bool(given[n]) if given else bool((n + 1) % int(settings["no_rope_layer_interval"]))

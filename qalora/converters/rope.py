@@ -1,0 +1,210 @@
+"""Rotary positions: what a config says of them, whatever version of transformers wrote it, and the tables they become.
+
+    angle of position p, pair j     p * theta ** (-2 j / size) / factor[j]
+    default  factor 1        linear  one factor        llama3, yarn  a factor for each pair, from a few numbers
+    longrope two lists of factors: one while a sequence is within the original context, the other beyond it
+
+transformers 5 writes `rope_parameters`, one object or one for each kind of layer; before, it was `rope_scaling` and
+`rope_theta`, and Gemma 3 had `rope_local_base_freq` beside them. Source: transformers, modeling_rope_utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora.errors import InputError
+
+__all__ = [
+    "KINDS",
+    "LISTS",
+    "ORIGINAL",
+    "Rope",
+    "check_rope",
+    "llama3_factors",
+    "rope_of",
+    "rotary_table",
+    "table_rows",
+    "two_tables",
+]
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+"""rope_type, and the numbers that it cannot do without."""
+
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor"),
+}
+
+ALIASES = {"su": "longrope"}
+ORIGINAL = "original_max_position_embeddings"
+LISTS = ("short_factor", "long_factor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """The rotary positions of one kind of layer.
+
+    kind     a key of KINDS
+    theta    the base of the frequencies
+    numbers  what KINDS and OPTIONAL name, as far as it is there; lists as tuples
+    share    how much of a head is rotated, from its start: 1 for all of it
+    """
+
+    kind: str
+    theta: float
+    numbers: Mapping[str, Any]
+    share: float = 1.0
+
+    def size(self, head_size: int) -> int:
+        """How many elements of a head are rotated."""
+        return int(head_size * self.share)
+
+    @property
+    def original(self) -> int:
+        """The context before it was extended; only of kinds that have one."""
+        return int(self.numbers[ORIGINAL])
+
+    def parameters(self) -> dict[str, Any]:
+        """As transformers' `rope_parameters`."""
+        numbers = {key: list(value) if isinstance(value, tuple) else value for key, value in self.numbers.items()}
+        partial = {} if self.share == 1.0 else {"partial_rotary_factor": self.share}
+        return {"rope_type": self.kind, "rope_theta": self.theta, **partial, **numbers}
+
+
+def rope_of(config: Mapping[str, Any], where: object, layer_type: str = "full_attention") -> Rope:
+    """The rotary positions of a kind of layer; InputError for numbers that are missing or absurd.
+
+    A kind that is not in KINDS is given as it is: what needs to know it refuses it.
+    """
+    given = _given(config, where, layer_type)
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str):
+        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(given)[:60])
+    kind = ALIASES.get(kind, kind)
+    numbers = {}
+    for key in (*KINDS.get(kind, ()), *OPTIONAL.get(kind, ())):
+        value = _original(config, given) if key == ORIGINAL else given.get(key)
+        if value is None and kind == "yarn" and key == "factor":
+            value = config["max_position_embeddings"] / _original(config, given)
+        if value is None and key in KINDS[kind]:
+            raise InputError(f"{where}: rope_parameters", expected=f"a {key} for {kind} scaling", got="none")
+        if value is not None:
+            numbers[key] = _number(where, key, value)
+    share = given.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    rope = Rope(
+        kind=kind,
+        theta=float(_number(where, "rope_theta", given["rope_theta"])),
+        numbers=numbers,
+        share=float(_number(where, "partial_rotary_factor", share)),
+    )
+    if rope.share > 1:
+        raise InputError(f"{where}: partial_rotary_factor", expected="at most 1", got=str(rope.share))
+    return rope
+
+
+def _given(config: Mapping[str, Any], where: object, layer_type: str) -> dict[str, Any]:
+    """The object for a kind of layer, with its theta."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(found)[:60])
+    local = layer_type == "sliding_attention" and config.get("rope_local_base_freq") is not None
+    theta = config["rope_local_base_freq"] if local else config.get("rope_theta")
+    if any(isinstance(part, Mapping) for part in found.values()):
+        found = found.get(layer_type) or {}
+        if not isinstance(found, Mapping):
+            raise InputError(f"{where}: rope_parameters", expected=f"an object for {layer_type}", got=repr(found)[:60])
+    elif local:
+        found = {}
+    return {**found, "rope_theta": found.get("rope_theta") or theta or 10000.0}
+
+
+def _original(config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """Phi-3 says it beside the object, which counts more; who does not say it means the context of the model."""
+    return config.get(ORIGINAL) or given.get(ORIGINAL) or config.get("max_position_embeddings")
+
+
+def _number(where: object, key: str, value: Any) -> Any:
+    if key == "truncate":
+        return bool(value)
+    if key in LISTS and isinstance(value, list | tuple) and len(value) <= 1 << 16:
+        return tuple(_number(where, f"{key}[]", part) for part in value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        expected = "a list of numbers above 0" if key in LISTS else "a number above 0"
+        raise InputError(f"{where}: {key}", expected=expected, got=repr(value)[:60])
+    return int(value) if key == ORIGINAL else value
+
+
+def check_rope(rope: Rope, head_size: int, where: object) -> None:
+    """Refuse what no table of positions holds."""
+    if rope.kind not in KINDS or rope.kind == "dynamic":
+        known = ", ".join(kind for kind in KINDS if kind != "dynamic")
+        raise InputError(
+            f"{where}: rope_type",
+            expected=f"one of {known}",
+            got=repr(rope.kind),
+            todo="a table of positions cannot hold it" if rope.kind == "dynamic" else "use gptq",
+        )
+    size = rope.size(head_size)
+    if size < 2 or size % 2:
+        raise InputError(f"{where}: partial_rotary_factor", expected="an even share of a head", got=str(rope.share))
+    for key in LISTS:
+        if key in rope.numbers and len(rope.numbers[key]) != size // 2:
+            raise InputError(f"{where}: {key}", expected=f"{size // 2} numbers", got=str(len(rope.numbers[key])))
+
+
+def rotary_table(rope: Rope, head_size: int, positions: int, where: object) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [rows, rotated elements / 2], by transformers' own module, which knows every rope scaling.
+
+    Row p is position p. A longrope whose context was extended has two tables, one below the other: `original` rows for
+    sequences within the original context, then `positions` rows for longer ones.
+    """
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    check_rope(rope, head_size, where)
+    size = rope.size(head_size)
+    whole = {key: value for key, value in rope.parameters().items() if key != "partial_rotary_factor"}
+    config = LlamaConfig(
+        head_dim=size, hidden_size=size, num_attention_heads=1, max_position_embeddings=positions, rope_parameters=whole
+    )
+    rotary = LlamaRotaryEmbedding(config)
+    spans = [positions] if not two_tables(rope, positions) else [rope.original, positions]
+    tables = [rotary(torch.zeros(1, dtype=torch.float32), torch.arange(span)[None]) for span in spans]
+    cos, sin = (torch.cat([table[part][0, :, : size // 2] for table in tables]).contiguous() for part in (0, 1))
+    return cos, sin
+
+
+def llama3_factors(rope: Rope, size: int) -> Tensor:
+    """What llama3 scaling divides the frequency of each pair by, float64 [size / 2].
+
+    1 for wavelengths shorter than original/high_freq_factor, `factor` for those longer than original/low_freq_factor,
+    between them 1 / ((1 - s)/factor + s) with s = (original/wavelength - low) / (high - low).
+    """
+    numbers = rope.numbers
+    factor, low, high = (float(numbers[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = rope.original * rope.theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size) / (2 * math.pi)
+    smooth = ((turns - low) / (high - low if high != low else 1.0)).clamp(0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def two_tables(rope: Rope, positions: int) -> bool:
+    """Whether other angles hold for sequences longer than the original context."""
+    return rope.kind == "longrope" and positions > rope.original
+
+
+def table_rows(rope: Rope, positions: int) -> int:
+    """The rows of `rotary_table`."""
+    return positions + (rope.original if two_tables(rope, positions) else 0)
