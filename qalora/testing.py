@@ -21,6 +21,7 @@ __all__ = [
     "random_model",
     "random_tensor",
     "tiny_llama",
+    "tiny_model",
 ]
 
 
@@ -154,24 +155,41 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None) -> Path:
-    """Write a tiny random Llama (float32) as transformers saves it; `config` overrides LlamaConfig's keys."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 12},
+}
+"""What a tiny model of each family has beside `_SIZES`: transformers' config keys, windows small enough to matter."""
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,
+}
+
+
+def tiny_model(
+    folder: Path, family: str, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a tiny random model of a family (float32) as transformers saves it; `config` overrides its keys."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer) if tokenizer is not None else 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
+        **_SIZES,
+        **TINY[family],
         **(config or {}),
     }
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**settings)).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float()
     with torch.no_grad():
         for parameter in model.parameters():  # norms of 1 and small weights would hide mistakes
             parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.2) + (parameter.ndim == 1))
@@ -180,3 +198,8 @@ def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: Any = None, config: Ma
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None) -> Path:
+    """A tiny random Llama, as `tiny_model` makes it."""
+    return tiny_model(folder, "llama", seed=seed, tokenizer=tokenizer, config=config)

@@ -80,6 +80,7 @@ _LINEARS = (
     ("mlp.down_proj", "ffn_down"),
 )
 _NORMS = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"))
+_QK_NORMS = (("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"))
 _DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 
 FAMILIES: dict[str, Family] = {
@@ -93,6 +94,47 @@ FAMILIES: dict[str, Family] = {
         outer=_OUTER,
         permuted=("self_attn.q_proj", "self_attn.k_proj"),
         defaults=_DEFAULTS,
+    ),
+    "qwen2": Family(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        gguf="qwen2",
+        genai="qwen2",
+        linears=_LINEARS,
+        norms=_NORMS,
+        outer=_OUTER,
+        biases=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        defaults={**_DEFAULTS, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+        windows="typed",
+    ),
+    "qwen3": Family(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        gguf="qwen3",
+        genai="qwen3",
+        linears=_LINEARS,
+        norms=(*_NORMS, *_QK_NORMS),
+        outer=_OUTER,
+        defaults={
+            **_DEFAULTS,
+            "head_dim": 128,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        windows="typed",
+    ),
+    "mistral": Family(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        gguf="llama",
+        genai="mistral",
+        linears=_LINEARS,
+        norms=_NORMS,
+        outer=_OUTER,
+        permuted=("self_attn.q_proj", "self_attn.k_proj"),
+        defaults={**_DEFAULTS, "sliding_window": 4096},
+        windows="all",
     ),
 }
 

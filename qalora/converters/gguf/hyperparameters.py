@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from qalora.converters.rope import ORIGINAL, Rope, check_rope, llama3_factors, r
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Metadata, Value, ValueType
 
-__all__ = ["config_of", "context_note", "factor_tensors", "family_of_metadata", "hyperparameters"]
+__all__ = ["check_biases", "config_of", "context_note", "factor_tensors", "family_of_metadata", "hyperparameters"]
 
 MODEL_TYPE, CONFIG = "qalora.model_type", "qalora.config"
 
@@ -49,6 +49,7 @@ class Loader:
     capped    it caps scores, always
     big       the number of layers at which it scales scores by hidden/heads in place of the head size
     unrotated every n-th layer has no rotary positions
+    biases    the linear modules whose biases it reads
     """
 
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
@@ -56,10 +57,16 @@ class Loader:
     capped: bool = False
     big: int | None = None
     unrotated: int | None = None
+    biases: tuple[str, ...] = ()
 
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_OTHERS = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 LOADERS: dict[str, Loader] = {
-    "llama": Loader(ropes=("default", "linear", "yarn", "llama3")),
+    "llama": Loader(ropes=("default", "linear", "yarn", "llama3"), biases=(*_QKV, *_OTHERS)),
+    "qwen2": Loader(biases=_QKV),
+    "qwen3": Loader(biases=_QKV),
 }
 
 
@@ -117,6 +124,17 @@ def _refuse(decoder: Decoder, where: object) -> None:
         if (layer.rope is None) != (loader.unrotated is not None and (n + 1) % loader.unrotated == 0):
             expected = f"layers without rotary positions at every {loader.unrotated}th"
             raise InputError(f"{where}: no_rope_layers", expected=expected, got=f"another kind of layer at {n}")
+
+
+def check_biases(names: Iterable[str], family: Family, where: object) -> None:
+    """Refuse a bias, among the tensors of a model, that llama.cpp's loader does not take."""
+    known = LOADERS[family.gguf].biases
+    for name in names:
+        if name.endswith(".bias") and not name.endswith(tuple(f".{module}.bias" for module in known)):
+            raise InputError(
+                f"gguf: {where}: {name}: llama.cpp reads no such bias of a {family.gguf}",
+                todo="export it to onnx or gptq",
+            )
 
 
 def _clipped(decoder: Decoder) -> int | None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import linear_names
+from qalora.converters.families import family_of, linear_names
 from qalora.converters.gptq.beside import StoredResidual, find_residual, pooling_matrix
 from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
 from qalora.errors import FormatError, InputError
@@ -310,8 +310,8 @@ def _lazy(
 
 
 def _drop_unused_biases(config: Mapping[str, Any], tensors: dict[str, LazyTensor], modules: list[str]) -> None:
-    """Forget the biases of zeros that old AutoGPTQ writes for Llamas, which have none."""
-    if config.get("model_type") != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
+    """Forget the biases of zeros that old AutoGPTQ writes for families that have none."""
+    if family_of(config, "config.json").biases or config.get("attention_bias") or config.get("mlp_bias"):
         return
     for module in modules:
         bias = tensors.get(f"{module}.bias")

@@ -1,0 +1,369 @@
+"""Every family from its Hugging Face folder to every format, held against transformers' own forward in float64.
+
+FORMS are what is tested: families, and what their configs can vary. A new family is a line there, and one in `TINY` of
+`qalora.testing`.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from qalora import export
+from qalora.adapter import Adapter, AdapterLayer
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load
+from qalora.converters.families import FAMILIES, settings_of
+from qalora.converters.gguf.names import gguf_names
+from qalora.converters.onnx import read as read_onnx
+from qalora.converters.torch_module import build
+from qalora.errors import FormatError, InputError
+from qalora.folding import fold
+from qalora.parity import verify
+from qalora.parity.runtimes import open_runtime
+from qalora.parity.weights import essentials
+from qalora.quantization import quantize
+from qalora.testing import assert_same_model, byte_tokenizer, tiny_model
+
+GRAPHS = ("", "portable")
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def rope(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **numbers}}
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with linear scaling, head size 32": ("llama", {"head_dim": 32, **rope("linear", factor=4.0)}),
+    "llama with llama3 scaling": ("llama", rope("llama3", factor=8.0, **LLAMA3)),
+    "llama with yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama with yarn and a factor of its own": (
+        "llama",
+        rope("yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.9, beta_fast=16, beta_slow=2),
+    ),
+    "qwen2 with yarn": ("qwen2", rope("yarn", factor=2.0, original_max_position_embeddings=16)),
+    "qwen2": ("qwen2", {}),
+    "qwen2 untied, a window in its last layers": (
+        "qwen2",
+        {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3 with biases, one head of keys": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
+    "mistral": ("mistral", {}),
+    "mistral without a window": ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+}
+
+MAIN = [form for form, (family, config) in FORMS.items() if form == family]
+"""One form of each family, for what takes seconds."""
+
+NOT_IN_GGUF = {"qwen3 with biases, one head of keys": "llama.cpp reads no such bias of a qwen3"}
+"""Forms that llama.cpp does not do, and what their refusal says."""
+
+TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny float model: its folder, it, and what transformers' own loader computes of TOKENS in float64."""
+
+    folder: Path
+    model: Checkpoint
+    logits: torch.Tensor
+    noise: float
+
+
+def transformers_logits(folder: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Float64 logits of transformers' own model, and the largest error of its float32 ones."""
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        single = module(input_ids=tokens).logits
+        double = module.double()(input_ids=tokens).logits
+    return double, float((single.double() - double).abs().max())
+
+
+@pytest.fixture(scope="module")
+def tiny_of(tmp_path_factory: pytest.TempPathFactory):
+    """Gives the tiny model of a form, made once."""
+    made: dict[str, Tiny] = {}
+
+    def get(form: str) -> Tiny:
+        if form not in made:
+            family, config = FORMS[form]
+            folder = tiny_model(
+                tmp_path_factory.mktemp("form") / "model", family, tokenizer=byte_tokenizer(), config=config
+            )
+            made[form] = Tiny(folder, load(folder), *transformers_logits(folder, TOKENS))
+        return made[form]
+
+    return get
+
+
+def assert_close(got: Any, wanted: torch.Tensor, noise: float) -> None:
+    """Within 8 times torch's own float32 error: a runtime sums as many terms, in another order."""
+    error = float((torch.as_tensor(np.asarray(got)).double() - wanted).abs().max())
+    assert error <= 8 * noise, f"{error:.2g} with torch at {noise:.2g}"
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def feed(path: Path, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, np.ndarray]:
+    """Inputs with an empty cache, in the shapes that the graph asks for."""
+    graph = onnx.load(path / "model.onnx", load_external_data=False).graph
+    inputs = {node.name: [size.dim_value for size in node.type.tensor_type.shape.dim] for node in graph.input}
+    past = {
+        name: np.zeros((tokens.shape[0], shape[1], 0, shape[3]), dtype=np.float32)
+        for name, shape in inputs.items()
+        if name.startswith("past")
+    }
+    mask = torch.ones_like(tokens) if mask is None else mask
+    return {"input_ids": tokens.numpy(), "attention_mask": mask.numpy(), **past}
+
+
+def steps(path: Path, tokens: torch.Tensor) -> np.ndarray:
+    """Five tokens at once, then one by one with the cache."""
+    opened, empty = session(path), feed(path, tokens)
+    names = [output.name for output in opened.get_outputs()]
+    past = {name: value for name, value in empty.items() if name.startswith("past")}
+    made, at = [], 0
+    for stop in (5, *range(6, tokens.shape[1] + 1)):
+        mask = np.ones((tokens.shape[0], stop), dtype=np.int64)
+        step = {"input_ids": tokens[:, at:stop].numpy(), "attention_mask": mask, **past}
+        found = dict(zip(names, opened.run(names, step), strict=True))
+        made.append(found.pop("logits"))
+        past = {name.replace("present", "past_key_values"): value for name, value in found.items()}
+        at = stop
+    return np.concatenate(made, axis=1)
+
+
+def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, slice]:
+    """Row 0 is whole, row 1 has its first 25 tokens and 15 of padding; gives where those are."""
+    rows = slice(0, 25) if side == "right" else slice(15, 40)
+    tokens, mask = TOKENS.clone(), torch.ones_like(TOKENS)
+    tokens[1], mask[1] = 0, 0
+    tokens[1, rows], mask[1, rows] = TOKENS[1, :25], 1
+    return tokens, mask, rows
+
+
+def written(model: Checkpoint, target: str, folder: Path, **options: Any) -> Path:
+    """The file or folder of an export."""
+    export(model, target, folder, **options)
+    return next((folder / target).iterdir()) if target == "gguf" else folder / target
+
+
+def made_adapter(model: Checkpoint) -> Adapter:
+    """A random adapter of rank 4 on every linear layer."""
+    rng, layers = torch.Generator().manual_seed(1), {}
+    for name in model.linears:
+        rows, columns = model.tensors[name].shape
+        a, b = torch.randn(4, columns // 32, generator=rng) * 0.05, torch.randn(rows, 4, generator=rng) * 0.05
+        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=2.0, factor=2.0)
+    return Adapter(layers=layers, convention="paper", minima="float16")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_our_torch_module_is_transformers(form: str, tiny_of: Any) -> None:
+    tiny = tiny_of(form)
+    with torch.no_grad():
+        assert_close(build(tiny.model)(input_ids=TOKENS).logits, tiny.logits, tiny.noise)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_graphs_compute_the_same(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    """At once, step by step with the cache beyond the window, and in padded batches."""
+    tiny = tiny_of(form)
+    folder = written(tiny.model, "onnx", tmp_path)
+    for graph, side in (("", "right"), ("portable", "right"), ("portable", "left")):
+        place = folder / graph
+        assert_same_model(read_onnx(place), tiny.model)
+        assert_close(session(place).run(["logits"], feed(place, TOKENS))[0], tiny.logits, tiny.noise)
+        tokens, mask, rows = padded(side)
+        found = session(place).run(["logits"], feed(place, tokens, mask))[0]
+        assert_close(found[0], tiny.logits[0], tiny.noise)
+        assert_close(found[1, rows], tiny.logits[1, :25], tiny.noise)
+    for graph in GRAPHS:
+        assert_close(steps(folder / graph, TOKENS), tiny.logits, tiny.noise)
+
+
+@pytest.mark.parametrize("form", MAIN)
+def test_the_portable_graph_is_standard(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    """Checked in full, and run by onnx.reference, which knows no operator of a vendor's."""
+    from onnx.reference import ReferenceEvaluator
+
+    tiny = tiny_of(form)
+    path = written(tiny.model, "onnx", tmp_path) / "portable"
+    onnx.checker.check_model(path / "model.onnx", full_check=True)
+    tokens = TOKENS[:1, :20]
+    found = ReferenceEvaluator(onnx.load(path / "model.onnx")).run(["logits"], feed(path, tokens))[0]
+    assert_close(found, tiny.logits[:1, :20], tiny.noise)
+
+
+@pytest.mark.parametrize("form", NOT_IN_GGUF)
+def test_what_llama_cpp_does_not_do_is_refused(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=NOT_IN_GGUF[form]):
+        written(tiny_of(form).model, "gguf", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in NOT_IN_GGUF])
+def test_a_float_file_in_llama_cpp(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    """F32 tensors: what is left is float32's own noise; up to where the file's context goes."""
+    tiny = tiny_of(form)
+    path = written(tiny.model, "gguf", tmp_path)
+    again = load(path)
+    assert_same_model(again, tiny.model)
+    assert again.config["model_type"] == tiny.model.config["model_type"]
+    assert essentials(again.config) == essentials(tiny.model.config)
+    architecture = FAMILIES[FORMS[form][0]].gguf
+    length = min(TOKENS.shape[1], again.gguf.get(f"{architecture}.context_length"))  # type: ignore[union-attr]
+    runtime = open_runtime("llama.cpp", path)
+    found = runtime.logits(TOKENS[0, :length].tolist())
+    stepped = runtime.steps(TOKENS[0, :length].tolist())
+    runtime.close()
+    for got in (found, stepped):
+        error = float((got.double() - tiny.logits[0, :length]).abs().max())
+        # ggml sums in blocks and looks exp up: up to 16 times torch's noise was never reached
+        assert error <= 16 * tiny.noise, f"{error:.2g} with torch at {tiny.noise:.2g}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", MAIN)
+def test_from_the_folder_to_a_proof(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    """Quantized, an adapter folded in, exported, and proven in each format's own runtime against base and adapter."""
+    base = quantize(tiny_of(form).model, bits=4, group_size=32)
+    adapter = made_adapter(base)
+    folded = fold(base, adapter)
+    export(folded, ["gguf", "onnx", "qalora"], tmp_path)
+    for place in ("onnx", "onnx/portable", "qalora"):
+        assert_same_model(load(tmp_path / place) if place == "qalora" else read_onnx(tmp_path / place), folded)
+    (file,) = (tmp_path / "gguf").iterdir()
+    assert_same_model(load(file), folded)
+    tokens = TOKENS[0, : 12 if form == "mistral" else 40].tolist()
+    artefacts = [file, tmp_path / "onnx", tmp_path / "onnx" / "portable"]
+    report = verify(base, artefacts, adapter=adapter, level="logits", tokens=tokens)
+    assert report.passed(), report.failure()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", MAIN)
+def test_gptq_holds_the_same_model(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    base = quantize(tiny_of(form).model, bits=4, group_size=32)
+    folded = fold(base, made_adapter(base))
+    assert_same_model(load(written(folded, "gptq", tmp_path)), folded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", MAIN)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_genai_generates_the_same(form: str, graph: str, tiny_of: Any, tmp_path: Path) -> None:
+    tiny = tiny_of(form)
+    folder = written(tiny.model, "onnx", tmp_path)
+    prompt = TOKENS[0, :10].tolist()
+    runtime, oracle = open_runtime("onnxruntime-genai", folder / graph), open_runtime("torch", tiny.model)
+    top = oracle.logits([*prompt, *oracle.generate(prompt, 20)])[9:-1].topk(2).values
+    assert float((top[:, 0] - top[:, 1]).min()) > 100 * tiny.noise, "a near tie would make this test a coin toss"
+    assert runtime.generate(prompt, 20) == oracle.generate(prompt, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["qwen2", "qwen3", "mistral"])
+def test_transformers_opens_the_gptq_folder(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    """Integer zeros need no residual; GPTQModel rounds scale * (code - zero) to float16, 2**-11, in every layer."""
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    base = quantize(tiny_of(form).model, bits=4, group_size=32, zeros="integer")
+    folder = written(base, "gptq", tmp_path)
+    config = GPTQConfig(bits=4, backend="gptq_torch")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        found = theirs(TOKENS).logits
+        wanted = build(base)(TOKENS).logits
+    assert float((found - wanted).norm() / wanted.norm()) <= 2**-8
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_gguf_names_are_those_of_gguf_py(family: Any) -> None:
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
+    table = gguf.get_tensor_name_map(arch, 4)
+    for name, ours in gguf_names(family, 4).items():
+        if name == "lm_head.weight" and family.gguf == "gemma2":
+            continue  # always tied
+        assert table.get_name(name, try_suffixes=(".weight", ".bias")) == ours
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_defaults_are_those_of_transformers(family: Any) -> None:
+    """A config that says its sizes only is understood as transformers' own class understands it."""
+    from transformers import AutoConfig
+
+    sizes = {
+        "model_type": family.model_type,
+        "hidden_size": 512,
+        "intermediate_size": 256,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 8192,
+    }
+    whole = AutoConfig.for_model(**sizes).to_dict()
+    assert essentials(sizes) == essentials(whole)
+    assert settings_of(sizes, "here")["rms_norm_eps"] == whole["rms_norm_eps"]
+    assert whole["architectures"] is None
+    assert family.architecture.endswith("ForCausalLM")
+
+
+def test_a_bias_that_a_family_has_must_be_there(tiny_of: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_of("qwen2").folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.bias"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(FormatError, match=r"layers\.1\.self_attn\.k_proj\.bias: expected it, as config\.json says"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "a mixture of experts"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
+        ({"model_type": "gemma3", "text_config": {}}, "save its text part as a model of its own"),
+        ({"model_type": "mamba"}, "see the README"),
+    ],
+)
+def test_what_is_no_family_here_is_refused_with_what_is_missing(config: dict[str, Any], words: str) -> None:
+    from qalora.converters.families import family_of
+
+    with pytest.raises(InputError, match=words):
+        family_of(config, "here")
+
+
+@pytest.mark.parametrize(("form", "noted"), [("mistral", True), ("mistral without a window", False)])
+def test_a_window_that_llama_cpp_has_not_bounds_the_context(
+    form: str, noted: bool, tiny_of: Any, tmp_path: Path
+) -> None:
+    (plan,) = export(tiny_of(form).model, "gguf", tmp_path)
+    assert any("context_length is the window, 12" in note for note in plan.notes) == noted
+    reader = gguf.GGUFReader(next((tmp_path / "gguf").iterdir()))
+    assert reader.fields["llama.context_length"].contents() == (12 if noted else 512)
+    again = load(next((tmp_path / "gguf").iterdir()))
+    assert replace(again).config["max_position_embeddings"] == 512
