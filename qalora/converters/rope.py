@@ -48,6 +48,8 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "longrope": ("factor", "attention_factor"),
 }
 
+DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
+
 ALIASES = {"su": "longrope"}
 ORIGINAL = "original_max_position_embeddings"
 LISTS = ("short_factor", "long_factor")
@@ -99,6 +101,7 @@ def rope_of(config: Mapping[str, Any], where: object, layer_type: str = "full_at
         value = _original(config, given) if key == ORIGINAL else given.get(key)
         if value is None and kind == "yarn" and key == "factor":
             value = config["max_position_embeddings"] / _original(config, given)
+        value = DEFAULTS.get(key) if value is None else value
         if value is None and key in KINDS[kind]:
             raise InputError(f"{where}: rope_parameters", expected=f"a {key} for {kind} scaling", got="none")
         if value is not None:

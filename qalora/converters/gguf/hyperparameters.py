@@ -216,8 +216,8 @@ def _scaling(rope: Rope) -> dict[str, Value]:
     if rope.kind != "linear":
         entries["original_context_length"] = _integer(rope.original)
     if rope.kind == "yarn":
-        entries["yarn_beta_fast"] = _real(rope.numbers.get("beta_fast") or 32)
-        entries["yarn_beta_slow"] = _real(rope.numbers.get("beta_slow") or 1)
+        entries["yarn_beta_fast"] = _real(rope.numbers["beta_fast"])
+        entries["yarn_beta_slow"] = _real(rope.numbers["beta_slow"])
         factor = rope.numbers.get("attention_factor")
         if factor is not None:  # llama.cpp multiplies what it computes from the factor with this
             entries["attn_factor"] = _real(factor / _yarn_attention(rope.numbers["factor"]))
@@ -233,8 +233,9 @@ def _carried(decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Value]:
     kept: dict[str, Any] = {}
     if _clipped(decoder) is not None:
         kept = {key: settings[key] for key in CARRIED if key in settings and key != "rope_parameters"}
-    if decoder.ropes[FULL].kind == "llama3":
-        kept["rope_parameters"] = decoder.ropes[FULL].parameters()
+    rope = decoder.ropes[FULL]
+    if rope.kind == "llama3" or (rope.kind == "yarn" and "attention_factor" in rope.numbers):
+        kept["rope_parameters"] = rope.parameters()
     entries = {}
     if decoder.family.model_type != decoder.family.gguf:
         entries[MODEL_TYPE] = _text(decoder.family.model_type)
@@ -351,9 +352,24 @@ def _rope_of(read: _Numbers, factors: Mapping[str, Tensor], size: int) -> dict[s
     if scaling == "linear" and isinstance(factor, float) and factor > 0:
         return {**plain, "rope_type": "linear", "factor": factor}
     if scaling == "yarn" and isinstance(factor, float) and factor > 0:
-        return {**plain, "rope_type": "yarn", **_yarn_of(read, factor)}
+        return _as_carried(read, {**plain, "rope_type": "yarn", **_yarn_of(read, factor)})
     got = f"{scaling!r}, factor {factor!r}"
     raise InputError(f"{read.where}: rope.scaling.type", expected="none, linear or yarn", got=got)
+
+
+def _as_carried(read: _Numbers, found: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that the file carries in full, if float32 makes of them what its keys say."""
+    carried = _carried_by(read.metadata, read.where).get("rope_parameters")
+    if carried is None:
+        return found
+    given = rope_of({"rope_parameters": carried}, read.where).parameters()
+    same = given.keys() == found.keys() and all(
+        math.isclose(value, found[key], rel_tol=1e-6) if isinstance(value, float) else value == found[key]
+        for key, value in given.items()
+    )
+    if not same:
+        raise FormatError(f"{read.where}: {CONFIG}: rope_parameters", expected=str(found), got=str(given))
+    return given
 
 
 def _yarn_of(read: _Numbers, factor: float) -> dict[str, Any]:
