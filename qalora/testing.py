@@ -155,11 +155,15 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 12}
+
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 32},
     "mistral": {"sliding_window": 12},
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "gemma3_text": {**_GEMMA, "num_hidden_layers": 6},
 }
 """What a tiny model of each family has beside `_SIZES`: transformers' config keys, windows small enough to matter."""
 
@@ -192,7 +196,10 @@ def tiny_model(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float()
     with torch.no_grad():
         for parameter in model.parameters():  # norms of 1 and small weights would hide mistakes
-            parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.2) + (parameter.ndim == 1))
+            made = torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.2) + (parameter.ndim == 1)
+            parameter.copy_(
+                made.bfloat16() if parameter.ndim == 1 else made
+            )  # as checkpoints have them: 1 + w is exact
     torch.set_rng_state(state)
     model.save_pretrained(folder)
     if tokenizer is not None:

@@ -64,6 +64,14 @@ class Family:
         """Whether a layer has this linear module or norm."""
         return any(name == module for name, _ in (*self.linears, *self.norms))
 
+    def adds_one(self, name: str) -> bool:
+        """Whether a tensor is a norm that multiplies with 1 + weight.
+
+        transformers takes that sum in float32, and graphs and GGUF hold it: w + 1 is rounded once, w' = (w + 1) - 1 is
+        what is read back, and w' + 1 is the same again.
+        """
+        return self.norm_offset and name.endswith("norm.weight")
+
 
 _OUTER = (
     ("model.embed_tokens.weight", "token_embd.weight"),
@@ -81,7 +89,21 @@ _LINEARS = (
 )
 _NORMS = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"))
 _QK_NORMS = (("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"))
+_NORMS_AROUND = (
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+)
 _DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_GEMMA = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -135,6 +157,42 @@ FAMILIES: dict[str, Family] = {
         permuted=("self_attn.q_proj", "self_attn.k_proj"),
         defaults={**_DEFAULTS, "sliding_window": 4096},
         windows="all",
+    ),
+    "gemma2": Family(
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        gguf="gemma2",
+        genai="gemma2",
+        linears=_LINEARS,
+        norms=_NORMS_AROUND,
+        outer=_OUTER,
+        defaults={
+            **_GEMMA,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window_pattern": 2,
+        },
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
+        norm_offset=True,
+        scaled_embedding=True,
+        windows="alternate",
+    ),
+    "gemma3_text": Family(
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        gguf="gemma3",
+        genai="gemma3_text",
+        linears=_LINEARS,
+        norms=(*_NORMS_AROUND, *_QK_NORMS),
+        outer=_OUTER,
+        defaults={**_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
+        norm_offset=True,
+        scaled_embedding=True,
+        windows="alternate",
+        local_rope=True,
     ),
 }
 
@@ -201,6 +259,10 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         value = settings.get(key)
         if value is not None and (not isinstance(value, list) or len(value) < settings["num_hidden_layers"]):
             raise InputError(f"{where}: {key}", expected="a list with an entry for each layer", got=repr(value)[:60])
+    if settings.get("use_bidirectional_attention"):
+        raise InputError(
+            f"{where}: use_bidirectional_attention", expected="a decoder, which looks back only", got="true"
+        )
     rope_of(settings, where)
     if family.local_rope:
         rope_of(settings, where, "sliding_attention")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.decoder import decoder_of
 from qalora.errors import FormatError, InputError
 
 __all__ = ["LinearFactory", "build", "float_linear", "layer_outputs"]
@@ -62,10 +63,11 @@ def _empty(config: Mapping[str, Any], where: object) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     plain = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
+    attention = "sdpa" if decoder_of(config, where).softcap is None else "eager"  # sdpa has no cap of scores
     try:
         with torch.device("meta"):
             settings = AutoConfig.for_model(**plain)
-            return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
+            return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=attention)
     except Exception as error:  # whatever a config that is damaged makes transformers raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{where}: config.json", expected="one that transformers takes", got=reason) from error
@@ -92,9 +94,12 @@ def _check_shape(model: Checkpoint, name: str, parameter: Tensor) -> None:
 
 
 def _rebuild_buffers(module: Any) -> None:
-    """Make modules with computed buffers (rotary tables) again, now with memory."""
+    """Make modules with computed buffers again, now with memory, and the scale of Gemma's embeddings."""
     for path, part in list(module.named_modules()):
-        if any(buffer.is_meta for buffer in part.buffers(recurse=False)):
+        if isinstance(part, nn.Embedding):
+            if hasattr(part, "embed_scale"):
+                part.embed_scale = torch.tensor(part.scalar_embed_scale)
+        elif any(buffer.is_meta for buffer in part.buffers(recurse=False)):
             module.set_submodule(path, type(part)(module.config))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import FULL, decoder_of
+from qalora.converters.families import FAMILIES
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["TensorDifference", "WeightMetrics", "compare_tensors", "compare_weights", "essentials", "ulp"]
@@ -95,11 +96,13 @@ def compare_weights(
     An output layer that one side ties to the embedding and the other writes out is compared with that embedding.
     """
     pairs, missing, extra = _pairs(artifact, reference)
-    shapes, found = [], []
+    shapes, found, family = [], [], FAMILIES.get(str(reference.config.get("model_type")))
     for name, mine, theirs in pairs:
         if mine.shape != theirs.shape:
             shapes.append(f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}")
             continue
+        if family is not None and family.adds_one(name):
+            mine, theirs = _plus_one(mine), _plus_one(theirs)
         found.append(_compare_lazy(name, mine, theirs, residual, whole=name in reference.linears))
         progress(name, 4 * math.prod(theirs.shape))
     return WeightMetrics(
@@ -111,6 +114,11 @@ def compare_weights(
         total=_total("all", found),
         different=tuple(difference for difference in found if not difference.same),
     )
+
+
+def _plus_one(lazy: LazyTensor) -> LazyTensor:
+    """A norm as it is used, where its family multiplies with 1 + weight."""
+    return replace(lazy, dtype=torch.float32, read=lambda start, stop: _floats(lazy.read(start, stop)) + 1)
 
 
 def _pairs(

@@ -67,6 +67,8 @@ LOADERS: dict[str, Loader] = {
     "llama": Loader(ropes=("default", "linear", "yarn", "llama3"), biases=(*_QKV, *_OTHERS)),
     "qwen2": Loader(biases=_QKV),
     "qwen3": Loader(biases=_QKV),
+    "gemma2": Loader(window=2, capped=True, big=46),
+    "gemma3": Loader(window=6, big=62),
 }
 
 
@@ -325,6 +327,16 @@ def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) ->
     if family.windows != "none":
         windowed = read.has("attention.sliding_window")
         found["sliding_window"] = int(read("attention.sliding_window")) if windowed else None
+    if "query_pre_attn_scalar" in family.defaults:
+        big = config["num_hidden_layers"] == LOADERS[family.gguf].big
+        hidden_share = config["hidden_size"] // config["num_attention_heads"]
+        found["query_pre_attn_scalar"] = hidden_share if big else config["head_dim"]
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            default = family.defaults.get(key)
+            found[key] = float(read(key, default)) if read.has(key) or default is not None else None
+    if family.local_rope:
+        local = {"rope_type": "default", "rope_theta": float(read("rope.freq_base_swa", 10000.0))}
+        found["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     return found
 
 

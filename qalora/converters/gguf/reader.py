@@ -51,7 +51,8 @@ def read(path: Path) -> Checkpoint:
         if gguf in FACTORS:
             continue
         name = known[gguf]
-        tensors[name] = _lazy(file, info, name, head_count(family, config, name))
+        lazy = _lazy(file, info, name, head_count(family, config, name))
+        tensors[name] = _without_one(lazy) if family.adds_one(name) else lazy
     check_shapes(path, config, tensors, linears)
     _check_heads(path, tensors, config)
     notes = _restore(file, tensors)
@@ -155,6 +156,18 @@ def _reordered(lazy: LazyTensor, heads: int) -> LazyTensor:
         return take_rows(lazy.load(), order)
 
     return replace(lazy, read=read)
+
+
+def _without_one(lazy: LazyTensor) -> LazyTensor:
+    """A norm as transformers holds it, where the file holds 1 + weight."""
+
+    def read(start: int, stop: int) -> Tensor:
+        values = lazy.read(start, stop)
+        if not isinstance(values, Tensor):
+            raise FormatError(lazy.name, expected="floats", got="blocks")
+        return values.float() - 1
+
+    return replace(lazy, dtype=torch.float32, read=read)
 
 
 def take_rows(tensor: Tensor | GroupQuantTensor, order: Tensor) -> Tensor | GroupQuantTensor:

@@ -195,6 +195,8 @@ def _write_tensor(file: OutputFile, planned: PlannedTensor, plan: GgufPlan, mode
     whole = heads is not None or lazy.name in model.linears
     for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
         ordered = tile if heads is None else take_rows(tile, rows_to(lazy.shape[0], heads))
+        if isinstance(ordered, Tensor) and family.adds_one(lazy.name):
+            ordered = ordered.float() + 1
         file.write(info.offset + row * info.row_bytes, _bytes(ordered, planned))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import linear_names
+from qalora.converters.families import family_of, linear_names
 from qalora.converters.huggingface import check_shapes, companion_files, read_config
 from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
 from qalora.converters.onnx.decoder import TABLES
@@ -37,14 +37,14 @@ def read(path: Path) -> Checkpoint:
     portable = any(opset.domain == DOMAIN for opset in proto.opset_import)
     config = read_config(file.parent)
     linears = linear_names(config, file.parent)
-    tensors: dict[str, LazyTensor] = {}
+    family, tensors = family_of(config, file.parent), dict[str, LazyTensor]()
     used = {f"{table}.{side}" for table in TABLES.values() for side in ("cos", "sin")}
     for module, spec in kinds.items():
         tensors[f"{module}.weight"], names = _quantized(file, module, spec, stored, portable=portable)
         used |= names
     for name, item in stored.items():
         if name not in used and item.dtype == "FLOAT" and item.inline is None:
-            tensors[name] = _float(name, item, transposed=name in linears)
+            tensors[name] = _float(name, item, transposed=name in linears, offset=1.0 if family.adds_one(name) else 0.0)
     check_shapes(file.parent, config, tensors, linears)
     return Checkpoint(
         path=path,
@@ -90,12 +90,14 @@ def _quantized(
     return LazyTensor(name=f"{module}.weight", shape=shape, spec=spec, read=read_rows), set(parts)
 
 
-def _float(name: str, item: Stored, *, transposed: bool) -> LazyTensor:
+def _float(name: str, item: Stored, *, transposed: bool, offset: float) -> LazyTensor:
     if not transposed:
-        shape = item.shape
-        return LazyTensor(
-            name=name, shape=shape, dtype=torch.float32, read=lambda start, stop: read_stored(item, start, stop)
-        )
+
+        def read_rows(start: int, stop: int) -> Tensor:
+            rows = read_stored(item, start, stop)
+            return rows - offset if offset else rows
+
+        return LazyTensor(name=name, shape=item.shape, dtype=torch.float32, read=read_rows)
     return LazyTensor(
         name=name,
         shape=tuple(reversed(item.shape)),

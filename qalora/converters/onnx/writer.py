@@ -35,6 +35,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         write_json(place / "config.json", plan.config)
         write_json(place / "genai_config.json", graph.genai)
         (place / GRAPH).write_bytes(graph.proto.SerializeToString(deterministic=True))
+    decoder = decoder_of(model.config, model.path)
     allowed = {row.name for row in plan.tensors if row.loss is not None}
     with ExitStack() as stack:
         fast, portable = (stack.enter_context(_Data(place / DATA, graph)) for place, graph in places.items())
@@ -43,9 +44,10 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
             if is_quantized(lazy):
                 _write_quantized(fast, portable, lazy, rounds=name in allowed)
             else:
-                _write_float(fast, portable, lazy, transposed=name in model.linears)
+                offset = 1.0 if decoder.family.adds_one(name) else 0.0
+                _write_float(fast, portable, lazy, transposed=name in model.linears, offset=offset)
             progress(name, fast.done + portable.done - before)
-        for name, table in rotary_tables(decoder_of(model.config, model.path), model.path):
+        for name, table in rotary_tables(decoder, model.path):
             fast.write(name, table)
             portable.write(name, table)
 
@@ -94,9 +96,9 @@ def _write_quantized(fast: _Data, portable: _Data, lazy: LazyTensor, *, rounds: 
             file.write(name, data)
 
 
-def _write_float(fast: _Data, portable: _Data, lazy: LazyTensor, *, transposed: bool) -> None:
+def _write_float(fast: _Data, portable: _Data, lazy: LazyTensor, *, transposed: bool, offset: float) -> None:
     tiles = [(0, lazy.load_float().T)] if transposed else lazy.float_tiles()
     for row, tile in tiles:
-        wide = tile.float().contiguous()
+        wide = tile.float().contiguous() + offset if offset else tile.float().contiguous()
         fast.write(lazy.name, wide, row)
         portable.write(lazy.name, wide, row)
