@@ -164,6 +164,8 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
     "gemma3_text": {**_GEMMA, "num_hidden_layers": 6},
+    "phi3": {"sliding_window": 12, "hidden_size": 128, "bos_token_id": 1, "eos_token_id": 2},
+    "smollm3": {"num_hidden_layers": 4, "bos_token_id": 1, "eos_token_id": 2},
 }
 """What a tiny model of each family has beside `_SIZES`: transformers' config keys, windows small enough to matter."""
 

@@ -87,6 +87,12 @@ _LINEARS = (
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
 )
+_FUSED = (
+    ("self_attn.qkv_proj", "attn_qkv"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+)
 _NORMS = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"))
 _QK_NORMS = (("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"))
 _NORMS_AROUND = (
@@ -193,6 +199,35 @@ FAMILIES: dict[str, Family] = {
         scaled_embedding=True,
         windows="alternate",
         local_rope=True,
+    ),
+    "phi3": Family(
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        gguf="phi3",
+        genai="phi3",
+        linears=_FUSED,
+        norms=_NORMS,
+        outer=_OUTER,
+        defaults={
+            **_DEFAULTS,
+            "rms_norm_eps": 1e-5,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+        },
+        windows="all",
+    ),
+    "smollm3": Family(
+        model_type="smollm3",
+        architecture="SmolLM3ForCausalLM",
+        gguf="smollm3",
+        genai="smollm3",
+        linears=_LINEARS,
+        norms=_NORMS,
+        outer=_OUTER,
+        permuted=("self_attn.q_proj", "self_attn.k_proj"),
+        defaults={**_DEFAULTS, "rope_theta": 2e6, "use_sliding_window": False, "no_rope_layer_interval": 4},
+        windows="typed",
+        skips_rope=True,
     ),
 }
 

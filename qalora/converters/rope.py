@@ -74,6 +74,13 @@ class Rope:
         """How many elements of a head are rotated."""
         return int(head_size * self.share)
 
+    def attention_factor(self, positions: int) -> float:
+        """What a longrope multiplies cos and sin with, in a model with this context."""
+        given, factor = self.numbers.get("attention_factor"), self.numbers.get("factor", positions / self.original)
+        if given is not None:
+            return float(given)
+        return math.sqrt(1 + math.log(factor) / math.log(self.original)) if factor > 1 else 1.0
+
     @property
     def original(self) -> int:
         """The context before it was extended; only of kinds that have one."""

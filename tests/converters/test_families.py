@@ -40,6 +40,17 @@ def rope(kind: str, **numbers: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **numbers}}
 
 
+def longrope(original: int, share: float = 1.0) -> dict[str, Any]:
+    """Heads of 32, of which a share is rotated, each pair with factors of its own."""
+    pairs = int(16 * share)
+    short, long = ([round(1 + step * n, 4) for n in range(pairs)] for step in (0.05, 0.7))
+    return {
+        "sliding_window": None,
+        "original_max_position_embeddings": original,
+        **rope("longrope", short_factor=short, long_factor=long, partial_rotary_factor=share),
+    }
+
+
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with linear scaling, head size 32": ("llama", {"head_dim": 32, **rope("linear", factor=4.0)}),
@@ -71,6 +82,15 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 8.0,
         },
     ),
+    "phi3": ("phi3", {}),
+    "phi3 with longrope, beyond the original context": ("phi3", longrope(16)),
+    "phi3 with longrope, within it": ("phi3", longrope(256)),
+    "phi3 with longrope and three quarters of a head": ("phi3", longrope(16, 0.75)),
+    "smollm3": ("smollm3", {}),
+    "smollm3 with a window where it does not rotate": ("smollm3", {"use_sliding_window": True, "sliding_window": 12}),
+    "smollm3 with yarn": ("smollm3", rope("yarn", factor=2.0, original_max_position_embeddings=16)),
+    "smollm3 that never rotates": ("smollm3", {"no_rope_layers": [0, 0, 0, 0]}),
+    "smollm3 with biases": ("smollm3", {"attention_bias": True}),
     "mistral without a window": ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
 }
 
@@ -79,6 +99,8 @@ MAIN = [form for form, (family, config) in FORMS.items() if form == family]
 
 NOT_IN_GGUF = {
     "qwen3 with biases, one head of keys": "llama.cpp reads no such bias of a qwen3",
+    "smollm3 that never rotates": "no_rope_layers: expected layers without rotary positions at every 4th",
+    "smollm3 with biases": "llama.cpp reads no such bias of a smollm3",
     "gemma2 with a scale of its own": "query_pre_attn_scalar: expected 32, which gemma2 has, got 24",
 }
 """Forms that llama.cpp does not do, and what their refusal says."""
@@ -209,6 +231,22 @@ def made_adapter(model: Checkpoint) -> Adapter:
     return Adapter(layers=layers, convention="paper", minima="float16")
 
 
+def transformers_steps(tiny: Tiny, form: str) -> torch.Tensor:
+    """What `steps` should give. A longrope that crosses its original context keeps the keys that it has."""
+    from transformers import AutoModelForCausalLM
+
+    if "longrope" not in form:
+        return tiny.logits
+    module = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float64, attn_implementation="eager").eval()
+    past, made, at = None, [], 0
+    with torch.no_grad():
+        for stop in (5, *range(6, TOKENS.shape[1] + 1)):
+            found = module(input_ids=TOKENS[:, at:stop], past_key_values=past, use_cache=True)
+            past, at = found.past_key_values, stop
+            made.append(found.logits)
+    return torch.cat(made, dim=1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_our_torch_module_is_transformers(form: str, tiny_of: Any) -> None:
     tiny = tiny_of(form)
@@ -230,7 +268,7 @@ def test_both_graphs_compute_the_same(form: str, tiny_of: Any, tmp_path: Path) -
         assert_close(found[0], tiny.logits[0], tiny.noise)
         assert_close(found[1, rows], tiny.logits[1, :25], tiny.noise)
     for graph in GRAPHS:
-        assert_close(steps(folder / graph, TOKENS), tiny.logits, tiny.noise)
+        assert_close(steps(folder / graph, TOKENS), transformers_steps(tiny, form), tiny.noise)
 
 
 @pytest.mark.parametrize("form", MAIN)
@@ -290,7 +328,7 @@ def test_from_the_folder_to_a_proof(form: str, tiny_of: Any, tmp_path: Path) -> 
         assert_same_model(load(tmp_path / place) if place == "qalora" else read_onnx(tmp_path / place), folded)
     (file,) = (tmp_path / "gguf").iterdir()
     assert_same_model(load(file), folded)
-    tokens = TOKENS[0, : 12 if form == "mistral" else 40].tolist()
+    tokens = TOKENS[0, : 12 if form in ("mistral", "phi3") else 40].tolist()
     artefacts = [file, tmp_path / "onnx", tmp_path / "onnx" / "portable"]
     report = verify(base, artefacts, adapter=adapter, level="logits", tokens=tokens)
     assert report.passed(), report.failure()

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from qalora.converters.decoder import FULL, LOCAL, Decoder, check_activation
 from qalora.converters.families import FAMILIES, Family
-from qalora.converters.rope import ORIGINAL, Rope, check_rope, llama3_factors, rope_of
+from qalora.converters.rope import ORIGINAL, Rope, check_rope, llama3_factors, rope_of, two_tables
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Metadata, Value, ValueType
 
-__all__ = ["check_biases", "config_of", "context_note", "factor_tensors", "family_of_metadata", "hyperparameters"]
+__all__ = ["check_biases", "config_of", "context_notes", "factor_tensors", "family_of_metadata", "hyperparameters"]
 
 MODEL_TYPE, CONFIG = "qalora.model_type", "qalora.config"
 
@@ -69,6 +69,8 @@ LOADERS: dict[str, Loader] = {
     "qwen3": Loader(biases=_QKV),
     "gemma2": Loader(window=2, capped=True, big=46),
     "gemma3": Loader(window=6, big=62),
+    "smollm3": Loader(unrotated=4),
+    "phi3": Loader(ropes=("default", "longrope")),
 }
 
 
@@ -147,15 +149,20 @@ def _clipped(decoder: Decoder) -> int | None:
     return min(windows)
 
 
-def context_note(decoder: Decoder) -> str | None:
-    """What a user should know of a context that llama.cpp would compute otherwise."""
-    window = _clipped(decoder)
-    if window is None:
-        return None
-    return (
-        f"gguf: llama.cpp has no sliding window for {decoder.family.gguf}: the file's context_length is the window, "
-        f"{window}, up to which it computes the same"
-    )
+def context_notes(decoder: Decoder) -> tuple[str, ...]:
+    """What a user should know of contexts that llama.cpp computes otherwise."""
+    window, rope, notes = _clipped(decoder), decoder.ropes[FULL], []
+    if window is not None:
+        notes.append(
+            f"gguf: llama.cpp has no sliding window for {decoder.family.gguf}: the file's context_length is the "
+            f"window, {window}, up to which it computes the same"
+        )
+    if two_tables(rope, decoder.positions):
+        notes.append(
+            "gguf: llama.cpp chooses between the two rotary scalings by the size of its context, not by the length of "
+            f"the text: run it with a context of {rope.original} or less for texts that fit"
+        )
+    return tuple(notes)
 
 
 def hyperparameters(decoder: Decoder, settings: Mapping[str, Any], where: object) -> dict[str, Value]:
@@ -192,7 +199,7 @@ def hyperparameters(decoder: Decoder, settings: Mapping[str, Any], where: object
             floats[f"{key}_logit_softcapping"] = cap
     entries = {key: _integer(value) for key, value in integers.items()}
     entries |= {key: _real(value) for key, value in floats.items()}
-    entries |= _scaling(decoder.ropes[FULL])
+    entries |= _scaling(decoder.ropes[FULL], decoder.positions)
     return {f"{prefix}.{key}": value for key, value in entries.items()} | _carried(decoder, settings)
 
 
@@ -208,15 +215,15 @@ def _text(value: str) -> Value:
     return Value(type=ValueType.STRING, value=value)
 
 
-def _scaling(rope: Rope) -> dict[str, Value]:
-    """The keys below rope.scaling; llama3's factors are a tensor, and it has none."""
-    if rope.kind not in ("linear", "yarn", "longrope"):
-        return {}
-    entries = {"type": _text(rope.kind)}
-    if rope.kind != "longrope":
-        entries["factor"] = _real(rope.numbers["factor"])
-    if rope.kind != "linear":
+def _scaling(rope: Rope, positions: int) -> dict[str, Value]:
+    """The keys below rope.scaling; llama3's and longrope's factors are tensors, which name no type."""
+    entries: dict[str, Value] = {}
+    if rope.kind in ("linear", "yarn"):
+        entries |= {"type": _text(rope.kind), "factor": _real(rope.numbers["factor"])}
+    if rope.kind in ("yarn", "longrope"):
         entries["original_context_length"] = _integer(rope.original)
+    if rope.kind == "longrope":
+        entries["attn_factor"] = _real(rope.attention_factor(positions))
     if rope.kind == "yarn":
         entries["yarn_beta_fast"] = _real(rope.numbers["beta_fast"])
         entries["yarn_beta_slow"] = _real(rope.numbers["beta_slow"])
@@ -334,6 +341,15 @@ def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) ->
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             default = family.defaults.get(key)
             found[key] = float(read(key, default)) if read.has(key) or default is not None else None
+    if "partial_rotary_factor" in family.defaults:
+        rotated = int(read("rope.dimension_count", config["head_dim"]))
+        found["partial_rotary_factor"] = rotated / config["head_dim"]
+        found[ORIGINAL] = config["rope_parameters"].get(ORIGINAL, config["max_position_embeddings"])
+    elif read.has("rope.dimension_count") and read("rope.dimension_count") != config["head_dim"]:
+        expected = f"{config['head_dim']}, the head size"
+        raise FormatError(
+            f"{read.where}: rope.dimension_count", expected=expected, got=str(read("rope.dimension_count"))
+        )
     if family.local_rope:
         local = {"rope_type": "default", "rope_theta": float(read("rope.freq_base_swa", 10000.0))}
         found["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
@@ -359,6 +375,8 @@ def _rope_of(read: _Numbers, factors: Mapping[str, Tensor], size: int) -> dict[s
     plain = {"rope_type": "default", "rope_theta": float(read("rope.freq_base", 10000.0))}
     if FREQS in factors:
         return _llama3_of(read, plain, factors[FREQS], size)
+    if set(LONGROPE.values()) <= set(factors):
+        return _longrope_of(read, plain, factors)
     if scaling == "none" or factor in (None, 1.0):
         return plain
     if scaling == "linear" and isinstance(factor, float) and factor > 0:
@@ -392,6 +410,16 @@ def _yarn_of(read: _Numbers, factor: float) -> dict[str, Any]:
     if read.has("rope.scaling.attn_factor"):
         found["attention_factor"] = float(read("rope.scaling.attn_factor")) * _yarn_attention(factor)
     return found
+
+
+def _longrope_of(read: _Numbers, plain: dict[str, Any], factors: Mapping[str, Tensor]) -> dict[str, Any]:
+    lists = {key: factors[name].tolist() for key, name in LONGROPE.items()}
+    original = int(read("rope.scaling.original_context_length"))
+    positions = _carried_by(read.metadata, read.where).get("max_position_embeddings", read("context_length"))
+    found = {**plain, "rope_type": "longrope", ORIGINAL: original, **lists}
+    given = float(read("rope.scaling.attn_factor", 1.0))
+    usual = rope_of({"rope_parameters": found}, read.where).attention_factor(positions)
+    return found if math.isclose(given, usual, rel_tol=1e-6) else {**found, "attention_factor": given}
 
 
 def _llama3_of(read: _Numbers, plain: dict[str, Any], factors: Tensor, size: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.converters.families import Family
-from qalora.converters.gguf.hyperparameters import check_biases, context_note, factor_tensors
+from qalora.converters.gguf.hyperparameters import check_biases, context_notes, factor_tensors
 from qalora.converters.gguf.metadata import file_metadata, file_name
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
@@ -75,12 +75,11 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
         )
         for name in names
     )
-    note = context_note(decoder)
     return GgufPlan(
         target="gguf",
         tensors=tensors,
         files={file: layout.size},
-        notes=model.notes if note is None else (*model.notes, note),
+        notes=(*model.notes, *context_notes(decoder)),
         layout=layout,
         names=names,
         factors=factors,
