@@ -1,13 +1,19 @@
 """Models that several rooms test with: SmolLM2 as a package carries it, and tiny Llamas made on the spot."""
 
 import importlib.util
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from qalora.checkpoint import Checkpoint
+from qalora.tensor import integer_zeros
 from qalora.testing import tiny_llama
 
 
@@ -38,3 +44,52 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer) -> Path:
 def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny float Llama without tokenizer, vocabulary 256, an output layer of its own."""
     return tiny_llama(tmp_path_factory.mktemp("untied"), seed=1, config={"tie_word_embeddings": False})
+
+
+@pytest.fixture(scope="session")
+def packed_by_gptqmodel():
+    """Packs a model of 32-column groups and integer zeros with GPTQModel, since its quantizer wants more than 2 cores.
+
+    packed_by_gptqmodel(source, folder, sym=..., version="gptq" or "gptq_v2") gives the folder, and what GPTQModel's
+    dequantizer makes of each layer in float16.
+    """
+    return _packed
+
+
+def _packed(source: Checkpoint, folder: Path, *, sym: bool, version: str):
+    """A folder of GPTQModel's packed layers, and what it makes of them."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.quantization import FORMAT, QuantizeConfig
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    folder.mkdir()
+    bits = source.tensors[source.linears[0]].load_quantized().bits
+    settings = QuantizeConfig(bits=bits, group_size=32, sym=sym, format=FORMAT(version), offload_to_disk=False)
+    tensors = {name: lazy.load_float() for name, lazy in source.tensors.items() if lazy.spec is None}
+    expected = {}
+    for name in source.linears:
+        tensor = source.tensors[name].load_quantized()
+        out, columns = tensor.shape
+        scale = torch.where(tensor.scale == 0, 0.5, tensor.scale)
+        zero = integer_zeros(tensor).float()
+        linear = torch.nn.Linear(columns, out, bias=False)
+        linear.weight.data = replace(tensor, scale=scale, min=-scale * zero).dequantize()
+        module = TorchLinear(
+            bits=bits,
+            group_size=32,
+            sym=sym,
+            desc_act=False,
+            in_features=columns,
+            out_features=out,
+            format=FORMAT.GPTQ_V2,
+        )
+        module.pack(linear, scale, zero, (torch.arange(columns) // 32).int())
+        expected[name] = TorchLinear.dequantize_weight(module).T.contiguous()
+        if version == "gptq":
+            convert_gptq_v2_to_v1_format_module(module, settings)
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[name.replace(".weight", f".{part}")] = getattr(module, part).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {**source.config, "quantization_config": settings.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder, expected

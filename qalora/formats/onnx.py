@@ -32,9 +32,11 @@ DTYPES: dict[str, tuple[int, int, torch.dtype]] = {
     "UINT8": (2, 8, torch.uint8),
     "INT32": (6, 32, torch.int32),
     "INT64": (7, 64, torch.int64),
+    "FLOAT16": (10, 16, torch.float16),
     "UINT4": (21, 4, torch.uint8),
+    "INT4": (22, 4, torch.uint8),
 }
-"""(TensorProto's tag, bits of an element, torch's dtype of the bytes). UINT4 packs two elements, low half first."""
+"""(TensorProto's tag, bits of an element, torch's dtype of the bytes). UINT4, INT4: two in a byte, low half first."""
 
 _NAMES = {tag: name for name, (tag, _, _) in DTYPES.items()}
 
@@ -152,7 +154,14 @@ def _number(where: str, text: str) -> int:
 
 
 def read_stored(item: Stored, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows start..stop-1 of a weight (all by default); UINT4 as packed bytes [rows, row bytes], whole bytes a row."""
+    """Rows start..stop-1 of a weight (all by default); UINT4, INT4 as packed bytes [rows, row bytes], in whole bytes.
+
+    FormatError for data in the model that is not raw bytes of the weight's size.
+    """
+    if item.inline is not None and len(item.inline) != item.nbytes:
+        raise FormatError(
+            f"{item.path}: an initializer", expected=f"{item.nbytes} raw bytes", got=str(len(item.inline))
+        )
     rows = item.shape[0] if item.shape else 1
     start, stop, _ = slice(start, stop).indices(rows)
     row_bytes = item.nbytes // rows if rows else 0
@@ -162,7 +171,7 @@ def read_stored(item: Stored, start: int = 0, stop: int | None = None) -> Tensor
     else:
         with InputFile(item.path) as file:
             data = file.tensor(item.offset + start * row_bytes, (stop - start) * row_bytes)
-    if item.dtype == "UINT4":
+    if item.dtype in ("UINT4", "INT4"):
         return data.view(stop - start, row_bytes)
     shape: Mapping[bool, tuple[int, ...]] = {True: (stop - start, *item.shape[1:]), False: ()}
     return data.view(DTYPES[item.dtype][2]).view(shape[bool(item.shape)])

@@ -1,19 +1,17 @@
 """GPTQ folders in GPTQModel and transformers, and a checkpoint that GPTQModel packed, in our reader."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.converters import gptq, huggingface, load
 from qalora.converters.plan import ExportOptions
 from qalora.residual import to_residual
-from qalora.tensor import GroupQuantTensor, integer_zeros
+from qalora.tensor import GroupQuantTensor
 from qalora.testing import assert_same_tensor, random_model
 
 pytestmark = [
@@ -196,7 +194,7 @@ def test_gptqmodel_loads_own_zeros(tiny: Path, tmp_path: Path, bits: int, zeros:
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_checkpoint_packed_by_gptqmodel_is_read(
-    tiny_untied: Path, tmp_path: Path, bits: int, sym: bool, version: str
+    tiny_untied: Path, tmp_path: Path, packed_by_gptqmodel, bits: int, sym: bool, version: str
 ) -> None:
     """Weights in GPTQModel's words, and its own conversion to v1 (zero points of 0 too), against its dequantizer."""
     source = random_model(huggingface.read(tiny_untied), bits=bits, zeros="symmetric" if sym else "integer")
@@ -205,45 +203,6 @@ def test_a_checkpoint_packed_by_gptqmodel_is_read(
     assert [f"label says: {version}" in note for note in model.notes] == ([] if sym else [True])
     for name, weight in expected.items():
         assert torch.equal(model.tensors[name].load_float().half(), weight), name
-
-
-def packed_by_gptqmodel(source: Checkpoint, folder: Path, *, sym: bool, version: str):
-    """A folder of GPTQModel's packed layers, and what it makes of them."""
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-    from gptqmodel.quantization import FORMAT, QuantizeConfig
-    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
-
-    folder.mkdir()
-    bits = source.tensors[source.linears[0]].load_quantized().bits
-    settings = QuantizeConfig(bits=bits, group_size=32, sym=sym, format=FORMAT(version), offload_to_disk=False)
-    tensors = {name: lazy.load_float() for name, lazy in source.tensors.items() if lazy.spec is None}
-    expected = {}
-    for name in source.linears:
-        tensor = source.tensors[name].load_quantized()
-        out, columns = tensor.shape
-        scale = torch.where(tensor.scale == 0, 0.5, tensor.scale)
-        zero = integer_zeros(tensor).float()
-        linear = torch.nn.Linear(columns, out, bias=False)
-        linear.weight.data = replace(tensor, scale=scale, min=-scale * zero).dequantize()
-        module = TorchLinear(
-            bits=bits,
-            group_size=32,
-            sym=sym,
-            desc_act=False,
-            in_features=columns,
-            out_features=out,
-            format=FORMAT.GPTQ_V2,
-        )
-        module.pack(linear, scale, zero, (torch.arange(columns) // 32).int())
-        expected[name] = TorchLinear.dequantize_weight(module).T.contiguous()
-        if version == "gptq":
-            convert_gptq_v2_to_v1_format_module(module, settings)
-        for part in ("qweight", "qzeros", "scales", "g_idx"):
-            tensors[name.replace(".weight", f".{part}")] = getattr(module, part).contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = {**source.config, "quantization_config": settings.to_dict()}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder, expected
 
 
 def test_smollm2_comes_back_bit_for_bit(smollm2: Path, tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def _metadata(value: str) -> Callable[[Any], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Any], None], str]] = {
-    "another graph": (lambda model: model.ClearField("metadata_props"), "a graph that qalora wrote"),
+    "another graph": (lambda model: model.ClearField("metadata_props"), "no node is named as"),
     "metadata no JSON": (_metadata("{"), "expected JSON"),
     "metadata of other sizes": (
         _metadata('{"model.layers.0.mlp.up_proj": [9, 32, "real", "float16", "float16"]}'),

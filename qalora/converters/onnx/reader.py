@@ -1,11 +1,12 @@
 """Read one of our graphs back: canonical tensors from its initializers, as its metadata says; what proves an export.
 
-Graphs that others made are refused: their names and shapes follow other rules.
+Graphs without that metadata are others', and `foreign` reads those that it knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of, linear_names
 from qalora.converters.huggingface import check_shapes, companion_files, read_config
+from qalora.converters.onnx import foreign
 from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
 from qalora.converters.onnx.decoder import TABLES
 from qalora.converters.onnx.planner import GRAPH
@@ -29,11 +31,15 @@ __all__ = ["read"]
 def read(path: Path) -> Checkpoint:
     """Open a folder with model.onnx, or the file, with config.json beside it. Reads the graph and no weights.
 
-    Raises FormatError for a graph that qalora did not write, and for initializers that are not what it says.
+    Raises FormatError for initializers that are not what the graph says, and what `foreign.read` raises for a graph
+    that qalora did not write.
     """
     file = path / GRAPH if path.is_dir() else path
     proto, stored = read_initializers(file)
-    kinds = _kinds(file, {entry.key: entry.value for entry in proto.metadata_props})
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if TENSORS not in metadata:
+        return replace(foreign.read(file, proto, stored), path=path)
+    kinds = parse_specs(metadata[TENSORS], str(file))
     portable = any(opset.domain == DOMAIN for opset in proto.opset_import)
     config = read_config(file.parent)
     linears = linear_names(config, file.parent)
@@ -54,12 +60,6 @@ def read(path: Path) -> Checkpoint:
         linears=linears,
         files=companion_files(file.parent),
     )
-
-
-def _kinds(file: Path, metadata: Mapping[str, str]) -> dict[str, QuantSpec]:
-    if TENSORS not in metadata:
-        raise FormatError(f"{file}", expected=f"a graph that qalora wrote, with {TENSORS} in its metadata", got="none")
-    return parse_specs(metadata[TENSORS], str(file))
 
 
 def _quantized(

@@ -1,4 +1,5 @@
-"""ONNX graphs in ONNX Runtime: ours, and those of onnxruntime-genai's builder, which names inputs alike.
+"""ONNX graphs in ONNX Runtime: ours, and those of onnxruntime-genai's builder, which names inputs alike and leaves the
+head size of its cache open.
 
 `onnxruntime` and `onnxruntime-gpu` share one import folder; with both installed the last one written wins, and nothing
 else says so: `check_installed` does.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.huggingface import read_config
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.padding import Side, pad, positions, unpad
@@ -67,12 +69,20 @@ class DecoderRuntime(ABC):
     outputs  names
     padding  the side on which the graph takes shorter sequences of a batch: GroupQueryAttention counts the ones of the
              mask from the left, so that it takes them on the right only
+    head_size  of the cache, where its shape leaves that open
     """
 
     info: RuntimeInfo
 
-    def __init__(self, inputs: Mapping[str, tuple[str, Sequence[Any]]], outputs: Sequence[str], padding: Side) -> None:
-        self._inputs, self._outputs, self._padding = dict(inputs), list(outputs), padding
+    def __init__(
+        self,
+        inputs: Mapping[str, tuple[str, Sequence[Any]]],
+        outputs: Sequence[str],
+        padding: Side,
+        head_size: int = 0,
+    ) -> None:
+        self._inputs, self._outputs = dict(inputs), list(outputs)
+        self._padding, self._head_size = padding, head_size
 
     @abstractmethod
     def _evaluate(self, outputs: Sequence[str], feed: dict[str, Any]) -> list[Any]:
@@ -98,9 +108,16 @@ class DecoderRuntime(ABC):
             elif name in past:
                 feed[name] = past[name]
             else:
-                sizes = [batch if n == 0 else size if isinstance(size, int) else 0 for n, size in enumerate(shape)]
-                feed[name] = np.zeros(sizes, dtype=dtype)
+                feed[name] = np.zeros(self._empty(shape, batch), dtype=dtype)
         return feed
+
+    def _empty(self, shape: Sequence[Any], batch: int) -> list[int]:
+        """The shape of an empty cache: no positions, and the head size, which a graph may leave open."""
+        sizes = [size if isinstance(size, int) else 0 for size in shape]
+        sizes[0] = batch
+        if len(shape) > 2 and not isinstance(shape[-1], int):
+            sizes[-1] = self._head_size
+        return sizes
 
     def _run(self, ids: Sequence[int], past: Mapping[str, Any], seen: int) -> tuple[Any, dict[str, Any]]:
         """Logits [tokens, vocabulary] of one sequence, and its cache."""
@@ -156,18 +173,21 @@ class OnnxRuntime(DecoderRuntime):
                 str(self._file), self._options(), providers=[self._provider, "CPUExecutionProvider"][: _count(provider)]
             )
         except Exception as error:  # onnxruntime has no error tree that could be named
-            raise _refused(self._file, error) from error
+            raise _refused(self._file, "load", error) from error
         inputs = {node.name: (node.type, node.shape) for node in self._session.get_inputs()}
         outputs = [node.name for node in self._session.get_outputs()]
         if "input_ids" not in inputs or "logits" not in outputs:
             raise FormatError(f"{self._file}", expected="a decoder with input_ids and logits", got=", ".join(inputs))
-        super().__init__(inputs, outputs, _padding(self._file))
+        unknown = sorted({kind for kind, _ in inputs.values()} - _NUMPY.keys())
+        if unknown:
+            raise FormatError(f"{self._file}: inputs", expected=", ".join(_NUMPY), got=", ".join(unknown))
+        super().__init__(inputs, outputs, _padding(self._file), _head_size(self._file.parent))
         name, _, number = installed.partition(" ")
         self.info = RuntimeInfo(
             name=name,
             version=number,
             backend=self._session.get_providers()[0],
-            dtype="float32",
+            dtype="float16" if any(kind == "tensor(float16)" for kind, _ in inputs.values()) else "float32",
             threads=threads or torch.get_num_threads(),
         )
 
@@ -182,7 +202,10 @@ class OnnxRuntime(DecoderRuntime):
         return options
 
     def _evaluate(self, outputs: Sequence[str], feed: dict[str, Any]) -> list[Any]:
-        found: list[Any] = self._session.run(outputs, feed)
+        try:
+            found: list[Any] = self._session.run(outputs, feed)
+        except Exception as error:  # as above
+            raise _refused(self._file, "run", error) from error
         return found
 
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
@@ -212,9 +235,9 @@ def _count(provider: str) -> int:
     return 1 if provider == "CPUExecutionProvider" else 2
 
 
-def _refused(file: Path, error: Exception) -> FormatError:
+def _refused(file: Path, verb: str, error: Exception) -> FormatError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return FormatError(f"{file}: ONNX Runtime does not load it ({reason})")
+    return FormatError(f"{file}: ONNX Runtime does not {verb} it ({reason})")
 
 
 def _padding(file: Path) -> Side:
@@ -222,6 +245,20 @@ def _padding(file: Path) -> Side:
 
     nodes = onnx.load(str(file), load_external_data=False).graph.node
     return "right" if any(node.op_type == "GroupQueryAttention" for node in nodes) else "left"
+
+
+def _head_size(folder: Path) -> int:
+    """What genai_config.json or config.json says; 0 where neither does."""
+    for name in ("genai_config.json", "config.json"):
+        if not (folder / name).exists():
+            continue
+        config = read_config(folder, name)
+        model = config.get("model")
+        decoder = model.get("decoder") if isinstance(model, dict) else None
+        size = decoder.get("head_size") if isinstance(decoder, dict) else config.get("head_dim")
+        if isinstance(size, int) and 0 < size < 1 << 16:
+            return size
+    return 0
 
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> OnnxRuntime:
