@@ -218,7 +218,7 @@ def verification_bar() -> Iterator[Callable[[str, float], None]]:
             nonlocal said
             bar.update(task, completed=share, description=stage)
             if not console.is_terminal and stage != said:
-                click.echo(f"{stage} ... ({100 * share:.0f} %)", err=True)
+                click.echo(f"{100 * share:3.0f} % {stage} ...", err=True)
             said = stage
 
         yield show

@@ -25,6 +25,9 @@ Status = Literal["pass", "fail", "ambiguous", "not proven"]
 NOISE_FACTOR = 4.0
 ROUNDING_FACTOR = 2.0
 TOP1 = 0.98
+NEARLY_ALL = 0.9
+"""Of the minima that differ, or of all: so many are off by one zero point, and it is named."""
+
 NAMED = 3
 """Tensors or keys that a detail names; it counts the rest."""
 
@@ -77,6 +80,7 @@ class Evidence:
     """What is known of one artefact (weights) or one run of it (the rest); None where it was not asked for.
 
     fold           the fold's check; weights: the artefact's; beside: layers of an unfolded adapter that differ
+    tokenizer      what its tokenizer does otherwise; None where one of the two has none
     rounding       what the runtime's kernels round, as the reference models it
     logits         y against the reference
     modelled       y against the reference under `rounding`
@@ -92,6 +96,7 @@ class Evidence:
     fold: FoldCheck | None = None
     weights: WeightMetrics | None = None
     beside: tuple[str, ...] | None = None
+    tokenizer: tuple[str, ...] | None = None
     rounding: Rounding = EXACT
     logits: LogitMetrics | None = None
     modelled: LogitMetrics | None = None
@@ -181,15 +186,57 @@ def _near_tie(generation: Generation) -> bool:
     return generation.divergence is None or (generation.gap is not None and generation.gap <= 2 * generation.max_logit)
 
 
-def _count(pick: Callable[[TensorDifference], int]) -> Measure:
+def _count(
+    pick: Callable[[TensorDifference], int],
+    place: Callable[[TensorDifference], str] = lambda found: "",
+    cause: Callable[[TensorDifference], str] = lambda total: "",
+) -> Measure:
+    """Counts of tensors: `place` tells where in one, `cause` what all of them together look like."""
+
     def measure(evidence: Evidence) -> tuple[float, float, str] | None:
         weights = evidence.weights
         if weights is None:
             return None
-        where = [f"{found.name}: {pick(found):,}" for found in weights.different if pick(found)]
-        return float(pick(weights.total)), 0.0, _named(where)
+        where = [f"{found.name}: {pick(found):,}{place(found)}" for found in weights.different if pick(found)]
+        detail = "; ".join(part for part in (cause(weights.total), _named(where)) if part)
+        return float(pick(weights.total)), 0.0, detail
 
     return measure
+
+
+def _first_code(found: TensorDifference) -> str:
+    return "" if found.code_at is None else f", first at row {found.code_at[0]}, column {found.code_at[1]}"
+
+
+def _moved(found: TensorDifference) -> str:
+    return " (it is transposed)" if found.transposed else ""
+
+
+def _zeros(total: TensorDifference) -> str:
+    """Zero points off by one, where nearly all of the differing minima are; and why, where nearly all minima are."""
+    for count, size, read in (
+        (total.zeros_above, "large", "gptq_v2 checkpoint read as gptq"),
+        (total.zeros_below, "small", "gptq checkpoint read as gptq_v2"),
+    ):
+        if count and count >= NEARLY_ALL * total.min_beyond:
+            why = f", as in a {read}" if count >= NEARLY_ALL * total.groups else ""
+            return f"zero points are one too {size} in {count:,} of {total.groups:,} groups{why}"
+    return ""
+
+
+def _steps(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.weights is None or not evidence.weights.total.requantized:
+        return None
+    total = evidence.weights.total
+    where = [f"{found.name}: {found.step_max:.3g}" for found in evidence.weights.different if found.step_beyond]
+    detail = f"at most {total.step_max:.3g} steps off, RMS {total.step_rms:.3g}"
+    return float(total.step_beyond), 0.0, "; ".join(part for part in (detail, _named(where)) if part)
+
+
+def _tokenizer(evidence: Evidence) -> tuple[float, float, str] | None:
+    if evidence.tokenizer is None:
+        return None
+    return float(len(evidence.tokenizer)), 0.0, _named(evidence.tokenizer)
 
 
 def _named(where: Sequence[str]) -> str:
@@ -314,12 +361,12 @@ GATES: tuple[Gate, ...] = (
     Gate(name="config", measure=_config, derivation="what changes the logits (rope, eps, heads, sizes) is equal"),
     Gate(
         name="rows",
-        measure=_count(lambda found: found.rows_moved),
-        derivation="rows are where they belong, whatever order a format keeps those of q and k in",
+        measure=_count(lambda found: found.rows_moved + found.transposed, _moved),
+        derivation="rows are where they belong, whatever order a format keeps those of q and k in, and are rows",
     ),
     Gate(
         name="codes",
-        measure=_count(lambda found: found.codes_differ),
+        measure=_count(lambda found: found.codes_differ, _first_code),
         derivation="codes are copied, never computed: 0 differ",
     ),
     Gate(
@@ -329,14 +376,28 @@ GATES: tuple[Gate, ...] = (
     ),
     Gate(
         name="minima",
-        measure=_count(lambda found: found.min_beyond),
+        measure=_count(lambda found: found.min_beyond, cause=_zeros),
         derivation="float16 minima are held exactly, as they are or as an integer zero and a residual: 0 ULP; float32 "
         "ones behind a residual are rounded twice: 2^-23 (|min| + |scale| 2^bits)",
     ),
     Gate(
         name="floats",
-        measure=_count(lambda found: found.values_differ),
-        derivation="float tensors keep their bits, or are widened exactly: 0 differ",
+        measure=_count(lambda found: found.values_beyond),
+        derivation="float tensors keep their bits or are widened exactly; a narrower dtype rounds them once, by half "
+        "an ULP; integers held as floats, or floats in integers, are off by float32's rounding, 2^-23 (|scale| codes + "
+        "|min|)",
+    ),
+    Gate(
+        name="steps",
+        measure=_steps,
+        derivation="a float model in integers: the nearest code is at most half a step away, and float16 scales and "
+        "minima add 2^-11 (2^bits - 1 + |min/scale|); methods that weigh errors (GPTQ) or clip go further on purpose: "
+        "ambiguous",
+    ),
+    Gate(
+        name="tokenizer",
+        measure=_tokenizer,
+        derivation="the same ids for the same tokens, over a text and at its ends, and the same chat template",
     ),
     Gate(
         name="adapter beside",

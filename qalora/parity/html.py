@@ -61,7 +61,7 @@ def to_html(report: ParityReport, *, speed: bool = True) -> str:
     if runs:
         parts += [_runs(report, runs, speed=speed), _faults(runs), _layer_plots(runs), _token_plots(runs)]
         parts.append(_scatters(runs))
-    parts += [_layers(report.artifacts), _gates(report)]
+    parts += [_layers(report.artifacts), _weight_maps(report.artifacts), _gates(report)]
     body = "\n".join(part for part in parts if part)
     title = escape(f"Parity with {report.reference}")
     return (
@@ -224,6 +224,20 @@ def _layers(artifacts: Sequence[ArtifactReport]) -> str:
         return ""
     line = f"<p>Nothing is lost in any layer's weights of {escape(', '.join(whole))}.</p>" if whole else ""
     return f'<h2>Adapter lost by layer</h2>{line}<div class="grid">{"".join(charts)}</div>'
+
+
+def _weight_maps(artifacts: Sequence[ArtifactReport]) -> str:
+    """A map for each artefact with weights that are not the reference's: the RMS of their errors, in steps if known."""
+    charts = []
+    for artifact in artifacts:
+        found = [one for one in artifact.weights.different if ".layers." in one.name and one.measured]
+        steps = all(one.stepped for one in found)
+        errors = {one.name.removesuffix(".weight"): one.step_rms if steps else one.error_rms for one in found}
+        if errors:
+            worst = max(errors, key=lambda module: errors[module])
+            note = f"RMS{' in steps' if steps else ''}, at most {errors[worst]:.3g}, in {worst}"
+            charts.append(_figure(artifact.name, note, heat_map(errors)))
+    return f'<h2>Weight error by layer</h2><div class="grid">{"".join(charts)}</div>' if charts else ""
 
 
 def _figure(title: str, note: str, chart: str, legend: Sequence[Series] = ()) -> str:

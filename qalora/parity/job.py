@@ -11,6 +11,7 @@ from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.parity.artifacts import Artifact
 from qalora.parity.reference import Forward
+from qalora.parity.tokenizers import TokenizerCheck
 
 __all__ = ["BESIDE", "FOLDED", "Job", "holds"]
 
@@ -26,12 +27,15 @@ def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """base: the reference; folded: with the adapter in it, None where no artefact holds that; minima: their dtype."""
+    """base: the reference; tokenizer: its own; minima: the dtype of those of `folded`, which is base and adapter, and
+    None where no artefact is to hold that.
+    """
 
     base: Checkpoint
     folded: Checkpoint | None
     adapter: Adapter | None
     minima: Literal["float16", "float32"]
+    tokenizer: TokenizerCheck
 
     @classmethod
     def of(
@@ -51,7 +55,7 @@ class Job:
             from qalora.folding import fold
 
             folded = fold(base, adapter, minima=chosen)
-        return cls(base=base, folded=folded, adapter=adapter, minima=chosen)
+        return cls(base=base, folded=folded, adapter=adapter, minima=chosen, tokenizer=TokenizerCheck(base))
 
     def expected(self, held: str) -> Forward:
         """What an artefact should compute."""

@@ -61,6 +61,8 @@ class RunReport:
     kind           the runtime as `open_runtime` knows it; runtime: what it says of itself, None if it did not run
     rounding       what its kernels round, as the reference models it: `qalora.parity.roundings.Rounding.kind`
     logits         against the reference
+    own            against the artefact's own weights in float32 torch, where it holds a float model in integers: the
+                   gates, and what follows here, are then about these
     modelled       against the reference under that rounding
     simulated      the reference under that rounding against the reference
     stepwise       a token at a time through the cache, against the runtime's own single pass over the same tokens
@@ -76,6 +78,7 @@ class RunReport:
     runtime: RuntimeInfo | None
     rounding: str
     logits: LogitMetrics | None = None
+    own: LogitMetrics | None = None
     modelled: LogitMetrics | None = None
     simulated: LogitMetrics | None = None
     stepwise: LogitMetrics | None = None
@@ -206,6 +209,7 @@ def _artifact_json(artifact: ArtifactReport, *, speed: bool) -> dict[str, Any]:
             "extra": list(weights.extra),
             "shapes": list(weights.shapes),
             "config": list(weights.config),
+            "notes": list(weights.notes),
             **_difference_json(weights.total, named=False),
             "differing_tensors": len(weights.different),
             "different": [_difference_json(found, named=True) for found in weights.different[:LISTED]],
@@ -237,6 +241,8 @@ def render(report: ParityReport) -> list[RenderableType]:
     from rich.text import Text
 
     parts: list[RenderableType] = [_weights_table(report)]
+    notes = [(artifact.name, note) for artifact in report.artifacts for note in artifact.weights.notes]
+    parts += [Text(f"{_short(name)}: {note}", style="dim") for name, note in notes]
     if report.level != "weights":
         parts.append(_runs_table(report))
         parts += [Text(f"{_short(name)}: {_runtime(run)}", style="dim") for name, run in _runs(report) if run.runtime]
@@ -260,7 +266,9 @@ def _weights_table(report: ParityReport) -> RenderableType:
     from rich.table import Table
 
     table = Table(title="weights, read back", title_justify="left")
-    for column in ("artefact", "holds", "tensors", "codes", "differ", "scale ULP", "min ULP", "floats differ", "gates"):
+    steps = any(artifact.weights.total.step_max for artifact in report.artifacts)
+    columns = ["artefact", "holds", "tensors", "codes", "differ", "scale ULP", "min ULP", "floats differ"]
+    for column in (*columns, *(["steps off (RMS)"] if steps else []), "gates"):
         table.add_column(column, justify="left" if column in ("artefact", "holds") else "right")
     for artifact in report.artifacts:
         total = artifact.weights.total
@@ -273,6 +281,7 @@ def _weights_table(report: ParityReport) -> RenderableType:
             _number(total.scale_ulp),
             _number(total.min_ulp),
             f"{total.values_differ:,}",
+            *([f"{total.step_max:.3g} ({total.step_rms:.3g})"] if steps else []),
             _verdict(artifact.gates),
         )
     return table
@@ -294,16 +303,17 @@ def _runs_table(report: ParityReport) -> RenderableType:
                 _short(artifact.name),
                 run.kind,
                 *losses,
-                *_logit_cells(run),
+                *_logit_cells(run.logits),
                 _speed(run.speed),
                 _greedy(run),
                 _verdict(run.gates),
             )
+            if run.own is not None:
+                table.add_row("", "by its own weights", *[""] * len(losses), *_logit_cells(run.own), "", "", "")
     return table
 
 
-def _logit_cells(run: RunReport) -> list[str]:
-    found = run.logits
+def _logit_cells(found: LogitMetrics | None) -> list[str]:
     if found is None:
         return [""] * 5
     cells = [_number(value) for value in (found.max, found.rms, found.kl_mean)]

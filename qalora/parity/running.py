@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, MissingLibraryError
 from qalora.parity.artifacts import (
     GENERATORS,
@@ -49,6 +51,9 @@ BATCH = ((0, 32), (3, 23), (5, 12))
 SAMPLED = 300
 """Logits of the first window that the report keeps for a plot."""
 
+NO_CUDA = "Cuda interface not available"
+"""What onnxruntime-genai says of a folder that is made for CUDA, where there is none."""
+
 OF_LOGITS = ("logits", "kernel rounding", "activation rounding", "top-1", "adapter")
 """Gates whose failure asks for the layer at fault."""
 
@@ -59,6 +64,7 @@ class Runner:
 
     generate  tokens to continue each prompt by, 0 for none; memory: bytes that there are
     tick      called after each window
+    floats    the reference, where `job` and `bench` are an artefact's own: see `for_integers`
     """
 
     bench: Bench
@@ -67,11 +73,27 @@ class Runner:
     threads: int | None
     memory: int
     tick: Callable[[], None] = lambda: None
+    floats: Bench | None = None
+
+    def for_integers(self, checkpoint: Checkpoint, folder: Path) -> Runner:
+        """Of an artefact that holds a float model in integers, a runner whose bench computes with its own weights.
+
+        A runtime is right if it computes what those give, with the rounding that its kernels have for integers; how far
+        that is from the float model is the quantization's doing, and has no bound that could be derived. `folder` is
+        made, and used for the bench's files. Any other artefact's runner is this one.
+        """
+        job = self.job
+        if job.adapter is not None or job.base.quantized or not checkpoint.quantized:
+            return self
+        own = replace(job, base=checkpoint, folded=checkpoint)
+        folder.mkdir()
+        bench = Bench.of(own, self.bench.work, folder, memory=self.memory)
+        return replace(self, job=own, bench=bench, floats=self.bench)
 
     def runs(self, artifact: Artifact, held: str, weights: WeightMetrics) -> tuple[RunReport, ...]:
         """Every run of one artefact: in the runtimes that prove it, then in those that only generate, if installed."""
         done = [self._run(kind, artifact, held, weights) for kind in runtimes_of(artifact)]
-        logits = done[0].logits
+        logits = done[0].own or done[0].logits
         if self.generate and logits is not None and artifact.path.parent.name != "portable":
             for kind in GENERATORS.get(artifact.kind, ()):
                 run = self._generator(kind, artifact, held, logits.max)
@@ -92,7 +114,10 @@ class Runner:
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(refused("runtime", str(error)),))
         with closing(runtime):
             rounding = rounding_of(artifact, runtime.info)
-            report = self._measure(kind, runtime, rounding, self.job.expected(held), weights)
+            try:
+                report = self._measure(kind, runtime, rounding, self.job.expected(held), weights)
+            except FormatError as error:  # a runtime that opens a graph, and then does not run it
+                return RunReport(kind=kind, runtime=None, rounding="none", gates=(refused("runtime", str(error)),))
             after = resident_memory()
         speed = report.speed
         if speed is None or before is None or after is None:
@@ -108,7 +133,9 @@ class Runner:
         window = spool.windows[0]
         stepwise, steps = _through_the_cache(runtime, window[:STEPS], passes.first)
         logits = summarize(passes.plain)
+        tokenize = getattr(runtime, "tokenize", None)
         evidence = Evidence(
+            tokenizer=None if tokenize is None else self.job.tokenizer.compare_runtime(tokenize),
             rounding=rounding,
             logits=logits,
             modelled=None if passes.modelled is None else summarize(passes.modelled),
@@ -124,6 +151,8 @@ class Runner:
         report = _run_report(kind, runtime.info, evidence)
         tokens = window[:LAYER_TOKENS]
         layers = compare_layers(runtime.layers(tokens), spool.reference, expected, rounding, tokens)
+        if passes.afar is not None:
+            report = replace(report, logits=summarize(passes.afar), own=logits)
         return replace(
             report,
             speed=Speed(prefill=passes.fastest, steps=steps, reference=self.bench.speed, memory=None),
@@ -138,7 +167,7 @@ class Runner:
     def _whole(self, runtime: Runtime, expected: Forward, rounded: Forward) -> _Passes:
         """Every window in one pass each, compared with the forwards that it is judged by."""
         spool, job = self.bench.spool, self.job
-        plain, modelled, first = [], [], torch.empty(0)
+        plain, modelled, afar, first = [], [], [], torch.empty(0)
         sample: tuple[tuple[float, float], ...] = ()
         from_adapted = from_side = fastest = 0.0
         for n, window in enumerate(spool.windows):
@@ -150,6 +179,8 @@ class Runner:
             plain.append(compare_tokens(y, spool.logits(expected, n), window[1:]))
             if rounded != expected:
                 modelled.append(compare_tokens(y, spool.logits(rounded, n), window[1:]))
+            if self.floats is not None:
+                afar.append(compare_tokens(y, self.floats.spool.logits(expected, n), window[1:]))
             if job.adapter is not None:
                 from_adapted += squared_distance(y, spool.logits(job.adapted, n))
                 from_side += squared_distance(y, spool.logits(Forward(weights="side"), n))
@@ -157,6 +188,7 @@ class Runner:
         return _Passes(
             plain=concatenate(plain),
             modelled=concatenate(modelled) if modelled else None,
+            afar=concatenate(afar) if afar else None,
             first=first,
             sample=sample,
             from_adapted=from_adapted,
@@ -170,6 +202,9 @@ class Runner:
             runtime = open_runtime(kind, artifact.path, threads=self.threads)
         except MissingLibraryError:
             return None
+        except FormatError as error:  # it is installed, and does not take the folder: for want of CUDA, or for good
+            judged = unproven if NO_CUDA in str(error) else refused
+            return RunReport(kind=kind, runtime=None, rounding="none", gates=(judged("runtime", str(error)),))
         with closing(runtime):
             made = self._generations(runtime, self.job.expected(held), max_logit)
             return _run_report(kind, runtime.info, Evidence(generations=made))
@@ -206,12 +241,14 @@ class _Passes:
     """What single passes over all windows gave.
 
     plain, modelled  against the expected forward, and against it with the kernels' rounding; None where they have none
+    afar             against the float model that the artefact was quantized from; None where there is none
     first            logits of the first STEPS tokens; sample: for a plot
     from_adapted, from_side   squared distances; fastest: tokens a second
     """
 
     plain: TokenMetrics
     modelled: TokenMetrics | None
+    afar: TokenMetrics | None
     first: Tensor
     sample: tuple[tuple[float, float], ...]
     from_adapted: float

@@ -101,11 +101,12 @@ def verify(
             memory=room,
             tick=share.tick,
         )
-        reports = []
-        for (artifact, _), report in zip(opened, weights, strict=True):
+        reports: list[ArtifactReport] = []
+        for (artifact, checkpoint), report in zip(opened, weights, strict=True):
             share.stage(f"running {artifact.name}")
             with _threads_kept():
-                reports.append(replace(report, runs=runner.runs(artifact, report.holds, report.weights)))
+                able = runner.for_integers(checkpoint, Path(folder) / str(len(reports)))
+                reports.append(replace(report, runs=able.runs(artifact, report.holds, report.weights)))
         return _report(job, level, reports, gates, bench)
 
 
@@ -160,10 +161,11 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
     held = holds(job.adapter, artifact, checkpoint)
     expected = job.folded if held == FOLDED and job.folded is not None else job.base
     found = compare_weights(checkpoint, expected, residual=artifact.kind in ("gptq", "onnx"))
+    tokenizer = job.tokenizer.compare(checkpoint)
     beside = None
     if held == BESIDE and job.adapter is not None:
         beside = compare_adapters(read_adapter(artifact.path, checkpoint), job.adapter)
-    gates = judge(Evidence(weights=found, beside=beside))
+    gates = judge(Evidence(weights=found, beside=beside, tokenizer=tokenizer))
     layers = {}
     if job.adapter is not None and held == FOLDED:
         layers = adapter_by_layer(checkpoint, job.base, job.adapter, job.adapter.minima or "float32")

@@ -51,7 +51,8 @@ def test_no_evidence_no_gate() -> None:
         ("codes", "codes_differ"),
         ("scale", "scale_differ"),
         ("minima", "min_beyond"),
-        ("floats", "values_differ"),
+        ("rows", "transposed"),
+        ("floats", "values_beyond"),
     ],
 )
 def test_one_weight_fails_its_gate_alone(gate: str, field: str) -> None:

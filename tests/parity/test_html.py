@@ -68,12 +68,13 @@ def test_it_shows_what_happened(report: ParityReport) -> None:
         "By token",
         "Logits against the reference",
         "Adapter lost by layer",
+        "Weight error by layer",
     ):
         assert heading in tags.text
     assert "Nothing is lost in any layer's weights of right/qalora." in text
     assert "at most 100 %" in text  # of the one that is the base
     assert "wrong/qalora in torch: first at fault is layer 0" in text
-    assert sum(tag == "svg" for tag, _ in tags.seen) == 1 + 2 + 2 + 1
+    assert sum(tag == "svg" for tag, _ in tags.seen) == 1 + 2 + 2 + 1 + 1
     assert sum(attributes.get("class") == "curve s0 dashed" for _, attributes in tags.seen) == 1
     assert [result.derivation in tags.text for _, result in report.results()].count(False) == 0
 

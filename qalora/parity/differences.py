@@ -1,0 +1,408 @@
+"""Two tensors of one name compared: codes, scale and minimum in ULP, floats, and the dequantized weights in float64.
+
+Two quantized tensors are compared as codes, scale and min, after both are brought to the same groups. A carrier may
+store the same weight with shifted codes (Q8_0 centres them on 0): where a group's codes are all `k` above the
+reference's and its min is exactly scale * k below, nothing differs. Where one side holds floats, the other is
+dequantized, and what rounding explains is told from what it does not:
+
+    both floats            0 where the artefact's dtype holds the reference's; else half an ULP of the artefact's dtype
+    floats of integers     half an ULP of the artefact's dtype, and float32's own in dequantizing:
+                           2^-23 (|scale| codes + |min|)
+    integers of floats     the latter alone; beyond it the weights were quantized anew, by rounding to the nearest
+                           code (at most half a step, and the float16 rounding of scale and min:
+                           2^-11 (2^bits - 1 + |min/scale|) of a step) or by a method that moves them further; but
+                           where zeros would be nearer (RMS), they are no quantization of these weights at all
+
+A step is the scale of a weight's group. This module runs no model and decides nothing: what may differ is
+`qalora.parity.gates`' matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qalora.tensor import GroupQuantTensor
+
+__all__ = ["TensorDifference", "add_up", "compare_tensors", "transposed", "ulp"]
+
+_FORMATS = {torch.float16: (-14, 10), torch.bfloat16: (-126, 7), torch.float32: (-126, 23)}  # least exponent, mantissa
+
+CHUNK = 1 << 22
+"""Weights whose difference is computed at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDifference:
+    """How far one tensor is from the reference's; every count 0 if it is the same.
+
+    rows_moved                rows that are not where they belong, in a tensor that has the reference's rows in another
+                              order, such as llama.cpp's rotary one; nothing else is counted of it then
+    transposed                1 where the artefact holds the transpose; nothing else is counted then either
+    codes, codes_differ       compared, and different
+    code_at                   (row, column) of the first code that differs
+    groups                    whose scale and min were compared
+    scale_differ, scale_ulp   groups whose scale differs; the largest difference in the reference's ULP
+    min_differ, min_ulp       the same for the minimum
+    min_beyond                groups whose minimum is further off than a residual explains (`compare_tensors`)
+    zeros_above, zeros_below  groups whose zero point is one too large or too small (modulo 2^bits), but for rounding
+    values, values_differ, values_max   floats compared and different; the largest difference
+    values_beyond             further off than the module says that rounding explains
+    requantized               values of a float model that the artefact holds in integers, and not as they were
+    measured, error_max, error_rms   weights of tensors that differ; their error once dequantized, in float64
+    stepped, step_max, step_rms      those of them that have a step, the reference's or, where it holds floats, the
+                                     artefact's; the error in steps; groups of scale 0 are left out
+    step_beyond               weights of `requantized` that are further off than rounding to the nearest code explains
+    """
+
+    name: str
+    rows_moved: int = 0
+    transposed: int = 0
+    codes: int = 0
+    codes_differ: int = 0
+    code_at: tuple[int, int] | None = None
+    groups: int = 0
+    scale_differ: int = 0
+    scale_ulp: float = 0.0
+    min_differ: int = 0
+    min_ulp: float = 0.0
+    min_beyond: int = 0
+    zeros_above: int = 0
+    zeros_below: int = 0
+    values: int = 0
+    values_differ: int = 0
+    values_max: float = 0.0
+    values_beyond: int = 0
+    requantized: int = 0
+    measured: int = 0
+    error_max: float = 0.0
+    error_rms: float = 0.0
+    stepped: int = 0
+    step_max: float = 0.0
+    step_rms: float = 0.0
+    step_beyond: int = 0
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        moved = (self.rows_moved, self.transposed)
+        return not any((*moved, self.codes_differ, self.scale_differ, self.min_differ, self.values_differ))
+
+
+def add_up(name: str, parts: Iterable[TensorDifference]) -> TensorDifference:
+    """The sums of the counts, the largest of the rest, the RMS over all weights; `code_at` of the first that has it."""
+    total = TensorDifference(name=name)
+    for part in parts:
+        total = _joined(total, part)
+    return total
+
+
+def _joined(one: TensorDifference, two: TensorDifference) -> TensorDifference:
+    return TensorDifference(
+        name=one.name,
+        rows_moved=one.rows_moved + two.rows_moved,
+        transposed=one.transposed + two.transposed,
+        codes=one.codes + two.codes,
+        codes_differ=one.codes_differ + two.codes_differ,
+        code_at=two.code_at if one.code_at is None else one.code_at,
+        groups=one.groups + two.groups,
+        scale_differ=one.scale_differ + two.scale_differ,
+        scale_ulp=max(one.scale_ulp, two.scale_ulp),
+        min_differ=one.min_differ + two.min_differ,
+        min_ulp=max(one.min_ulp, two.min_ulp),
+        min_beyond=one.min_beyond + two.min_beyond,
+        zeros_above=one.zeros_above + two.zeros_above,
+        zeros_below=one.zeros_below + two.zeros_below,
+        values=one.values + two.values,
+        values_differ=one.values_differ + two.values_differ,
+        values_max=max(one.values_max, two.values_max),
+        values_beyond=one.values_beyond + two.values_beyond,
+        requantized=one.requantized + two.requantized,
+        measured=one.measured + two.measured,
+        error_max=max(one.error_max, two.error_max),
+        error_rms=_rms((one.measured, one.error_rms), (two.measured, two.error_rms)),
+        stepped=one.stepped + two.stepped,
+        step_max=max(one.step_max, two.step_max),
+        step_rms=_rms((one.stepped, one.step_rms), (two.stepped, two.step_rms)),
+        step_beyond=one.step_beyond + two.step_beyond,
+    )
+
+
+def _rms(*parts: tuple[int, float]) -> float:
+    return math.sqrt(sum(count * rms**2 for count, rms in parts) / max(1, sum(count for count, _ in parts)))
+
+
+def compare_tensors(
+    name: str,
+    mine: Tensor | GroupQuantTensor,
+    theirs: Tensor | GroupQuantTensor,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    *,
+    residual: bool = False,
+    floats: bool = False,
+) -> TensorDifference:
+    """Compare two tensors of one shape; `dtypes` are those that the reference's scale and min are counted in ULP of.
+
+    residual  the artefact holds min as C = min + scale * z (`qalora.residual`). Where the reference's min is float32, C
+              was rounded (2^-24 |C|, with |C| <= |min| + |scale| 2^bits) and min read back with another rounding
+              (2^-24 |min|); `min_beyond` then counts only what is further off than 2^-23 (|min| + |scale| 2^bits).
+    floats    the reference is a float model: integers in place of its floats are another quantization, and no fault
+    """
+    if isinstance(mine, GroupQuantTensor) and isinstance(theirs, GroupQuantTensor):
+        found = _compare_quantized(name, mine, theirs, dtypes, residual)
+        suspicious = bool(found.codes_differ)
+    else:
+        found = _compare_floats(name, mine, theirs, floats=floats)
+        suspicious = bool(found.values_differ)
+    if found.same:
+        return found
+    if suspicious:
+        moved = _rows_moved(mine, theirs)
+        if moved:
+            return TensorDifference(name=name, rows_moved=moved, codes=found.codes, values=found.values)
+        if transposed(mine, theirs):
+            return TensorDifference(name=name, transposed=1, codes=found.codes, values=found.values)
+    return _with_errors(found, mine, theirs)
+
+
+def _compare_floats(
+    name: str, mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor, *, floats: bool
+) -> TensorDifference:
+    a, b = _floats(mine), _floats(theirs)
+    if torch.equal(a, b):
+        return TensorDifference(name=name, values=b.numel())
+    differ = ~((a == b) | (a.isnan() & b.isnan()))
+    count = int(differ.sum())
+    if not count:
+        return TensorDifference(name=name, values=b.numel())
+    error = (a.double() - b.double()).abs().nan_to_num(math.inf, math.inf)
+    beyond = error > _slack(mine, theirs, a, b)
+    anew = isinstance(mine, GroupQuantTensor) and floats
+    return TensorDifference(
+        name=name,
+        values=b.numel(),
+        values_differ=count,
+        values_max=float(error.max()),
+        values_beyond=0 if anew else int(beyond.sum()),
+        requantized=int(beyond.sum()) if anew else 0,
+    )
+
+
+def _slack(mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor, a: Tensor, b: Tensor) -> Tensor:
+    """What rounding explains of |a - b|, as the module says."""
+    slack = torch.zeros(b.shape, dtype=torch.float64)
+    for tensor in (mine, theirs):
+        if isinstance(tensor, GroupQuantTensor):
+            index = _group_index(tensor)
+            product = tensor.scale.double()[:, index].abs() * tensor.codes()
+            slack += 2.0**-23 * (product + tensor.min.double()[:, index].abs())
+    if isinstance(mine, Tensor) and _narrower(
+        mine.dtype, theirs.dtype if isinstance(theirs, Tensor) else torch.float32
+    ):
+        slack += ulp(b, mine.dtype) / 2
+    return slack
+
+
+def _narrower(mine: torch.dtype, theirs: torch.dtype) -> bool:
+    """Whether there are values of `theirs` that `mine` does not hold."""
+    return mine in _FORMATS and torch.promote_types(mine, theirs) != mine
+
+
+def _floats(tensor: Tensor | GroupQuantTensor) -> Tensor:
+    if isinstance(tensor, GroupQuantTensor):
+        return tensor.dequantize()
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _compare_quantized(
+    name: str,
+    mine: GroupQuantTensor,
+    theirs: GroupQuantTensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    residual: bool,
+) -> TensorDifference:
+    scale_a, min_a, scale_b, min_b, columns = _aligned(mine, theirs)
+    same_codes = mine.bits == theirs.bits and torch.equal(mine.packed, theirs.packed)
+    codes_differ, code_at = 0, None
+    if not same_codes:
+        shape = (theirs.shape[0], scale_b.shape[1], columns)
+        offset = mine.codes().view(shape).to(torch.int16) - theirs.codes().view(shape)
+        shift = offset.median(dim=2).values
+        moved = min_a.double() + scale_b.double() * shift
+        whole = (scale_b != 0) | ((offset == shift[..., None]).all(dim=2) & (columns > 1))  # 0 * k proves no shift
+        shift = torch.where((moved == min_b.double()) & (scale_a == scale_b) & whole, shift, 0)
+        min_a = torch.where(shift != 0, min_b, min_a)
+        wrong = (offset != shift[..., None]).view(theirs.shape)
+        codes_differ = int(wrong.sum())
+        code_at = _first(wrong) if codes_differ else None
+    min_differ = min_a != min_b
+    beyond = min_differ
+    if residual and dtypes[1] == torch.float32:
+        slack = 2.0**-23 * (min_b.double().abs() + scale_b.double().abs() * (1 << theirs.bits))
+        beyond = (min_a.double() - min_b.double()).abs() > slack
+    above, below = _zeros_off(scale_a, min_a, scale_b, min_b, theirs.bits)
+    return TensorDifference(
+        name=name,
+        codes=theirs.shape[0] * theirs.shape[1],
+        codes_differ=codes_differ,
+        code_at=code_at,
+        groups=scale_b.numel(),
+        scale_differ=int((scale_a != scale_b).sum()),
+        scale_ulp=_largest_ulp(scale_a, scale_b, dtypes[0]),
+        min_differ=int(min_differ.sum()),
+        min_ulp=_largest_ulp(min_a, min_b, dtypes[1]),
+        min_beyond=int(beyond.sum()),
+        zeros_above=above,
+        zeros_below=below,
+    )
+
+
+def _first(wrong: Tensor) -> tuple[int, int]:
+    row, column = divmod(int(wrong.flatten().to(torch.uint8).argmax()), wrong.shape[1])
+    return row, column
+
+
+def _zeros_off(scale_a: Tensor, min_a: Tensor, scale_b: Tensor, min_b: Tensor, bits: int) -> tuple[int, int]:
+    """Groups whose zero point is one above and one below the reference's, modulo 2^bits.
+
+    min = -scale * zero, and one of the two may be rounded to float16: 2^-10 (|min| + |scale|) is allowed for that.
+    """
+    if torch.equal(min_a, min_b):
+        return 0, 0
+    scale, moved = scale_b.double(), min_b.double() - min_a.double()
+    slack = 2.0**-10 * (torch.maximum(min_a.abs(), min_b.abs()).double() + scale.abs())
+    usable = (scale_b != 0) & (scale_a == scale_b)
+
+    def groups(steps: int) -> int:
+        return int((usable & ((moved - steps * scale).abs() <= slack)).sum())
+
+    wrap = (1 << bits) - 1
+    return groups(1) + groups(-wrap), groups(-1) + groups(wrap)
+
+
+def _aligned(mine: GroupQuantTensor, theirs: GroupQuantTensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Scale and min of both in common groups, and a group's columns; each column is its own with act-order."""
+    ordered = mine.g_idx is not None or theirs.g_idx is not None
+    if not ordered:
+        fine = math.gcd(mine.group_size, theirs.group_size)
+        a, b = mine.regrouped(fine), theirs.regrouped(fine)
+        return a.scale, a.min, b.scale, b.min, fine
+    index_a, index_b = _group_index(mine), _group_index(theirs)
+    return mine.scale[:, index_a], mine.min[:, index_a], theirs.scale[:, index_b], theirs.min[:, index_b], 1
+
+
+def _group_index(tensor: GroupQuantTensor) -> Tensor:
+    return torch.arange(tensor.shape[1]) // tensor.group_size if tensor.g_idx is None else tensor.g_idx.long()
+
+
+def _rows_moved(mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor) -> int:
+    """How many rows of `mine` are elsewhere in `theirs`, if both have the very same rows; else 0."""
+    if isinstance(mine, GroupQuantTensor) and isinstance(theirs, GroupQuantTensor):
+        scale_a, min_a, scale_b, min_b, _ = _aligned(mine, theirs)
+        rows_a, rows_b = _row_bytes(mine.codes(), scale_a, min_a), _row_bytes(theirs.codes(), scale_b, min_b)
+    else:
+        a, b = _floats(mine), _floats(theirs)
+        if a.ndim != 2 or a.dtype != b.dtype:
+            return 0
+        rows_a, rows_b = _row_bytes(a), _row_bytes(b)
+    return sum(a != b for a, b in zip(rows_a, rows_b, strict=True)) if Counter(rows_a) == Counter(rows_b) else 0
+
+
+def _row_bytes(*parts: Tensor) -> list[bytes]:
+    plain = [p if p.dtype == torch.uint8 else (p + 0.0).contiguous().view(torch.uint8) for p in parts]  # -0.0 + 0.0 = 0
+    return [row.tobytes() for row in torch.cat(plain, dim=1).numpy()]
+
+
+def transposed(mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor) -> bool:
+    """Whether `mine` is much nearer to the transpose of `theirs`: a quarter of the error, which is half its size."""
+    if len(mine.shape) != 2 or tuple(mine.shape) != tuple(reversed(theirs.shape)):
+        return False
+    a, b = _floats(mine).double(), _floats(theirs).double()
+    size = b.square().mean()
+    turned = (a.T - b).square().mean()
+    if a.shape != b.shape:
+        return bool(turned < size / 16)
+    straight = (a - b).square().mean()
+    return bool((straight > size / 4) & (turned < straight / 16))
+
+
+def _with_errors(
+    found: TensorDifference, mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor
+) -> TensorDifference:
+    """The same with errors in float64, a few rows at a time."""
+    measured = stepped = beyond = 0
+    largest = squares = steps = step_squares = size = 0.0
+    for a, b in _chunks(mine, theirs):
+        error = (_weights(a) - _weights(b)).abs().nan_to_num(math.inf, math.inf)
+        measured, largest = measured + error.numel(), max(largest, float(error.max()))
+        squares += float(error.square().sum())
+        size += float(_weights(b).square().sum())
+        grid = b if isinstance(b, GroupQuantTensor) else a
+        if isinstance(grid, GroupQuantTensor):
+            inside, slack = _in_steps(error, grid)
+            stepped, steps = stepped + inside.numel(), max(steps, float(inside.max()))
+            step_squares += float(inside.square().sum())
+            beyond += int((inside > 0.5 + slack).sum())
+    if found.requantized and squares >= size:
+        found = replace(found, values_beyond=found.requantized, requantized=0)
+    return replace(
+        found,
+        measured=measured,
+        error_max=largest,
+        error_rms=math.sqrt(squares / max(1, measured)),
+        stepped=stepped,
+        step_max=steps,
+        step_rms=math.sqrt(step_squares / max(1, stepped)),
+        step_beyond=beyond if found.requantized else 0,
+    )
+
+
+def _in_steps(error: Tensor, grid: GroupQuantTensor) -> tuple[Tensor, Tensor]:
+    """The error in steps, and what the float16 rounding of scale and min adds to half a step; both [out, in]."""
+    index = _group_index(grid)
+    scale, minimum = (part.double().abs()[:, index] for part in (grid.scale, grid.min))
+    step = torch.where(scale == 0, 1.0, scale)
+    slack = 2.0**-11 * ((1 << grid.bits) - 1 + minimum / step)
+    return torch.where(scale == 0, 0.0, error / step), slack
+
+
+def _chunks(
+    mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor
+) -> Iterator[tuple[Tensor | GroupQuantTensor, Tensor | GroupQuantTensor]]:
+    if len(theirs.shape) != 2:
+        yield mine, theirs
+        return
+    step = max(1, CHUNK // max(1, theirs.shape[1]))
+    for start in range(0, theirs.shape[0], step):
+        yield _rows(mine, start, start + step), _rows(theirs, start, start + step)
+
+
+def _rows(tensor: Tensor | GroupQuantTensor, start: int, stop: int) -> Tensor | GroupQuantTensor:
+    return tensor.rows(start, stop) if isinstance(tensor, GroupQuantTensor) else tensor[start:stop]
+
+
+def _weights(tensor: Tensor | GroupQuantTensor) -> Tensor:
+    """Dequantized in float64."""
+    if isinstance(tensor, Tensor):
+        return tensor.double()
+    index = _group_index(tensor)
+    return tensor.scale.double()[:, index] * tensor.codes() + tensor.min.double()[:, index]
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit in the last place of each value in `dtype`, float64; of a subnormal, and of 0, the least subnormal."""
+    least, mantissa = _FORMATS[dtype]
+    exponent = torch.frexp(values.double().abs()).exponent - 1
+    exponent = torch.where(values == 0, least, exponent).clamp(min=least)
+    return torch.ldexp(torch.ones_like(values, dtype=torch.float64), exponent - mantissa)
+
+
+def _largest_ulp(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
+    if torch.equal(mine, theirs):
+        return 0.0
+    return float(((mine.double() - theirs.double()).abs() / ulp(theirs, dtype)).max())

@@ -1,0 +1,158 @@
+"""Tokenizers compared: what an artefact's own makes of a text, against the reference's.
+
+Logits are compared over the same token ids, so that no tokenizer can hide a difference there; this is where one shows.
+Compared are the vocabularies, the ids of a passage with the cases that tokenizers part at (digits, contractions,
+indentation, other scripts), the special tokens, those that are put around a text, and the text of the chat template. A
+GGUF file's tokenizer is read from its metadata, and asked in llama.cpp too where that runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qalora.checkpoint import Checkpoint
+from qalora.converters.tokenizer import has_tokenizer, load_tokenizer
+from qalora.parity.text import default_text
+
+__all__ = ["PASSAGE", "TokenizerCheck"]
+
+PASSAGE = (
+    default_text()[:8000] + "\n\n  We'll see, it's DON'T: 1234567890 3.14159 0x1F 10,000\n\n\n"
+    "    def f(x):\n\t\treturn x ** 2  # na\u00efve \u00bd \u6f22\u5b57 \u0440\u0443\u0441 \U0001f600 ...\r\n   \n"
+)
+"""What both encode."""
+
+FILLER = re.compile(r"\[PAD\d+\]|<\|?(?:unused|pad|reserved)[^>]*>")
+"""Names of ids that no text has, which writers choose as they like."""
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+NEAR = 24
+"""Characters before a token that differ in the sentence about it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """What a tokenizer does."""
+
+    vocabulary: Mapping[str, int]
+    ids: tuple[int, ...]
+    around: tuple[int, ...]
+    special: Mapping[str, int | None]
+    template: str | None
+    decode: Callable[[Sequence[int]], str]
+
+
+class TokenizerCheck:
+    """The reference's tokenizer, loaded when it is first needed."""
+
+    def __init__(self, reference: Checkpoint) -> None:
+        self._reference = reference
+        self._facts: _Facts | None = None
+
+    def compare(self, artifact: Checkpoint) -> tuple[str, ...] | None:
+        """What the artefact's own tokenizer does otherwise; None where one of the two has none."""
+        if not (has_tokenizer(artifact) and has_tokenizer(self._reference)):
+            return None
+        if _same_files(artifact, self._reference):
+            return ()
+        return tuple(_differences(_facts(artifact), self._known()))
+
+    def compare_runtime(self, tokenize: Callable[[str], Sequence[int]]) -> tuple[str, ...] | None:
+        """What a runtime's own tokenizer makes of the passage otherwise; None where the reference has none."""
+        if not has_tokenizer(self._reference):
+            return None
+        known = self._known()
+        found = _of_text(tuple(tokenize(PASSAGE)), known.ids, known.decode)
+        return (found,) if found else ()
+
+    def _known(self) -> _Facts:
+        if self._facts is None:
+            self._facts = _facts(self._reference)
+        return self._facts
+
+
+def _same_files(one: Checkpoint, two: Checkpoint) -> bool:
+    """Whether both have tokenizer.json, and every tokenizer file of one is the other's, byte for byte."""
+    names = {name for model in (one, two) for name in model.files if "token" in name or "template" in name}
+    if "tokenizer.json" not in names or one.gguf is not None or two.gguf is not None:
+        return False
+    return all(
+        name in one.files and name in two.files and one.files[name].read_bytes() == two.files[name].read_bytes()
+        for name in names
+    )
+
+
+def _facts(model: Checkpoint) -> _Facts:
+    tokenizer: Any = load_tokenizer(model)
+    tokenizer.model_max_length = 1 << 30  # or it warns of a text that no model is to see
+    template = tokenizer.chat_template
+    return _Facts(
+        vocabulary=_vocabulary(model, tokenizer),
+        ids=tuple(tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]),
+        around=tuple(tokenizer("a")["input_ids"]),
+        special={key: _special(model, tokenizer, key) for key in SPECIAL},
+        template=template.removesuffix("\n") if isinstance(template, str) else None,
+        decode=tokenizer.decode,
+    )
+
+
+def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
+    """Tokens and ids; those of GGUF's own list, to which transformers' conversion adds tokens of its own."""
+    listed = None if model.gguf is None else model.gguf.get("tokenizer.ggml.tokens")
+    if isinstance(listed, list | tuple):
+        return {str(token): n for n, token in enumerate(listed)}
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return vocabulary
+
+
+def _special(model: Checkpoint, tokenizer: Any, key: str) -> int | None:
+    """GGUF's own id; the tokenizer's, or the config's where that names none, as `gguf_tokenizer` writes it."""
+    short = {"pad_token_id": "padding_token_id", "unk_token_id": "unknown_token_id"}.get(key, key)
+    found = getattr(tokenizer, key, None) if model.gguf is None else model.gguf.get(f"tokenizer.ggml.{short}")
+    found = model.config.get(key) if found is None and model.gguf is None else found
+    return found if isinstance(found, int) else None
+
+
+def _differences(mine: _Facts, theirs: _Facts) -> list[str]:
+    found = [
+        _of_vocabularies(mine.vocabulary, theirs.vocabulary),
+        _of_text(mine.ids, theirs.ids, theirs.decode),
+        "" if mine.around == theirs.around else f"'a' becomes {list(mine.around)} instead of {list(theirs.around)}",
+    ]
+    for key in SPECIAL:
+        a, b = mine.special[key], theirs.special[key]
+        optional = key in ("pad_token_id", "unk_token_id") and None in (a, b)
+        found.append("" if a == b or optional else f"{key} is {a} instead of {b}")
+    found.append(_of_templates(mine.template, theirs.template))
+    return [sentence for sentence in found if sentence]
+
+
+def _of_vocabularies(mine: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    other = [token for token, n in theirs.items() if not FILLER.fullmatch(token) and mine.get(token) != n]
+    other += [token for token in mine if token not in theirs and not FILLER.fullmatch(token)]
+    if not other:
+        return ""
+    first = min(other, key=lambda token: theirs.get(token, mine.get(token, 0)))
+    ids = f"{first!r} is {mine.get(first, 'missing')} instead of {theirs.get(first, 'missing')}"
+    return f"{len(other):,} tokens have other ids, such as {ids}"
+
+
+def _of_text(mine: tuple[int, ...], theirs: tuple[int, ...], decode: Callable[[Sequence[int]], str]) -> str:
+    if mine == theirs:
+        return ""
+    at = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
+    a, b = (f"{ids[at]} ({decode([ids[at]])!r})" if at < len(ids) else "none" for ids in (mine, theirs))
+    return f"token {at} of a text is {a} instead of {b}, after {decode(theirs[:at])[-NEAR:]!r}"
+
+
+def _of_templates(mine: str | None, theirs: str | None) -> str:
+    if mine == theirs:
+        return ""
+    if mine is None or theirs is None:
+        return "it has no chat template" if mine is None else "it has a chat template, and the reference none"
+    at = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
+    a, b = mine[at : at + NEAR], theirs[at : at + NEAR]
+    return f"the chat template differs from character {at} on: {a!r} instead of {b!r}"
