@@ -33,7 +33,9 @@ def target(name: str) -> Target:
 
 
 def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoint:
-    """Open a model: our own folder, a GPTQ, MLX or float folder, a GGUF file, or a Hub id. Reads headers only.
+    """Open a model: our own folder, a GPTQ, MLX or float folder, a GGUF file, an ONNX decoder, a Hub id.
+
+    Reads headers only. A folder with model.onnx is an ONNX decoder where it has no safetensors.
 
     checkpoint_format overrides what a GPTQ folder says of its zeros: "gptq" (stored minus one) or "gptq_v2".
     Raises InputError for what is not there or not recognised, FormatError for what is damaged.
@@ -45,6 +47,8 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
         from qalora.converters.huggingface import download
 
         path = download(str(model))
+    if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors*")):
+        return _load_onnx(path)
     from qalora.converters import huggingface, native
     from qalora.converters.gptq.reader import read as read_gptq
 
@@ -64,7 +68,15 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
     )
 
 
+def _load_onnx(path: Path) -> Checkpoint:
+    from qalora.converters.onnx.reader import read
+
+    return read(path)
+
+
 def _load_file(path: Path) -> Checkpoint:
+    if path.suffix == ".onnx":
+        return _load_onnx(path)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
@@ -73,4 +85,6 @@ def _load_file(path: Path) -> Checkpoint:
         return read_gguf(path)
     if magic[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
         raise FormatError(f"{path}: a pickle, which runs code when it is opened", todo="convert it to safetensors")
-    raise FormatError(str(path), expected="a GGUF file or a model folder", got=f"a file that begins with {magic!r}")
+    raise FormatError(
+        str(path), expected="a GGUF or ONNX file or a model folder", got=f"a file that begins with {magic!r}"
+    )

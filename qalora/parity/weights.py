@@ -17,7 +17,8 @@ import torch
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import FULL, decoder_of
 from qalora.converters.families import FAMILIES
-from qalora.parity.differences import TensorDifference, add_up, compare_tensors, transposed, ulp
+from qalora.parity.differences import compare_tensors, transposed, ulp
+from qalora.parity.findings import TensorDifference, add_up
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["TensorDifference", "WeightMetrics", "compare_tensors", "compare_weights", "essentials", "ulp"]

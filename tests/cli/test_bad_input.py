@@ -199,7 +199,7 @@ FIRST = "model.layers.0.self_attn.q_proj"
 MODELS: list[tuple[str, Damage, str, str]] = [
     ("missing", _nothing, "%absent", "no such file or folder"),
     ("empty folder", lambda root: (root / "empty").mkdir(), "@empty", "expected a model folder with config.json"),
-    ("a text file", _nothing, "@data.txt", "expected a GGUF file or a model folder"),
+    ("a text file", _nothing, "@data.txt", "expected a GGUF or ONNX file or a model folder"),
     ("config is no JSON", _cut("float/config.json", 20), "@float", "config.json: expected JSON"),
     ("unknown family", _config("float/config.json", model_type="mamba"), "@float", "model_type: expected one of llama"),
     ("layers missing", _config("float/config.json", num_hidden_layers=3), "@float", "model.layers.1.self_attn.q_proj"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qalora.errors import InputError
+from qalora.parity import verify
 from qalora.parity.artifacts import recognize
 
 
@@ -65,3 +66,11 @@ def test_what_is_none_is_refused(dist: Path, name: str) -> None:
     (dist / "empty").mkdir()
     with pytest.raises(InputError, match="expected a GGUF or ONNX file, a model folder, or a folder of them"):
         recognize([dist / name])
+
+
+@pytest.mark.parametrize("place", ["onnx", "onnx/portable", "onnx/model.onnx"])
+def test_an_onnx_decoder_may_be_the_reference(place: str, base, write, tmp_path: Path) -> None:
+    folder = write("onnx", base, tmp_path).parent
+    gguf = write("gguf", base, tmp_path)
+    report = verify(folder / place, [gguf], level="weights")
+    assert report.passed() and report.artifacts[0].weights.total.codes > 0, report.failure()

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qalora.parity.differences import TensorDifference, add_up, compare_tensors
+from qalora.parity.differences import compare_tensors
+from qalora.parity.findings import TensorDifference, add_up
 from qalora.quantization.rounding import quantize_tensor
 from qalora.tensor import GroupQuantTensor, pack_codes
 from qalora.testing import random_tensor
