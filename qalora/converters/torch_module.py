@@ -63,8 +63,8 @@ def _empty(config: Mapping[str, Any], where: object) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     plain = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
-    attention = "sdpa" if decoder_of(config, where).softcap is None else "eager"  # sdpa has no cap of scores
     try:
+        attention = "sdpa" if decoder_of(config, where).softcap is None else "eager"  # sdpa has no cap of scores
         with torch.device("meta"):
             settings = AutoConfig.for_model(**plain)
             return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=attention)

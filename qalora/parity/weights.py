@@ -155,7 +155,7 @@ def essentials(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention scale": decoder.scale,
         "attn_logit_softcapping": decoder.softcap,
         "final_logit_softcapping": decoder.logit_softcap,
-        "windows": [layer.window for layer in decoder.layers],
+        "windows": [layer.window if (layer.window or 0) < decoder.positions else None for layer in decoder.layers],
         "rotary positions": [layer.rope for layer in decoder.layers],
     }
     for kind, rope in decoder.ropes.items():

@@ -4,6 +4,7 @@ FORMS are what is tested: families, and what their configs can vary. A new famil
 `qalora.testing`.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ from qalora import export
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
-from qalora.converters.families import FAMILIES, settings_of
+from qalora.converters.decoder import decoder_of
+from qalora.converters.families import FAMILIES, family_of, settings_of
+from qalora.converters.gguf.configs import config_of, family_of_metadata
+from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperparameters
+from qalora.converters.gguf.metadata import text
 from qalora.converters.gguf.names import gguf_names
 from qalora.converters.onnx import read as read_onnx
 from qalora.converters.torch_module import build
 from qalora.errors import FormatError, InputError
 from qalora.folding import fold
+from qalora.formats.gguf import Metadata
 from qalora.parity import verify
 from qalora.parity.runtimes import open_runtime
 from qalora.parity.weights import essentials
@@ -404,6 +410,161 @@ def test_defaults_are_those_of_transformers(family: Any) -> None:
     assert family.architecture.endswith("ForCausalLM")
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Mistral-7B-v0.1": {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "vocab_size": 32000,
+    },
+    "Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    },
+    "Llama-3.2-1B": {
+        "model_type": "llama",
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "vocab_size": 128256,
+    },
+    "gemma-2-27b": {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 128,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 4608,
+        "intermediate_size": 36864,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 16,
+        "query_pre_attn_scalar": 144,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "vocab_size": 256000,
+    },
+    "gemma-3-4b's text": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 4,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262208,
+    },
+    "Phi-3.5-mini": {
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"long_factor": [1.08] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "vocab_size": 32064,
+    },
+}
+"""What these models' config.json says of what changes the logits, as earlier versions of transformers wrote it."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_older_configs_are_understood_as_transformers_does(name: str) -> None:
+    from transformers import AutoConfig
+
+    config = PUBLISHED[name]
+    assert essentials(config) == essentials(AutoConfig.for_model(**copy.deepcopy(config)).to_dict())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_a_place_in_gguf(name: str) -> None:
+    """What llama.cpp takes for granted of an architecture is what its models have, and comes back from the metadata."""
+    config = PUBLISHED[name]
+    decoder = decoder_of(config, name)
+    entries = hyperparameters(decoder, settings_of(config, name), name)
+    metadata = Metadata(entries={**entries, "general.architecture": text(decoder.family.gguf)})
+    assert family_of_metadata(metadata, name) is decoder.family
+    shapes = {"token_embd.weight": (decoder.vocabulary, decoder.hidden)}
+    again = config_of(metadata, decoder.family, name, shapes=shapes, factors=factor_tensors(decoder))
+    assert essentials(again) == essentials(config)
+
+
+def test_llama_3_1_factors_that_name_no_numbers_are_recognised() -> None:
+    """A file that another program wrote has the factors and nothing else."""
+    config = PUBLISHED["Llama-3.2-1B"]
+    decoder = decoder_of(config, "here")
+    entries = hyperparameters(decoder, settings_of(config, "here"), "here")
+    metadata = Metadata(entries={key: value for key, value in entries.items() if not key.startswith("qalora")})
+    shapes = {"token_embd.weight": (decoder.vocabulary, decoder.hidden)}
+    factors = factor_tensors(decoder)
+    again = config_of(metadata, decoder.family, "here", shapes=shapes, factors=factors)
+    assert essentials(again) == essentials(config)
+    with pytest.raises(InputError, match=r"rope_freqs\.weight: expected the factors of Llama 3\.1, got others"):
+        config_of(metadata, decoder.family, "here", shapes=shapes, factors={FREQS: factors[FREQS] + 0.5})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", [form for form in MAIN if form != "smollm3"])
+def test_transformers_opens_the_gguf_file(form: str, tmp_path: Path) -> None:
+    """A foreign reader of what we wrote: names, order of rows, norms and config. It knows no SmolLM3, and takes heads
+    of Qwen3 to be 128 and the padding of Phi-3 to be token 32000, as they are in the published models."""
+    from transformers import AutoModelForCausalLM
+
+    sizes: dict[str, dict[str, Any]] = {"qwen3": {"head_dim": 128}, "phi3": {"vocab_size": 32064}}
+    folder = tiny_model(tmp_path / "model", form, tokenizer=byte_tokenizer(), config=sizes.get(form))
+    path = written(load(folder), "gguf", tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ours = build(load(folder)).state_dict()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+
+
 def test_a_bias_that_a_family_has_must_be_there(tiny_of: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -428,8 +589,6 @@ def test_a_bias_that_a_family_has_must_be_there(tiny_of: Any, tmp_path: Path) ->
     ],
 )
 def test_what_is_no_family_here_is_refused_with_what_is_missing(config: dict[str, Any], words: str) -> None:
-    from qalora.converters.families import family_of
-
     with pytest.raises(InputError, match=words):
         family_of(config, "here")
 

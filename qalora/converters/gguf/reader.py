@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import linear_names
-from qalora.converters.gguf.hyperparameters import FREQS, LONGROPE, config_of, family_of_metadata
+from qalora.converters.gguf.configs import config_of, family_of_metadata
+from qalora.converters.gguf.hyperparameters import FREQS, LONGROPE
 from qalora.converters.gguf.names import gguf_names, head_count, rows_from
 from qalora.converters.huggingface import check_shapes
 from qalora.converters.specs import TENSORS, fits, parse_specs, restored

@@ -13,7 +13,8 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.converters.families import Family
-from qalora.converters.gguf.hyperparameters import check_biases, context_notes, factor_tensors
+from qalora.converters.gguf.hyperparameters import factor_tensors
+from qalora.converters.gguf.loaders import check_biases, context_notes
 from qalora.converters.gguf.metadata import file_metadata, file_name
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
