@@ -1,9 +1,10 @@
 """Tokenizers between the ecosystems: Hugging Face's files, and the metadata of GGUF.
 
-Byte-level BPE, which the families here use. What llama.cpp calls `tokenizer.ggml.pre` names the rule that cuts text
-before merging; PRE holds the rules known here, as the list of steps that tokenizer.json has for them, and anything else
-is refused: a wrong rule gives other tokens without a word. (transformers' own conversion drops SmolLM's rule that
-digits stand alone.) Chat templates are carried as text and never rendered here.
+Byte-level BPE here, and what came from SentencePiece in `qalora.converters.sentencepiece`. What llama.cpp calls
+`tokenizer.ggml.pre` names the rule that cuts text before merging; PRE holds the rules known here, as the list of steps
+that tokenizer.json has for them, and anything else is refused: a wrong rule gives other tokens without a word.
+(transformers' own conversion drops SmolLM's rule that digits stand alone.) Chat templates are carried as text and never
+rendered here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.sentencepiece import normalizer_of, sentencepiece_entries, space_prefix
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import read_limited
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
@@ -86,7 +88,10 @@ def _write_converted(model: Checkpoint, folder: Path) -> list[str]:
     if model.gguf is None:
         raise TypeError("a model without GGUF metadata")
     with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "tokenizer.gguf").write_bytes(metadata_bytes(model.gguf))
+        known = {
+            "general.architecture": Value(type=ValueType.STRING, value="llama")
+        }  # transformers refuses some others
+        (Path(place) / "tokenizer.gguf").write_bytes(metadata_bytes(model.gguf.with_entries(known)))
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file="tokenizer.gguf", local_files_only=True)
         except Exception as error:  # whatever damaged metadata makes transformers raise
@@ -109,17 +114,22 @@ def _tidy(folder: Path, metadata: Metadata) -> None:
     config["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
     write_json(folder / "tokenizer_config.json", config)
     steps = PRE.get(str(metadata.get("tokenizer.ggml.pre")))
-    if steps is not None:
+    spm = metadata.get("tokenizer.ggml.model") == "llama"
+    if steps is not None or spm:
         path = folder / "tokenizer.json"
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["pre_tokenizer"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+        if spm:
+            prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+            content["normalizer"], content["pre_tokenizer"] = normalizer_of(prefix=prefix), None
+        elif steps is not None:
+            content["pre_tokenizer"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
         path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def gguf_tokenizer(model: Checkpoint) -> dict[str, Value]:
     """GGUF's tokenizer metadata from a model's tokenizer.json; without a tokenizer, model "none".
 
-    Raises InputError for a tokenizer that is no byte-level BPE, or whose cutting rule is not in PRE.
+    Raises InputError for a tokenizer that is no BPE, or whose cutting rule is not in PRE.
     """
     if "tokenizer.json" not in model.files:
         if has_tokenizer(model):
@@ -129,33 +139,42 @@ def gguf_tokenizer(model: Checkpoint) -> dict[str, Value]:
         return {"tokenizer.ggml.model": Value(type=ValueType.STRING, value="none")}
     content = _read_json(model, "tokenizer.json")
     try:
-        return _bpe_entries(model, content)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        return _entries(model, content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FormatError(f"{model.files['tokenizer.json']}", expected="a tokenizer", got=f"{error!r}") from error
 
 
-def _bpe_entries(model: Checkpoint, content: Mapping[str, Any]) -> dict[str, Value]:
-    bpe, vocab_size = content["model"], int(model.config["vocab_size"])
-    pre = _pre_of(model, content)
-    tokens, types = _vocabulary(bpe["vocab"], content.get("added_tokens") or [], vocab_size)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
-    entries = {
-        "model": Value(type=ValueType.STRING, value="gpt2"),
-        "pre": Value(type=ValueType.STRING, value=pre),
-        "tokens": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(tokens)),
-        "token_type": Value(type=ValueType.ARRAY, element=ValueType.INT32, value=tuple(types)),
-        "merges": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(merges)),
-    }
+def _entries(model: Checkpoint, content: Mapping[str, Any]) -> dict[str, Value]:
+    prefix = space_prefix(content)
+    added = content.get("added_tokens") or []
+    tokens, types = _vocabulary(content["model"]["vocab"], added, int(model.config["vocab_size"]))
+    if prefix is None:
+        entries = _bpe_entries(model, content, tokens, types)
+    else:
+        entries = sentencepiece_entries(content["model"], tokens, types)
     settings = _read_json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
     for key, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         token = _special_id(model, settings, ours, tokens)
         if token is not None:
             entries[f"{key}_token_id"] = Value(type=ValueType.UINT32, value=token)
     entries["add_bos_token"] = Value(type=ValueType.BOOL, value=_adds_bos(model, entries))
-    entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=False)
+    entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=bool(prefix))
     result = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
     template = _chat_template(model, settings)
     return result if template is None else {**result, "tokenizer.chat_template": template}
+
+
+def _bpe_entries(
+    model: Checkpoint, content: Mapping[str, Any], tokens: list[str], types: list[int]
+) -> dict[str, Value]:
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    return {
+        "model": Value(type=ValueType.STRING, value="gpt2"),
+        "pre": Value(type=ValueType.STRING, value=_pre_of(model, content)),
+        "tokens": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(tokens)),
+        "token_type": Value(type=ValueType.ARRAY, element=ValueType.INT32, value=tuple(types)),
+        "merges": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(merges)),
+    }
 
 
 def _pre_of(model: Checkpoint, content: Mapping[str, Any]) -> str:
@@ -167,7 +186,7 @@ def _pre_of(model: Checkpoint, content: Mapping[str, Any]) -> str:
                 return name
     raise InputError(
         f"{model.files['tokenizer.json']}: its rule for cutting text is none that llama.cpp is known to have here",
-        expected=f"byte-level BPE cut like {', '.join(PRE)}",
+        expected=f"byte-level BPE cut like {', '.join(PRE)}, or SentencePiece's",
         todo="start from a GGUF file of the base model, whose tokenizer is carried over",
     )
 

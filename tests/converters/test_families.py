@@ -27,6 +27,7 @@ from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperp
 from qalora.converters.gguf.metadata import text
 from qalora.converters.gguf.names import gguf_names
 from qalora.converters.onnx import read as read_onnx
+from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build
 from qalora.errors import FormatError, InputError
 from qalora.folding import fold
@@ -338,6 +339,15 @@ def test_from_the_folder_to_a_proof(form: str, tiny_of: Any, tmp_path: Path) -> 
     artefacts = [file, tmp_path / "onnx", tmp_path / "onnx" / "portable"]
     report = verify(base, artefacts, adapter=adapter, level="logits", tokens=tokens)
     assert report.passed(), report.failure()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", MAIN)
+def test_the_tokenizer_comes_back_from_gguf(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    tiny = tiny_of(form)
+    again = load_tokenizer(load(written(tiny.model, "gguf", tmp_path)))
+    words = "Was it 1859?\n\n  naïve 日本語 don't"
+    assert again(words)["input_ids"] == load_tokenizer(tiny.model)(words)["input_ids"]
 
 
 @pytest.mark.slow

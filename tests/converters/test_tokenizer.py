@@ -13,7 +13,7 @@ from qalora.converters.tokenizer import has_tokenizer, load_tokenizer
 from qalora.demo import demo_text
 from qalora.errors import InputError
 from qalora.parity.runtimes.llamacpp import LlamaCpp
-from qalora.testing import random_model
+from qalora.testing import random_model, tiny_llama
 
 HARD = "a  b\n\n\tc 123456 3.14 naïve 日本語 🙂 <|im_start|>user don't I'LL   \r\n x=1;//"
 
@@ -57,6 +57,59 @@ def test_from_files_to_gguf_and_back(tiny: Path, tmp_path: Path) -> None:
         assert plain(after, text) == plain(before, text)
     assert after.eos_token == before.eos_token
     assert after.chat_template == before.chat_template
+
+
+SPACE = "\u2581"
+LLAMA2 = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+SENTENCEPIECE: dict[str, tuple[Any, Any]] = {
+    "llama 2, phi-3": (LLAMA2, None),
+    "mistral": (None, {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}),
+    "gemma": (
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+    ),
+}
+"""Normalizer and pre-tokenizer of tokenizer.json."""
+
+
+def sentencepiece_tokenizer(kind: str) -> Any:
+    """A BPE over characters with 256 bytes to fall back to, trained on English about Python: what they become."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = [f"<0x{n:02X}>" for n in range(256)]
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
+    made.train_from_iterator(demo_text()[:40_000].split("\n"), trainer)
+    content = json.loads(made.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in bytes_]
+    content["normalizer"], content["pre_tokenizer"] = SENTENCEPIECE[kind]
+    made = Tokenizer.from_str(json.dumps(content))
+    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_sentencepiece_gives_llama_cpp_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    """Words, runs of spaces, characters of no token, which fall back to bytes; and back again by transformers."""
+    tokenizer = sentencepiece_tokenizer(kind)
+    folder = tiny_llama(tmp_path / "model", tokenizer=tokenizer)
+    path = gguf_of(folder, tmp_path / "out")
+    again = load_tokenizer(load(path))
+    runtime = LlamaCpp(path, None)
+    for text in ("Hello there", "a  b\n\n\tc 3.14 naïve 日本語 🙂 don't", demo_text()[40_000:60_000]):
+        assert runtime.tokenize(text) == plain(tokenizer, text)
+        assert plain(again, text) == plain(tokenizer, text)
+    runtime.close()
 
 
 def test_a_rule_that_is_not_known_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def refuse(decoder: Decoder, where: object) -> None:
         if rope.kind == "yarn" and (rope.numbers.get("truncate") is False or "mscale" in rope.numbers):
             raise InputError(f"{where}: yarn", expected="no truncate or mscale", got=str(dict(rope.numbers))[:90])
     if not math.isclose(decoder.scale, _loader_scale(decoder, loader), rel_tol=1e-6):
-        wanted = round(loader_scale(decoder, loader) ** -2)
+        wanted = round(_loader_scale(decoder, loader) ** -2)
         got = f"{decoder.scale**-2:g}"
         raise InputError(f"{where}: query_pre_attn_scalar", expected=f"{wanted}, which {family.gguf} has", got=got)
     if (decoder.softcap is not None) != loader.capped:
