@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qalora.adapter import ADAPTER_FILES, Adapter, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.decoder import decoder_of
 from qalora.errors import InputError
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_output, new_folder, write_json
@@ -155,6 +156,7 @@ class _Run:
             return layer
 
         self._module = build(model, linear).to(self._device)
+        self._softcap = decoder_of(model.config, model.path).logit_softcap
         self._parameters = {
             f"{path}.{part}": getattr(layer, part) for path, layer in self._layers.items() for part in ("a", "b")
         }
@@ -228,7 +230,8 @@ class _Run:
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         out = self._module.model(input_ids=tokens.to(self._device), use_cache=False)
         hidden = out.last_hidden_state.flatten(0, 1)
-        return summed_cross_entropy(hidden, self._module.lm_head.weight, targets.to(self._device).flatten())
+        wanted = targets.to(self._device).flatten()
+        return summed_cross_entropy(hidden, self._module.lm_head.weight, wanted, self._softcap)
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -3,7 +3,9 @@
     loss = sum over rows with target >= 0 of  logsumexp(h @ W^T) - (h @ W^T)[target]
     grad_h = (softmax(h @ W^T) - onehot(target)) @ W
 
-W is frozen, so that h alone has a gradient; it is computed in the forward, and no logits are kept.
+Where a family caps its logits, z = cap * tanh(h @ W^T / cap) takes the place of h @ W^T, and each term of the
+gradient's sum over the vocabulary is multiplied with 1 - (z / cap)^2. W is frozen, so that h alone has a gradient; it
+is computed in the forward, and no logits are kept.
 """
 
 from __future__ import annotations
@@ -22,36 +24,44 @@ ROWS = 128
 """Rows whose logits are held at a time: 25 MB at a vocabulary of 49,152."""
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """The sum (not the mean) over targets, in nats.
 
     hidden   float32 [rows, hidden size]
     weight   float32 [vocabulary, hidden size], frozen
     targets  int64 [rows], IGNORED where a row does not count
+    softcap  what caps the logits, if something does
     """
-    loss: Tensor = _Chunked.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Chunked.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         kept = (targets != IGNORED).nonzero()[:, 0]
         grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         loss = hidden.new_zeros((), dtype=torch.float64)
         for rows in torch.split(kept, ROWS):
             logits = hidden[rows] @ weight.t()
+            slope = None
+            if softcap is not None:
+                bent = logits.div_(softcap).tanh_()
+                slope = 1 - bent.square()
+                logits = bent.mul_(softcap)
             wanted = targets[rows].unsqueeze(1)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             loss += (log_sum - logits.gather(1, wanted)).sum(dtype=torch.float64)
             if grad is not None:
                 share = logits.sub_(log_sum).exp_()
                 share.scatter_add_(1, wanted, share.new_full(wanted.shape, -1.0))
+                if slope is not None:
+                    share.mul_(slope)
                 grad[rows] = share @ weight
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None
+        return grad * grads[0].to(grad.dtype), None, None, None

@@ -5,6 +5,7 @@ FORMS are what is tested: families, and what their configs can vary. A new famil
 """
 
 import copy
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.decoder import decoder_of
-from qalora.converters.families import FAMILIES, family_of, settings_of
+from qalora.converters.families import FAMILIES, check_config, family_of, settings_of
 from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperparameters
 from qalora.converters.gguf.metadata import text
@@ -29,14 +30,17 @@ from qalora.converters.gguf.names import gguf_names
 from qalora.converters.onnx import read as read_onnx
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build
+from qalora.demo import demo_text
 from qalora.errors import FormatError, InputError
 from qalora.folding import fold
 from qalora.formats.gguf import Metadata
 from qalora.parity import verify
 from qalora.parity.runtimes import open_runtime
-from qalora.parity.weights import essentials
+from qalora.parity.weights import compare_weights, essentials
 from qalora.quantization import quantize
 from qalora.testing import assert_same_model, byte_tokenizer, tiny_model
+from qalora.training import TrainOptions, train
+from qalora.training.data import make_blocks, read_documents
 
 GRAPHS = ("", "portable")
 
@@ -352,6 +356,24 @@ def test_the_tokenizer_comes_back_from_gguf(form: str, tiny_of: Any, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", MAIN)
+def test_training_minimises_the_loss_of_its_logits(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    """The held-out loss before the first step is that of transformers' logits; a step lowers it."""
+    base = quantize(tiny_of(form).model, bits=4, group_size=32)
+    (tmp_path / "text.txt").write_text(demo_text()[:4000], encoding="utf-8")
+    out, data = tmp_path / "adapter", str(tmp_path / "text.txt")
+    train(base, TrainOptions(data=data, out=out, steps=5, rank=4, batch_size=4, sequence_length=32, learning_rate=0.01))
+    log = json.loads((out / "training.json").read_text("utf-8"))["held_out"]
+    tokenizer = load_tokenizer(base)
+    _, held = make_blocks(read_documents(data, tokenizer), tokenizer, 32).split(0.05)
+    with torch.no_grad():
+        logits = build(base)(input_ids=held.tokens).logits.double().flatten(0, 1)
+    wanted = float(torch.nn.functional.cross_entropy(logits, held.targets.flatten(), ignore_index=-100))
+    assert abs(log[0]["loss"] - wanted) <= 1e-5 * wanted
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", MAIN)
 def test_gptq_holds_the_same_model(form: str, tiny_of: Any, tmp_path: Path) -> None:
     base = quantize(tiny_of(form).model, bits=4, group_size=32)
     folded = fold(base, made_adapter(base))
@@ -573,6 +595,78 @@ def test_transformers_opens_the_gguf_file(form: str, tmp_path: Path) -> None:
     ours = build(load(folder)).state_dict()
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, ours[name]), name
+
+
+def metadata_of(family: str, **changes: str) -> tuple[Metadata, dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:
+    """The metadata of a small model, with keys of ours changed; and its shapes and factors."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 64)
+    config = {"model_type": family, "num_hidden_layers": 2, "num_attention_heads": 4, **sizes}
+    config |= rope("yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.9)
+    if family == "mistral":
+        config["sliding_window"] = 12
+    decoder = decoder_of(config, "here")
+    entries = {**hyperparameters(decoder, settings_of(config, "here"), "here"), "general.architecture": text("llama")}
+    entries |= {f"qalora.{key}": text(value) for key, value in changes.items()}
+    return Metadata(entries=entries), {"token_embd.weight": (64, 64)}, factor_tensors(decoder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("config", "[", r"qalora\.config: expected a JSON object of max_position_embeddings"),
+        ("config", "[" * 100_000, r"qalora\.config: expected a JSON object"),
+        ("config", '{"hidden_size": 4}', r"qalora\.config: expected a JSON object of max_position_embeddings"),
+        (
+            "config",
+            '{"rope_parameters": {"rope_type": "yarn", "factor": 5.0}}',
+            r"rope_parameters: expected .*'factor': 4",
+        ),
+        ("config", '{"rope_parameters": 7}', "rope_parameters: expected an object with rope_type"),
+        ("model_type", "gemma2", r"qalora\.model_type: expected one of llama, mistral, got 'gemma2'"),
+    ],
+)
+def test_keys_of_ours_that_lie_are_refused(key: str, value: str, words: str) -> None:
+    metadata, shapes, factors = metadata_of("mistral", **{key: value})
+    with pytest.raises(InputError, match=words):
+        config_of(metadata, family_of_metadata(metadata, "here"), "here", shapes=shapes, factors=factors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": -1.0}}, "factor: expected a number above 0, got -1"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "expected a low_freq_factor for llama3 scaling"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": "x", "long_factor": []}}, "a list of numbers"),
+        ({"rope_parameters": {"full_attention": 3, "sliding_attention": {}}}, "expected an object for full_attention"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected at most 1"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: expected a number above 0"),
+        ({"final_logit_softcapping": "x"}, "final_logit_softcapping: expected a number above 0"),
+        ({"sliding_window": "x"}, "sliding_window: expected a whole number"),
+        ({"layer_types": ["full_attention"]}, "layer_types: expected a list with an entry for each layer"),
+        ({"no_rope_layers": 7}, "no_rope_layers: expected a list with an entry for each layer"),
+        ({"max_window_layers": "x"}, "max_window_layers: expected a whole number"),
+        ({"use_bidirectional_attention": True}, "expected a decoder, which looks back only"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_one_sentence(changes: dict[str, Any], words: str) -> None:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 64)
+    config = {"model_type": "gemma3_text", "num_hidden_layers": 2, "num_attention_heads": 4, **sizes, **changes}
+    with pytest.raises(InputError, match=words):
+        check_config(config, "here")
+
+
+def test_norms_of_one_plus_a_weight_are_compared_as_they_are_used(tiny_of: Any, tmp_path: Path) -> None:
+    """A float32 weight so small that 1 + weight drops bits of it: transformers drops them too, and nothing differs."""
+    model = tiny_of("gemma2").model
+    name = "model.layers.0.input_layernorm.weight"
+    small = torch.linspace(-1e-3, 1e-3, 64) / 3
+    lazy = replace(model.tensors[name], read=lambda start, stop: small[start:stop])
+    changed = replace(model, tensors={**model.tensors, name: lazy})
+    again = load(written(changed, "gguf", tmp_path))
+    assert not torch.equal(again.tensors[name].load_float(), small)
+    assert torch.equal(again.tensors[name].load_float() + 1, small + 1)
+    assert compare_weights(again, changed).total.same
+    assert not compare_weights(again, model).total.same
 
 
 def test_a_bias_that_a_family_has_must_be_there(tiny_of: Any, tmp_path: Path) -> None:

@@ -82,15 +82,18 @@ def test_pools_that_cannot_be_folded(pool_size: int, words: str) -> None:
         make(pool_size=pool_size)
 
 
-def test_chunked_loss_is_cross_entropy() -> None:
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_chunked_loss_is_cross_entropy(softcap: float | None) -> None:
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(300, 16, generator=rng, requires_grad=True)
     weight = torch.randn(500, 16, generator=rng)
     targets = torch.randint(0, 500, (300,), generator=rng)
     targets[::7] = IGNORED
-    found = summed_cross_entropy(hidden, weight, targets)
+    found = summed_cross_entropy(hidden, weight, targets, softcap)
     wide = hidden.detach().double().requires_grad_()
-    wanted = nn.functional.cross_entropy(wide @ weight.double().t(), targets, ignore_index=IGNORED, reduction="sum")
+    logits = wide @ weight.double().t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    wanted = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     # a row's loss comes of logits with an error of 16 * 2^-24 * |h| * |w| each, and a log-sum of 500 terms
     slack = 300 * (16 + 500) * 2.0**-24 * float(wanted.detach()) / 300
     assert abs(float(found.detach()) - float(wanted.detach())) <= slack
