@@ -616,11 +616,7 @@ def metadata_of(family: str, **changes: str) -> tuple[Metadata, dict[str, tuple[
         ("config", "[", r"qalora\.config: expected a JSON object of max_position_embeddings"),
         ("config", "[" * 100_000, r"qalora\.config: expected a JSON object"),
         ("config", '{"hidden_size": 4}', r"qalora\.config: expected a JSON object of max_position_embeddings"),
-        (
-            "config",
-            '{"rope_parameters": {"rope_type": "yarn", "factor": 5.0}}',
-            r"rope_parameters: expected .*'factor': 4",
-        ),
+        ("config", json.dumps(rope("yarn", factor=5.0, original_max_position_embeddings=16)), "expected .*'factor': 4"),
         ("config", '{"rope_parameters": 7}', "rope_parameters: expected an object with rope_type"),
         ("model_type", "gemma2", r"qalora\.model_type: expected one of llama, mistral, got 'gemma2'"),
     ],
