@@ -17,7 +17,7 @@ from qalora.converters.plan import ExportOptions
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.tensor import GroupQuantTensor
-from qalora.testing import assert_same_model, assert_same_tensor, lazily, random_model, random_tensor
+from qalora.testing import assert_same_model, assert_same_tensor, lazily, random_model, random_tensor, tiny_model
 
 BITS = (2, 3, 4, 8)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -360,9 +360,10 @@ def test_layers_of_their_own_width_are_read_where_config_allows_it(tiny_untied: 
         gptq.plan(again, ExportOptions())
 
 
-def test_biases_of_zeros_that_a_llama_has_not_are_dropped(tiny_untied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_biases_of_zeros_that_a_family_has_not_are_dropped(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "gptq"
-    model = quantized(tiny_untied, zeros="integer")
+    model = quantized(tiny_model(tmp_path / "model", family), zeros="integer")
     written(model, folder)
     edit(folder, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.zeros(64, dtype=torch.float16)}))
     assert_same_model(gptq.read(folder), model)

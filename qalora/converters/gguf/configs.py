@@ -24,15 +24,15 @@ def family_of_metadata(metadata: Metadata, where: object) -> Family:
     """The family of general.architecture, or the one of it that wrote the file; InputError names those there are."""
     architecture = metadata.get("general.architecture")
     fitting = [family for family in FAMILIES.values() if family.gguf == architecture]
-    for family in fitting:
+    experts = metadata.get(f"{architecture}.expert_count")
+    for family in () if experts else fitting:
         if family.model_type == metadata.get(MODEL_TYPE, fitting[0].model_type):
             return family
     known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values()))
     got = repr(architecture)
-    if fitting:
+    if fitting and not experts:
         known = ", ".join(family.model_type for family in fitting)
         raise FormatError(f"{where}: {MODEL_TYPE}", expected=f"one of {known}", got=repr(metadata.get(MODEL_TYPE))[:60])
-    experts = metadata.get(f"{architecture}.expert_count")
     todo = "a mixture of experts: its experts are not read yet" if experts else "see the README"
     raise InputError(f"{where}: general.architecture", expected=f"one of {known}", got=got, todo=todo)
 

@@ -6,7 +6,7 @@ Source: llama.cpp, src/llama-model.cpp. Each line of LOADERS is held by a test t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from qalora.converters.decoder import FULL, Decoder, check_activation
@@ -14,7 +14,7 @@ from qalora.converters.families import Family
 from qalora.converters.rope import check_rope, two_tables
 from qalora.errors import InputError
 
-__all__ = ["LOADERS", "Loader", "check_biases", "clipped_window", "context_notes", "refuse"]
+__all__ = ["LOADERS", "Loader", "check_tensors", "clipped_window", "context_notes", "refuse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class Loader:
     big       the number of layers at which it scales scores by hidden/heads in place of the head size
     unrotated every n-th layer has no rotary positions
     biases    the linear modules whose biases it reads
+    tied      the output layer is always the embedding
     """
 
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
@@ -35,6 +36,7 @@ class Loader:
     big: int | None = None
     unrotated: int | None = None
     biases: tuple[str, ...] = ()
+    tied: bool = False
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -44,7 +46,7 @@ LOADERS: dict[str, Loader] = {
     "llama": Loader(ropes=("default", "linear", "yarn", "llama3"), biases=(*_QKV, *_OTHERS)),
     "qwen2": Loader(biases=_QKV),
     "qwen3": Loader(biases=_QKV),
-    "gemma2": Loader(window=2, capped=True, big=46),
+    "gemma2": Loader(window=2, capped=True, big=46, tied=True),
     "gemma3": Loader(window=6, big=62),
     "smollm3": Loader(unrotated=4),
     "phi3": Loader(ropes=("default", "longrope")),
@@ -90,15 +92,20 @@ def refuse(decoder: Decoder, where: object) -> None:
             raise InputError(f"{where}: no_rope_layers", expected=expected, got=f"another kind of layer at {n}")
 
 
-def check_biases(names: Iterable[str], family: Family, where: object) -> None:
-    """Refuse a bias, among the tensors of a model, that llama.cpp's loader does not take."""
-    known = LOADERS[family.gguf].biases
+def check_tensors(names: Collection[str], family: Family, where: object) -> None:
+    """Refuse a tensor of a model that llama.cpp's loader does not take."""
+    loader = LOADERS[family.gguf]
     for name in names:
-        if name.endswith(".bias") and not name.endswith(tuple(f".{module}.bias" for module in known)):
+        if name.endswith(".bias") and not name.endswith(tuple(f".{module}.bias" for module in loader.biases)):
             raise InputError(
                 f"gguf: {where}: {name}: llama.cpp reads no such bias of a {family.gguf}",
                 todo="export it to onnx or gptq",
             )
+    if loader.tied and "lm_head.weight" in names:
+        raise InputError(
+            f"gguf: {where}: lm_head.weight: llama.cpp ties the output layer of a {family.gguf} to the embedding",
+            todo="export it to onnx or gptq",
+        )
 
 
 def clipped_window(decoder: Decoder) -> int | None:

@@ -14,7 +14,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.converters.families import Family
 from qalora.converters.gguf.hyperparameters import factor_tensors
-from qalora.converters.gguf.loaders import check_biases, context_notes
+from qalora.converters.gguf.loaders import check_tensors, context_notes
 from qalora.converters.gguf.metadata import file_metadata, file_name
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
@@ -51,7 +51,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     unknown = sorted(set(model.tensors) - set(known))
     if unknown:
         raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in a {family.gguf} file")
-    check_biases(model.tensors, family, model.path)
+    check_tensors(model.tensors, family, model.path)
     carriers = {name: _carrier(lazy, model, options) for name, lazy in model.tensors.items()}
     kinds = Counter(kind for name, (kind, _) in carriers.items() if name in model.linears)
     common = kinds.most_common(1)[0][0]
