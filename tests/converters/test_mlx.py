@@ -208,6 +208,21 @@ def test_mlx_lm_opens_what_differs_by_layer(tied: bool, tiny: Path, tiny_untied:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+def test_a_layers_bias_stands_beside_its_biases(tmp_path: Path) -> None:
+    """As Qwen2 has them: `bias` is the layer's, `biases` are the groups' minima; and a rope scaling."""
+    rope = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
+    config = {"attention_bias": True, "mlp_bias": True, "rope_parameters": rope, "tie_word_embeddings": False}
+    model = quantize(load(tiny_llama(tmp_path / "m", config=config)), bits=6, group_size=64)
+    folder = written(model, tmp_path)
+    stored = read_header(folder / "model.safetensors").entries
+    assert stored["model.layers.0.self_attn.q_proj.bias"].shape == (64,)
+    assert stored["model.layers.0.self_attn.q_proj.biases"].shape == (64, 1)
+    assert_same_model(load(folder), model)
+    assert_parity(model, [folder], tokens=TOKENS)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_mlx_lm_converts_is_read(dtype: str, tiny: Path, tmp_path: Path) -> None:
     """Words, scales and biases as mlx.core reads them; and back through our writer, bit for bit."""
