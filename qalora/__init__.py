@@ -30,7 +30,7 @@ __all__ = ["QaloraError", "__version__", "export", "fold", "load", "quantize", "
 
 
 def load(path: str | Path, **options: Any) -> Checkpoint:
-    """Open a model, lazily: our own folder, a GPTQ, MLX or float folder, a GGUF file, or a Hub id.
+    """Open a model, lazily: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, or a Hub id.
 
     options  `checkpoint_format`, for GPTQ folders with a wrong label
     """

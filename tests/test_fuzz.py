@@ -48,7 +48,7 @@ def _read_all(model: Checkpoint) -> None:
     """Every tensor, and what an export would make of the model: config and specs are believed there."""
     for lazy in model.tensors.values():
         lazy.load()
-    for name in ("qalora", "gptq", "gguf", "onnx", "mlx"):
+    for name in ("qalora", "gptq", "gguf", "onnx", "mlx", "hqq"):
         try:
             target(name).plan(model, ExportOptions())
         except InputError as error:
@@ -79,7 +79,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     tiny_llama(root / "float", config={**shape, **heads, "tie_word_embeddings": False})
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    export(model, ["qalora", "gptq", "gguf", "onnx", "mlx"], root)
+    export(model, ["qalora", "gptq", "gguf", "onnx", "mlx", "hqq"], root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
     export(quantize(load(root / "float"), bits=3, group_size=32), ["gguf"], root / "narrow")
     next((root / "narrow" / "gguf").glob("*.gguf")).rename(root / "narrow" / "gguf" / "model.gguf")
@@ -105,6 +105,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         "gguf-narrow": (root / "narrow" / "gguf", _read_gguf),
         "onnx": (root / "onnx", _read_onnx),
         "mlx": (root / "mlx", _read_model),
+        "hqq": (root / "hqq", _read_model),
         "adapter": (root / "adapter", _read_adapter),
     }
 
@@ -175,6 +176,8 @@ FILES = [
     ("onnx", "config.json"),
     ("mlx", "config.json"),
     ("mlx", "model.safetensors"),
+    ("hqq", "config.json"),
+    ("hqq", "model.safetensors"),
     ("adapter", "adapter_config.json"),
     ("adapter", "adapter_model.safetensors"),
 ]

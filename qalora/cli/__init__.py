@@ -21,7 +21,7 @@ COMMANDS = {
     "quantize": "Round a float model to integer groups.",
     "train": "Train a QA-LoRA adapter on an integer model.",
     "fold": "Fold an adapter into the model's minima; the codes stay.",
-    "export": "Write a model as GPTQ, ONNX, GGUF, MLX.",
+    "export": "Write a model as GPTQ, ONNX, GGUF, MLX, HQQ.",
     "adapter": "Rewrite adapters from one convention or format into another.",
     "verify": "Run artefacts in their own runtimes and compare.",
     "inspect": "Say what a model, adapter or artefact is, and what is wrong with it.",

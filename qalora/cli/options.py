@@ -73,7 +73,7 @@ def targets_option(default: Sequence[str] = ()) -> Callable[[F], F]:
         default=default or None,
         metavar="FORMAT",
         show_default=bool(default),
-        help="gptq, gguf, onnx, mlx. Repeatable.",
+        help="gptq, gguf, onnx, mlx, hqq. Repeatable.",
     )
 
 

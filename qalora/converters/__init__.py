@@ -19,6 +19,7 @@ TARGETS: dict[str, str] = {
     "gguf": "qalora.converters.gguf",
     "onnx": "qalora.converters.onnx",
     "mlx": "qalora.converters.mlx",
+    "hqq": "qalora.converters.hqq",
     "qalora": "qalora.converters.native",
 }
 """Each format that `export` writes, and the module that does it: a `Target`. Its folder has the format's name."""
@@ -33,7 +34,7 @@ def target(name: str) -> Target:
 
 
 def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoint:
-    """Open a model: our own folder, a GPTQ, MLX or float folder, a GGUF file, an ONNX decoder, a Hub id.
+    """Open a model: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, an ONNX decoder, a Hub id.
 
     Reads headers only. A folder with model.onnx is an ONNX decoder where it has no safetensors.
 
@@ -63,8 +64,15 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
         from qalora.converters.mlx.reader import read as read_mlx
 
         return read_mlx(path)
+    if method == "hqq":
+        from qalora.converters.hqq.reader import read as read_hqq
+
+        return read_hqq(path)
     raise FormatError(
-        f"{path}: quant_method", expected="qalora, gptq, mlx, or a float model", got=repr(method), todo="see the README"
+        f"{path}: quant_method",
+        expected="qalora, gptq, mlx, hqq, or a float model",
+        got=repr(method),
+        todo="see the README",
     )
 
 

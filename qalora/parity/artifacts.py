@@ -30,6 +30,7 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
     "gguf": ("llama.cpp",),
     "onnx": ("onnxruntime",),
     "mlx": ("mlx",),
+    "hqq": ("hqq",),
     "qalora": ("torch",),
     "huggingface": ("torch",),
 }

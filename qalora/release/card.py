@@ -45,6 +45,11 @@ from mlx_lm import generate, load
 model, tokenizer = load("mlx")
 print(generate(model, tokenizer, prompt="Hello"))
 ```""",
+    "hqq": """```python
+import qalora
+
+model = qalora.load("hqq")  # hqq's layers load its tensors as they are; transformers 5.23 loads no HQQ model yet
+```""",
     "qalora": """```python
 import qalora
 

@@ -38,11 +38,11 @@ def _adapter_for(model: Checkpoint, pool_size: int = 32) -> Adapter:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of valid things: float, qalora, gptq/, gguf/, onnx/, mlx/, adapter, other_adapter, data.txt."""
+    """A folder of valid things: float, qalora, gptq/, gguf/, onnx/, mlx/, hqq/, adapter, other_adapter, data.txt."""
     root = tmp_path_factory.mktemp("good")
     tiny_llama(root / "float", tokenizer=byte_tokenizer(), config={"num_hidden_layers": 1})
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    export(model, ["qalora", "gptq", "gguf", "onnx", "mlx"], root)
+    export(model, ["qalora", "gptq", "gguf", "onnx", "mlx", "hqq"], root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
     write_adapter(_adapter_for(model), root / "adapter")
     other = tiny_llama(root / "other", config={"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 128})
@@ -328,6 +328,19 @@ QUANTIZED: list[tuple[str, Damage, str, str]] = [
         "@mlx",
         "qalora.tensors: expected tensors of the file, got 'a.weight'",
     ),
+    ("hqq cut", _cut("hqq/model.safetensors", -1), "@hqq", "truncated"),
+    (
+        "hqq other width",
+        _tensor("hqq/model.safetensors", f"{FIRST}.nbits", lambda t: t - 2),
+        "@hqq",
+        f"{FIRST}.W_q: expected torch.uint8 [32, 32], got torch.uint8 [64, 32]",
+    ),
+    (
+        "hqq infinite zero",
+        _tensor("hqq/model.safetensors", f"{FIRST}.zero", lambda t: t / 0),
+        "@hqq",
+        f"{FIRST}.weight: zero: expected finite values",
+    ),
     ("gguf cut", _cut("gguf/model.gguf", -40), "@gguf/model.gguf", "model.gguf"),
     ("gguf tiny", _cut("gguf/model.gguf", 20), "@gguf/model.gguf", "model.gguf"),
     ("gguf version", _patch("gguf/model.gguf", 4, b"\x09\0\0\0"), "@gguf/model.gguf", "version"),
@@ -419,12 +432,13 @@ def test_every_command_that_takes_an_adapter(place: Path, damage: Damage, adapte
         (_cut("gguf/model.gguf", -40), "truncated"),
         (_cut("gptq/model.safetensors", -1), "truncated"),
         (_cut("mlx/model.safetensors", -1), "truncated"),
+        (_cut("hqq/model.safetensors", -1), "truncated"),
     ],
 )
 def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
     """All artefacts of a folder are read before one is run, so a damaged one is bad input and no failed gate."""
     damage(place / "in")
-    _refused(place, "verify @qalora @gptq @gguf @onnx @mlx", sentence)
+    _refused(place, "verify @qalora @gptq @gguf @onnx @mlx @hqq", sentence)
 
 
 @pytest.mark.parametrize(
@@ -476,6 +490,7 @@ def test_lines_that_cannot_be(place: Path, line: str, sentence: str) -> None:
         "export @qalora --to gguf -o %out",
         "export @qalora --to onnx -o %out",
         "export @qalora --to mlx -o %out",
+        "export @qalora --to hqq -o %out",
         "release @qalora --adapter @adapter --to gguf -o %out",
     ],
 )

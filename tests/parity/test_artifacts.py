@@ -14,9 +14,9 @@ from qalora.parity.artifacts import recognize
 def dist(tmp_path: Path) -> Path:
     """A release folder with one of each; headers only, since recognising reads no more."""
     root = tmp_path / "dist"
-    for folder in ("gptq", "gguf", "onnx/portable", "native", "float"):
+    for folder in ("gptq", "gguf", "hqq", "onnx/portable", "native", "float"):
         (root / folder).mkdir(parents=True)
-    for folder, method in (("gptq", "gptq"), ("native", "qalora")):
+    for folder, method in (("gptq", "gptq"), ("hqq", "hqq"), ("native", "qalora")):
         config = {"quantization_config": {"quant_method": method}}
         (root / folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (root / "mlx").mkdir()
@@ -42,6 +42,7 @@ def test_each_alone(dist: Path) -> None:
     assert found(dist / "gguf" / "model.gguf") == [("gguf/model.gguf", "gguf")]
     assert found(dist / "onnx") == [("onnx", "onnx"), ("onnx/portable", "onnx")]
     assert found(dist / "onnx" / "portable" / "model.onnx") == [("portable", "onnx")]
+    assert found(dist / "hqq") == [("hqq", "hqq")]
     assert found(dist / "mlx") == [("mlx", "mlx")]
     assert found(dist / "native") == [("native", "qalora")]
     assert found(dist / "float") == [("float", "huggingface")]
@@ -49,7 +50,7 @@ def test_each_alone(dist: Path) -> None:
 
 def test_a_folder_stands_for_all_in_it(dist: Path) -> None:
     kinds = [kind for _, kind in found(dist)]
-    assert kinds == ["huggingface", "gguf", "gptq", "mlx", "qalora", "onnx", "onnx"]
+    assert kinds == ["huggingface", "gguf", "gptq", "hqq", "mlx", "qalora", "onnx", "onnx"]
 
 
 def test_names_relative_to_a_folder(dist: Path) -> None:

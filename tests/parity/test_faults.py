@@ -71,7 +71,7 @@ def permuted_rows(tensor: GroupQuantTensor, heads: int) -> GroupQuantTensor:
     return replace(tensor, packed=tensor.packed[rows], scale=tensor.scale[rows], min=tensor.min[rows])
 
 
-FORMATS = ("qalora", "gptq", "gguf", "onnx", "mlx")
+FORMATS = ("qalora", "gptq", "gguf", "onnx", "mlx", "hqq")
 
 LAYER = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"

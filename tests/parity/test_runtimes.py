@@ -19,7 +19,7 @@ TOKENS = [(7 * n) % 300 for n in range(20)]
 def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What each runtime opens: one model in each format."""
     folder = tmp_path_factory.mktemp("artefacts")
-    export(base, ["qalora", "onnx", "gguf", "gptq", "mlx"], folder)
+    export(base, ["qalora", "onnx", "gguf", "gptq", "mlx", "hqq"], folder)
     return {
         "torch": folder / "qalora",
         "onnxruntime": folder / "onnx",
@@ -29,6 +29,7 @@ def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dic
         "llama.cpp": next((folder / "gguf").iterdir()),
         "gptqmodel": folder / "gptq",
         "mlx": folder / "mlx",
+        "hqq": folder / "hqq",
     }
 
 
@@ -51,6 +52,8 @@ def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dic
 )
 def test_generation_follows_the_logits(kind: str, artefacts: dict[str, Path]) -> None:
     """Greedy tokens, made with the cache, are the best ones of one pass without it."""
+    if kind == "hqq":
+        pytest.importorskip("hqq", reason="pip install 'qalora[hqq]'")
     runtime = open_runtime(kind, artefacts[kind], threads=1)
     made = runtime.generate(TOKENS[:8], 6)
     assert len(made) == 6
@@ -102,6 +105,7 @@ def test_two_onnxruntimes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("llama.cpp", ("xllamacpp", "llama_cpp"), r"qalora\[llama-cpp\]"),
         ("gptqmodel", ("optimum",), r"optimum, which is not installed; pip install 'qalora\[gptq\]'"),
         ("onnxruntime-genai", ("onnxruntime_genai",), r"qalora\[genai\]"),
+        ("hqq", ("hqq",), r"hqq, which is not installed; pip install 'qalora\[hqq\]'"),
         ("mlx", ("mlx_lm",), r"mlx-lm, which is not installed; pip install 'qalora\[mlx\]'"),
         ("mlx", ("mlx",), r"needs mlx, which is not installed; pip install 'qalora\[mlx\]'"),
     ],

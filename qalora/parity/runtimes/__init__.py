@@ -29,6 +29,7 @@ RUNTIMES = {
     "onnxruntime-genai": "qalora.parity.runtimes.genai",
     "gptqmodel": "qalora.parity.runtimes.gptqmodel",
     "mlx": "qalora.parity.runtimes.mlx",
+    "hqq": "qalora.parity.runtimes.hqq",
 }
 """Each runtime and the module that opens artefacts in it, with a function `open_artifact(path, threads)`."""
 

@@ -1,0 +1,17 @@
+"""HQQ folders, in the layout that transformers 4 saves and hqq's own layers load; read and written.
+
+config.json         transformers' config, and under quantization_config
+                    {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits", "group_size", ...}, ...},
+                     "skip_modules": ["lm_head"]}
+model.safetensors   <module>.W_q, .scale, .zero and the small tensors of `qalora.formats.hqq`, the other tensors as they
+                    are; metadata "qalora.tensors": what each tensor was (`qalora.converters.specs`)
+tokenizer and other companion files
+
+transformers 5.23 refuses every HQQ model ("not available yet"); hqq 0.2.8's HQQLinear takes these tensors as they are.
+"""
+
+from qalora.converters.hqq.planner import plan
+from qalora.converters.hqq.reader import read
+from qalora.converters.hqq.writer import write
+
+__all__ = ["plan", "read", "write"]

@@ -1,0 +1,181 @@
+"""Decide how a model goes into an HQQ folder: packings, types, offsets, config; refusals.
+
+Scales and zero points are float16 where zero points are whole (both are then exact in every loader), float32 elsewhere:
+such a folder computes what it should where it is loaded in float32. Minima of float16 come back bit for bit; float32
+ones are rounded once more, and that is a loss by name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.families import family_of
+from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor
+from qalora.converters.specs import TENSORS, specs_text
+from qalora.converters.tokenizer import has_tokenizer
+from qalora.errors import ExactnessError, InputError
+from qalora.formats.hqq import PACKINGS, packed_shape
+from qalora.formats.safetensors import Layout, plan_layout
+from qalora.tensor import QuantSpec
+
+__all__ = ["FLAGS", "WEIGHTS", "HqqPlan", "descriptors", "is_quantized", "module_of", "parameter_type", "plan"]
+
+WEIGHTS = "model.safetensors"
+
+FLAGS = {
+    "view_as_float": False,
+    "quant_scale": False,
+    "quant_zero": False,
+    "offload_meta": False,
+    "encoded_state_dict": True,
+    "stores_quant_config": True,
+    "channel_wise": True,
+    "optimize": False,
+    "round_zero": False,
+}
+"""The flags of every layer that is written here: uint8 tensors without dimensions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HqqPlan(Plan):
+    """A plan with the layout of the weights' file and the config to write."""
+
+    layout: Layout
+    config: Mapping[str, Any]
+
+
+def module_of(name: str) -> str:
+    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
+    return name.removesuffix(".weight")
+
+
+def is_quantized(lazy: LazyTensor, model: Checkpoint) -> bool:
+    """Whether it becomes an HQQ layer: every quantized linear weight; embedding and output layer are decoded."""
+    return lazy.spec is not None and lazy.name in model.linears
+
+
+def plan(model: Checkpoint, options: ExportOptions) -> HqqPlan:
+    """Decide everything. InputError for a float model; ExactnessError for act-order."""
+    specs = {n: spec for n in model.linears if (spec := model.tensors[n].spec) is not None}
+    if not specs:
+        raise InputError(f"hqq: {model.path} holds floats", todo="quantize the model first: qalora quantize")
+    parts = {name: _parts(lazy, model) for name, lazy in model.tensors.items()}
+    metadata = {"format": "pt", TENSORS: specs_text({module_of(name): spec for name, spec in specs.items()})}
+    layout = plan_layout([part for some in parts.values() for part in some], metadata)
+    tensors = []
+    for name, lazy in model.tensors.items():
+        entries = [layout.entries[part] for part, _, _ in parts[name]]
+        carrier, loss = _carrier(lazy, model)
+        tensors.append(
+            PlannedTensor(
+                name=name,
+                carrier=carrier,
+                file=WEIGHTS,
+                offset=entries[0].offset,
+                nbytes=sum(entry.nbytes for entry in entries),
+                loss=loss,
+            )
+        )
+    files: dict[str, int | None] = {WEIGHTS: layout.size, "config.json": None}
+    if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
+        files |= {"tokenizer.json": None, "tokenizer_config.json": None}
+    files |= {name: path.stat().st_size for name, path in model.files.items()}
+    return HqqPlan(
+        target="hqq",
+        tensors=tuple(tensors),
+        files=files,
+        notes=(*model.notes, *_notes(specs)),
+        layout=layout,
+        config=_config(model, specs),
+    )
+
+
+def parameter_type(spec: QuantSpec) -> torch.dtype:
+    """The type of scales and zero points: float16 where both are exact in it."""
+    whole = spec.zeros == "integer" and spec.scale_dtype is torch.float16
+    return torch.float16 if whole else torch.float32
+
+
+def descriptors(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The small tensors of a layer, by their last name."""
+    dtype = str(parameter_type(spec))
+    view = "torch.int32" if spec.bits == 3 else "torch.uint8"
+    words = {"packing": PACKINGS[spec.bits], "unpack_view_dtype": view, "compute_dtype": dtype}
+    numbers = {"nbits": spec.bits, "group_size": spec.group_size, "axis": 1}
+    found = {name: torch.tensor(value, dtype=torch.int32) for name, value in numbers.items()}
+    found |= {name: torch.tensor(list(value.encode()), dtype=torch.uint8) for name, value in words.items()}
+    found |= {name: torch.tensor(int(value), dtype=torch.uint8) for name, value in FLAGS.items()}
+    return {**found, "shape": torch.tensor(shape, dtype=torch.int64)}
+
+
+def _parts(lazy: LazyTensor, model: Checkpoint) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a tensor becomes in the file."""
+    spec = lazy.spec
+    if spec is None or not is_quantized(lazy, model):
+        return [(lazy.name, lazy.dtype or torch.float32, lazy.shape)]
+    if spec.act_order:
+        raise ExactnessError(
+            f"hqq: {lazy.name}: an act-order tensor's groups mix columns, and HQQ's groups are consecutive ones",
+            todo="export it to gptq, or quantize without act-order",
+        )
+    module, groups = module_of(lazy.name), lazy.shape[0] * lazy.shape[1] // spec.group_size
+    try:
+        packed = packed_shape(groups, spec.group_size, spec.bits)
+    except InputError as error:
+        raise InputError(f"hqq: {lazy.name}: {error}") from error
+    kind = torch.int32 if spec.bits == 3 else torch.uint8
+    small = [(f"{module}.{name}", t.dtype, tuple(t.shape)) for name, t in descriptors(spec, lazy.shape).items()]
+    return [
+        (f"{module}.W_q", kind, packed),
+        (f"{module}.scale", parameter_type(spec), (groups, 1)),
+        (f"{module}.zero", parameter_type(spec), (groups, 1)),
+        *small,
+    ]
+
+
+def _carrier(lazy: LazyTensor, model: Checkpoint) -> tuple[str, Loss | None]:
+    spec = lazy.spec
+    if spec is None:
+        return str(lazy.dtype).removeprefix("torch."), None
+    if not is_quantized(lazy, model):
+        return f"float32, decoded from {spec.bits} bits", None
+    dtype = str(parameter_type(spec)).removeprefix("torch.")
+    carrier = f"{spec.bits} bits as {PACKINGS[spec.bits]}, {dtype} scales and zero points"
+    if spec.zeros == "real" and spec.min_dtype is not torch.float16:
+        return carrier, Loss(name="minima", size="float32 minima kept as zero points, rounded to float32 once more")
+    return carrier, None
+
+
+def _notes(specs: Mapping[str, QuantSpec]) -> list[str]:
+    notes = ["transformers 5.23 loads no HQQ model yet; hqq's own layers do"]
+    if any(parameter_type(spec) is torch.float32 for spec in specs.values()):
+        notes.append("real zero points: load it in float32; in 16 bits hqq rounds them")
+    return notes
+
+
+def _config(model: Checkpoint, specs: Mapping[str, QuantSpec]) -> dict[str, Any]:
+    common = Counter((spec.bits, spec.group_size) for spec in specs.values()).most_common(1)[0][0]
+    weights = {
+        "nbits": common[0],
+        "group_size": common[1],
+        "axis": 1,
+        **{name: FLAGS[name] for name in ("channel_wise", "optimize", "round_zero", "view_as_float")},
+    }
+    quantization = {
+        "quant_method": "hqq",
+        "quant_config": {
+            "weight_quant_params": weights,
+            "scale_quant_params": None,
+            "zero_quant_params": None,
+            "offload_meta": False,
+        },
+        "skip_modules": ["lm_head"],
+    }
+    architecture = family_of(model.config, model.path).architecture
+    return {"architectures": [architecture], **model.config, "quantization_config": quantization}

@@ -1,0 +1,54 @@
+"""Write a planned HQQ folder, a layer at a time; embedding and output layer by rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.hqq.planner import WEIGHTS, HqqPlan, descriptors, is_quantized, module_of, parameter_type
+from qalora.converters.plan import Plan, Progress
+from qalora.converters.tokenizer import write_tokenizer
+from qalora.errors import InputError
+from qalora.formats.hqq import pack_groups, to_zeros
+from qalora.formats.output import write_json
+from qalora.formats.safetensors import SafetensorsWriter
+from qalora.tensor import QuantSpec, integer_zeros
+
+__all__ = ["write"]
+
+
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+    """Write the folder."""
+    if not isinstance(plan, HqqPlan):
+        raise TypeError(f"expected HqqPlan, got {type(plan).__name__}")
+    write_tokenizer(model, folder)
+    write_json(folder / "config.json", plan.config)
+    with SafetensorsWriter(folder / WEIGHTS, plan.layout) as weights:
+        for tensor in plan.tensors:
+            lazy = model.tensors[tensor.name]
+            if lazy.spec is not None and is_quantized(lazy, model):
+                _write_layer(weights, lazy, lazy.spec)
+            else:
+                for row, tile in lazy.float_tiles():
+                    weights.write(lazy.name, tile, row)
+            progress(tensor.name, tensor.nbytes)
+
+
+def _write_layer(weights: SafetensorsWriter, lazy: LazyTensor, spec: QuantSpec) -> None:
+    module, tensor, dtype = module_of(lazy.name), lazy.load_quantized(), parameter_type(spec)
+    scale, zero = tensor.scale, integer_zeros(tensor) if spec.zeros == "integer" else None
+    if zero is None:
+        if spec.zeros == "integer":
+            raise ValueError(f"{lazy.name}: its spec promises integer zeros, and it has none")
+        try:
+            scale, zero = to_zeros(tensor.scale, tensor.min)
+        except InputError as error:
+            raise InputError(f"hqq: {lazy.name}: {error}") from error
+    weights.write(f"{module}.W_q", pack_groups(tensor.codes(), spec.group_size, spec.bits))
+    for name, values in (("scale", scale), ("zero", zero)):
+        narrow = values.to(dtype)
+        if not bool((narrow.float() == values).all()):
+            raise ValueError(f"{lazy.name}: its spec promises a {name} that {dtype} holds, and it has others")
+        weights.write(f"{module}.{name}", narrow.reshape(-1, 1))
+    for name, value in descriptors(spec, lazy.shape).items():
+        weights.write(f"{module}.{name}", value)

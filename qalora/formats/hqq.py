@@ -1,0 +1,98 @@
+"""HQQ's layer: packed codes, scales and zero points that are real numbers, with what describes them as small tensors.
+
+For a weight [out, in] of b bits in groups of g columns (axis 1) there are n = out*in/g groups, row by row, and
+
+    W_q         the codes [n, g], packed along the groups, the first ones in the highest bits
+                b = 2, 4      uint8 [n*b/8, g]       byte row r holds groups r, r + n*b/8, ...
+                b = 3         int32 [ceil(n/10), g]  ten groups a word, the rest of n up to a multiple of 10 is 0
+                b = 5, 6, 8   uint8 [n, g]           not packed
+    scale, zero float [n, 1]                         weight = (code - zero) * scale, in the type that the loader chose
+    nbits, group_size, axis   int32 []               shape   int64 [2]
+    packing, unpack_view_dtype, compute_dtype        uint8, the letters of "4bit_u8", "torch.uint8", ...
+    and flags, uint8 []
+
+A minimum is kept as the zero point -min/scale, rounded once to float32, which gives a float16 minimum back exactly:
+scale * zero is within 2^-23 |min| of it. A group whose scale is 0 has one value, min; as zero point -2^33 and scale
+min/2^33 it has that value in float32 and bfloat16, where 2^33 + code rounds to 2^33 (float16 does not reach that far).
+
+Source: hqq 0.2.8, core/bitpack.py and core/quantize.py. Groups along the other axis, quantized scales and zeros, and
+1-bit codes are not here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qalora.errors import FormatError, InputError
+
+__all__ = ["BITS", "PACKINGS", "from_zeros", "pack_groups", "packed_shape", "to_zeros", "unpack_groups"]
+
+PACKINGS = {2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 5: "8bit_u8", 6: "8bit_u8", 8: "8bit_u8"}
+"""HQQ's name of the packing at each width."""
+
+BITS = tuple(PACKINGS)
+
+CONSTANT = 2.0**33
+"""Minus the zero point of a group whose scale is 0: float32 rounds CONSTANT + code to CONSTANT."""
+
+_WORD = 10  # 3-bit codes of a word
+
+
+def packed_shape(groups: int, group_size: int, bits: int) -> tuple[int, int]:
+    """The shape of W_q; InputError where groups do not fill whole bytes."""
+    fields = 8 // bits if bits in (2, 4) else 1
+    if groups % fields:
+        raise InputError("groups", expected=f"a multiple of {fields} at {bits} bits", got=str(groups))
+    return (-(-groups // _WORD) if bits == 3 else groups // fields), group_size
+
+
+def pack_groups(codes: Tensor, group_size: int, bits: int) -> Tensor:
+    """W_q of codes uint8 [out, in]; inverse of `unpack_groups`."""
+    rows = codes.reshape(-1, group_size)
+    shape = packed_shape(rows.shape[0], group_size, bits)
+    if shape[0] == rows.shape[0]:
+        return rows.contiguous()
+    fields = _WORD if bits == 3 else 8 // bits
+    wide = torch.zeros(fields * shape[0], group_size, dtype=torch.int32 if bits == 3 else torch.uint8)
+    wide[: rows.shape[0]] = rows
+    parts = wide.view(fields, *shape)
+    packed = torch.zeros_like(parts[0])
+    for k in range(fields):
+        packed |= parts[k] << (bits * (fields - 1 - k))
+    return packed
+
+
+def unpack_groups(packed: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
+    """Codes uint8 of a weight of `shape`; inverse of `pack_groups`. FormatError for a W_q of another shape or type."""
+    group_size = packed.shape[1] if packed.ndim == 2 else 0
+    groups = shape[0] * shape[1] // group_size if group_size else 0
+    dtype = torch.int32 if bits == 3 else torch.uint8
+    if not group_size or packed.dtype != dtype or tuple(packed.shape) != packed_shape(groups, group_size, bits):
+        raise FormatError(
+            "W_q", expected=f"{dtype} groups of {list(shape)}", got=f"{packed.dtype} {list(packed.shape)}"
+        )
+    if packed.shape[0] == groups:
+        if bits < 8 and int(packed.max()) >= 1 << bits:
+            raise FormatError("W_q", expected=f"codes of {bits} bits", got=str(int(packed.max())))
+        return packed.reshape(shape)
+    fields, mask = (_WORD if bits == 3 else 8 // bits), (1 << bits) - 1
+    parts = [((packed >> (bits * (fields - 1 - k))) & mask).to(torch.uint8) for k in range(fields)]
+    return torch.cat(parts)[:groups].reshape(shape)
+
+
+def to_zeros(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, zero), float32 [out, groups], of a scale and min; inverse of `from_zeros` for minima of float16."""
+    constant = (scale == 0) & (minimum != 0)
+    safe = torch.where(scale == 0, 1.0, scale).double()
+    zero = torch.where(scale == 0, 0.0, -minimum.double() / safe).float()
+    if not bool(torch.isfinite(zero).all()):
+        raise InputError("zero points", expected="values that float32 reaches", got="larger ones")
+    return torch.where(constant, minimum / CONSTANT, scale), torch.where(constant, -CONSTANT, zero)
+
+
+def from_zeros(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, min), float32 [out, groups]: min = -scale * zero, rounded once."""
+    constant = zero == -CONSTANT
+    minimum = (-scale.double() * zero.double()).float()
+    return torch.where(constant, 0.0, scale), minimum
