@@ -182,6 +182,16 @@ def test_damage_is_named(part: str, value: torch.Tensor | None, words: str, tiny
     assert words in str(caught.value) and LAYER in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "words"), [("zero", "zero: expected finite values"), ("scale", "scale: expected finite")]
+)
+def test_infinity_is_named(part: str, words: str, tiny_untied: Path, tmp_path: Path) -> None:
+    folder = written(quantize(load(tiny_untied), bits=4, group_size=32), tmp_path)
+    _damaged(folder, f"{LAYER}.{part}", torch.full((128, 1), torch.inf))
+    with pytest.raises(FormatError, match=rf"{LAYER}\.weight: {words}"):
+        load(folder).tensors[f"{LAYER}.weight"].load()
+
+
 def test_a_pickle_is_refused(tiny_untied: Path, tmp_path: Path) -> None:
     folder = written(quantize(load(tiny_untied)), tmp_path)
     (folder / "model.safetensors").rename(folder / "qmodel.pt")
