@@ -56,6 +56,33 @@ def test_we_read_what_mlx_packs(bits: int, group_size: int) -> None:
     assert torch.allclose(tensor.dequantize(), expected, rtol=0, atol=2.0**-21)  # |w| < 4: MLX may fuse the sum
 
 
+@pytest.mark.parametrize("types", [("float16", "float16"), ("float16", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_float32_input_is_multiplied_in_float32(bits: int, types: tuple[str, str]) -> None:
+    """Whatever the types of scales and biases: within in * 2^-24 of the sum of absolute values, against float64."""
+    import mlx.core as mx
+
+    tensor = random_tensor(16, 512, bits=bits, group_size=64)
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    with mx.stream(mx.cpu):
+        scales, biases = (
+            mx.array(part.numpy()).astype(getattr(mx, kind))
+            for part, kind in zip((tensor.scale, tensor.min), types, strict=True)
+        )
+        words = mx.array(pack_words(tensor.packed).numpy())
+        y = mx.quantized_matmul(mx.array(x.numpy()), words, scales, biases, group_size=64, bits=bits)
+        assert y.dtype == mx.float32
+        found = to_torch(y).double()
+    weight = tensor.dequantize().double()
+    size = (
+        x.double().abs() @ (tensor.scale.abs() * (1 << bits) + tensor.min.abs()).repeat_interleave(64, dim=1).double().T
+    )
+    assert bool(((found - x.double() @ weight.T).abs() <= 512 * 2.0**-24 * size).all())
+    with mx.stream(mx.cpu):
+        rounded = mx.dequantize(words, scales, biases, group_size=64, bits=bits)
+    assert rounded.dtype == getattr(mx, max(types))  # the lookup of an embedding: the widest of the two
+
+
 @pytest.mark.parametrize(
     ("group_size", "expected"), [(16, None), (32, 32), (48, None), (96, 32), (128, 128), (192, 64), (4096, 128)]
 )

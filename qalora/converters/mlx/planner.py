@@ -5,9 +5,7 @@ float16 and float32 that their spec guarantees, and larger groups are repeated. 
 takes part. The lookup of a quantized embedding is where the activations begin, and it has no input that could be wider
 than scales and biases; so those of the embedding are float32, as the model's computation is to be.
 
-mlx-lm's defaults are not transformers', and its Llama reads `rope_theta` and `rope_scaling` where transformers 5
-writes `rope_parameters`; without them a model is read without a word and computes something else. So the config says
-them all.
+mlx-lm reads config.json in its own way: see `qalora.converters.mlx.config`.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of
+from qalora.converters.mlx.config import mlx_config
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import has_tokenizer
@@ -52,6 +51,7 @@ def module_of(name: str) -> str:
 def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
     """Decide everything. ExactnessError for groups that MLX does not have; nothing is lost in those it has."""
     family = family_of(model.config, model.path)
+    config, notes = mlx_config(model.config, tied=model.tied)
     parts = [part for lazy in model.tensors.values() for part in _parts(lazy)]
     specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if lazy.spec is not None}
     metadata = {"format": "mlx"} | ({TENSORS: specs_text(specs)} if specs else {})
@@ -71,9 +71,9 @@ def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
         target="mlx",
         tensors=tuple(tensors),
         files=files,
-        notes=(*model.notes, *_notes(model)),
+        notes=(*model.notes, *notes, *_notes(model)),
         layout=layout,
-        config=_config(model, family.architecture),
+        config=_config(model, config, family.architecture),
     )
 
 
@@ -141,17 +141,10 @@ def _notes(model: Checkpoint) -> list[str]:
     ]
 
 
-def _config(model: Checkpoint, architecture: str) -> dict[str, Any]:
-    config = {"architectures": [architecture], **model.config, "tie_word_embeddings": model.tied}
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        kind = rope.get("rope_type", "default")
-        config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+def _config(model: Checkpoint, config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     quantization = _quantization(model)
-    if quantization is None:
-        return config
-    return {**config, "quantization": quantization, "quantization_config": quantization}
+    sizes = {} if quantization is None else {"quantization": quantization, "quantization_config": quantization}
+    return {"architectures": [architecture], **config, **sizes}
 
 
 def _quantization(model: Checkpoint) -> dict[str, Any] | None:

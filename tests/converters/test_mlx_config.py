@@ -1,0 +1,119 @@
+"""mlx-lm computes what transformers does, family by family, from the config that is written for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qalora.converters.mlx.config import mlx_config
+from qalora.errors import InputError
+from qalora.parity.runtimes import open_runtime
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+THETA = {"rope_type": "default", "rope_theta": 5e5}
+LINEAR = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "long_factor": [2.0 + n / 8 for n in range(8)],
+    "short_factor": [1.0 + n / 16 for n in range(8)],
+}
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rope_parameters": THETA}),
+    "llama, untied": ("llama", {"tie_word_embeddings": False}),
+    "llama, linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama, llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"rope_parameters": THETA, "sliding_window": 64}),
+    "qwen2": ("qwen2", {"rope_parameters": THETA}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"rope_parameters": THETA}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16, "sliding_window": 64}),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16, "sliding_window": 8, "layer_types": ALTERNATING}),
+    "phi3": ("phi3", {"rope_parameters": THETA}),
+    "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    "smollm3": ("smollm3", {"rope_parameters": THETA, "no_rope_layer_interval": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_mlx_lm_computes_what_transformers_does(case: str, tmp_path: Path) -> None:
+    """Float weights, logits of about 3, in one pass and step by step: within 1e-5."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, more = CASES[case]
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(family, **{**SIZES, **more})
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms of 1 and small weights would hide mistakes
+            one = parameter.ndim == 1 and not family.startswith("gemma")  # whose norms are 1 + weight
+            parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.2) + one)
+    model.save_pretrained(tmp_path)
+    place = tmp_path / "config.json"
+    config, _ = mlx_config(json.loads(place.read_text("utf-8")), tied=bool(settings.tie_word_embeddings))
+    place.write_text(json.dumps(config), encoding="utf-8")
+    tokens = [(7 * n) % 60 for n in range(40)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+    runtime = open_runtime("mlx", tmp_path)
+    assert float((runtime.logits(tokens) - expected).abs().max()) < 1e-5
+    assert float((runtime.steps(tokens) - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, "no sliding window for mistral: it is right up to 64 tokens"),
+        ({"model_type": "phi3", "rope_parameters": LONGROPE}, "one list of rope factors: it is right up to 128 tokens"),
+        ({"model_type": "gemma3_text", "hidden_size": 1152}, "embeddings by 34 instead of 33.9411"),
+    ],
+)
+def test_what_mlx_lm_computes_otherwise_is_a_note(config: dict[str, Any], words: str) -> None:
+    written, (note,) = mlx_config({**SIZES, **config}, tied=True)
+    assert words in note
+    assert {key: written[key] for key in config} == config  # all of it reads back
+
+
+def test_old_configs_are_understood() -> None:
+    scaling = {"type": "linear", "factor": 2.0}
+    written, notes = mlx_config({**SIZES, "model_type": "llama", "rope_theta": 5e4, "rope_scaling": scaling}, tied=True)
+    assert (written["rope_theta"], notes) == (5e4, ())
+    assert written["rope_scaling"]["type"] == "linear" and written["rope_scaling"]["factor"] == 2.0
+    written, _ = mlx_config({**SIZES, "model_type": "qwen2"}, tied=True)
+    assert (written["rope_theta"], written["rope_scaling"]) == (1e4, None)  # mlx-lm's own default is 1e6
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention"] * 4, ["full_attention", "sliding_attention"] * 2])
+def test_layers_in_no_pattern_are_refused(kinds: list[str]) -> None:
+    with pytest.raises(InputError, match="mlx: layer_types: expected every n-th layer full_attention"):
+        mlx_config({**SIZES, "model_type": "gemma3_text", "layer_types": kinds}, tied=True)
