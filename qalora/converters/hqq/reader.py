@@ -58,7 +58,7 @@ def read(folder: Path) -> Checkpoint:
     if known:
         raise FormatError(f"{folder}: {TENSORS}", expected="layers of the file", got=repr(next(iter(known)))[:120])
     linears = linear_names(config, folder)
-    check_shapes(folder, tensors, linears)
+    check_shapes(folder, config, tensors, linears)
     return Checkpoint(
         path=folder, layout="hqq", config=config, tensors=tensors, linears=linears, files=companion_files(folder)
     )
