@@ -8,7 +8,8 @@
     qalora.export(folded, "gguf", "dist")
     report = qalora.verify(model, ["dist/gguf"], adapter=adapter)
 
-Importing this package imports neither torch nor transformers: each function does, when it is called.
+Importing this package imports neither torch nor transformers: each function does, when it is called. It lets
+transformers know our own folders, as soon as transformers is imported: see `qalora.integrations.transformers`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from qalora._version import __version__
 from qalora.errors import QaloraError
+from qalora.integrations.hook import install as _install_hook
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
     from qalora.checkpoint import Checkpoint
     from qalora.converters.plan import Plan
     from qalora.parity import ParityReport
+
+_install_hook()
 
 __all__ = ["QaloraError", "__version__", "export", "fold", "load", "quantize", "train", "verify"]
 

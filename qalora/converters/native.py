@@ -1,6 +1,7 @@
 """Our own folder: the canonical tensors as they are, packed, in safetensors; read and written.
 
-config.json         transformers' config, and under quantization_config:
+config.json         transformers' config, with the commonest dtype of the tensors that are not quantized where it had
+                    none (transformers would take that of the first scale), and under quantization_config:
                     {"quant_method": "qalora", "version": 1, "bits", "group_size", "zero",
                      "modules": {module: [bits, group_size, zero]}}
                     `zero` is the zero point of every group where it is the same, else null; `modules` holds those that
@@ -36,9 +37,10 @@ from qalora.formats.output import write_json
 from qalora.formats.safetensors import Entry, Layout, SafetensorsWriter, plan_layout, read_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
 
-__all__ = ["plan", "read", "write"]
+__all__ = ["StoredModule", "check_version", "plan", "read", "stored_modules", "write"]
 
 VERSION = 1
+PARTS = ("codes", "scale", "min", "zero", "g_idx")
 WEIGHTS = "model.safetensors"
 GGUF_METADATA = "metadata.gguf"
 
@@ -50,23 +52,49 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def read(folder: Path) -> Checkpoint:
-    """Open our own folder; reads config and headers only."""
-    config = read_config(folder)
-    layout = config.pop("quantization_config")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredModule:
+    """One quantized module as config and headers tell it: its parts ("codes", "scale", ...) and where they are.
+
+    zero  the zero point of every group where config.json has it, else None
+    """
+
+    bits: int
+    group_size: int
+    zero: int | None
+    zeros: Literal["integer", "real"]
+    parts: Mapping[str, tuple[Path, Entry]]
+    shape: tuple[int, int]
+
+
+def check_version(layout: Mapping[str, Any], where: object) -> None:
+    """Refuse a quantization_config of another version; `where` names the model."""
     if layout.get("version") != VERSION:
         raise FormatError(
-            f"{folder}: quantization_config.version",
+            f"{where}: quantization_config.version",
             expected=str(VERSION),
             got=repr(layout.get("version")),
             todo="update qalora",
         )
+
+
+def stored_modules(where: object, stored: _Stored, layout: Mapping[str, Any]) -> dict[str, StoredModule]:
+    """Every quantized module among stored tensors, shapes and dtypes checked; `layout` is quantization_config."""
+    names = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
+    return {module: _stored_module(f"{where}: {module}", module, stored, layout) for module in names}
+
+
+def read(folder: Path) -> Checkpoint:
+    """Open our own folder; reads config and headers only."""
+    config = read_config(folder)
+    layout = config.pop("quantization_config")
+    check_version(layout, folder)
     stored = stored_tensors(folder)
-    modules = sorted(name.removesuffix(".codes") for name in stored if name.endswith(".codes"))
-    parts = {f"{module}.{part}" for module in modules for part in ("codes", "scale", "min", "zero", "g_idx")}
+    modules = stored_modules(folder, stored, layout)
+    parts = {f"{module}.{part}" for module in modules for part in PARTS}
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in parts}
-    for module in modules:
-        tensors[f"{module}.weight"] = _quantized(folder, module, stored, layout)
+    for name, module in modules.items():
+        tensors[f"{name}.weight"] = _quantized(name, module)
     linears = linear_names(config, folder)
     check_shapes(folder, config, tensors, linears)
     return Checkpoint(
@@ -89,8 +117,7 @@ def _gguf_metadata(folder: Path) -> Any:
     return parse_metadata(path)
 
 
-def _quantized(folder: Path, module: str, stored: _Stored, layout: Mapping[str, Any]) -> LazyTensor:
-    where = f"{folder}: {module}"
+def _stored_module(where: str, module: str, stored: _Stored, layout: Mapping[str, Any]) -> StoredModule:
     bits, group_size, zero = _sizes(where, module, layout)
     zeros: Literal["integer", "real"] = "real" if zero is None and f"{module}.zero" not in stored else "integer"
     last = "min" if zeros == "real" else "zero"
@@ -100,10 +127,15 @@ def _quantized(folder: Path, module: str, stored: _Stored, layout: Mapping[str, 
             entries[part] = stored[f"{module}.{part}"]
         elif part != "g_idx":
             raise FormatError(where, expected=f"a tensor {module}.{part}", got="none")
-    rows, columns = _check_parts(where, entries, bits, group_size)
+    shape = _check_parts(where, entries, bits, group_size)
+    return StoredModule(bits=bits, group_size=group_size, zero=zero, zeros=zeros, parts=entries, shape=shape)
+
+
+def _quantized(name: str, module: StoredModule) -> LazyTensor:
+    entries, zeros, zero = module.parts, module.zeros, module.zero
     spec = QuantSpec(
-        bits=bits,
-        group_size=group_size,
+        bits=module.bits,
+        group_size=module.group_size,
         zeros=zeros,
         scale_dtype=entries["scale"][1].dtype,
         min_dtype=entries["min"][1].dtype if zeros == "real" else _min_dtype(entries["scale"][1].dtype, zero),
@@ -121,12 +153,12 @@ def _quantized(folder: Path, module: str, stored: _Stored, layout: Mapping[str, 
             packed=part["codes"],
             scale=scale,
             min=part["min"].float() if zeros == "real" else -scale * (part["zero"] if zero is None else zero),
-            bits=bits,
-            group_size=group_size,
+            bits=module.bits,
+            group_size=module.group_size,
             g_idx=part.get("g_idx"),
         )
 
-    return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, read=read_rows)
+    return LazyTensor(name=f"{name}.weight", shape=module.shape, spec=spec, read=read_rows)
 
 
 def _min_dtype(scale: torch.dtype, zero: int | None) -> torch.dtype:
@@ -236,7 +268,11 @@ def _config(model: Checkpoint) -> dict[str, Any]:
         "zero": common[2],
         "modules": {module: list(size) for module, size in sizes.items() if size != common},
     }
-    return {**model.config, "quantization_config": quantization}
+    config = dict(model.config)
+    if not {"dtype", "torch_dtype"} & set(config):
+        floats = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in model.tensors.values() if lazy.spec is None)
+        config["dtype"] = floats.most_common(1)[0][0] if floats else "float32"
+    return {**config, "quantization_config": quantization}
 
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:

@@ -1,0 +1,185 @@
+"""Modules that keep packed codes in memory and dequantize when they compute.
+
+Their buffers have the names of our own folder, so that a state dict is the file: `codes` uint8 [out, in*bits/8],
+`scale` [out, groups], `min` [out, groups] or `zero` uint8 [out, groups] (or neither, where one zero point serves all),
+`g_idx` int32 [in]. scale and min stay in the dtype they are stored in, whatever dtype the model is loaded in.
+
+The weight is scale * codes + min in float32, rounded to the dtype of the input, and lives while the layer computes; the
+backward pass makes it again. It is the weight of `GroupQuantTensor.dequantize`, bit for bit.
+
+`QuantizedLinear` is an nn.Linear to others (PEFT puts a LoRA beside it), with a `weight` that is made when it is asked
+for. What changes `weight.data`, as PEFT's merge does, would change a copy, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qalora.errors import InputError
+from qalora.tensor import dequantize, unpack_codes
+
+__all__ = ["MadeWeight", "QuantizedEmbedding", "QuantizedLinear", "TiedHead", "float_weight"]
+
+Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""dtype and shape of each buffer."""
+
+
+def float_weight(
+    codes: Tensor, scale: Tensor, minimum: Tensor | None, zero: Tensor | int | None, bits: int, g_idx: Tensor | None
+) -> Tensor:
+    """The weight in float32 from the stored parts: min, or -scale * zero where `minimum` is None."""
+    wide = scale.float()
+    low = minimum.float() if minimum is not None else -wide * (0 if zero is None else zero)
+    if g_idx is None:
+        return dequantize(codes, wide, low, bits)
+    index = g_idx.long()
+    return wide[:, index] * unpack_codes(codes, bits) + low[:, index]
+
+
+class MadeWeight(Tensor):
+    """A dequantized weight in outsiders' hands. Operations give plain tensors; its `data` cannot be assigned."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """The values, as a plain tensor."""
+        return self.as_subclass(Tensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise InputError(
+            "a layer of integers cannot take a merged weight: rounding it would lose the adapter",
+            todo="fold a QA-LoRA adapter with qalora fold, keep a LoRA beside it, or call model.dequantize() first",
+        )
+
+
+def _add_parts(module: nn.Module, parts: Parts) -> None:
+    for name in ("codes", "scale", "min", "zero", "g_idx"):
+        dtype, shape = parts.get(name, (None, ()))
+        module.register_buffer(name, None if dtype is None else torch.empty(shape, dtype=dtype, device="meta"))
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer of packed codes; `parts` are its buffers, made on the meta device and filled by a loader."""
+
+    codes: Tensor
+    scale: Tensor
+    min: Tensor | None
+    zero: Tensor | None
+    g_idx: Tensor | None
+
+    def __init__(self, parts: Parts, bits: int, zero_point: int | None, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        _add_parts(self, parts)
+        self.bits, self.zero_point = bits, zero_point
+        self.out_features = parts["codes"][1][0]
+        self.in_features = parts["codes"][1][1] * 8 // bits
+        self.register_parameter("bias", bias)
+        self._is_hf_initialized = True  # transformers would fill what it takes for a missing weight
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight in float32 [out, in], made anew."""
+        return self.made().as_subclass(MadeWeight)
+
+    def made(self) -> Tensor:
+        """The weight in float32 [out, in], as a plain tensor."""
+        zero = self.zero if self.zero is not None else self.zero_point
+        return float_weight(self.codes, self.scale, self.min, zero, self.bits, self.g_idx)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of the input."""
+        y: Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """As nn.Linear prints itself, with bits."""
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, bits={self.bits}"
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, W made when it is needed, forwards and backwards; the integers have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear | TiedHead) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(x, layer.made().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.layer.made().to(grad.dtype), None
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """An embedding of packed codes: the rows that are looked up are dequantized, to `dtype`."""
+
+    codes: Tensor
+    scale: Tensor
+    min: Tensor | None
+    zero: Tensor | None
+
+    def __init__(
+        self, parts: Parts, bits: int, zero_point: int | None, padding_idx: int | None, dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        _add_parts(self, parts)
+        self.bits, self.zero_point, self.dtype = bits, zero_point, dtype
+        self.num_embeddings = parts["codes"][1][0]
+        self.embedding_dim = parts["codes"][1][1] * 8 // bits
+        self.padding_idx = padding_idx
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The whole table in float32, made anew."""
+        return self.made().as_subclass(MadeWeight)
+
+    def made(self) -> Tensor:
+        """The whole table in float32, as a plain tensor."""
+        zero = self.zero if self.zero is not None else self.zero_point
+        return float_weight(self.codes, self.scale, self.min, zero, self.bits, None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids [...] -> [..., hidden]."""
+        ids = input.reshape(-1)
+        minimum = None if self.min is None else self.min[ids]
+        zero = self.zero[ids] if self.zero is not None else self.zero_point
+        rows = float_weight(self.codes[ids], self.scale[ids], minimum, zero, self.bits, None)
+        return rows.to(self.dtype).view(*input.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        """As nn.Embedding prints itself, with bits."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
+
+
+class TiedHead(nn.Linear):
+    """An output layer that multiplies with a quantized embedding; it holds nothing of its own."""
+
+    def __init__(self, embedding: QuantizedEmbedding) -> None:
+        nn.Module.__init__(self)
+        self._embedding = (embedding,)  # in a tuple, so that it is no submodule, and saved once
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.register_parameter("bias", None)
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The embedding's table in float32, made anew."""
+        return self._embedding[0].weight
+
+    def made(self) -> Tensor:
+        """The embedding's table in float32, as a plain tensor."""
+        return self._embedding[0].made()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary], in the dtype of the input."""
+        y: Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
+        return y
