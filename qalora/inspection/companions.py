@@ -1,11 +1,14 @@
-"""What should lie beside the weights, or in their metadata: tokenizer, chat template, settings of a runtime."""
+"""What should lie beside the weights, or in their metadata: tokenizer, chat template, a runtime's settings."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
+
 from qalora.checkpoint import Checkpoint
+from qalora.converters.huggingface import stored_tensors
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import InputError
 from qalora.formats.files import read_limited
@@ -35,7 +38,8 @@ def companion_findings(model: Checkpoint) -> list[Finding]:
         ]
     else:
         tokenizer = [*_template(model, where), *_pre_tokenizer(model)]
-    return tokenizer + (_int8_activations(model) if model.layout == "onnx" else [])
+    more = {"onnx": _int8_activations, "mlx": _bfloat16_biases}.get(model.layout)
+    return tokenizer + (more(model) if more is not None else [])
 
 
 def _is_portable_graph(model: Checkpoint) -> bool:
@@ -91,6 +95,23 @@ def _pre_tokenizer(model: Checkpoint) -> list[Finding]:
             message="llama.cpp cuts text by its default rule, which gives other tokens than the model was trained on",
             evidence="tokenizer.ggml.pre is absent, and tokenizer.ggml.model is gpt2",
             todo="convert it again from a folder with tokenizer.json",
+        )
+    ]
+
+
+def _bfloat16_biases(model: Checkpoint) -> list[Finding]:
+    """MLX's biases are the minima; it also computes in the dtype that they have."""
+    biases = [entry.dtype for name, (_, entry) in stored_tensors(model.path).items() if name.endswith(".biases")]
+    coarse = biases.count(torch.bfloat16)
+    if not coarse:
+        return []
+    return [
+        Finding(
+            code="runtime",
+            message="MLX holds its minima in bfloat16, and computes in it: an adapter that was folded into them lost "
+            "about 3 %, where float16 loses 0.3 %",
+            evidence=f"{coarse} of {len(biases)} layers have biases in bfloat16, with 8 significant bits",
+            todo="export it again from the model that it was made of: qalora export --to mlx",
         )
     ]
 

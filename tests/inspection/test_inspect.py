@@ -22,6 +22,7 @@ from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError
 from qalora.formats.gptq import pack_qzeros, unpack_qzeros
 from qalora.inspection import WARNINGS, AdapterReport, Finding, FolderReport, ModelReport, inspect
+from qalora.inspection.companions import companion_findings
 from qalora.quantization import quantize
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import byte_tokenizer, random_model, tiny_llama
@@ -353,6 +354,18 @@ def test_int8_activations(source: Path, tmp_path: Path) -> None:
     model = quantize(load(source), bits=4, group_size=32)
     export(model, ["onnx"], tmp_path, ExportOptions(accuracy_level=4))
     assert "accuracy_level 4" in warned(tmp_path / "onnx" / "model.onnx")["runtime"].evidence
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_minima_of_mlx_in_bfloat16(source: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """What mlx-lm makes of a bfloat16 model: weight, scales and biases of a layer."""
+    parts = {"weight": torch.zeros(8, 8, dtype=torch.int32), "scales": torch.ones(8, 2), "biases": torch.ones(8, 2)}
+    tensors = {f"{Q_PROJ}.{part}": value if part == "weight" else value.to(dtype) for part, value in parts.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = companion_findings(replace(load(source), layout="mlx", path=tmp_path))
+    assert [finding.evidence for finding in found] == (
+        ["1 of 1 layers have biases in bfloat16, with 8 significant bits"] if dtype == torch.bfloat16 else []
+    )
 
 
 # ---- adapters
