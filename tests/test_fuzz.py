@@ -23,8 +23,10 @@ from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load, onnx, target
 from qalora.converters.exports import export
+from qalora.converters.gguf.lora import plan_lora, write_lora
 from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError
+from qalora.inspection import inspect
 from qalora.quantization import quantize
 from qalora.testing import tiny_llama
 
@@ -71,6 +73,11 @@ def _read_adapter(folder: Path) -> None:
     read_adapter(folder, convention="paper")
 
 
+def _inspect(path: Path) -> None:
+    """Damage that can be read is a warning or nothing; and the JSON has no NaN."""
+    json.dumps(inspect(path).to_json(), allow_nan=False)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     """One small valid model for each reader."""
@@ -95,7 +102,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         )
         for name in model.linears
     }
-    write_adapter(Adapter(layers=layers, convention="paper"), root / "adapter")
+    adapter = Adapter(layers=layers, convention="paper")
+    write_adapter(adapter, root / "adapter")
+    (root / "lora").mkdir()
+    write_lora(plan_lora(adapter, model), adapter, root / "lora" / "lora.gguf")
     return {
         "float": (root / "float", _read_model),
         "qalora": (root / "qalora", _read_model),
@@ -107,6 +117,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         "mlx": (root / "mlx", _read_model),
         "hqq": (root / "hqq", _read_model),
         "adapter": (root / "adapter", _read_adapter),
+        "lora": (root / "lora", lambda folder: _inspect(folder / "lora.gguf")),
     }
 
 
@@ -180,6 +191,7 @@ FILES = [
     ("hqq", "model.safetensors"),
     ("adapter", "adapter_config.json"),
     ("adapter", "adapter_model.safetensors"),
+    ("lora", "lora.gguf"),
 ]
 
 
@@ -204,3 +216,23 @@ def test_damage_is_one_sentence(
         except Exception as error:
             pytest.fail(f"seed {seed}: {type(error).__name__}: {error}")
     assert refused > ROUNDS // 10  # the mutations do damage
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES, ids=["/".join(file) for file in FILES])
+def test_inspect_of_damage_is_a_report_or_one_sentence(
+    kind: str, name: str, models: dict[str, tuple[Path, Callable[[Path], object]]], tmp_path: Path
+) -> None:
+    source, _ = models[kind]
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    place = folder / name if kind in ("gguf", "lora") else folder / "model.onnx" if kind == "onnx" else folder
+    good = (folder / name).read_bytes()
+    for seed in range(ROUNDS // 3):
+        (folder / name).write_bytes(good)
+        _mutate(folder / name, random.Random(seed))
+        try:
+            _inspect(place)
+        except InputError as error:
+            assert "\n" not in str(error), f"seed {seed}: {error}"
+        except Exception as error:
+            pytest.fail(f"seed {seed}: {type(error).__name__}: {error}")

@@ -93,7 +93,7 @@ def _quantized(tile: GroupQuantTensor, seen: _Seen, offsets: list[Tensor]) -> bo
     if tile.g_idx is not None:
         codes = codes[:, torch.argsort(tile.g_idx, stable=True)]
     grouped = codes.view(*scale.shape, -1)
-    ratio = tile.min[used] / scale[used]
+    ratio = tile.min[used].double() / scale[used].double()  # float64 reaches far enough for every float32 quotient
     if ratio.numel():
         seen.lowest, seen.highest = min(seen.lowest, float(-ratio.max())), max(seen.highest, float(-ratio.min()))
         offsets.append(grouped.sum(dim=2, dtype=torch.int32)[used] / grouped.shape[2] + ratio)
