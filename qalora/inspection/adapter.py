@@ -65,8 +65,23 @@ def inspect_adapter(folder: Path, base: str | Path | None, convention: Conventio
         parameters=sum(int(torch.Size(entry.shape).numel()) for entry in entries),
         nbytes=weights.stat().st_size,
         layers=dict(kinds.most_common()),
-        notes=(),
+        notes=() if model is None else _split_groups(source, model, pools),
         warnings=tuple(findings),
+    )
+
+
+def _split_groups(source: AdapterSource, model: Checkpoint, pools: Mapping[str, int | None]) -> tuple[str, ...]:
+    """What a fold into finer groups costs."""
+    finer: Counter[tuple[int, int]] = Counter()
+    for module, pool in pools.items():
+        lazy = model.tensors.get(f"{module}.weight")
+        size = 0 if lazy is None or lazy.spec is None else lazy.spec.group_size
+        if pool is not None and 1 < pool < size and size % pool == 0:
+            finer[size, pool] += 1
+    return tuple(
+        f"a fold splits the groups of {count} of {len(source.pairs)} modules, {size} columns into {pool}: there are "
+        f"{size // pool} times as many scales and minima then"
+        for (size, pool), count in finer.items()
     )
 
 

@@ -9,7 +9,7 @@ from qalora.adapter import Convention
 from qalora.checkpoint import Checkpoint
 from qalora.inspection.adapter import inspect_adapter, inspect_gguf_lora, inspect_onnx_adapter, is_gguf_lora
 from qalora.inspection.model import inspect_model
-from qalora.inspection.records import FolderReport, ModelReport, Report
+from qalora.inspection.records import AdapterReport, FolderReport, ModelReport, Report
 
 __all__ = ["inspect"]
 
@@ -38,14 +38,16 @@ def inspect(
         return inspect_adapter(place, base, convention)
     if place.is_dir() and not (place / "config.json").exists():
         return _folder(place, quick, progress)
+    return _one(path, quick, progress)
+
+
+def _one(path: str | Path, quick: bool, progress: Callable[[int], Progress] | None) -> ModelReport | AdapterReport:
+    """A single file, a model's folder, or a Hub id."""
+    place = Path(path)
     if place.is_file() and place.suffix == ".onnx_adapter":
         return inspect_onnx_adapter(place)
     if place.is_file() and is_gguf_lora(place):
         return inspect_gguf_lora(place)
-    return _model(path, quick, progress)
-
-
-def _model(path: str | Path, quick: bool, progress: Callable[[int], Progress] | None) -> ModelReport:
     model = _opened(path)
     counted = sum(_size(lazy.shape) for lazy in model.tensors.values())
     return inspect_model(model, Path(path), quick=quick, progress=None if progress is None else progress(counted))
@@ -67,7 +69,7 @@ def _folder(path: Path, quick: bool, progress: Callable[[int], Progress] | None)
     from qalora.parity.artifacts import recognize
 
     found = recognize([path])
-    reports = [_model(artifact.path, quick, progress) for artifact in found]
+    reports = [_one(artifact.path, quick, progress) for artifact in found]
     return reports[0] if len(reports) == 1 else FolderReport(path=path, artifacts=tuple(reports))
 
 

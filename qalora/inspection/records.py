@@ -20,7 +20,7 @@ An adapter:
      "base": str | null, "parameters": int, "bytes": int,
      "layers": [{"count", "rank", "pool_size" | null}], "notes": [str], "warnings": [...]}
 
-A folder of several artefacts: {"kind": "folder", "path", "artifacts": [models]}
+A folder of several artefacts: {"kind": "folder", "path", "artifacts": [models and adapters]}
 
 A warning: {"code": one of WARNINGS, "message": str, "evidence": str, "todo": str}
 """
@@ -211,7 +211,7 @@ class FolderReport:
     """A folder that holds several artefacts."""
 
     path: Path
-    artifacts: tuple[ModelReport, ...]
+    artifacts: tuple[ModelReport | AdapterReport, ...]
 
     def to_json(self) -> dict[str, Any]:
         """See the module's docstring."""

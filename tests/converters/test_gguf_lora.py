@@ -16,8 +16,8 @@ from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.converters.gguf.lora import plan_lora, write_lora
 from qalora.converters.torch_module import build
-from qalora.errors import AdapterError, FormatError
-from qalora.inspection import AdapterReport, inspect
+from qalora.errors import AdapterError, FormatError, InputError
+from qalora.inspection import AdapterReport, FolderReport, inspect
 from qalora.parity.reference import Forward, Reference
 from qalora.parity.roundings import Rounding
 from qalora.parity.runtimes.llamacpp import LlamaCpp
@@ -176,6 +176,17 @@ def test_inspect_sees_what_is_wrong_with_it(tiny: Path, tmp_path: Path) -> None:
     assert isinstance(report, AdapterReport)
     assert [finding.code for finding in report.warnings] == ["all-zero"]
     assert "28 of 28 matrices" in report.warnings[0].message
+
+
+def test_a_base_and_its_lora_in_one_folder(tiny: Path, tmp_path: Path) -> None:
+    model = load(tiny)
+    file = base_file(model, tmp_path)
+    lora = written(made(model), model, file.with_name("lora.gguf"))
+    report = inspect(file.parent)
+    assert isinstance(report, FolderReport)
+    assert sorted(artifact.layout for artifact in report.artifacts) == ["gguf", "gguf-lora"]
+    with pytest.raises(InputError, match=r"lora\.gguf is a LoRA, and no model"):
+        load(lora)
 
 
 def test_an_adapter_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> None:

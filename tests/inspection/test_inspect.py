@@ -449,7 +449,10 @@ def test_use_qalora_that_peft_heeded(written: Callable[..., Path], artefacts: Pa
 def test_pools_that_the_fold_takes(written: Callable[..., Path], source: Path, tmp_path: Path) -> None:
     export(quantize(load(source), bits=4, group_size=64), ["qalora"], tmp_path)
     folder = written(pool=32)
-    assert warned(folder, base=tmp_path / "qalora") == {}  # the fold splits the groups
+    report = inspect(folder, base=tmp_path / "qalora")
+    assert isinstance(report, AdapterReport)
+    assert report.warnings == ()
+    assert "splits the groups of 14 of 14 modules, 64 columns into 32" in report.notes[0]
     export(quantize(load(source), bits=4, group_size=16), ["qalora"], tmp_path / "fine")
     assert warned(folder, base=tmp_path / "fine" / "qalora") == {}  # a pool of two groups is exact
 

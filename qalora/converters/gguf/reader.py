@@ -35,6 +35,8 @@ def read(path: Path) -> Checkpoint:
     Raises InputError for an architecture or a tensor type that holds no integer groups of ours, FormatError for damage.
     """
     file = read_header(path)
+    if file.metadata.get("general.type") == "adapter":
+        raise InputError(f"{path} is a LoRA, and no model", todo="give the model that it is applied to")
     family = family_of_metadata(file.metadata, path)
     for needed in ("token_embd.weight", "output_norm.weight"):
         if needed not in file.tensors:
