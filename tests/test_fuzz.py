@@ -23,7 +23,7 @@ from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load, onnx, target
 from qalora.converters.exports import export
-from qalora.converters.gguf.lora import plan_lora, write_lora
+from qalora.converters.gguf.lora import plan_lora, read_lora, write_lora
 from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError
 from qalora.inspection import inspect
@@ -117,7 +117,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         "mlx": (root / "mlx", _read_model),
         "hqq": (root / "hqq", _read_model),
         "adapter": (root / "adapter", _read_adapter),
-        "lora": (root / "lora", lambda folder: _inspect(folder / "lora.gguf")),
+        "lora": (root / "lora", lambda folder: read_lora(folder / "lora.gguf", model)),
     }
 
 

@@ -39,7 +39,7 @@ def command() -> None:
 @convention_option
 @force_option
 def convert(adapter: Path, form: str, model: str | None, out: Path, convention: str | None, force: bool) -> None:
-    """Write ADAPTER in another convention: the same change of the weights, no value of A or B rounded.
+    """Write ADAPTER, a folder or a GGUF LoRA, in another form: the same change of the weights, no value of A rounded.
 
     The constant between conventions goes into alpha, layer by layer. A plain LoRA repeats the columns of A. A GGUF LoRA
     is that again in a file that llama.cpp applies over a GGUF file of the base: llama-cli -m BASE.gguf --lora FILE. An
@@ -52,7 +52,10 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
 
     check_output(out, force=force, names=ADAPTER_FILES)
     base = None if model is None else load(model)
-    read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
+    if adapter.is_file() and adapter.suffix == ".gguf":
+        read = _read_gguf_lora(adapter, base)
+    else:
+        read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     if form == "gguf-lora":
         click.echo(_write_gguf_lora(read, base, out, force=force))
         return
@@ -63,6 +66,15 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     with new_folder(out, force=force, names=ADAPTER_FILES) as folder:
         write_adapter(written, folder)
     click.echo(_summary(read, written, form))
+
+
+def _read_gguf_lora(path: Path, base: Checkpoint | None) -> Adapter:
+    from qalora.converters.gguf.lora import read_lora
+    from qalora.errors import InputError
+
+    if base is None:
+        raise InputError(f"{path}: a GGUF LoRA needs the base model, for names and row order", todo="give --base MODEL")
+    return read_lora(path, base)
 
 
 def _write_gguf_lora(adapter: Adapter, base: Checkpoint | None, out: Path, *, force: bool) -> str:

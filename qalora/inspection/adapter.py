@@ -18,14 +18,15 @@ from qalora.adapter import Convention
 from qalora.adapter.reading import AdapterSource, convention_of, open_adapter
 from qalora.adapter.writing import WEIGHTS
 from qalora.checkpoint import Checkpoint
-from qalora.errors import AdapterError, FormatError
+from qalora.converters.gguf.lora import FLOATS, lora_pairs, open_lora
+from qalora.errors import AdapterError
 from qalora.folding import check_pool
 from qalora.formats.files import InputFile, contained
-from qalora.formats.gguf import GgufFile, read_header
+from qalora.formats.gguf import GgufFile
 from qalora.formats.safetensors import read_tensor
 from qalora.inspection.records import AdapterReport, Finding
 
-__all__ = ["inspect_adapter", "inspect_gguf_lora", "inspect_onnx_adapter", "is_gguf_lora"]
+__all__ = ["inspect_adapter", "inspect_gguf_lora", "inspect_onnx_adapter"]
 
 READS: dict[str, tuple[str, ...]] = {
     "q_proj": ("o_proj", "down_proj", "q_proj"),
@@ -269,25 +270,10 @@ def _value_findings(matrices: Iterable[tuple[str, Tensor]]) -> list[Finding]:
     return findings
 
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def is_gguf_lora(path: Path) -> bool:
-    """Whether a file is a GGUF file that says it is an adapter."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            return False
-    return bool(read_header(path).metadata.get("general.type") == "adapter")
-
-
 def inspect_gguf_lora(path: Path) -> AdapterReport:
     """Inspect a LoRA as llama.cpp applies it; see `qalora.converters.gguf.lora`. FormatError for what is none."""
-    file = read_header(path)
-    kind = file.metadata.get("adapter.type")
-    if kind != "lora":
-        raise FormatError(f"{path}: adapter.type", expected="lora", got=repr(kind))
-    a = {name.removesuffix(".lora_a"): info for name, info in file.tensors.items() if name.endswith(".lora_a")}
-    kinds = Counter((info.shape[0], 1) for info in a.values())
+    file = open_lora(path)
+    kinds = Counter((a.shape[0], 1) for a, _ in lora_pairs(file).values())
     base = file.metadata.get("general.base_model.0.name")
     notes = [f"for models of architecture {file.metadata.get('general.architecture')}"]
     notes += [f"alpha {file.metadata.get('adapter.lora.alpha')}"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qalora.adapter import Convention
 from qalora.checkpoint import Checkpoint
-from qalora.inspection.adapter import inspect_adapter, inspect_gguf_lora, inspect_onnx_adapter, is_gguf_lora
+from qalora.converters.gguf.lora import is_lora
+from qalora.inspection.adapter import inspect_adapter, inspect_gguf_lora, inspect_onnx_adapter
 from qalora.inspection.model import inspect_model
 from qalora.inspection.records import AdapterReport, FolderReport, ModelReport, Report
 
@@ -46,7 +47,7 @@ def _one(path: str | Path, quick: bool, progress: Callable[[int], Progress] | No
     place = Path(path)
     if place.is_file() and place.suffix == ".onnx_adapter":
         return inspect_onnx_adapter(place)
-    if place.is_file() and is_gguf_lora(place):
+    if place.is_file() and is_lora(place):
         return inspect_gguf_lora(place)
     model = _opened(path)
     counted = sum(_size(lazy.shape) for lazy in model.tensors.values())

@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 
-from qalora.adapter import Adapter, AdapterLayer, write_adapter
+from qalora.adapter import Adapter, AdapterLayer, read_adapter, to_plain_lora, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export
-from qalora.converters.gguf.lora import plan_lora, write_lora
+from qalora.converters.gguf.lora import plan_lora, read_lora, write_lora
 from qalora.converters.torch_module import build
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.inspection import AdapterReport, FolderReport, inspect
@@ -120,6 +121,70 @@ def test_what_the_file_holds(tiny: Path, tmp_path: Path) -> None:
     rows = [head * 16 + half * 8 + pair for head in range(2) for pair in range(8) for half in range(2)]
     assert torch.equal(b, layer.b[rows])
     assert torch.equal(tensors["blk.0.ffn_up.weight.lora_b"], adapter.layers["model.layers.0.mlp.up_proj"].b)
+
+
+def test_what_is_written_is_what_is_read(tiny: Path, tmp_path: Path) -> None:
+    model = load(tiny)
+    adapter = made(model, ranks=2)
+    path = written(adapter, model, tmp_path / "lora.gguf")
+    again = read_lora(path, model)
+    plain = to_plain_lora(adapter)
+    assert set(again.layers) == set(plain.layers)
+    for module, layer in again.layers.items():
+        assert layer.pool_size == 1
+        assert torch.equal(layer.a, plain.layers[module].a)
+        change = plain.layers[module].factor * plain.layers[module].b
+        assert torch.equal(layer.factor * layer.b, change) or module in plan_lora(adapter, model).rounded
+    assert read_lora(written(again, model, tmp_path / "again.gguf"), model).layers.keys() == again.layers.keys()
+    assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
+
+
+def test_somebody_elses_file(tiny: Path, tmp_path: Path) -> None:
+    """Written by gguf's own writer, in float16, without alpha: the factor is 1 then."""
+    model = load(tiny)
+    writer = GGUFWriter(tmp_path / "lora.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    a, b = np.random.default_rng(0).standard_normal((2, 64, 3)).astype(np.float16)
+    writer.add_tensor("blk.0.attn_output.weight.lora_a", np.ascontiguousarray(a.T))
+    writer.add_tensor("blk.0.attn_output.weight.lora_b", b)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    layer = read_lora(tmp_path / "lora.gguf", model).layers["model.layers.0.self_attn.o_proj"]
+    assert (layer.factor, layer.rank) == (1.0, 3)
+    assert torch.equal(layer.a, torch.from_numpy(a.T.copy()).float())
+    assert torch.equal(layer.b, torch.from_numpy(b).float())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"attn_k.weight.lora_b", b"attn_k.weight.lora_c", "lora_a"),
+        (b"blk.0.attn_k.weight.lora", b"blk.7.attn_k.weight.lora", "it is an adapter of another model"),
+        (b"adapter.type", b"adapter.kind", "adapter.type: expected lora, got None"),
+        (b"adapter.lora.alpha\x06\0\0\0\0\0\0\x40", b"adapter.lora.alpha\x06\0\0\0\0\0\xc0\x7f", "a finite float"),
+    ],
+)
+def test_damaged_files(tiny: Path, tmp_path: Path, old: bytes, new: bytes, words: str) -> None:
+    model = load(tiny)
+    path = written(made(model), model, tmp_path / "lora.gguf")
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(InputError, match=words):
+        read_lora(path, model)
+
+
+def test_from_gguf_back_into_a_folder(tiny: Path, tmp_path: Path) -> None:
+    model = load(tiny)
+    adapter = made(model)
+    path = written(adapter, model, tmp_path / "lora.gguf")
+    words = ["adapter", "convert", str(path), "--to", "plain", "-o", str(tmp_path / "plain")]
+    assert "give --base MODEL" in CliRunner().invoke(main, words).output
+    assert CliRunner().invoke(main, [*words, "--base", str(tiny)]).exit_code == 0
+    for module, layer in read_adapter(tmp_path / "plain", model).layers.items():
+        assert torch.equal(layer.a, adapter.layers[module].a.repeat_interleave(32, dim=1))
+        assert (layer.factor, torch.equal(layer.b, adapter.layers[module].b)) == (0.5, True)
 
 
 def test_layers_that_differ_in_their_factor(tiny: Path, tmp_path: Path) -> None:

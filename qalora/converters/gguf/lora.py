@@ -9,6 +9,9 @@ A QA-LoRA layer's A repeats its columns over the pool, which rounds nothing. B's
 llama.cpp's rotary order for q and k of Llamas. A layer whose factor is not alpha / rank has its B multiplied by the
 quotient, which rounds to float32 once, unless the quotient is a power of two; the commonest alpha keeps that rare.
 
+Reading takes anybody's file of F32, F16 or BF16 tensors, widened exactly, as a plain LoRA with factor alpha / rank (1
+where alpha is 0 or absent, as llama.cpp has it).
+
 Source: llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp; the model is needed for names and row order only.
 """
 
@@ -26,11 +29,25 @@ from torch import Tensor
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.converters.families import family_of
-from qalora.converters.gguf.names import gguf_names, head_count, rows_to
-from qalora.errors import AdapterError
-from qalora.formats.gguf import GgufLayout, Metadata, Value, ValueType, create, plan_layout
+from qalora.converters.gguf.names import gguf_names, head_count, rows_from, rows_to
+from qalora.errors import AdapterError, FormatError
+from qalora.formats.files import InputFile
+from qalora.formats.gguf import (
+    GgufFile,
+    GgufLayout,
+    Metadata,
+    TensorInfo,
+    Value,
+    ValueType,
+    create,
+    plan_layout,
+    read_header,
+)
 
-__all__ = ["GgufLora", "plan_lora", "write_lora"]
+__all__ = ["FLOATS", "GgufLora", "is_lora", "lora_pairs", "open_lora", "plan_lora", "read_lora", "write_lora"]
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The tensor types that are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,3 +141,78 @@ def _b(plan: GgufLora, module: str, layer: AdapterLayer) -> Tensor:
     times, heads = plan.times[module], plan.heads[module]
     b = layer.b if times == 1 else (layer.b.double() * times).float()
     return b if heads is None else b[rows_to(b.shape[0], heads)]
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a file is a GGUF file that says it is an adapter."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return False
+    return bool(read_header(path).metadata.get("general.type") == "adapter")
+
+
+def open_lora(path: Path) -> GgufFile:
+    """Read a LoRA's header; FormatError for a file that holds something else."""
+    file = read_header(path)
+    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
+        if file.metadata.get(key) != wanted:
+            raise FormatError(f"{path}: {key}", expected=wanted, got=repr(file.metadata.get(key)))
+    return file
+
+
+def lora_pairs(file: GgufFile) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+    """A and B by the GGUF name of the weight; FormatError for a tensor that is neither, or has no partner."""
+    names = {name[: -len(".lora_a")] for name in file.tensors if name.endswith((".lora_a", ".lora_b"))}
+    found = {}
+    for name in sorted(names):
+        a, b = (file.tensors.get(f"{name}.lora_{part}") for part in "ab")
+        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            shapes = [None if info is None else list(info.shape) for info in (a, b)]
+            raise FormatError(
+                f"{file.path}: {name}",
+                expected="lora_a [rank, in] and lora_b [out, rank]",
+                got=f"{shapes[0]} and {shapes[1]}",
+            )
+        found[name] = (a, b)
+    if not found or len(file.tensors) != 2 * len(found):
+        others = sorted(set(file.tensors) - {info.name for pair in found.values() for info in pair})
+        raise FormatError(f"{file.path}", expected="pairs of lora_a and lora_b", got=(others or ["none"])[0])
+    return found
+
+
+def read_lora(path: Path, model: Checkpoint) -> Adapter:
+    """Read a LoRA of the model; inverse of `write_lora`, as a plain LoRA. AdapterError for another model's."""
+    file, family = open_lora(path), family_of(model.config, model.path)
+    alpha = file.metadata.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise FormatError(f"{path}: adapter.lora.alpha", expected="a finite float", got=repr(alpha)[:60])
+    known = gguf_names(family, int(model.config["num_hidden_layers"]))
+    weights = {gguf: weight for weight, gguf in known.items() if weight in model.tensors}
+    pairs, layers = lora_pairs(file), {}
+    for name, (a, b) in pairs.items():
+        weight = weights.get(name)
+        shape = None if weight is None else model.tensors[weight].shape
+        if weight is None or shape != (b.shape[0], a.shape[1]):
+            raise AdapterError(
+                f"{path}: {name}",
+                expected=f"a weight of {model.path}",
+                got=f"one of shape {[b.shape[0], a.shape[1]]}",
+                todo="it is an adapter of another model",
+            )
+        rows, heads = _matrix(file, b), head_count(family, model.config, weight)
+        factor = alpha / a.shape[0] if alpha else 1.0
+        layers[weight.removesuffix(".weight")] = AdapterLayer(
+            a=_matrix(file, a),
+            b=rows if heads is None else rows[rows_from(rows.shape[0], heads)],
+            pool_size=1,
+            scaling=factor,
+            factor=factor,
+        )
+    return Adapter(layers=layers, convention="paper")
+
+
+def _matrix(file: GgufFile, info: TensorInfo) -> Tensor:
+    if info.type not in FLOATS:
+        raise FormatError(f"{file.path}: {info.name}", expected=f"one of {', '.join(FLOATS)}", got=info.type)
+    with InputFile(file.path) as opened:
+        return opened.tensor(info.offset, info.nbytes).view(FLOATS[info.type]).view(info.shape).float()
