@@ -39,7 +39,7 @@ def command() -> None:
 @convention_option
 @force_option
 def convert(adapter: Path, form: str, model: str | None, out: Path, convention: str | None, force: bool) -> None:
-    """Write ADAPTER, a folder or a GGUF LoRA, in another form: the same change of the weights, no value of A rounded.
+    """Write ADAPTER, a folder or a GGUF LoRA, in another form: the same change of the weights, no value of B rounded.
 
     The constant between conventions goes into alpha, layer by layer. A plain LoRA repeats the columns of A. A GGUF LoRA
     is that again in a file that llama.cpp applies over a GGUF file of the base: llama-cli -m BASE.gguf --lora FILE. An
@@ -102,7 +102,7 @@ def _write_onnx_adapter(adapter: Adapter, out: Path, *, force: bool) -> str:
 
 def _exactness(rounded: int) -> str:
     """What became of the scaling, where the file has no place for each layer's own."""
-    return f"B of {rounded} layers times their scaling, rounded once to float32" if rounded else "exact"
+    return f"A of {rounded} layers times their scaling, rounded once to float32" if rounded else "exact"
 
 
 def _summary(read: Adapter, written: Adapter, form: str) -> str:

@@ -70,7 +70,8 @@ def _folder(path: Path, quick: bool, progress: Callable[[int], Progress] | None)
     from qalora.parity.artifacts import recognize
 
     found = recognize([path])
-    reports = [_one(artifact.path, quick, progress) for artifact in found]
+    places = [place for artifact in found for place in (artifact.path, artifact.lora) if place is not None]
+    reports = [_one(place, quick, progress) for place in places]
     return reports[0] if len(reports) == 1 else FolderReport(path=path, artifacts=tuple(reports))
 
 

@@ -1,12 +1,13 @@
 """Artefacts: recognised by what they are, never by what they are called; opened with the reader of their format.
 
-A folder that holds several (`gptq/`, `gguf/`, `mlx/`, `onnx/` and, in that, `portable/`) stands for all of them.
+A folder that holds several (`gptq/`, `gguf/`, `mlx/`, `onnx/` and, in that, `portable/`) stands for all of them. A GGUF
+file with a GGUF LoRA in the same folder is one artefact: the base, and the adapter beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,18 @@ GENERATORS: dict[str, tuple[str, ...]] = {"onnx": ("onnxruntime-genai",)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """name: as the report calls it; kind: a key of RUNTIMES; path: the folder, or the file of a GGUF or ONNX model."""
+    """One artefact.
+
+    name  as the report calls it
+    kind  a key of RUNTIMES
+    path  the folder, or the file of a GGUF or ONNX model
+    lora  the GGUF LoRA beside it, or None
+    """
 
     name: str
     kind: str
     path: Path
+    lora: Path | None = None
 
 
 def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Artifact]:
@@ -63,7 +71,21 @@ def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Ar
             )
         for kind, place in here:
             found.append(Artifact(name=_name(place, path, relative_to), kind=kind, path=place))
-    return _distinct(found)
+    return _distinct(_paired(found))
+
+
+def _paired(found: Sequence[Artifact]) -> list[Artifact]:
+    """GGUF LoRAs put beside the one model of their folder; InputError for one that has none, or several."""
+    from qalora.converters.gguf.lora import is_lora
+
+    loras = [artifact.path for artifact in found if artifact.kind == "gguf" and is_lora(artifact.path)]
+    kept = [artifact for artifact in found if artifact.path not in loras]
+    for lora in loras:
+        beside = [n for n, other in enumerate(kept) if other.kind == "gguf" and other.path.parent == lora.parent]
+        if len(beside) != 1 or kept[beside[0]].lora is not None:
+            raise InputError(f"{lora} is a LoRA", expected="one GGUF model, and one LoRA, in its folder", got="others")
+        kept[beside[0]] = replace(kept[beside[0]], lora=lora)
+    return kept
 
 
 def _artifacts(path: Path) -> list[tuple[str, Path]]:
@@ -114,7 +136,7 @@ def _distinct(found: list[Artifact]) -> list[Artifact]:
     for artifact in found:
         count = names[artifact.name] = names.get(artifact.name, 0) + 1
         name = artifact.name if count == 1 else f"{artifact.name} ({count})"
-        distinct.append(Artifact(name=name, kind=artifact.kind, path=artifact.path))
+        distinct.append(replace(artifact, name=name))
     return distinct
 
 

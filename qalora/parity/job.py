@@ -9,6 +9,7 @@ from typing import Literal
 
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
+from qalora.errors import InputError
 from qalora.parity.artifacts import Artifact
 from qalora.parity.reference import Forward
 from qalora.parity.tokenizers import TokenizerCheck
@@ -20,7 +21,16 @@ BESIDE = "base and adapter"
 
 
 def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -> str:
-    """FOLDED or BESIDE. A GPTQ reader notes an adapter that lies beside the weights and is no residual of theirs."""
+    """FOLDED or BESIDE. A GPTQ reader notes an adapter that lies beside the weights and is no residual of theirs.
+
+    InputError for a GGUF LoRA beside a model, where no adapter is expected.
+    """
+    if artifact.lora is not None:
+        if adapter is None:
+            raise InputError(
+                f"{artifact.lora} is an adapter beside the model", todo="give it as --adapter, or remove it"
+            )
+        return BESIDE
     own = str(artifact.path / "adapter_config.json")
     return BESIDE if adapter is not None and any(note.startswith(own) for note in checkpoint.notes) else FOLDED
 

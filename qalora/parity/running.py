@@ -107,7 +107,7 @@ class Runner:
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(unproven("memory", reason),))
         before = resident_memory()
         try:
-            runtime = open_runtime(kind, artifact.path, threads=self.threads)
+            runtime = open_runtime(kind, artifact.path, threads=self.threads, lora=artifact.lora)
         except MissingLibraryError as error:
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(unproven("runtime", str(error)),))
         except FormatError as error:

@@ -1,9 +1,9 @@
 """Verify: read artefacts back, run each in its own runtime over the same tokens, compare, and judge.
 
 With an adapter the reference is the base, and every artefact is expected to hold the folded model; or, where a GPTQ
-folder keeps the base's integer zeros and has the adapter beside it, both. The weights are compared with what
-`qalora.folding` gives, and what that gives is itself checked against base + factor * B @ A. The logits are compared
-with forwards that know nothing of the fold (`qalora.parity.reference`).
+folder keeps the base's integer zeros, or a GGUF file the base, and has the adapter beside it, both. The weights are
+compared with what `qalora.folding` gives, and what that gives is itself checked against base + factor * B @ A. The
+logits are compared with forwards that know nothing of the fold (`qalora.parity.reference`).
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
     tokenizer = job.tokenizer.compare(checkpoint)
     beside = None
     if held == BESIDE and job.adapter is not None:
-        beside = compare_adapters(read_adapter(artifact.path, checkpoint), job.adapter)
+        beside = compare_adapters(_beside(artifact, checkpoint), job.adapter)
     gates = judge(Evidence(weights=found, beside=beside, tokenizer=tokenizer))
     layers = {}
     if job.adapter is not None and held == FOLDED:
@@ -172,6 +172,15 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
     return ArtifactReport(
         name=artifact.name, kind=artifact.kind, holds=held, weights=found, gates=tuple(gates), runs=(), layers=layers
     )
+
+
+def _beside(artifact: Artifact, checkpoint: Checkpoint) -> Adapter:
+    """The adapter that lies beside an artefact's weights."""
+    if artifact.lora is None:
+        return read_adapter(artifact.path, checkpoint)
+    from qalora.converters.gguf.lora import read_lora
+
+    return read_lora(artifact.lora, checkpoint)
 
 
 def _report(

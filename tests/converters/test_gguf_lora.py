@@ -19,6 +19,7 @@ from qalora.converters.gguf.lora import plan_lora, read_lora, write_lora
 from qalora.converters.torch_module import build
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.inspection import AdapterReport, FolderReport, inspect
+from qalora.parity.foldcheck import compare_adapters
 from qalora.parity.reference import Forward, Reference
 from qalora.parity.roundings import Rounding
 from qalora.parity.runtimes.llamacpp import LlamaCpp
@@ -132,9 +133,10 @@ def test_what_is_written_is_what_is_read(tiny: Path, tmp_path: Path) -> None:
     assert set(again.layers) == set(plain.layers)
     for module, layer in again.layers.items():
         assert layer.pool_size == 1
-        assert torch.equal(layer.a, plain.layers[module].a)
-        change = plain.layers[module].factor * plain.layers[module].b
-        assert torch.equal(layer.factor * layer.b, change) or module in plan_lora(adapter, model).rounded
+        assert torch.equal(layer.b, plain.layers[module].b)
+        change = plain.layers[module].factor * plain.layers[module].a
+        assert torch.equal(layer.factor * layer.a, change) or module in plan_lora(adapter, model).rounded
+    assert compare_adapters(again, adapter) == ()
     assert read_lora(written(again, model, tmp_path / "again.gguf"), model).layers.keys() == again.layers.keys()
     assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
 
@@ -188,7 +190,7 @@ def test_from_gguf_back_into_a_folder(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_layers_that_differ_in_their_factor(tiny: Path, tmp_path: Path) -> None:
-    """One alpha for the file: a factor off by a power of two is exact, any other rounds B, and is named."""
+    """One alpha for the file: a factor off by a power of two is exact, any other rounds A, and is named."""
     model = load(tiny)
     adapter = made(model)
     layers = dict(adapter.layers)
@@ -200,9 +202,10 @@ def test_layers_that_differ_in_their_factor(tiny: Path, tmp_path: Path) -> None:
     plan = plan_lora(changed, model)
     assert plan.rounded == (other,)
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(written(changed, model, tmp_path / "l.gguf")).tensors}
-    assert torch.equal(torch.from_numpy(tensors["blk.0.ffn_up.weight.lora_b"].copy()), 2 * layers[twice].b)
-    wanted = (layers[other].b.double() * (0.3 / 0.5)).float()
-    assert torch.equal(torch.from_numpy(tensors["blk.0.ffn_down.weight.lora_b"].copy()), wanted)
+    a = {name: torch.from_numpy(tensors[f"blk.0.ffn_{name}.weight.lora_a"].copy()) for name in ("up", "down")}
+    assert torch.equal(a["up"], 2 * layers[twice].a.repeat_interleave(32, dim=1))
+    wanted = (layers[other].a.double() * (0.3 / 0.5)).float()
+    assert torch.equal(a["down"], wanted.repeat_interleave(32, dim=1))
 
 
 def test_ranks_that_differ(tiny: Path, tmp_path: Path) -> None:

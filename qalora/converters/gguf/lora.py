@@ -6,7 +6,7 @@
 
 llama.cpp computes y = W x + (alpha / rank) * B (A x) in float32, with one alpha for the file and each layer's own rank.
 A QA-LoRA layer's A repeats its columns over the pool, which rounds nothing. B's rows are in the order of the weight's:
-llama.cpp's rotary order for q and k of Llamas. A layer whose factor is not alpha / rank has its B multiplied by the
+llama.cpp's rotary order for q and k of Llamas. A layer whose factor is not alpha / rank has its A multiplied by the
 quotient, which rounds to float32 once, unless the quotient is a power of two; the commonest alpha keeps that rare.
 
 Reading takes anybody's file of F32, F16 or BF16 tensors, widened exactly, as a plain LoRA with factor alpha / rank (1
@@ -56,9 +56,9 @@ class GgufLora:
 
     layout   of the file
     names    GGUF's name of each module's weight, in the model's order
-    times    what each module's B is multiplied by; 1 where alpha / rank is its factor
+    times    what each module's A is multiplied by; 1 where alpha / rank is its factor
     heads    by which its rows are reordered, or None
-    rounded  the modules whose B is rounded by it
+    rounded  the modules whose A is rounded by it
     """
 
     layout: GgufLayout
@@ -133,22 +133,22 @@ def write_lora(plan: GgufLora, adapter: Adapter, path: Path) -> None:
     with create(path, plan.layout) as file:
         for module, name in plan.names.items():
             layer = adapter.layers[module]
-            file.write(plan.layout.tensors[f"{name}.lora_a"].offset, layer.a.repeat_interleave(layer.pool_size, dim=1))
-            file.write(plan.layout.tensors[f"{name}.lora_b"].offset, _b(plan, module, layer))
-
-
-def _b(plan: GgufLora, module: str, layer: AdapterLayer) -> Tensor:
-    times, heads = plan.times[module], plan.heads[module]
-    b = layer.b if times == 1 else (layer.b.double() * times).float()
-    return b if heads is None else b[rows_to(b.shape[0], heads)]
+            times, heads = plan.times[module], plan.heads[module]
+            a = layer.a if times == 1 else (layer.a.double() * times).float()
+            b = layer.b if heads is None else layer.b[rows_to(layer.b.shape[0], heads)]
+            file.write(plan.layout.tensors[f"{name}.lora_a"].offset, a.repeat_interleave(layer.pool_size, dim=1))
+            file.write(plan.layout.tensors[f"{name}.lora_b"].offset, b)
 
 
 def is_lora(path: Path) -> bool:
-    """Whether a file is a GGUF file that says it is an adapter."""
+    """Whether a file is a GGUF file that says it is an adapter; what is wrong with another is for its reader to say."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             return False
-    return bool(read_header(path).metadata.get("general.type") == "adapter")
+    try:
+        return bool(read_header(path).metadata.get("general.type") == "adapter")
+    except FormatError:
+        return False
 
 
 def open_lora(path: Path) -> GgufFile:

@@ -7,7 +7,7 @@ before where nothing is given:
     <module>.lora_B   FLOAT [rank, out]          y = W x + (x @ lora_A) @ lora_B
 
 An adapter file holds tensors of these names; RunOptions.add_active_adapter, or Adapters of onnxruntime-genai, puts
-them in. It has no scaling: a layer's factor is multiplied into its B, which rounds to float32 once, unless the factor
+them in. It has no scaling: a layer's factor is multiplied into its A, which rounds to float32 once, unless the factor
 is a power of two. A QA-LoRA layer's A repeats its columns over the pool, which rounds nothing.
 
 The slots are put into a finished graph, whichever builder made it: a module's product is read from `x`, the first input
@@ -86,15 +86,14 @@ def _insert(graph: Any, module: str, helper: Any) -> None:
 
 
 def rounded_modules(adapter: Adapter) -> tuple[str, ...]:
-    """The modules whose B is rounded when their factor is multiplied into it."""
+    """The modules whose A is rounded when their factor is multiplied into it."""
     return tuple(module for module, layer in adapter.layers.items() if math.frexp(abs(layer.factor))[0] not in (0, 0.5))
 
 
 def _matrices(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """lora_A [in, rank] and lora_B [rank, out], float32."""
-    a = layer.a.repeat_interleave(layer.pool_size, dim=1).t().contiguous()
-    b = layer.b if layer.factor == 1 else (layer.b.double() * layer.factor).float()
-    return a, b.t().contiguous()
+    a = layer.a if layer.factor == 1 else (layer.a.double() * layer.factor).float()
+    return a.repeat_interleave(layer.pool_size, dim=1).t().contiguous(), layer.b.t().contiguous()
 
 
 def write_adapter_file(adapter: Adapter, path: Path) -> None:

@@ -69,13 +69,17 @@ class Runtime(Protocol):
         """Free the model."""
 
 
-def open_runtime(kind: str, path: Path | Checkpoint, *, threads: int | None = None) -> Runtime:
+def open_runtime(
+    kind: str, path: Path | Checkpoint, *, threads: int | None = None, lora: Path | None = None
+) -> Runtime:
     """Open an artefact in a runtime of RUNTIMES; `threads` None leaves the choice to the runtime.
+
+    lora  a GGUF LoRA to apply; for llama.cpp alone
 
     Raises MissingLibraryError if it is not installed, FormatError if it does not take the artefact.
     """
     if kind not in RUNTIMES:
         raise InputError("runtime", expected=f"one of {', '.join(RUNTIMES)}", got=repr(kind))
     module: Any = importlib.import_module(RUNTIMES[kind])
-    runtime: Runtime = module.open_artifact(path, threads)
+    runtime: Runtime = module.open_artifact(path, threads, **({} if lora is None else {"lora": lora}))
     return runtime

@@ -203,8 +203,8 @@ class LlamaCpp:
             self._model = None
 
 
-def open_artifact(path: Path | Checkpoint, threads: int | None) -> LlamaCpp:
-    """Open a GGUF file; MissingLibraryError if no build of llama.cpp is installed."""
+def open_artifact(path: Path | Checkpoint, threads: int | None, *, lora: Path | None = None) -> LlamaCpp:
+    """Open a GGUF file, with a GGUF LoRA or without; MissingLibraryError if no build of llama.cpp is installed."""
     if not isinstance(path, Path):
         raise FormatError("llama.cpp", expected="a GGUF file", got="a model in memory")
-    return LlamaCpp(path, threads)
+    return LlamaCpp(path, threads, lora=lora)
