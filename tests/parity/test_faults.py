@@ -3,6 +3,7 @@
 A format joins with one entry in FORMATS, a fault with one in FAULTS.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from qalora.parity import ParityReport, verify
 from qalora.tensor import GroupQuantTensor, pack_codes
 
 Change = Callable[[GroupQuantTensor], GroupQuantTensor]
+Plant = Callable[[Checkpoint, Checkpoint, Path], Checkpoint]
+"""Makes a wrong model of the folded one and the base; the folder is for files that it needs."""
 
 
 def changed(model: Checkpoint, name: str, change: Change) -> Checkpoint:
@@ -77,15 +80,15 @@ LAYER = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 
 
-def layer(change: Change) -> Callable[[Checkpoint, Checkpoint], Checkpoint]:
-    return lambda folded, base: changed(folded, LAYER, change)
+def layer(change: Change) -> Plant:
+    return lambda folded, base, place: changed(folded, LAYER, change)
 
 
-def adapter_left_out(folded: Checkpoint, base: Checkpoint) -> Checkpoint:
+def adapter_left_out(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
     return replaced(folded, base.tensors[LAYER])
 
 
-def norm_off_by_an_ulp(folded: Checkpoint, base: Checkpoint) -> Checkpoint:
+def norm_off_by_an_ulp(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
     values = folded.tensors[NORM].load_float().clone()
     values.view(torch.int32)[3] += 1
     return replaced(
@@ -96,12 +99,22 @@ def norm_off_by_an_ulp(folded: Checkpoint, base: Checkpoint) -> Checkpoint:
     )
 
 
-def other_rope(folded: Checkpoint, base: Checkpoint) -> Checkpoint:
+def other_rope(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
     rope = {**folded.config.get("rope_parameters", {}), "rope_type": "default", "rope_theta": 20000.0}
     return replace(folded, config={**folded.config, "rope_parameters": rope})
 
 
-FAULTS: dict[str, tuple[Callable[[Checkpoint, Checkpoint], Checkpoint], str]] = {
+def other_tokenizer(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
+    """Two words have changed places in the vocabulary."""
+    content = json.loads(folded.files["tokenizer.json"].read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["\u0120the"], vocabulary["\u0120of"] = vocabulary["\u0120of"], vocabulary["\u0120the"]
+    changed_file = place / "other-tokenizer.json"
+    changed_file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return replace(folded, files={**folded.files, "tokenizer.json": changed_file})
+
+
+FAULTS: dict[str, tuple[Plant, str]] = {
     "one code": (layer(one_code), "codes"),
     "one scale by an ULP": (layer(one_scale_ulp), "scale"),
     "one zero off by one": (layer(one_zero_off_by_one), "minima"),
@@ -111,6 +124,7 @@ FAULTS: dict[str, tuple[Callable[[Checkpoint, Checkpoint], Checkpoint], str]] = 
     "adapter left out of a layer": (adapter_left_out, "minima"),
     "a norm by an ULP": (norm_off_by_an_ulp, "floats"),
     "another rope base": (other_rope, "config"),
+    "another tokenizer": (other_tokenizer, "tokenizer"),
 }
 
 
@@ -129,12 +143,15 @@ def test_what_is_right_passes(form: str, base, adapter, folded, write, tmp_path:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_fails_its_gate(form: str, fault: str, base, adapter, folded, write, tmp_path: Path) -> None:
     plant, gate = FAULTS[fault]
-    report = verify(base, [write(form, plant(folded, base), tmp_path)], adapter=adapter, level="weights")
+    report = verify(base, [write(form, plant(folded, base, tmp_path), tmp_path)], adapter=adapter, level="weights")
     assert failed(report) == {gate}
     assert not report.passed(allow_unproven=True)
-    place = {"floats": NORM, "config": "rope_theta"}.get(gate, LAYER)
+    place = {"floats": NORM, "config": "rope_theta", "tokenizer": "the"}.get(gate, LAYER)
     assert place in report.failure()
 
+
+UNFELT = ("a norm by an ULP", "another tokenizer")
+"""The one is float32's noise; with the other, every runtime gets the same ids."""
 
 LARGE = ("zeros off by one", "q not permuted", "adapter left out of a layer", "another rope base")
 """Faults that no rounding of inputs hides; the others are below the 8 bits that some kernels round them to."""
@@ -142,7 +159,14 @@ LARGE = ("zeros off by one", "q not permuted", "adapter left out of a layer", "a
 HIDDEN = ("gguf", "adapter left out of a layer")
 """In a model this small one layer's adapter is less than what 8-bit inputs do; the weights read back show it."""
 
-FELT = {"qalora": "logits", "mlx": "logits", "onnx": "logits", "gptq": "kernel rounding", "gguf": "activation rounding"}
+FELT = {
+    "qalora": "logits",
+    "mlx": "logits",
+    "hqq": "logits",
+    "onnx": "logits",
+    "gptq": "kernel rounding",
+    "gguf": "activation rounding",
+}
 """The gate on logits of each format's own runtime."""
 
 
@@ -150,7 +174,7 @@ FELT = {"qalora": "logits", "mlx": "logits", "onnx": "logits", "gptq": "kernel r
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("form", "fault"),
-    [("qalora", fault) for fault in FAULTS if fault != "a norm by an ULP"]  # that is float32's noise
+    [("qalora", fault) for fault in FAULTS if fault not in UNFELT]
     + [(form, fault) for form in FORMATS if form != "qalora" for fault in LARGE if (form, fault) != HIDDEN],
 )
 def test_a_planted_fault_is_felt_in_the_logits(
@@ -158,7 +182,7 @@ def test_a_planted_fault_is_felt_in_the_logits(
 ) -> None:
     """And it is put down to the layer that has it; another rope base is felt from the first layer on."""
     plant, _ = FAULTS[fault]
-    artifact = write(form, plant(folded, base), tmp_path)
+    artifact = write(form, plant(folded, base, tmp_path), tmp_path)
     report = verify(base, [artifact], adapter=adapter, level="logits", max_tokens=64)
     for run in (run for found in report.artifacts for run in found.runs):
         gates = {result.gate for result in run.gates if result.status == "fail"}

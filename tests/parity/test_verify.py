@@ -19,6 +19,7 @@ RUNS = {
     "gguf": ["llama.cpp"],
     "gptq": ["gptqmodel"],
     "mlx": ["mlx"],
+    "hqq": ["hqq"],
 }
 
 
