@@ -132,11 +132,11 @@ def assert_parity(
 ) -> None:
     """Fail, with the first gate that did not pass, where artefacts do not compute what the reference does.
 
-    options are those of `qalora.parity.verify`: adapter, level, text, max_tokens and so on.
+    options are those of `qalora.verify`: adapter, level, text, max_tokens and so on.
     """
-    from qalora.parity import verify
+    import qalora
 
-    report = verify(reference, [Path(path) for path in artifacts], **options)
+    report = qalora.verify(reference, artifacts, **options)
     if not report.passed(allow_unproven=allow_unproven):
         raise AssertionError(report.failure())
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from qalora.adapter import write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.exports import export
 from qalora.errors import InputError
 from qalora.parity import verify
 from qalora.parity.reference import Forward, Reference
 from qalora.parity.runtimes.padding import pad, positions, unpad
+from qalora.testing import assert_parity
 
 RUNS = {
     "qalora": ["torch"],
@@ -67,6 +69,14 @@ def test_short_of_memory_is_not_proven_and_the_reference_reads_anew(base: Checkp
     kept, streamed = Reference(base), Reference(base, memory=100_000)
     assert (kept.streamed, streamed.streamed) == (False, True)
     assert torch.equal(kept.logits(tokens, Forward()), streamed.logits(tokens, Forward()))
+
+
+def test_a_suite_of_the_user_s_own_asserts_it(base, adapter, folded, write, tmp_path: Path) -> None:
+    write_adapter(adapter, tmp_path / "adapter")
+    base_place, right = write("qalora", base, tmp_path / "base"), write("qalora", folded, tmp_path / "right")
+    assert_parity(base_place, [right], adapter=tmp_path / "adapter", level="weights")
+    with pytest.raises(AssertionError, match=r"base/qalora: minima [\d,]+, bound 0 \(model\.layers\.0\."):
+        assert_parity(base_place, [base_place.parent], adapter=tmp_path / "adapter", level="weights")
 
 
 def test_every_prompt_is_continued(base: Checkpoint, write, tmp_path: Path) -> None:
