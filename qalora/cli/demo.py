@@ -55,7 +55,8 @@ def command(out: Path, targets: tuple[str, ...], model: str | None, steps: int, 
         f"   held-out loss {before:.3f} -> {after:.3f}, perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}"
     )
     click.echo(f"2. Fold it, export to {', '.join(targets)}, and run each in its own runtime")
-    jobs = plan_release(base, targets, out / "dist", ExportOptions(), adapter=adapter, force=force)
+    named = ExportOptions(name=f"{base.path.name.partition('.')[0]}-QALoRA")
+    jobs = plan_release(base, targets, out / "dist", named, adapter=adapter, force=force)
     total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
     with progress_bar(total, "writing") as progress, verification_bar() as stage:
         done = release(

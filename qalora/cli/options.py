@@ -234,7 +234,7 @@ def table_console() -> Console:
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal else Console(width=170)
 
 
 def print_plans(plans: Sequence[Plan], *, details: bool) -> None:

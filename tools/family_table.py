@@ -1,0 +1,107 @@
+"""Each family in each format: how far the logits are from the reference's in the format's own runtime.
+
+    python tools/family_table.py [--write docs/families.md]
+
+For each family a tiny random model is quantized, an adapter folded in, exported to every format, and verified: weights
+read back, logits in each runtime. A cell is the largest logit difference over the largest logit, and whether every gate
+passed; where a format refuses, the refusal. With --write the table goes between the markers of that page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from qalora.adapter import Adapter, AdapterLayer
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load
+from qalora.converters.exports import export
+from qalora.errors import QaloraError
+from qalora.folding import fold
+from qalora.parity import verify
+from qalora.quantization import quantize
+from qalora.testing import TINY, byte_tokenizer, tiny_model
+
+FORMATS = ("gptq", "onnx", "gguf", "mlx", "hqq")
+COLUMNS = {
+    ("gptq", "gptqmodel"): "GPTQ, transformers + GPTQModel",
+    ("onnx", "onnxruntime"): "ONNX, ONNX Runtime",
+    ("onnx/portable", "onnxruntime"): "portable ONNX, ONNX Runtime",
+    ("onnx/portable", "onnx.reference"): "portable ONNX, onnx.reference",
+    ("gguf", "llama.cpp"): "GGUF, llama.cpp",
+    ("mlx", "mlx"): "MLX, mlx-lm",
+    ("hqq", "hqq"): "HQQ, hqq",
+}
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+
+
+def random_adapter(model: Checkpoint) -> Adapter:
+    """Rank 4 on every linear layer, of a size that moves the logits."""
+    rng = torch.Generator().manual_seed(1)
+    layers = {}
+    for name in model.linears:
+        rows, columns = model.tensors[name].shape
+        a = torch.randn(4, columns // 32, generator=rng) * 0.05
+        b = torch.randn(rows, 4, generator=rng) * 0.05
+        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=2.0, factor=2.0)
+    return Adapter(layers=layers, convention="paper", minima="float16")
+
+
+def cells(family: str, folder: Path) -> dict[tuple[str, str], str]:
+    """The row of one family, by format and runtime."""
+    base = quantize(load(tiny_model(folder / "float", family, tokenizer=byte_tokenizer())), group_size=32)
+    adapter = random_adapter(base)
+    folded = fold(base, adapter)
+    found: dict[tuple[str, str], str] = {}
+    for target in FORMATS:
+        try:
+            export(folded, [target], folder)
+        except QaloraError as refusal:
+            found |= {column: f"refused: {refusal}" for column in COLUMNS if column[0].split("/")[0] == target}
+            continue
+        report = verify(base, [folder / target], adapter=adapter, level="logits", max_tokens=96, relative_to=folder)
+        for artifact in report.artifacts:
+            place = artifact.name if target == "onnx" else target
+            for run in artifact.runs:
+                statuses = {result.status for result in (*artifact.gates, *run.gates)}
+                worst = next((status for status in ("fail", "not proven") if status in statuses), "pass")
+                size = "" if run.logits is None else f"{run.logits.max / largest(report.noise):.1e}, "
+                found[place, run.kind] = f"{size}{worst}"
+    return found
+
+
+def largest(noise: object) -> float:
+    """The largest logit, from the floor of float32's noise, which is 8 * 2^-24 of it."""
+    return float(getattr(noise, "floor", 0.0)) * 2.0**21
+
+
+def table() -> str:
+    """The table as Markdown."""
+    lines = ["| family | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for family in TINY:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # foreign loaders' own
+            row = cells(family, Path(folder))
+        lines.append(f"| {family} | " + " | ".join(row.get(column, "not run") for column in COLUMNS) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table, and put it into a page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
+    arguments = parser.parse_args()
+    made = table()
+    if arguments.write is not None:
+        head, _, rest = arguments.write.read_text("utf-8").partition(BEGIN)
+        _, _, tail = rest.partition(END)
+        arguments.write.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
