@@ -465,7 +465,7 @@ def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
         ("verify @qalora @float/config.json", "config.json"),
         ("inspect %absent", "no such file or folder"),
         ("inspect @adapter --base %absent", "no such file or folder"),
-        ("inspect @data.txt", "expected a GGUF file or a model folder"),
+        ("inspect @data.txt", "expected a GGUF or ONNX file or a model folder"),
         ("export @qalora --to gguf --lora-slots @adapter -o %out", "--lora-slots: expected --to onnx, got gguf"),
         ("export @qalora --to onnx --lora-slots %absent -o %out", "absent"),
         ("export @qalora --to onnx --lora-slots @other_adapter -o %out", "--lora-slots: model.layers.1"),

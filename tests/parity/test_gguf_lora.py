@@ -39,7 +39,7 @@ def test_base_and_adapter_are_read_back(pair: Path, base: Checkpoint, adapter: A
 
 @pytest.mark.slow
 def test_it_is_proven_in_llama_cpp(pair: Path, base: Checkpoint, adapter: Adapter) -> None:
-    report = verify(base, [pair], adapter=adapter, tokens=TOKENS, prompt=None, generate=4, threads=1)
+    report = verify(base, [pair], adapter=adapter, tokens=TOKENS, generate=4, threads=1)
     assert report.passed(), report.failure()
     (run,) = report.artifacts[0].runs
     assert run.lost is not None
