@@ -16,8 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from onnx import helper, numpy_helper
+from onnx import save as save_onnx
 
 from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
 from qalora.checkpoint import Checkpoint
@@ -73,6 +76,36 @@ def _read_adapter(folder: Path) -> None:
     read_adapter(folder, convention="paper")
 
 
+def _write_as_others_do(folder: Path) -> None:
+    """A decoder's nodes and weights as onnxruntime-genai's builder names them: one layer, hidden size 32."""
+    rng = np.random.default_rng(0)
+    size = {"bits": 4, "block_size": 16, "K": 32, "N": 32}
+    norms = ("0.input_layernorm", "0.post_attention_layernorm", "1.final_norm_layernorm")
+    weights = {f"model.layers.{norm}.weight": np.ones(32, np.float32) for norm in norms}
+    weights |= {"embedding": np.ones((40, 32), np.float32), "lm_head": np.ones((32, 40), np.float32)}
+    angles = np.outer(np.arange(4), 1e4 ** (-np.arange(0, 16, 2, dtype=np.float32) / 16))
+    weights |= {"cos_cache": np.cos(angles).astype(np.float32), "sin_cache": np.sin(angles).astype(np.float32)}
+    nodes = [
+        ("Gather", "/model/embed_tokens/Gather", ["embedding", "input_ids"], {}),
+        ("GroupQueryAttention", "/model/layers.0/attn/GroupQueryAttention", ["x"], {"num_heads": 2, "kv_num_heads": 1}),
+        ("SkipSimplifiedLayerNormalization", "/model/layers.0/norm", ["x"], {"epsilon": 1e-6}),
+        ("MatMul", "/lm_head/MatMul", ["x", "lm_head"], {}),
+    ]
+    for place, rows in (("attn/qkv", 64), ("attn/o", 32), ("mlp/gate", 32), ("mlp/up", 32), ("mlp/down", 32)):
+        weights[f"{place}.q"] = rng.integers(0, 256, (rows, 2, 8), dtype=np.uint8)
+        weights[f"{place}.s"] = np.ones((rows, 2), np.float32)
+        weights[f"{place}.z"] = rng.integers(0, 256, rows, dtype=np.uint8)
+        inputs = ["x", f"{place}.q", f"{place}.s", f"{place}.z"]
+        nodes.append(("MatMulNBits", f"/model/layers.0/{place}_proj/MatMulNBits", inputs, {**size, "N": rows}))
+    made = [helper.make_node(kind, inputs, ["y"], name, **more) for kind, name, inputs, more in nodes]
+    kept = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    folder.mkdir()
+    save_onnx(helper.make_model(helper.make_graph(made, "g", [], [], kept)), folder / "model.onnx")
+    decoder = {"hidden_size": 32, "num_hidden_layers": 1, "head_size": 16}
+    model = {"type": "llama", "context_length": 4, "vocab_size": 40, "decoder": decoder}
+    (folder / "genai_config.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+
+
 def _inspect(path: Path) -> None:
     """Damage that can be read is a warning or nothing; and the JSON has no NaN."""
     json.dumps(inspect(path).to_json(), allow_nan=False)
@@ -102,6 +135,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         )
         for name in model.linears
     }
+    _write_as_others_do(root / "foreign")
     adapter = Adapter(layers=layers, convention="paper")
     write_adapter(adapter, root / "adapter")
     (root / "lora").mkdir()
@@ -114,6 +148,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
         "gguf": (root / "gguf", _read_gguf),
         "gguf-narrow": (root / "narrow" / "gguf", _read_gguf),
         "onnx": (root / "onnx", _read_onnx),
+        "foreign": (root / "foreign", _read_onnx),
         "mlx": (root / "mlx", _read_model),
         "hqq": (root / "hqq", _read_model),
         "adapter": (root / "adapter", _read_adapter),
@@ -185,6 +220,8 @@ FILES = [
     ("gguf-narrow", "model.gguf"),
     ("onnx", "model.onnx"),
     ("onnx", "config.json"),
+    ("foreign", "model.onnx"),
+    ("foreign", "genai_config.json"),
     ("mlx", "config.json"),
     ("mlx", "model.safetensors"),
     ("hqq", "config.json"),
@@ -225,7 +262,9 @@ def test_inspect_of_damage_is_a_report_or_one_sentence(
     source, _ = models[kind]
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
-    place = folder / name if kind in ("gguf", "lora") else folder / "model.onnx" if kind == "onnx" else folder
+    place = (
+        folder / name if kind in ("gguf", "lora") else folder / "model.onnx" if kind in ("onnx", "foreign") else folder
+    )
     good = (folder / name).read_bytes()
     for seed in range(ROUNDS // 3):
         (folder / name).write_bytes(good)

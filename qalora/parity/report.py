@@ -1,8 +1,10 @@
 """The parity report: what was compared, every metric, every gate; as records, as JSON, as a table for a terminal.
 
-The JSON has a version, "schema": "qalora.parity/1": later versions of it add keys and rename none. Keys are sorted by
-whoever writes it; reals have six significant digits; a value that is not finite is null. Nothing in it depends on
-where or when it was made, except what the runtimes computed and, under "speed", how fast they were.
+The JSON has a version, "schema": "qalora.parity/1": later versions of it add keys and rename none. An artefact's
+"weights" has the fields of `weights.WeightMetrics` and `findings.TensorDifference`, each of its "runs" those of
+`RunReport`. Keys are sorted by whoever writes it; reals have six significant digits; a value that is not finite is
+null. Nothing in it depends on where or when it was made, except what the runtimes computed and, under "speed", how
+fast they were.
 
 This module computes nothing and judges nothing.
 """

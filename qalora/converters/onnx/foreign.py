@@ -102,6 +102,9 @@ def read(file: Path, proto: Any, stored: Mapping[str, Stored]) -> Checkpoint:
     known, and for weights that are not what the nodes say.
     """
     nodes = list(proto.graph.node)
+    for node in nodes:  # protobuf gives a string that is no UTF-8 as bytes
+        if not all(isinstance(text, str) for text in (node.name, node.op_type, *node.input, *node.output)):
+            raise FormatError(f"{file}: a node's names", expected="UTF-8", got="other bytes")
     graph = _Graph(file=file, nodes=nodes, stored=stored, config=config_of(file, nodes, stored))
     tensors: dict[str, LazyTensor] = {}
     for node in nodes:
