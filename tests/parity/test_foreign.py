@@ -103,6 +103,21 @@ def test_the_builders_graph_of_a_gptq_checkpoint_passes(packed, tmp_path: Path) 
 
 
 @needs_builder
+def test_a_folder_made_for_cuda_is_not_proven_in_genai_without_it(packed, tmp_path: Path) -> None:
+    """ONNX Runtime runs its graph on the CPU all the same; onnxruntime-genai wants the CUDA that the folder names."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    source = packed(True, "gptq")
+    graph = built(source, tmp_path / "onnx")
+    config = json.loads((graph / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {}}]
+    (graph / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    report = verify(source, [graph], max_tokens=16, generate=2)
+    assert failed(report) == {("onnx in onnxruntime-genai", "runtime")}
+    assert not report.passed() and report.passed(allow_unproven=True)
+
+
+@needs_builder
 def test_what_the_builder_changes_by_default_is_told(packed, tmp_path: Path) -> None:
     """The output layer, floats of a quantized model, in 4 bits: up to a step away, since its grid clips one side."""
     source = packed(True, "gptq")

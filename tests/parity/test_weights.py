@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qalora.parity.weights import compare_tensors, essentials, ulp
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.parity.weights import compare_tensors, compare_weights, essentials, ulp
 from qalora.residual import from_residual, to_residual
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import random_tensor
@@ -145,3 +146,22 @@ def test_a_config_says_the_same_in_several_ways() -> None:
         {**new, "rope_parameters": {"rope_theta": 1e5, "rope_type": "linear", "factor": 2.0}}
     )
     assert essentials(scaled) != essentials(old)
+
+
+def test_the_context_is_noted_and_fails_nothing(base: Checkpoint) -> None:
+    found = compare_weights(replace(base, config={**base.config, "max_position_embeddings": 128}), base)
+    assert found.notes == ("max_position_embeddings: 128 instead of 512",) and found.config == ()
+    assert compare_weights(base, base).notes == ()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_a_transposed_weight_is_told_square_or_not(base: Checkpoint, name: str) -> None:
+    turned = base.tensors[name].load_quantized().dequantize().T.contiguous()
+    lazy = LazyTensor(
+        name=name, shape=tuple(turned.shape), dtype=torch.float32, read=lambda start, stop: turned[start:stop]
+    )
+    found = compare_weights(replace(base, tensors={**base.tensors, name: lazy}), base)
+    if turned.shape[0] == turned.shape[1]:
+        assert [(part.name, part.transposed) for part in found.different] == [(name, 1)] and found.shapes == ()
+    else:
+        assert found.shapes == (f"{name}: [64, 128] instead of [128, 64], transposed",)
