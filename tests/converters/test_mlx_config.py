@@ -35,6 +35,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 128}
+OWN_YARN = {**YARN, "attention_factor": 0.9, "beta_fast": 16, "beta_slow": 2}
+MSCALES = {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -51,6 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, linear": ("llama", {"rope_parameters": LINEAR}),
     "llama, llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "llama, yarn with a factor of its own": ("llama", {"rope_parameters": OWN_YARN}),
+    "llama, yarn with two scales": ("llama", {"rope_parameters": MSCALES}),
     "mistral": ("mistral", {"rope_parameters": THETA, "sliding_window": 64}),
     "qwen2": ("qwen2", {"rope_parameters": THETA}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -59,6 +63,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16, "sliding_window": 8, "layer_types": ALTERNATING}),
     "phi3": ("phi3", {"rope_parameters": THETA}),
     "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    "phi3, longrope, half a head": (
+        "phi3",
+        {
+            "rope_parameters": {
+                **LONGROPE,
+                "partial_rotary_factor": 0.5,
+                "long_factor": [2.0] * 4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+            },
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    "qwen3, yarn": ("qwen3", {"rope_parameters": YARN}),
     "smollm3": ("smollm3", {"rope_parameters": THETA, "no_rope_layer_interval": 2}),
 }
 
@@ -94,6 +111,10 @@ def test_mlx_lm_computes_what_transformers_does(case: str, tmp_path: Path) -> No
     ("config", "words"),
     [
         ({"model_type": "mistral", "sliding_window": 64}, "no sliding window for mistral: it is right up to 64 tokens"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16},
+            "no sliding window for qwen2: it is right up to 16 tokens",
+        ),
         ({"model_type": "phi3", "rope_parameters": LONGROPE}, "one list of rope factors: it is right up to 128 tokens"),
         ({"model_type": "gemma3_text", "hidden_size": 1152}, "embeddings by 34 instead of 33.9411"),
     ],
@@ -111,6 +132,31 @@ def test_old_configs_are_understood() -> None:
     assert written["rope_scaling"]["type"] == "linear" and written["rope_scaling"]["factor"] == 2.0
     written, _ = mlx_config({**SIZES, "model_type": "qwen2"}, tied=True)
     assert (written["rope_theta"], written["rope_scaling"]) == (1e4, None)  # mlx-lm's own default is 1e6
+
+
+@pytest.mark.parametrize(
+    ("config", "tied", "words"),
+    [
+        ({"model_type": "qwen3", "attention_bias": True}, True, "attention_bias: expected a qwen3 without"),
+        ({"model_type": "gemma2"}, False, "lm_head: expected a gemma2 whose output layer is the embedding"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 8.0}, True, "final_logit_softcapping: expected"),
+        ({"model_type": "gemma2", "rope_parameters": LINEAR}, True, "rope_type: expected default for gemma2"),
+        ({"model_type": "phi3", "rope_parameters": YARN}, True, "rope_type: expected default or longrope for phi3"),
+        ({"model_type": "phi3", "rope_parameters": {**LONGROPE, "factor": 9.0}}, True, "longrope factor: expected 4"),
+        (
+            {"model_type": "phi3", "rope_parameters": {**LONGROPE, "attention_factor": 9.0}},
+            True,
+            r"longrope attention_factor: expected 1\.13",
+        ),
+        ({"model_type": "llama", "rope_parameters": {**YARN, "truncate": False}}, True, "rope truncate: expected True"),
+        ({"model_type": "llama", "rope_parameters": {**YARN, "factor": "x"}}, True, "rope factor: expected a number"),
+    ],
+)
+def test_what_mlx_lm_computes_otherwise_at_any_length_is_refused(
+    config: dict[str, Any], tied: bool, words: str
+) -> None:
+    with pytest.raises(InputError, match=f"mlx: {words}"):
+        mlx_config({**SIZES, **config}, tied=tied)
 
 
 @pytest.mark.parametrize("kinds", [["sliding_attention"] * 4, ["full_attention", "sliding_attention"] * 2])

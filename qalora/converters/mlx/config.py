@@ -7,18 +7,21 @@ passed over without a word, and the model computes something else. Where the two
 |---|---|
 | rope_parameters with rope_theta and rope_type | rope_theta, and rope_scaling with type; null for the default rope |
 | rope_parameters by kind of layer (Gemma 3) | rope_theta and rope_scaling of the full ones, rope_local_base_freq |
+| yarn's attention_factor | mscale, of which it is 1 + 0.1 * mscale * ln(factor) |
 | longrope (Phi-3): short factors within the original context, long ones beyond | long_factor at any length |
 | layer_types (Gemma 3) | sliding_window_pattern: every n-th layer attends to everything |
-| sliding_window (Mistral, Phi-3, Gemma 2) | attends to everything |
+| sliding_window (Mistral, Phi-3, Gemma 2, Qwen with use_sliding_window) | attends to everything |
 | tie_word_embeddings false by default (Llama) | true by default |
 
-The config that is written makes the model right within the window and the original context, and says so in a note.
-What came from transformers stays in it, so that it reads back as it was. Source: mlx-lm, mlx_lm/models/*.py, class
-ModelArgs. The tests hold each family's logits against transformers.
+The config that is written makes the model right within the window and the original context, and says so in a note;
+what mlx-lm would compute otherwise at any length is refused. What came from transformers stays in it, so that it reads
+back as it was. Source: mlx-lm, mlx_lm/models/*.py, class ModelArgs, and rope_utils.py. The tests hold each family's
+logits against transformers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,35 +32,123 @@ __all__ = ["mlx_config"]
 WINDOWED = ("mistral", "phi3", "gemma2")
 """Families with a sliding window that mlx-lm does not have."""
 
+ROPES = {"phi3": ("default", "longrope"), "gemma2": ("default",)}
+"""Families whose rope mlx-lm does not scale in every way."""
+
 
 def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config to write, and notes on what mlx-lm computes otherwise; InputError where that cannot be said in it."""
+    """The config to write, and notes on what mlx-lm computes otherwise beyond some length.
+
+    tied  whether the output layer is the embedding
+
+    Raises InputError for what it would compute otherwise from the first token on.
+    """
+    family = str(config.get("model_type"))
+    _check(config, family, tied=tied)
     found = {**config, "tie_word_embeddings": tied}
-    notes = []
     rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": _theta(config)}
     full, local = rope.get("full_attention", rope), rope.get("sliding_attention")
+    notes: list[str] = []
     if isinstance(full, Mapping):
-        kind = full.get("rope_type", full.get("type", "default"))
-        found["rope_theta"] = full.get("rope_theta") or _theta(config)
-        found["rope_scaling"] = None if kind == "default" else {**full, "type": kind}
-        if kind in ("longrope", "su"):
-            found["rope_scaling"]["long_factor"] = full.get("short_factor")
-            original = full.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-            notes.append(f"mlx-lm has one list of rope factors: it is right up to {original} tokens")
+        found |= _rope(full, config, family, notes)
     if isinstance(local, Mapping):
         found["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
-    if config.get("model_type") == "gemma3_text":
+    if family == "gemma3_text":
         found["sliding_window_pattern"] = _pattern(config)
         notes += _scale_note(int(config["hidden_size"]))
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
-    if config.get("model_type") in WINDOWED and type(window) is int and type(longest) is int and window < longest:
-        notes.append(f"mlx-lm has no sliding window for {config['model_type']}: it is right up to {window} tokens")
+    notes += _window_note(config, family)
     return found, tuple(notes)
+
+
+def _refuse(what: str, expected: str, got: object) -> InputError:
+    return InputError(
+        f"mlx: {what}", expected=f"{expected}, as in mlx-lm", got=str(got)[:120], todo="use another format"
+    )
+
+
+def _check(config: Mapping[str, Any], family: str, *, tied: bool) -> None:
+    """What mlx-lm's modules have no place for, or pass over."""
+    if family == "qwen3" and config.get("attention_bias"):
+        raise _refuse("attention_bias", "a qwen3 without", "True")
+    if family == "gemma2" and not tied:
+        raise _refuse("lm_head", "a gemma2 whose output layer is the embedding", "one of its own")
+    if family == "gemma3_text":
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if config.get(key) is not None:
+                raise _refuse(key, "a gemma3 without", config[key])
 
 
 def _theta(config: Mapping[str, Any]) -> float:
     default = 1e6 if config.get("model_type") == "gemma3_text" else 1e4
     return float(config.get("rope_theta") or default)
+
+
+def _rope(rope: Mapping[str, Any], config: Mapping[str, Any], family: str, notes: list[str]) -> dict[str, Any]:
+    """The keys of the rotary positions; `rope` is that of the layers that attend to everything."""
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    kind = "longrope" if kind == "su" else kind
+    if kind not in ROPES.get(family, (kind,)):
+        raise _refuse("rope_type", f"{' or '.join(ROPES[family])} for {family}", kind)
+    found: dict[str, Any] = {"rope_theta": rope.get("rope_theta") or _theta(config), "rope_scaling": None}
+    if rope.get("partial_rotary_factor") is not None:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if kind == "default":
+        return found
+    scaling = {**rope, "type": kind}
+    if kind == "yarn":
+        scaling |= _yarn(rope)
+    elif kind == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        _check_longrope(rope, config, original)
+        scaling |= {"long_factor": rope.get("short_factor"), "original_max_position_embeddings": original}
+        found["original_max_position_embeddings"] = original
+        notes.append(f"mlx-lm has one list of rope factors: it is right up to {original} tokens")
+    return {**found, "rope_scaling": scaling}
+
+
+def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """mscale and mscale_all_dim that make mlx-lm's factor transformers' attention_factor."""
+    if rope.get("truncate") is False:
+        raise _refuse("rope truncate", "True", "False")
+    factor = _number(rope, "factor")
+    step = 0.1 * math.log(factor) if factor > 1 else 0.0
+    if rope.get("attention_factor") is not None:
+        attention = _number(rope, "attention_factor")
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention = (1 + step * _number(rope, "mscale")) / (1 + step * _number(rope, "mscale_all_dim"))
+    else:
+        attention = 1 + step
+    if step == 0 and attention != 1:
+        raise _refuse("attention_factor", "1 where factor is 1", attention)
+    return {"mscale": (attention - 1) / step if step else 1.0, "mscale_all_dim": 0.0}
+
+
+def _check_longrope(rope: Mapping[str, Any], config: Mapping[str, Any], original: object) -> None:
+    """mlx-lm takes the factor from the two context lengths, and the size of cos and sin from that."""
+    longest = config.get("max_position_embeddings")
+    if type(original) is not int or type(longest) is not int or original < 2:
+        raise _refuse("original_max_position_embeddings", "a whole number", original)
+    ratio = longest / original
+    if rope.get("factor") is not None and not math.isclose(_number(rope, "factor"), ratio):
+        raise _refuse("longrope factor", f"{ratio:g}, of the context lengths", rope["factor"])
+    wanted = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    if rope.get("attention_factor") is not None and not math.isclose(_number(rope, "attention_factor"), wanted):
+        raise _refuse("longrope attention_factor", f"{wanted:g}, of the context lengths", rope["attention_factor"])
+
+
+def _number(rope: Mapping[str, Any], key: str) -> float:
+    value = rope.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"mlx: rope {key}", expected="a number", got=repr(value)[:60])
+    return float(value)
+
+
+def _window_note(config: Mapping[str, Any], family: str) -> list[str]:
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    used = family in WINDOWED or (family in ("qwen2", "qwen3") and config.get("use_sliding_window"))
+    if used and type(window) is int and type(longest) is int and window < longest:
+        return [f"mlx-lm has no sliding window for {family}: it is right up to {window} tokens"]
+    return []
 
 
 def _pattern(config: Mapping[str, Any]) -> int:
@@ -71,12 +162,7 @@ def _pattern(config: Mapping[str, Any]) -> int:
         "full_attention" if pattern and (n + 1) % pattern == 0 else "sliding_attention" for n in range(len(kinds))
     ]
     if not pattern or kinds != expected:
-        raise InputError(
-            "mlx: layer_types",
-            expected="every n-th layer full_attention, as mlx-lm has it",
-            got=", ".join(map(str, kinds))[:120],
-            todo="export it to another format",
-        )
+        raise _refuse("layer_types", "every n-th layer full_attention", ", ".join(map(str, kinds)))
     return pattern
 
 
