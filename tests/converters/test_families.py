@@ -112,6 +112,13 @@ NOT_IN_GGUF = {
 }
 """Forms that llama.cpp does not do, and what their refusal says."""
 
+NOT_IN_MLX = {
+    "qwen3 with biases, one head of keys": "mlx: attention_bias: expected a qwen3 without",
+    "gemma2 with an output layer": "mlx: lm_head: expected a gemma2 whose output layer is the embedding",
+    "gemma3_text with linear scaling and caps": "mlx: final_logit_softcapping: expected a gemma3 without",
+}
+"""Forms that mlx-lm does not do, and what their refusal says."""
+
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
 
 
@@ -324,19 +331,42 @@ def test_a_float_file_in_llama_cpp(form: str, tiny_of: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in NOT_IN_MLX])
+def test_a_float_folder_in_mlx_lm(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    """As far as the plan's notes say that mlx-lm is right: within the window, or the original context."""
+    tiny = tiny_of(form)
+    (plan,) = export(tiny.model, "mlx", tmp_path)
+    ends = [int(note.split(" tokens")[0].split()[-1]) for note in plan.notes if note.endswith(" tokens")]
+    tokens = TOKENS[:1, : min([40, *ends])]
+    wanted, noise = transformers_logits(tiny.folder, tokens)
+    runtime = open_runtime("mlx", tmp_path / "mlx")
+    assert_close(runtime.logits(tokens[0].tolist()), wanted[0], max(noise, tiny.noise))
+    assert_close(runtime.steps(tokens[0].tolist()), wanted[0], max(noise, tiny.noise))
+
+
+@pytest.mark.parametrize("form", NOT_IN_MLX)
+def test_what_mlx_lm_does_not_do_is_refused(form: str, tiny_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=NOT_IN_MLX[form]):
+        export(tiny_of(form).model, "mlx", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", MAIN)
 def test_from_the_folder_to_a_proof(form: str, tiny_of: Any, tmp_path: Path) -> None:
     """Quantized, an adapter folded in, exported, and proven in each format's own runtime against base and adapter."""
     base = quantize(tiny_of(form).model, bits=4, group_size=32)
     adapter = made_adapter(base)
     folded = fold(base, adapter)
-    export(folded, ["gguf", "onnx", "qalora"], tmp_path)
-    for place in ("onnx", "onnx/portable", "qalora"):
-        assert_same_model(load(tmp_path / place) if place == "qalora" else read_onnx(tmp_path / place), folded)
+    export(folded, ["gguf", "onnx", "qalora", "mlx", "hqq"], tmp_path)
+    for place in ("onnx", "onnx/portable", "qalora", "mlx", "hqq"):
+        assert_same_model(read_onnx(tmp_path / place) if "onnx" in place else load(tmp_path / place), folded)
     (file,) = (tmp_path / "gguf").iterdir()
     assert_same_model(load(file), folded)
-    tokens = TOKENS[0, : 12 if form in ("mistral", "phi3") else 40].tolist()
-    artefacts = [file, tmp_path / "onnx", tmp_path / "onnx" / "portable"]
+    tokens = TOKENS[0, : 12 if form in ("mistral", "phi3", "gemma2") else 40].tolist()
+    artefacts = [file, tmp_path / "onnx", tmp_path / "onnx" / "portable", tmp_path / "mlx"]
     report = verify(base, artefacts, adapter=adapter, level="logits", tokens=tokens)
     assert report.passed(), report.failure()
 

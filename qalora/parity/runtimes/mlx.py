@@ -71,12 +71,13 @@ class MlxRuntime:
 
     def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """float32 [tokens, vocabulary] of each sequence, from one batch padded on the left, as mlx-lm's own is; one
-        after the other where the model keeps another cache than the plain one, which mlx-lm does not pad.
+        after the other where mlx-lm does not pad: a model that keeps another cache than the plain one, and Gemma 2,
+        whose scores and mask do not go together in a batch.
         """
         from mlx_lm.models.cache import BatchKVCache, KVCache
 
         cache = self._cache()
-        if not all(type(part) is KVCache for part in cache):
+        if self._model.model_type == "gemma2" or not all(type(part) is KVCache for part in cache):
             return [self.logits(sequence) for sequence in sequences]
         ids, mask = pad(sequences, "left")
         padding = (mask.shape[1] - mask.sum(dim=1)).tolist()
