@@ -298,7 +298,11 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         raise InputError(
             f"{where}: use_bidirectional_attention", expected="a decoder, which looks back only", got="true"
         )
-    rope_of(settings, where)
+    rope = rope_of(settings, where)
+    if rope.share != 1 and "partial_rotary_factor" not in family.defaults:
+        raise InputError(
+            f"{where}: partial_rotary_factor", expected=f"none in a {family.model_type}", got=str(rope.share)
+        )
     if family.local_rope:
         rope_of(settings, where, "sliding_attention")
 

@@ -8,8 +8,9 @@ missing, extra, or of another shape is told. This module runs no model, and deci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -155,13 +156,18 @@ def essentials(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention scale": decoder.scale,
         "attn_logit_softcapping": decoder.softcap,
         "final_logit_softcapping": decoder.logit_softcap,
-        "windows": [layer.window if (layer.window or 0) < decoder.positions else None for layer in decoder.layers],
-        "rotary positions": [layer.rope for layer in decoder.layers],
+        "windows": _runs(layer.window if (layer.window or 0) < decoder.positions else None for layer in decoder.layers),
+        "rotary positions": _runs(layer.rope for layer in decoder.layers),
     }
     for kind, rope in decoder.ropes.items():
         where = "rope" if kind == FULL else f"rope.{kind}"
         found |= {f"{where}.{key}": value for key, value in rope.parameters().items()}
     return {key: _float32(value) for key, value in found.items()}
+
+
+def _runs(values: Iterable[Any]) -> str:
+    """What follows each other in the layers, such as "5 x 1024, 1 x None"."""
+    return ", ".join(f"{len(list(run))} x {value}" for value, run in groupby(values))
 
 
 def _float32(value: Any) -> Any:

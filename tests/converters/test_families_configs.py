@@ -237,6 +237,7 @@ def test_keys_of_ours_that_lie_are_refused(key: str, value: str, words: str) -> 
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": "x", "long_factor": []}}, "a list of numbers"),
         ({"rope_parameters": {"full_attention": 3, "sliding_attention": {}}}, "expected an object for full_attention"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected at most 1"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor: expected none in a gemma3_text, got 0\.5"),
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: expected a number above 0"),
         ({"final_logit_softcapping": "x"}, "final_logit_softcapping: expected a number above 0"),
         ({"sliding_window": "x"}, "sliding_window: expected a whole number"),

@@ -78,8 +78,8 @@ def config_of(
         raise FormatError(f"{where}", expected="key-value heads that divide the heads, and an even head size")
     for key, ours in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(token, int) and 0 <= token < vocab_size:
-            config[ours] = token
+        known = isinstance(token, int) and 0 <= token < vocab_size
+        config[ours] = token if known else None  # transformers' classes have numbers of their own for what is not said
     return config | _of_the_family(read, family, config) | _carried_by(metadata, where)
 
 
