@@ -14,7 +14,7 @@ from typing import Any, Literal
 from qalora.converters.rope import rope_of
 from qalora.errors import InputError
 
-__all__ = ["FAMILIES", "Family", "bias_names", "check_config", "family_of", "linear_names", "settings_of"]
+__all__ = ["FAMILIES", "Family", "bias_names", "check_config", "family_of", "linear_names", "norm_names", "settings_of"]
 
 Names = tuple[tuple[str, str], ...]
 
@@ -258,8 +258,20 @@ def _missing(config: Mapping[str, Any]) -> str:
 
 
 def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """The config with the family's defaults for what it leaves out."""
-    return {**family_of(config, where).defaults, **config}
+    """The config with the family's defaults for what it leaves out, or has as null where null says nothing."""
+    said = {key: value for key, value in config.items() if value is not None or key not in _NEVER_NULL}
+    return {**family_of(config, where).defaults, **said}
+
+
+_NEVER_NULL = (
+    "hidden_act",
+    "hidden_activation",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rms_norm_eps",
+    "rope_local_base_freq",
+    "rope_theta",
+)
 
 
 def check_config(config: Mapping[str, Any], where: object) -> None:
@@ -336,3 +348,9 @@ def bias_names(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
     """The names of the biases that every model of the family has; a config may announce others."""
     layers = range(int(config["num_hidden_layers"]))
     return tuple(f"model.layers.{n}.{module}.bias" for n in layers for module in family_of(config, where).biases)
+
+
+def norm_names(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
+    """The names of all norms, layer by layer, and of the last one."""
+    norms, layers = family_of(config, where).norms, range(int(config["num_hidden_layers"]))
+    return (*(f"model.layers.{n}.{module}.weight" for n in layers for module, _ in norms), "model.norm.weight")

@@ -496,6 +496,16 @@ def test_norms_of_one_plus_a_weight_are_compared_as_they_are_used(tiny_of: Any, 
     assert not compare_weights(again, model).total.same
 
 
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+@pytest.mark.parametrize("module", ["self_attn.k_norm", "post_feedforward_layernorm"])
+def test_a_norm_that_a_family_has_must_be_there(module: str, target: str, tiny_of: Any, tmp_path: Path) -> None:
+    model = tiny_of("gemma3_text").model
+    name = f"model.layers.3.{module}.weight"
+    less = replace(model, tensors={key: lazy for key, lazy in model.tensors.items() if key != name})
+    with pytest.raises(InputError, match=f"tensor {name}: expected it, as config.json says"):
+        written(less, target, tmp_path)
+
+
 def test_a_bias_that_a_family_has_must_be_there(tiny_of: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -166,6 +166,12 @@ def test_older_configs_are_understood_as_transformers_does(name: str) -> None:
     assert essentials(config) == essentials(AutoConfig.for_model(**copy.deepcopy(config)).to_dict())
 
 
+def test_null_says_nothing_where_it_cannot() -> None:
+    config = PUBLISHED["gemma-3-4b's text"]
+    nulls = {"hidden_activation": None, "rms_norm_eps": None, "original_max_position_embeddings": None}
+    assert essentials({**config, **nulls}) == essentials(config)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_a_place_in_gguf(name: str) -> None:
     """What llama.cpp takes for granted of an architecture is what its models have, and comes back from the metadata."""
@@ -177,6 +183,17 @@ def test_published_models_have_a_place_in_gguf(name: str) -> None:
     shapes = {"token_embd.weight": (decoder.vocabulary, decoder.hidden)}
     again = config_of(metadata, decoder.family, name, shapes=shapes, factors=factor_tensors(decoder))
     assert essentials(again) == essentials(config)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_metadata_keys_are_those_of_gguf_py(name: str) -> None:
+    parts = [part for part in vars(gguf.Keys).values() if isinstance(part, type)]
+    known = {key for part in parts for key in vars(part).values() if isinstance(key, str)}
+    decoder = decoder_of(PUBLISHED[name], name)
+    prefix = f"{decoder.family.gguf}."
+    for key in hyperparameters(decoder, settings_of(PUBLISHED[name], name), name):
+        if not key.startswith("qalora."):
+            assert key.replace(prefix, "{arch}.") in known, key
 
 
 def test_llama_3_1_factors_that_name_no_numbers_are_recognised() -> None:

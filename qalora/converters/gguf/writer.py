@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
-from qalora.converters.families import Family
+from qalora.converters.families import Family, norm_names
 from qalora.converters.gguf.hyperparameters import factor_tensors
 from qalora.converters.gguf.loaders import check_tensors, context_notes
 from qalora.converters.gguf.metadata import file_metadata, file_name
@@ -52,6 +52,9 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     if unknown:
         raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in a {family.gguf} file")
     check_tensors(model.tensors, family, model.path)
+    for name in (*norm_names(model.config, model.path), "model.embed_tokens.weight"):
+        if name not in model.tensors:
+            raise InputError(f"{model.path}: tensor {name}", expected="it, as config.json says", got="no such tensor")
     carriers = {name: _carrier(lazy, model, options) for name, lazy in model.tensors.items()}
     kinds = Counter(kind for name, (kind, _) in carriers.items() if name in model.linears)
     common = kinds.most_common(1)[0][0]

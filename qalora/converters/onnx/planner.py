@@ -16,7 +16,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
-from qalora.converters.families import family_of
+from qalora.converters.families import family_of, norm_names
 from qalora.converters.onnx.carriers import fast_parts, portable_parts
 from qalora.converters.onnx.decoder import check_decoder, rotary_parts
 from qalora.converters.onnx.fast import fast_graph
@@ -103,13 +103,12 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
 
 def _check_tensors(model: Checkpoint) -> None:
     family = family_of(model.config, model.path)
-    layers = range(int(model.config["num_hidden_layers"]))
     known = {name for name, _ in family.outer} | set(model.linears) | {f"{module_of(n)}.bias" for n in model.linears}
-    norms = {f"model.layers.{n}.{norm}.weight" for n in layers for norm, _ in family.norms}
-    for name in sorted(norms | {"model.embed_tokens.weight", "model.norm.weight"}):
+    norms = norm_names(model.config, model.path)
+    for name in sorted({*norms, "model.embed_tokens.weight"}):
         if name not in model.tensors:
             raise InputError(f"{model.path}: tensor {name}", expected="it, as config.json says", got="no such tensor")
-    unknown = sorted(set(model.tensors) - known - norms)
+    unknown = sorted(set(model.tensors) - known - set(norms))
     if unknown:
         raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in the graph of a {family.model_type}")
     decoder, table = decoder_of(model.config, model.path), model.tensors["model.embed_tokens.weight"].shape
