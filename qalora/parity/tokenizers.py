@@ -100,12 +100,15 @@ def _facts(model: Checkpoint) -> _Facts:
 
 
 def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
-    """Tokens and ids; those of GGUF's own list, to which transformers' conversion adds tokens of its own."""
+    """Tokens and ids that the model has a row for; those of GGUF's own list, to which transformers' conversion adds.
+
+    transformers' classes add special tokens that a tokenizer lacks, behind the last row of the embedding.
+    """
     listed = None if model.gguf is None else model.gguf.get("tokenizer.ggml.tokens")
     if isinstance(listed, list | tuple):
         return {str(token): n for n, token in enumerate(listed)}
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    return vocabulary
+    rows = model.tensors["model.embed_tokens.weight"].shape[0]
+    return {token: n for token, n in tokenizer.get_vocab().items() if n < rows}
 
 
 def _special(model: Checkpoint, tokenizer: Any, key: str) -> int | None:
@@ -113,7 +116,8 @@ def _special(model: Checkpoint, tokenizer: Any, key: str) -> int | None:
     short = {"pad_token_id": "padding_token_id", "unk_token_id": "unknown_token_id"}.get(key, key)
     found = getattr(tokenizer, key, None) if model.gguf is None else model.gguf.get(f"tokenizer.ggml.{short}")
     found = model.config.get(key) if found is None and model.gguf is None else found
-    return found if isinstance(found, int) else None
+    rows = model.tensors["model.embed_tokens.weight"].shape[0]
+    return found if isinstance(found, int) and found < rows else None
 
 
 def _differences(mine: _Facts, theirs: _Facts) -> list[str]:

@@ -9,9 +9,12 @@ import pytest
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
+from qalora.converters.exports import export
+from qalora.converters.tokenizer import load_tokenizer
 from qalora.parity import verify
 from qalora.parity.tokenizers import PASSAGE, TokenizerCheck
-from qalora.testing import byte_tokenizer, tiny_llama
+from qalora.quantization import quantize
+from qalora.testing import byte_tokenizer, tiny_llama, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,12 @@ def test_another_tokenizer_fails_its_gate_in_every_format(
     report = verify(base, [wrong], level="weights")
     assert {result.gate for _, result in report.results() if result.status != "pass"} == {"tokenizer"}
     assert "2 tokens have other ids, such as 'e'" in report.failure()
+
+
+def test_ids_beyond_the_embedding_are_none_of_the_model_s(tmp_path: Path) -> None:
+    """transformers' class for Qwen2 adds an end of text to a tokenizer that has none, behind the model's last row."""
+    model = quantize(load(tiny_model(tmp_path / "model", "qwen2", tokenizer=byte_tokenizer())), group_size=32)
+    assert max(load_tokenizer(model).get_vocab().values()) >= model.tensors["model.embed_tokens.weight"].shape[0]
+    export(model, ["gguf"], tmp_path)
+    (file,) = (tmp_path / "gguf").iterdir()
+    assert TokenizerCheck(model).compare(load(file)) == ()
