@@ -176,7 +176,7 @@ def _status(gate: Gate, evidence: Evidence, value: float, bound: float) -> Statu
     good = value >= bound if gate.at_least else value <= bound
     if gate.name == "greedy" and not good:
         return "ambiguous" if all(map(_near_tie, evidence.generations)) else "fail"
-    if gate.name == "adapter" and good and bound > 0.5:
+    if (gate.name == "adapter" and good and bound > 0.5) or (gate.name == "steps" and not good):
         return "ambiguous"
     return "pass" if good else "fail"
 

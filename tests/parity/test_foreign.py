@@ -112,7 +112,7 @@ def test_a_folder_made_for_cuda_is_not_proven_in_genai_without_it(packed, tmp_pa
     config = json.loads((graph / "genai_config.json").read_text(encoding="utf-8"))
     config["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {}}]
     (graph / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
-    report = verify(source, [graph], max_tokens=16, generate=2)
+    report = verify(source, [graph], max_tokens=64, generate=2)
     assert failed(report) == {("onnx in onnxruntime-genai", "runtime")}
     assert not report.passed() and report.passed(allow_unproven=True)
 

@@ -139,3 +139,31 @@ def test_the_fold_and_an_adapter_beside() -> None:
 
 def test_what_was_not_run_is_not_proven() -> None:
     assert unproven("runtime", "llama.cpp needs xllamacpp").status == "not proven"
+
+
+def test_a_quantization_beyond_half_a_step_is_ambiguous_and_no_failure() -> None:
+    near = TensorDifference(name="model.norm.weight", values=8, values_differ=8, requantized=8, step_max=0.5)
+    far = replace(near, step_max=0.9, step_beyond=3)
+    for found, expected in ((near, "pass"), (far, "ambiguous")):
+        evidence = Evidence(weights=replace(WEIGHTS, total=found, different=(found,)))
+        assert status(evidence, "steps") == expected
+        assert {result.gate for result in judge(evidence) if result.status == "fail"} == set()
+    assert "steps" not in {result.gate for result in judge(Evidence(weights=WEIGHTS))}
+
+
+@pytest.mark.parametrize(
+    ("field", "count", "words"),
+    [
+        ("zeros_above", 100, "one too large in 100 of 100 groups, as in a gptq_v2 checkpoint read as gptq"),
+        ("zeros_below", 95, "one too small in 95 of 100 groups, as in a gptq checkpoint read as gptq_v2"),
+        ("zeros_below", 6, "one too small in 6 of 100 groups; "),
+    ],
+)
+def test_zero_points_off_by_one_are_named_and_their_cause_where_it_is_plain(field: str, count: int, words: str) -> None:
+    bad = TensorDifference(name="w", groups=100, min_differ=count, min_beyond=count, **{field: count})
+    found = judge(Evidence(weights=replace(WEIGHTS, total=bad, different=(bad,))))
+    (result,) = [result for result in found if result.status == "fail"]
+    assert result.gate == "minima" and words in result.detail and f"w: {count}" in result.detail
+    other = replace(bad, min_beyond=3 * count)
+    found = judge(Evidence(weights=replace(WEIGHTS, total=other, different=(other,))))
+    assert all("zero points" not in result.detail for result in found)
