@@ -36,6 +36,9 @@ COLUMNS = {
     ("mlx", "mlx"): "MLX, mlx-lm",
     ("hqq", "hqq"): "HQQ, hqq",
 }
+TOKENS = 96
+"""Longer than the windows that some families have; fewer where the plan says that a runtime has no such window."""
+
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
@@ -59,18 +62,19 @@ def cells(family: str, folder: Path) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for target in FORMATS:
         try:
-            export(folded, [target], folder)
+            (plan,) = export(folded, [target], folder)
         except QaloraError as refusal:
             found |= {column: f"refused: {refusal}" for column in COLUMNS if column[0].split("/")[0] == target}
             continue
-        report = verify(base, [folder / target], adapter=adapter, level="logits", max_tokens=96, relative_to=folder)
+        tokens = min(TOKENS, plan.longest or TOKENS)
+        report = verify(base, [folder / target], adapter=adapter, level="logits", max_tokens=tokens, relative_to=folder)
         for artifact in report.artifacts:
             place = artifact.name if target == "onnx" else target
             for run in artifact.runs:
                 statuses = {result.status for result in (*artifact.gates, *run.gates)}
                 worst = next((status for status in ("fail", "not proven") if status in statuses), "pass")
                 size = "" if run.logits is None else f"{run.logits.max / largest(report.noise):.1e}, "
-                found[place, run.kind] = f"{size}{worst}"
+                found[place, run.kind] = f"{size}{worst}" + (f", up to {tokens} tokens" if tokens < TOKENS else "")
     return found
 
 

@@ -61,12 +61,14 @@ class Plan:
     tensors  in the order in which they are written
     files    every file of the folder with its exact size, or None where only writing it tells
     notes    what the user should know
+    longest  tokens up to which the format's runtime computes what the model does; None: as far as the model reaches
     """
 
     target: str
     tensors: tuple[PlannedTensor, ...]
     files: Mapping[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    longest: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +95,7 @@ class Plan:
             "bytes": self.nbytes,
             "files": dict(self.files),
             "notes": list(self.notes),
+            "longest": self.longest,
             "tensors": [
                 {
                     "name": tensor.name,

@@ -97,9 +97,10 @@ def test_mlx_lm_computes_what_transformers_does(case: str, tmp_path: Path) -> No
             parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.2) + one)
     model.save_pretrained(tmp_path)
     place = tmp_path / "config.json"
-    config, _ = mlx_config(json.loads(place.read_text("utf-8")), tied=bool(settings.tie_word_embeddings))
+    config, _, longest = mlx_config(json.loads(place.read_text("utf-8")), tied=bool(settings.tie_word_embeddings))
     place.write_text(json.dumps(config), encoding="utf-8")
     tokens = [(7 * n) % 60 for n in range(40)]
+    assert longest is None or longest >= len(tokens)
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0]
     runtime = open_runtime("mlx", tmp_path)
@@ -120,17 +121,20 @@ def test_mlx_lm_computes_what_transformers_does(case: str, tmp_path: Path) -> No
     ],
 )
 def test_what_mlx_lm_computes_otherwise_is_a_note(config: dict[str, Any], words: str) -> None:
-    written, (note,) = mlx_config({**SIZES, **config}, tied=True)
+    written, (note,), longest = mlx_config({**SIZES, **config}, tied=True)
     assert words in note
+    assert longest is None or f"up to {longest} tokens" in note
     assert {key: written[key] for key in config} == config  # all of it reads back
 
 
 def test_old_configs_are_understood() -> None:
     scaling = {"type": "linear", "factor": 2.0}
-    written, notes = mlx_config({**SIZES, "model_type": "llama", "rope_theta": 5e4, "rope_scaling": scaling}, tied=True)
-    assert (written["rope_theta"], notes) == (5e4, ())
+    written, notes, longest = mlx_config(
+        {**SIZES, "model_type": "llama", "rope_theta": 5e4, "rope_scaling": scaling}, tied=True
+    )
+    assert (written["rope_theta"], notes, longest) == (5e4, (), None)
     assert written["rope_scaling"]["type"] == "linear" and written["rope_scaling"]["factor"] == 2.0
-    written, _ = mlx_config({**SIZES, "model_type": "qwen2"}, tied=True)
+    written, _, _ = mlx_config({**SIZES, "model_type": "qwen2"}, tied=True)
     assert (written["rope_theta"], written["rope_scaling"]) == (1e4, None)  # mlx-lm's own default is 1e6
 
 

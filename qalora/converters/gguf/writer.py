@@ -14,7 +14,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.converters.families import Family, norm_names
 from qalora.converters.gguf.hyperparameters import factor_tensors
-from qalora.converters.gguf.loaders import check_tensors, context_notes
+from qalora.converters.gguf.loaders import check_tensors, clipped_window, context_notes
 from qalora.converters.gguf.metadata import file_metadata, file_name
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
@@ -84,6 +84,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
         tensors=tensors,
         files={file: layout.size},
         notes=(*model.notes, *context_notes(decoder)),
+        longest=clipped_window(decoder),
         layout=layout,
         names=names,
         factors=factors,

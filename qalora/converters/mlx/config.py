@@ -36,8 +36,8 @@ ROPES = {"phi3": ("default", "longrope"), "gemma2": ("default",)}
 """Families whose rope mlx-lm does not scale in every way."""
 
 
-def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config to write, and notes on what mlx-lm computes otherwise beyond some length.
+def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any], tuple[str, ...], int | None]:
+    """The config to write, notes on what mlx-lm computes otherwise, and the tokens up to which it computes the same.
 
     tied  whether the output layer is the embedding
 
@@ -49,15 +49,24 @@ def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any]
     rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": _theta(config)}
     full, local = rope.get("full_attention", rope), rope.get("sliding_attention")
     notes: list[str] = []
+    ends: list[int] = []
     if isinstance(full, Mapping):
-        found |= _rope(full, config, family, notes)
+        found |= _rope(full, config, family)
+        original = found.get("original_max_position_embeddings")
+        listed = "long_factor" in (found["rope_scaling"] or {})
+        if listed and type(original) is int and original < config["max_position_embeddings"]:
+            ends.append(original)
+            notes.append(f"mlx-lm has one list of rope factors: it is right up to {original} tokens")
     if isinstance(local, Mapping):
         found["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
     if family == "gemma3_text":
         found["sliding_window_pattern"] = _pattern(config)
         notes += _scale_note(int(config["hidden_size"]))
-    notes += _window_note(config, family)
-    return found, tuple(notes)
+    window = _window(config, family)
+    if window is not None:
+        ends.append(window)
+        notes.append(f"mlx-lm has no sliding window for {family}: it is right up to {window} tokens")
+    return found, tuple(notes), min(ends, default=None)
 
 
 def _refuse(what: str, expected: str, got: object) -> InputError:
@@ -83,7 +92,7 @@ def _theta(config: Mapping[str, Any]) -> float:
     return float(config.get("rope_theta") or default)
 
 
-def _rope(rope: Mapping[str, Any], config: Mapping[str, Any], family: str, notes: list[str]) -> dict[str, Any]:
+def _rope(rope: Mapping[str, Any], config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """The keys of the rotary positions; `rope` is that of the layers that attend to everything."""
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     kind = "longrope" if kind == "su" else kind
@@ -102,7 +111,6 @@ def _rope(rope: Mapping[str, Any], config: Mapping[str, Any], family: str, notes
         _check_longrope(rope, config, original)
         scaling |= {"long_factor": rope.get("short_factor"), "original_max_position_embeddings": original}
         found["original_max_position_embeddings"] = original
-        notes.append(f"mlx-lm has one list of rope factors: it is right up to {original} tokens")
     return {**found, "rope_scaling": scaling}
 
 
@@ -143,12 +151,11 @@ def _number(rope: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def _window_note(config: Mapping[str, Any], family: str) -> list[str]:
+def _window(config: Mapping[str, Any], family: str) -> int | None:
+    """The window that the model has and mlx-lm has not, if the context is longer."""
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
     used = family in WINDOWED or (family in ("qwen2", "qwen3") and config.get("use_sliding_window"))
-    if used and type(window) is int and type(longest) is int and window < longest:
-        return [f"mlx-lm has no sliding window for {family}: it is right up to {window} tokens"]
-    return []
+    return window if used and type(window) is int and type(longest) is int and window < longest else None
 
 
 def _pattern(config: Mapping[str, Any]) -> int:

@@ -51,7 +51,7 @@ def module_of(name: str) -> str:
 def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
     """Decide everything. ExactnessError for groups that MLX does not have; nothing is lost in those it has."""
     family = family_of(model.config, model.path)
-    config, notes = mlx_config(model.config, tied=model.tied)
+    config, notes, longest = mlx_config(model.config, tied=model.tied)
     parts = [part for lazy in model.tensors.values() for part in _parts(lazy)]
     specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if lazy.spec is not None}
     metadata = {"format": "mlx"} | ({TENSORS: specs_text(specs)} if specs else {})
@@ -72,6 +72,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
         tensors=tuple(tensors),
         files=files,
         notes=(*model.notes, *notes, *_notes(model)),
+        longest=longest,
         layout=layout,
         config=_config(model, config, family.architecture),
     )
