@@ -49,6 +49,10 @@ class Noise:
         """What two right float32 computations may differ by: NOISE_FACTOR times the noise, not below the floor."""
         return max(NOISE_FACTOR * self.max, self.floor)
 
+    def scaled(self, times: float) -> Noise:
+        """That of a runtime whose sums have `times` the usual noise."""
+        return Noise(max=times * self.max, rms=times * self.rms, floor=times * self.floor)
+
     @property
     def rms_bound(self) -> float:
         """The same for the RMS."""
@@ -409,7 +413,8 @@ GATES: tuple[Gate, ...] = (
         measure=_exact_logits,
         derivation="a float32 runtime differs by the order of summation: 4 times the largest difference that summing "
         "the linear layers in another order makes (attention and norms have their own orders), at least 8 * 2^-24 of "
-        "the largest logit",
+        "the largest logit; more where the runtime adds one term after the other (MLX on a CPU), by as much as that "
+        "changes products of random numbers",
     ),
     Gate(
         name="kernel rounding",

@@ -21,7 +21,7 @@ from qalora.adapter import AdapterLayer
 from qalora.residual import to_residual
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["EXACT", "Q8_BLOCK", "Rounding", "product", "q8_input", "side_branch"]
+__all__ = ["EXACT", "Q8_BLOCK", "Rounding", "product", "q8_input", "running_sum", "side_branch"]
 
 Q8_BLOCK = 32
 """Columns that share a scale in llama.cpp's Q8_0 and Q8_1."""
@@ -141,3 +141,21 @@ def _int8(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def _blocks(x: Tensor, block: int) -> Tensor:
     return x.reshape(*x.shape[:-1], -1, block)
+
+
+def running_sum(columns: int) -> float:
+    """How many times float32's usual noise a product has whose terms are added one after the other; 1 at least.
+
+    torch sums in blocks, whose error hardly grows with their number; that of a running sum grows as its root. The two
+    are measured on the same random numbers: |running - blocked| over |blocked in another order - blocked|, the norms.
+    About 1.2 at 512 columns, 3 at 4096, 5 at 14336.
+    """
+    rng = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(8, columns, generator=rng), torch.randn(32, columns, generator=rng)
+    order = torch.randperm(columns, generator=rng)
+    blocked = functional.linear(x, weight)
+    running = torch.zeros_like(blocked)
+    for a, b in zip(x.T, weight.T, strict=True):
+        running = running + a[:, None] * b
+    usual = float((functional.linear(x[:, order], weight[:, order]) - blocked).norm())
+    return max(1.0, float((running - blocked).norm()) / usual) if usual else 1.0

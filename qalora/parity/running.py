@@ -28,7 +28,7 @@ from qalora.parity.artifacts import (
     runtimes_of,
 )
 from qalora.parity.bench import Bench
-from qalora.parity.gates import Evidence, Generation, judge, refused, unproven
+from qalora.parity.gates import Evidence, Generation, Noise, judge, refused, unproven
 from qalora.parity.job import Job
 from qalora.parity.layerwise import LAYER_TOKENS, LayerError, compare_layers, first_fault
 from qalora.parity.memory import resident_memory
@@ -36,7 +36,7 @@ from qalora.parity.metrics import LogitMetrics, TokenMetrics, concatenate, lost,
 from qalora.parity.metrics import token_metrics as compare_tokens
 from qalora.parity.reference import Forward
 from qalora.parity.report import ByToken, RunReport, Speed
-from qalora.parity.roundings import EXACT, Rounding
+from qalora.parity.roundings import EXACT, Rounding, running_sum
 from qalora.parity.runtimes import Runtime, RuntimeInfo, open_runtime
 from qalora.parity.weights import WeightMetrics
 
@@ -124,6 +124,13 @@ class Runner:
             return report
         return replace(report, speed=replace(speed, memory=max(0, after - before)))
 
+    def _noise(self, runtime: Runtime) -> Noise:
+        """Float32's own in this runtime."""
+        if not getattr(runtime, "running_sums", False):
+            return self.bench.noise
+        base = self.job.base
+        return self.bench.noise.scaled(running_sum(max(base.tensors[name].shape[1] for name in base.linears)))
+
     def _measure(
         self, kind: str, runtime: Runtime, rounding: Rounding, expected: Forward, weights: WeightMetrics
     ) -> RunReport:
@@ -142,7 +149,7 @@ class Runner:
             simulated=None if rounding == EXACT else spool.compare(rounded, expected),
             stepwise=stepwise,
             batch=_in_a_batch(runtime, window),
-            noise=self.bench.noise,
+            noise=self._noise(runtime),
             lost=lost(passes.from_adapted, self.bench.effect) if adapted else None,
             fold_lost=lost(spool.distance(expected, self.job.adapted), self.bench.effect) if adapted else 0.0,
             effect_rms=math.sqrt(self.bench.effect / spool.logit_count),

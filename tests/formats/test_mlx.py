@@ -1,5 +1,7 @@
 """Our packed codes are MLX's words: against mlx.core itself, at every width and group."""
 
+import platform
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,23 @@ def test_a_float32_input_is_multiplied_in_float32(bits: int, types: tuple[str, s
     with mx.stream(mx.cpu):
         rounded = mx.dequantize(words, scales, biases, group_size=64, bits=bits)
     assert rounded.dtype == getattr(mx, max(types))  # the lookup of an embedding: the widest of the two
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="others fuse the product with the sum")
+@pytest.mark.parametrize("bits", BITS)
+def test_the_cpu_adds_one_column_after_the_other(bits: int) -> None:
+    """Bit for bit: what `qalora.parity.roundings.running_sum` rests on."""
+    import mlx.core as mx
+
+    tensor = random_tensor(16, 512, bits=bits, group_size=64)
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    with mx.stream(mx.cpu):
+        parts = [mx.array(part.numpy()) for part in (pack_words(tensor.packed), tensor.scale, tensor.min)]
+        y = to_torch(mx.quantized_matmul(mx.array(x.numpy()), *parts, group_size=64, bits=bits))
+    expected = torch.zeros(3, 16)
+    for a, b in zip(x.T, tensor.dequantize().T, strict=True):
+        expected = expected + a[:, None] * b
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qalora.adapter import AdapterLayer
-from qalora.parity.roundings import Rounding, product, q8_input, side_branch
+from qalora.parity.roundings import Rounding, product, q8_input, running_sum, side_branch
 from qalora.testing import random_tensor
 
 HALF = np.float16
@@ -133,3 +133,19 @@ def test_another_order_is_the_same_but_for_float32() -> None:
     x = torch.randn(16, 512)
     usual, other = product(x, tensor), product(x, tensor, permuted=True)
     assert 0 < float((usual - other).norm() / usual.norm()) < 512 * 2.0**-24
+
+
+def test_a_running_sum_is_noisier_the_longer_it_is() -> None:
+    """Against float64: as many times as is said, within a quarter, since the two errors are random."""
+    times = {columns: running_sum(columns) for columns in (64, 1024, 4096, 14336)}
+    assert times[64] < 1.5 and 2.5 < times[4096] < 4.5 and 4 < times[14336] < 7
+    assert running_sum(4096) == times[4096]
+    x, weight = torch.randn(8, 4096), torch.randn(64, 4096)
+    exact = x.double() @ weight.T.double()
+    order = torch.randperm(4096)
+    blocked, permuted = x @ weight.T, x[:, order] @ weight[:, order].T
+    running = torch.zeros_like(blocked)
+    for a, b in zip(x.T, weight.T, strict=True):
+        running = running + a[:, None] * b
+    found = float((running.double() - exact).norm()) / float((permuted - blocked).norm())
+    assert found / times[4096] == pytest.approx(1, abs=0.25)
