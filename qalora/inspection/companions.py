@@ -108,8 +108,8 @@ def _bfloat16_biases(model: Checkpoint) -> list[Finding]:
     return [
         Finding(
             code="runtime",
-            message="MLX holds its minima in bfloat16, and computes in it: an adapter that was folded into them lost "
-            "about 3 %, where float16 loses 0.3 %",
+            message="MLX holds its minima in bfloat16, and computes in it: an adapter that is folded into them "
+            "loses about 3 %, where float16 loses 0.3 %",
             evidence=f"{coarse} of {len(biases)} layers have biases in bfloat16, with 8 significant bits",
             todo="export it again from the model that it was made of: qalora export --to mlx",
         )

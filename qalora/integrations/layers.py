@@ -119,19 +119,30 @@ class _Product(torch.autograd.Function):
 
 
 class QuantizedEmbedding(nn.Embedding):
-    """An embedding of packed codes: the rows that are looked up are dequantized, to `dtype`."""
+    """An embedding of packed codes: the rows that are looked up are dequantized, to `dtype`.
+
+    factor       what the rows are multiplied by, as Gemma's are; None for an ordinary embedding
+    float_class  what it was before, and what it is again when the model is dequantized
+    """
 
     codes: Tensor
     scale: Tensor
     min: Tensor | None
     zero: Tensor | None
+    float_class: type[nn.Embedding] = nn.Embedding
 
     def __init__(
-        self, parts: Parts, bits: int, zero_point: int | None, padding_idx: int | None, dtype: torch.dtype
+        self,
+        parts: Parts,
+        bits: int,
+        zero_point: int | None,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+        factor: float | None = None,
     ) -> None:
         nn.Module.__init__(self)
         _add_parts(self, parts)
-        self.bits, self.zero_point, self.dtype = bits, zero_point, dtype
+        self.bits, self.zero_point, self.dtype, self.factor = bits, zero_point, dtype, factor
         self.num_embeddings = parts["codes"][1][0]
         self.embedding_dim = parts["codes"][1][1] * 8 // bits
         self.padding_idx = padding_idx
@@ -153,7 +164,8 @@ class QuantizedEmbedding(nn.Embedding):
         minimum = None if self.min is None else self.min[ids]
         zero = self.zero[ids] if self.zero is not None else self.zero_point
         rows = float_weight(self.codes[ids], self.scale[ids], minimum, zero, self.bits, None)
-        return rows.to(self.dtype).view(*input.shape, self.embedding_dim)
+        found = rows.to(self.dtype).view(*input.shape, self.embedding_dim)
+        return found if self.factor is None else found * torch.tensor(self.factor).to(self.dtype)
 
     def extra_repr(self) -> str:
         """As nn.Embedding prints itself, with bits."""

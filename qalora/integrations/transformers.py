@@ -105,8 +105,9 @@ class QaloraQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(path, _float_linear(module, kind))
         embedding = model.get_input_embeddings()
         if isinstance(embedding, QuantizedEmbedding):
-            with torch.device("meta"):
-                made = nn.Embedding(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
+            factor = () if embedding.factor is None else (embedding.factor,)
+            sizes = embedding.num_embeddings, embedding.embedding_dim
+            made = embedding.float_class(*sizes, embedding.padding_idx, *factor)
             made.weight = nn.Parameter(embedding.made().to(kind), requires_grad=False)
             model.set_input_embeddings(made)
         return model
@@ -131,8 +132,10 @@ def _replace(model: Any, path: str, module: StoredModule, dtype: torch.dtype, wh
     parts = {name: (entry.dtype, entry.shape) for name, (_, entry) in module.parts.items()}
     if isinstance(old, nn.Linear):
         model.set_submodule(path, QuantizedLinear(parts, module.bits, module.zero, old.bias))
-    elif type(old) is nn.Embedding:
-        made = QuantizedEmbedding(parts, module.bits, module.zero, old.padding_idx, dtype)
+    elif type(old) is nn.Embedding or isinstance(getattr(old, "scalar_embed_scale", None), float):
+        factor = getattr(old, "scalar_embed_scale", None)
+        made = QuantizedEmbedding(parts, module.bits, module.zero, old.padding_idx, dtype, factor)
+        made.float_class = type(old)
         _replace_embedding(model, path, made)
     else:
         raise InputError(

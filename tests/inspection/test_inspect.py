@@ -22,7 +22,6 @@ from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError
 from qalora.formats.gptq import pack_qzeros, unpack_qzeros
 from qalora.inspection import WARNINGS, AdapterReport, Finding, FolderReport, ModelReport, inspect
-from qalora.inspection.companions import companion_findings
 from qalora.quantization import quantize
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import byte_tokenizer, random_model, tiny_llama
@@ -44,7 +43,7 @@ def artefacts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model at 4 bits in groups of 32, with real zero points as every format, with integer ones as GPTQ."""
     root = tmp_path_factory.mktemp("artefacts")
     real = quantize(load(source), bits=4, group_size=32)
-    export(real, ["qalora", "gguf", "onnx"], root)
+    export(real, ["qalora", "gguf", "mlx", "hqq", "onnx"], root)
     export(quantize(load(source), bits=4, group_size=32, zeros="integer"), ["gptq"], root / "integer")
     export(real, ["gptq"], root / "real")
     return root
@@ -91,7 +90,7 @@ def rezero(folder: Path, change: Callable[[torch.Tensor, str], torch.Tensor]) ->
 # ---- what it is
 
 
-@pytest.mark.parametrize("name", ["qalora", "gguf", "onnx", "onnx/portable"])
+@pytest.mark.parametrize("name", ["qalora", "gguf", "mlx", "hqq", "onnx", "onnx/portable"])
 def test_a_model_that_is_right_has_no_warning(artefacts: Path, name: str) -> None:
     place = artefacts / name
     report = inspect(place if name != "onnx" else place / "model.onnx")
@@ -154,7 +153,7 @@ def test_a_folder_of_artefacts(artefacts: Path) -> None:
     report = inspect(artefacts)
     assert isinstance(report, FolderReport)
     layouts = sorted(artefact.layout for artefact in report.artifacts)
-    assert layouts == ["gguf", "gptq", "gptq", "onnx", "onnx", "qalora"]
+    assert layouts == ["gguf", "gptq", "gptq", "hqq", "mlx", "onnx", "onnx", "qalora"]
 
 
 def test_what_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
@@ -356,16 +355,18 @@ def test_int8_activations(source: Path, tmp_path: Path) -> None:
     assert "accuracy_level 4" in warned(tmp_path / "onnx" / "model.onnx")["runtime"].evidence
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_minima_of_mlx_in_bfloat16(source: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """What mlx-lm makes of a bfloat16 model: weight, scales and biases of a layer."""
-    parts = {"weight": torch.zeros(8, 8, dtype=torch.int32), "scales": torch.ones(8, 2), "biases": torch.ones(8, 2)}
-    tensors = {f"{Q_PROJ}.{part}": value if part == "weight" else value.to(dtype) for part, value in parts.items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    found = companion_findings(replace(load(source), layout="mlx", path=tmp_path))
-    assert [finding.evidence for finding in found] == (
-        ["1 of 1 layers have biases in bfloat16, with 8 significant bits"] if dtype == torch.bfloat16 else []
-    )
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_minima_of_mlx_in_bfloat16(source: Path, tmp_path: Path, dtype: str) -> None:
+    """mlx-lm itself quantizes the model; biases have the dtype that it is converted to."""
+    from mlx_lm.convert import convert
+
+    convert(str(source), str(tmp_path / "mlx"), quantize=True, q_group_size=32, q_bits=4, dtype=dtype)
+    found = warned(tmp_path / "mlx")
+    assert set(found) == ({"runtime"} if dtype == "bfloat16" else set())
+    if found:
+        assert found["runtime"].evidence == "15 of 15 layers have biases in bfloat16, with 8 significant bits"
 
 
 # ---- adapters

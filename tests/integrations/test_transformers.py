@@ -24,7 +24,7 @@ from qalora.parity.reference import Forward, Reference
 from qalora.parity.runtimes import open_runtime
 from qalora.quantization import quantize
 from qalora.tensor import GroupQuantTensor
-from qalora.testing import assert_same_model, lazily, random_model, random_tensor, tiny_llama
+from qalora.testing import assert_same_model, lazily, random_model, random_tensor, tiny_llama, tiny_model
 
 TOKENS = [(7 * n) % 200 for n in range(40)]
 EMBEDDING = "model.embed_tokens.weight"
@@ -119,8 +119,9 @@ def test_logits_are_those_of_our_own_runtime(tmp_path: Path, options: dict[str, 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_quantized_embedding(tmp_path: Path, tied: bool) -> None:
-    source = load(tiny_llama(tmp_path / "float", config={"tie_word_embeddings": tied}))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_quantized_embedding(tmp_path: Path, family: str, tied: bool) -> None:
+    source = load(tiny_model(tmp_path / "float", family, config={"tie_word_embeddings": tied}))
     model = with_quantized_embedding(quantize(source, bits=4, group_size=32))
     folder = written(model, tmp_path)
     module = AutoModelForCausalLM.from_pretrained(folder)
