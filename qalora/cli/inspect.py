@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qalora.cli.options import convention_option, json_flag, print_json, progress_bar
+from qalora.cli.options import checkpoint_format_option, convention_option, json_flag, print_json, progress_bar
 
 if TYPE_CHECKING:
     from qalora.inspection import AdapterReport, Finding, ModelReport, Report
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 @click.option("--base", metavar="MODEL", help="The model that an adapter belongs to: shapes and groups are compared.")
 @click.option("--quick", is_flag=True, help="Read headers, labels and zero points only, not every value.")
 @convention_option
+@checkpoint_format_option
 @json_flag
-def command(path: str, base: str | None, quick: bool, convention: str | None, as_json: bool) -> None:
+def command(
+    path: str, base: str | None, quick: bool, convention: str | None, checkpoint_format: str | None, as_json: bool
+) -> None:
     """Say what a model, adapter or artefact is, and what is wrong with it, with the evidence.
 
     Layout, family, bits, groups, zero points, convention, sizes, a histogram of the scales; and warnings: labels that
@@ -28,7 +31,14 @@ def command(path: str, base: str | None, quick: bool, convention: str | None, as
     from qalora.inspection import inspect
 
     with _Bar() as bar:
-        report = inspect(path, base=base, convention=convention, quick=quick, progress=bar.begin)  # type: ignore[arg-type]
+        report = inspect(
+            path,
+            base=base,
+            convention=convention,  # type: ignore[arg-type]
+            quick=quick,
+            checkpoint_format=checkpoint_format,
+            progress=bar.begin,
+        )
     if as_json:
         print_json(report.to_json())
     else:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qalora.adapter import Convention
-from qalora.checkpoint import Checkpoint
 from qalora.converters.gguf.lora import is_lora
 from qalora.inspection.adapter import inspect_adapter, inspect_gguf_lora, inspect_onnx_adapter
 from qalora.inspection.model import inspect_model
@@ -23,6 +22,7 @@ def inspect(
     base: str | Path | None = None,
     convention: Convention | None = None,
     quick: bool = False,
+    checkpoint_format: str | None = None,
     progress: Callable[[int], Progress] | None = None,
 ) -> Report:
     """Inspect a model, an adapter's folder or file, an artefact, a folder of artefacts, or a model's Hub id.
@@ -30,6 +30,7 @@ def inspect(
     base        the model that an adapter belongs to: shapes, pools and groups are held against it
     convention  what an adapter's scaling means, where its file does not say
     quick       read headers, labels and zero points only; else every value is read, a layer at a time
+    checkpoint_format   what a GPTQ folder's zero points are stored as, where its label is wrong
     progress    called with the weights of a model that is going to be read; gives what to call with (name, weights)
 
     Raises InputError for what is not there, is not recognised, or is so damaged that it has no header to read.
@@ -39,30 +40,26 @@ def inspect(
         return inspect_adapter(place, base, convention)
     if place.is_dir() and not (place / "config.json").exists():
         return _folder(place, quick, progress)
-    return _one(path, quick, progress)
+    return _one(path, quick, progress, checkpoint_format)
 
 
-def _one(path: str | Path, quick: bool, progress: Callable[[int], Progress] | None) -> ModelReport | AdapterReport:
+def _one(
+    path: str | Path,
+    quick: bool,
+    progress: Callable[[int], Progress] | None,
+    checkpoint_format: str | None = None,
+) -> ModelReport | AdapterReport:
     """A single file, a model's folder, or a Hub id."""
     place = Path(path)
     if place.is_file() and place.suffix == ".onnx_adapter":
         return inspect_onnx_adapter(place)
     if place.is_file() and is_lora(place):
         return inspect_gguf_lora(place)
-    model = _opened(path)
-    counted = sum(_size(lazy.shape) for lazy in model.tensors.values())
-    return inspect_model(model, Path(path), quick=quick, progress=None if progress is None else progress(counted))
-
-
-def _opened(path: str | Path) -> Checkpoint:
-    place = Path(path)
-    if (place / "model.onnx").exists() or place.suffix == ".onnx":
-        from qalora.converters.onnx.reader import read as read_onnx
-
-        return read_onnx(place)
     from qalora.converters import load
 
-    return load(path)
+    model = load(path, checkpoint_format=checkpoint_format)
+    counted = sum(_size(lazy.shape) for lazy in model.tensors.values())
+    return inspect_model(model, Path(path), quick=quick, progress=None if progress is None else progress(counted))
 
 
 def _folder(path: Path, quick: bool, progress: Callable[[int], Progress] | None) -> Report:

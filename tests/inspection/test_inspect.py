@@ -208,6 +208,9 @@ def test_asymmetric_zeros_off_by_one_are_seen_in_the_weights(gptq: Path, label: 
     if label == "gptq":  # the folder holds version 2
         relabel(gptq, checkpoint_format="gptq")
         assert "a step below their zero point" in warned(gptq)["zeros-off-by-one"].evidence
+        assert "zeros-off-by-one" not in warned(gptq, checkpoint_format="gptq_v2")
+        words = ["inspect", str(gptq), "--checkpoint-format", "gptq_v2", "--json"]
+        assert "off-by-one" not in CliRunner().invoke(main, words).stdout
     else:
         assert "zeros-off-by-one" not in warned(gptq)
         rezero(gptq, lambda zeros, name: (zeros.int() - 1).clamp(min=0))
