@@ -20,7 +20,9 @@ from qalora import export
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
+from qalora.converters.decoder import decoder_of
 from qalora.converters.families import FAMILIES
+from qalora.converters.gguf.loaders import LOADERS
 from qalora.converters.onnx import read as read_onnx
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build
@@ -160,6 +162,18 @@ def gelu_by_table(folder: Path) -> torch.Tensor:
         layer.mlp.act_fn = GeluTable()
     with torch.no_grad():
         return module(input_ids=TOKENS).logits.double()
+
+
+def llama_cpp_of(tiny: Tiny) -> tuple[torch.Tensor, float]:
+    """What llama.cpp should compute of TOKENS with F32 weights, and within what.
+
+    ggml sums in blocks and looks exp up: 16 times torch's noise was never reached. Its gelu is a table of float16, and
+    inputs that differ by float32's noise can fall to two entries: what the table itself changes is the bound then.
+    """
+    if decoder_of(tiny.model.config, "tiny").family.activation == "silu":
+        return tiny.logits, 16 * tiny.noise
+    wanted = gelu_by_table(tiny.folder)
+    return wanted, float((wanted - tiny.logits).abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -323,14 +337,39 @@ def test_a_float_file_in_llama_cpp(form: str, tiny_of: Any, tmp_path: Path) -> N
     found = runtime.logits(TOKENS[0, :length].tolist())
     stepped = runtime.steps(TOKENS[0, :length].tolist())
     runtime.close()
-    gelu = FAMILIES[FORMS[form][0]].activation != "silu"
-    wanted = gelu_by_table(tiny.folder) if gelu else tiny.logits
-    # ggml sums in blocks and looks exp up: 16 times torch's noise was never reached. Its gelu is a table of float16:
-    # inputs that differ by float32's noise can fall to two entries, so that a part of the table's error comes on top
-    bound = 0.5 * float((wanted - tiny.logits).abs().max()) if gelu else 16 * tiny.noise
+    wanted, bound = llama_cpp_of(tiny)
     for got in (found, stepped):
         error = float((got.double() - wanted[0, :length]).abs().max())
         assert error <= bound, f"{error:.2g} with a bound of {bound:.2g}"
+
+
+YARN = rope("yarn", factor=2.0, original_max_position_embeddings=16)
+LINEAR = rope("linear", factor=4.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_scales_positions_as_its_loaders_say(family: str, kind: str, tmp_path: Path) -> None:
+    """Every kind that LOADERS names for an architecture; each other one is refused."""
+    numbers = {"linear": LINEAR, "yarn": YARN, "llama3": rope("llama3", factor=8.0, **LLAMA3)}[kind]
+    if family == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": 10000.0}
+        numbers = {"rope_parameters": {"full_attention": numbers["rope_parameters"], "sliding_attention": local}}
+    config = {**numbers, **({"sliding_window": None} if family == "mistral" else {})}
+    if family == "phi3":
+        return  # its config class takes default and longrope only
+    folder = tiny_model(tmp_path / "model", family, tokenizer=byte_tokenizer(), config=config)
+    model = load(folder)
+    if kind not in LOADERS[FAMILIES[family].gguf].ropes:
+        with pytest.raises(InputError, match=f"rope_type: expected .*, got '{kind}'"):
+            written(model, "gguf", tmp_path / "out")
+        return
+    wanted, bound = llama_cpp_of(Tiny(folder, model, *transformers_logits(folder, TOKENS)))
+    runtime = open_runtime("llama.cpp", written(model, "gguf", tmp_path / "out"))
+    error = float((runtime.logits(TOKENS[0].tolist()).double() - wanted[0]).abs().max())
+    runtime.close()
+    assert error <= bound, f"{error:.2g} with a bound of {bound:.2g}"
 
 
 @pytest.mark.slow

@@ -46,8 +46,8 @@ LOADERS: dict[str, Loader] = {
     "llama": Loader(ropes=("default", "linear", "yarn", "llama3"), biases=(*_QKV, *_OTHERS)),
     "qwen2": Loader(biases=_QKV),
     "qwen3": Loader(biases=_QKV),
-    "gemma2": Loader(window=2, capped=True, big=46, tied=True),
-    "gemma3": Loader(window=6, big=62),
+    "gemma2": Loader(ropes=("default", "linear"), window=2, capped=True, big=46, tied=True),
+    "gemma3": Loader(ropes=("default", "linear"), window=6, big=62),
     "smollm3": Loader(unrotated=4),
     "phi3": Loader(ropes=("default", "longrope")),
 }
