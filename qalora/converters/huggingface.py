@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import bias_names, linear_names
+from qalora.converters.families import bias_names, family_of, linear_names
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile, contained, read_limited
 from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
@@ -112,8 +112,11 @@ def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:
 
 def read(folder: Path) -> Checkpoint:
     """Open a float model folder; reads config and headers only."""
-    config = read_config(folder)
-    tensors = {name: float_tensor(name, *where) for name, where in stored_tensors(folder).items()}
+    config, stored = read_config(folder), stored_tensors(folder)
+    notes: tuple[str, ...] = ()
+    if config.get("model_type") in TEXT_PARTS and isinstance(config.get("text_config"), dict):
+        config, stored, notes = _text_part(config, stored, folder)
+    tensors = {name: float_tensor(name, *where) for name, where in stored.items()}
     linears = linear_names(config, folder)
     check_shapes(folder, config, tensors, linears)
     return Checkpoint(
@@ -123,7 +126,46 @@ def read(folder: Path) -> Checkpoint:
         tensors=tensors,
         linears=linears,
         files=companion_files(folder),
+        notes=notes,
     )
+
+
+Stored = dict[str, tuple[Path, Entry]]
+
+
+def _text_part(
+    config: Mapping[str, Any], stored: Stored, folder: Path
+) -> tuple[dict[str, Any], Stored, tuple[str, ...]]:
+    """Config, tensors and a note of the decoder in a model of text and images."""
+    text = {**config["text_config"], "model_type": TEXT_PARTS[config["model_type"]]}
+    family = family_of(text, folder)
+    kept = {key: config[key] for key in _SHARED_KEYS if key in config}
+    sizes = {key: value for key, value in family.defaults.items() if key in _SIZE_KEYS}
+    text = {**sizes, **kept, **text, "architectures": [family.architecture]}
+    found = {}
+    for name, where in stored.items():
+        for prefix, ours in _TEXT_PREFIXES:
+            if name.startswith(prefix):
+                found[ours + name.removeprefix(prefix)] = where
+                break
+    left = len(stored) - len(found)
+    return text, found, (f"{folder.name}: the text part of a {config['model_type']}; {left} tensors are left out",)
+
+
+TEXT_PARTS = {"gemma3": "gemma3_text"}
+"""Models of text and images whose decoder is one of a family's: their model_type, and the decoder's."""
+
+_TEXT_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("lm_head.", "lm_head."),
+)
+"""What a decoder's tensors are called there, by the versions of transformers."""
+
+_SHARED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
+_SIZE_KEYS = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+"""Sizes that text_config leaves out where they are those of its class."""
 
 
 def check_shapes(

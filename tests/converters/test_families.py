@@ -534,6 +534,37 @@ def test_norms_of_one_plus_a_weight_are_compared_as_they_are_used(tiny_of: Any, 
     assert not compare_weights(again, model).total.same
 
 
+@pytest.mark.parametrize("renamed", [False, True])
+def test_the_text_part_of_gemma_3_is_read(renamed: bool, tiny_of: Any, tmp_path: Path) -> None:
+    """Against the whole model of transformers, given text; its tensors are called otherwise by some versions."""
+    from safetensors.torch import load_file, save_file
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = tiny_of("gemma3_text")
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=dict(text.model.config),
+        vision_config={**sight, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=250,
+    )
+    whole = Gemma3ForConditionalGeneration(config).float().eval()
+    whole.save_pretrained(tmp_path / "model")
+    if renamed:
+        path = tmp_path / "model" / "model.safetensors"
+        tensors = {
+            name.replace("language_model.model.", "model.language_model."): x for name, x in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    model = load(tmp_path / "model")
+    assert model.config["model_type"] == "gemma3_text"
+    assert set(model.tensors) == set(text.model.tensors)
+    assert "the text part of a gemma3" in model.notes[0]
+    with torch.no_grad():
+        wanted, found = whole(input_ids=TOKENS).logits, build(model)(input_ids=TOKENS).logits
+    assert_close(found, wanted.double(), text.noise)
+
+
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 @pytest.mark.parametrize("module", ["self_attn.k_norm", "post_feedforward_layernorm"])
 def test_a_norm_that_a_family_has_must_be_there(module: str, target: str, tiny_of: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -14,6 +15,7 @@ from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperparameters
 from qalora.converters.gguf.metadata import number, text
 from qalora.converters.gguf.names import gguf_names
+from qalora.converters.huggingface import _text_part
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata
 from qalora.parity.weights import essentials
@@ -166,6 +168,26 @@ def test_older_configs_are_understood_as_transformers_does(name: str) -> None:
     assert essentials(config) == essentials(AutoConfig.for_model(**copy.deepcopy(config)).to_dict())
 
 
+def test_a_text_config_that_says_what_differs_only() -> None:
+    """gemma-3-4b's config.json as it is published: most sizes are those of transformers' class."""
+    from transformers import AutoConfig
+
+    text_config = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text_config}
+    found, _, _ = _text_part(config, {}, Path("gemma-3-4b"))
+    whole = AutoConfig.for_model(**copy.deepcopy(config))
+    assert essentials(found) == essentials(whole.text_config.to_dict())
+    assert found["eos_token_id"] == [1, 106]
+    assert found["architectures"] == ["Gemma3ForCausalLM"]
+
+
 def test_null_says_nothing_where_it_cannot() -> None:
     config = PUBLISHED["gemma-3-4b's text"]
     nulls = {"hidden_activation": None, "rms_norm_eps": None, "original_max_position_embeddings": None}
@@ -276,7 +298,7 @@ def test_a_config_that_makes_no_sense_is_one_sentence(changes: dict[str, Any], w
     [
         ({"model_type": "qwen3_moe", "num_experts": 8}, "a mixture of experts"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
-        ({"model_type": "gemma3", "text_config": {}}, "save its text part as a model of its own"),
+        ({"model_type": "llava", "text_config": {}}, "save its text part as a model of its own"),
         ({"model_type": "mamba"}, "see the README"),
     ],
 )
