@@ -85,7 +85,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             },
             "final_logit_softcapping": 8.0,
         },
