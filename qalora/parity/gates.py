@@ -297,7 +297,9 @@ def _activation_rounding(evidence: Evidence) -> tuple[float, float, str] | None:
 def _top1(evidence: Evidence) -> tuple[float, float, str] | None:
     if evidence.logits is None or evidence.simulated is None or not _rounds_activations(evidence):
         return None
-    return evidence.logits.top1, min(TOP1, 1 - ROUNDING_FACTOR * (1 - evidence.simulated.top1)), ""
+    tokens = evidence.logits.tokens
+    expected = ROUNDING_FACTOR * (1 - evidence.simulated.top1) * tokens
+    return evidence.logits.top1, min(TOP1, 1 - (expected + 3 * math.sqrt(expected)) / tokens), ""
 
 
 def _cache(evidence: Evidence) -> tuple[float, float, str] | None:
@@ -431,7 +433,8 @@ GATES: tuple[Gate, ...] = (
     Gate(
         name="top-1",
         measure=_top1,
-        derivation="0.98, or 1 - 2 times the share of tokens that the same rounding of inputs changes in the reference",
+        derivation="0.98; or twice as many tokens change as the same rounding of inputs changes in the reference, and "
+        "three standard deviations more, sqrt(count) each, as other tokens are near a tie in each rounding",
         at_least=True,
     ),
     Gate(

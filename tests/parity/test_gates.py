@@ -91,7 +91,8 @@ def test_rounded_activations_may_do_what_the_simulation_does_twice(rms: float, e
 
 
 @pytest.mark.parametrize(
-    ("top1", "simulated", "expected"), [(0.98, 1.0, "pass"), (0.97, 1.0, "fail"), (0.97, 0.98, "pass")]
+    ("top1", "simulated", "expected"),
+    [(0.98, 1.0, "pass"), (0.97, 1.0, "fail"), (0.9, 0.98, "pass"), (0.89, 0.98, "fail")],
 )
 def test_top1(top1: float, simulated: float, expected: str) -> None:
     evidence = replace(Q8, logits=replace(SAME, top1=top1), simulated=replace(SAME, top1=simulated))
