@@ -7,8 +7,9 @@ they are read, so that a model larger than memory passes through a layer at a ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 if TYPE_CHECKING:
     from qalora.formats.gguf import Metadata
 
-__all__ = ["Checkpoint", "LazyTensor"]
+__all__ = ["Checkpoint", "LazyTensor", "kept_bytes", "remembered"]
 
 TILE_BYTES = 32 << 20
 """Float32 bytes of a tile where a tensor is streamed by rows."""
@@ -121,3 +122,35 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether the output layer is the embedding."""
         return "lm_head.weight" not in self.tensors
+
+
+def kept_bytes(model: Checkpoint) -> int:
+    """Bytes of the linear weights as they are kept in memory: packed codes with float32 scale and min, or float32."""
+    total = 0
+    for name in model.linears:
+        lazy = model.tensors[name]
+        count = math.prod(lazy.shape)
+        spec = lazy.spec
+        total += 4 * count if spec is None else count * spec.bits // 8 + 8 * count // spec.group_size
+    return total
+
+
+def remembered(model: Checkpoint, budget: int) -> Checkpoint:
+    """The model with each quantized linear weight kept once it has been read; the model itself where all of them take
+    more than `budget` bytes.
+    """
+    if kept_bytes(model) > budget:
+        return model
+    kept = {name: _kept(model.tensors[name]) for name in model.linears if model.tensors[name].spec is not None}
+    return replace(model, tensors={**model.tensors, **kept})
+
+
+def _kept(lazy: LazyTensor) -> LazyTensor:
+    whole: list[GroupQuantTensor] = []
+
+    def read(start: int, stop: int) -> GroupQuantTensor:
+        if not whole:
+            whole.append(lazy.load_quantized())
+        return whole[0] if (start, stop) == (0, lazy.shape[0]) else whole[0].rows(start, stop)
+
+    return replace(lazy, read=read)

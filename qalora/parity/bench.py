@@ -42,7 +42,7 @@ class Bench:
         noise = spool.noise(job.usual)
         began = time.perf_counter()
         spool.logits(job.usual, 0)
-        speed = len(work.windows[0]) / (time.perf_counter() - began)
+        speed = sum(len(work.windows[n]) for n in spool.together(0)) / (time.perf_counter() - began)
         if job.adapter is None:
             return cls(work=work, spool=spool, noise=noise, effect=0.0, side_effect=0.0, speed=speed)
         return cls(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from qalora.adapter import Adapter
-from qalora.checkpoint import Checkpoint
+from qalora.checkpoint import Checkpoint, remembered
 from qalora.errors import InputError
 from qalora.parity.artifacts import Artifact
 from qalora.parity.reference import Forward
@@ -54,17 +54,22 @@ class Job:
         adapter: Adapter | None,
         minima: Literal["float16", "float32"] | None,
         held: Sequence[str],
+        *,
+        memory: int,
     ) -> Job:
-        """Load the reference, and fold the adapter if one of the artefacts holds the folded model."""
+        """Load the reference, and fold the adapter if one of the artefacts holds the folded model.
+
+        memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once
+        """
         from qalora.converters import load
 
-        base = reference if isinstance(reference, Checkpoint) else load(reference)
+        base = remembered(reference if isinstance(reference, Checkpoint) else load(reference), memory // 4)
         chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
         if adapter is not None and FOLDED in held:
             from qalora.folding import fold
 
-            folded = fold(base, adapter, minima=chosen)
+            folded = remembered(fold(base, adapter, minima=chosen), memory // 4)
         return cls(base=base, folded=folded, adapter=adapter, minima=chosen, tokenizer=TokenizerCheck(base))
 
     def expected(self, held: str) -> Forward:

@@ -8,13 +8,16 @@ not the fold's. 0 where all of it is there, 1 where none of it is; a layer that 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.parity.reference import rounded_minima
+from qalora.tensor import GroupQuantTensor
 
 __all__ = ["adapter_by_layer"]
 
@@ -28,12 +31,23 @@ def adapter_by_layer(
         name = f"{module}.weight"
         if name not in artifact.tensors or artifact.tensors[name].shape != layer.shape:
             continue
-        before = base.tensors[name].load_quantized()
-        wanted = rounded_minima(before, layer, minima).dequantize()
-        effect = _norm(wanted - before.dequantize())
+        before, mine = base.tensors[name].load_quantized(), artifact.tensors[name].load()
+        wanted = rounded_minima(before, layer, minima)
+        effect = _distance(wanted, before)
         if effect:
-            found[module] = _norm(artifact.tensors[name].load_float().float() - wanted) / effect
+            found[module] = _distance(mine, wanted) / effect
     return found
+
+
+def _distance(one: Tensor | GroupQuantTensor, two: GroupQuantTensor) -> float:
+    """Of two weights; where codes and scales are the same, a group's columns are all as far apart as its minima."""
+    if isinstance(one, GroupQuantTensor) and one.g_idx is None and two.g_idx is None:
+        fine = math.gcd(one.group_size, two.group_size)
+        a, b = one.regrouped(fine), two.regrouped(fine)
+        if a.bits == b.bits and torch.equal(a.packed, b.packed) and torch.equal(a.scale, b.scale):
+            return _norm(a.min.double() - b.min.double()) * math.sqrt(fine)
+    weights = one.dequantize() if isinstance(one, GroupQuantTensor) else one.float()
+    return _norm(weights - two.dequantize())
 
 
 def _norm(difference: Tensor) -> float:

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from qalora.adapter import Adapter, AdapterLayer
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, kept_bytes
 from qalora.parity.memory import available_memory
 from qalora.parity.roundings import EXACT, Rounding, product, q8_input, side_branch
+from qalora.parity.runtimes.padding import pad, unpad
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["Forward", "Reference", "exact_minima", "rounded_minima"]
@@ -91,22 +92,34 @@ class _Linear(nn.Module):
         weight: Callable[[], GroupQuantTensor | Tensor],
         layer: AdapterLayer | None,
         bias: Tensor | None,
+        *,
+        keep: bool,
     ) -> None:
         super().__init__()
         self._setting = setting
+        self._rounded: dict[Minima, GroupQuantTensor] = {}
+        self._keep = keep
         self._weight = weight
         self._layer = layer
         self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         setting, tensor, layer = self._setting.forward, self._weight(), self._layer
-        rounded = setting.weights == "float16" or setting.weights == "float32"
-        if rounded and layer is not None and isinstance(tensor, GroupQuantTensor):
-            tensor = rounded_minima(tensor, layer, "float16" if setting.weights == "float16" else "float32")
+        minima: Minima | None = setting.weights if setting.weights in ("float16", "float32") else None
+        if minima is not None and layer is not None and isinstance(tensor, GroupQuantTensor):
+            tensor = self._folded(tensor, layer, minima)
         y = product(x, tensor, setting.rounding, permuted=setting.permuted)
         if layer is not None and setting.weights == "side":
             y = y + side_branch(x, layer, setting.rounding)
         return y if self._bias is None else y + self._bias
+
+    def _folded(self, tensor: GroupQuantTensor, layer: AdapterLayer, minima: Minima) -> GroupQuantTensor:
+        if minima in self._rounded:
+            return self._rounded[minima]
+        found = rounded_minima(tensor, layer, minima)
+        if self._keep:
+            self._rounded[minima] = found
+        return found
 
 
 class Reference:
@@ -122,7 +135,7 @@ class Reference:
         self._setting = _Setting()
         layers = {} if adapter is None else adapter.layers
 
-        self.streamed = 2 * _kept_bytes(model) > (available_memory() if memory is None else memory)
+        self.streamed = 2 * kept_bytes(model) > (available_memory() if memory is None else memory)
 
         def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
             def read() -> GroupQuantTensor | Tensor:
@@ -130,7 +143,8 @@ class Reference:
                 return tensor.float() if isinstance(tensor, Tensor) else tensor
 
             kept = None if self.streamed else read()
-            return _Linear(self._setting, read if kept is None else lambda: kept, layers.get(path), bias)
+            weights = read if kept is None else lambda: kept
+            return _Linear(self._setting, weights, layers.get(path), bias, keep=not self.streamed)
 
         self._module = torch_module.build(model, linear)
         self._quantized_head = model.tensors.get("lm_head.weight", model.tensors["model.embed_tokens.weight"])
@@ -145,12 +159,26 @@ class Reference:
             return (q8_input(x),)
         return (x.half().float(),) if self._quantized_head.dtype == torch.float16 else None
 
-    @torch.inference_mode()
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token."""
+        rows: int = self._module.lm_head.weight.shape[0]
+        return rows
+
     def logits(self, tokens: Sequence[int], forward: Forward) -> Tensor:
         """float32 [tokens, vocabulary]."""
+        return self.batch([tokens], forward)[0]
+
+    @torch.inference_mode()
+    def batch(self, sequences: Sequence[Sequence[int]], forward: Forward) -> list[Tensor]:
+        """float32 [tokens, vocabulary] of each sequence; a layer's weight is dequantized once for all of them.
+
+        Shorter ones are filled up on the right, which no token before it sees.
+        """
         self._setting.forward = forward
-        out = self._module(input_ids=torch.tensor([list(tokens)]), use_cache=False)
-        return out.logits[0].float()  # type: ignore[no-any-return]
+        ids, _ = pad(sequences, "right")
+        out: Tensor = self._module(input_ids=ids, use_cache=False).logits
+        return [row.float() for row in unpad(out, sequences, "right")]
 
     def layers(self, tokens: Sequence[int], forward: Forward) -> list[Tensor]:
         """float32 [tokens, hidden] after each layer."""
@@ -158,14 +186,3 @@ class Reference:
 
         self._setting.forward = forward
         return layer_outputs(self._module, tokens)
-
-
-def _kept_bytes(model: Checkpoint) -> int:
-    """Bytes of the linear weights as they are kept: packed codes with float32 scale and min, or float32."""
-    total = 0
-    for name in model.linears:
-        lazy = model.tensors[name]
-        count = math.prod(lazy.shape)
-        spec = lazy.spec
-        total += 4 * count if spec is None else count * spec.bits // 8 + 8 * count // spec.group_size
-    return total

@@ -21,6 +21,9 @@ __all__ = ["Spool"]
 NOISE_TOKENS = 64
 """Tokens of the first window on which float32's noise is measured."""
 
+BATCH_LOGITS = 1 << 26
+"""Logits that are computed in one batch at most: 256 MiB."""
+
 NOISE_FLOOR = 8 * 2.0**-24
 
 
@@ -49,12 +52,21 @@ class Spool:
         if key in self._files:
             path, shape = self._files[key]
             return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32).view(shape)
-        logits = self.reference.logits(self.windows[window], forward)
-        path = self._folder / f"{len(self._files)}.logits"
-        path.write_bytes(logits.contiguous().view(torch.uint8).numpy().data)
-        self._files[key] = path, tuple(logits.shape)
-        self._tick()
-        return logits
+        together = self.together(window)
+        found = self.reference.batch([self.windows[n] for n in together], forward)
+        for n, logits in zip(together, found, strict=True):
+            path = self._folder / f"{len(self._files)}.logits"
+            path.write_bytes(logits.contiguous().view(torch.uint8).numpy().data)
+            self._files[forward, n] = path, tuple(logits.shape)
+            self._tick()
+        return found[together.index(window)]
+
+    def together(self, window: int) -> range:
+        """The windows that are computed in one batch with this one."""
+        longest = max(len(tokens) for tokens in self.windows)
+        size = max(1, BATCH_LOGITS // (longest * self.reference.vocabulary))
+        first = window // size * size
+        return range(first, min(first + size, len(self.windows)))
 
     def distance(self, a: Forward, b: Forward) -> float:
         """Sum of squared differences of two forwards over all windows."""

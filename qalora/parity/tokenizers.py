@@ -15,6 +15,7 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.tokenizer import has_tokenizer, load_tokenizer
+from qalora.formats.gguf import Metadata
 from qalora.parity.text import default_text
 
 __all__ = ["PASSAGE", "TokenizerCheck"]
@@ -75,7 +76,11 @@ class TokenizerCheck:
 
 
 def _same_files(one: Checkpoint, two: Checkpoint) -> bool:
-    """Whether both have tokenizer.json, and every tokenizer file of one is the other's, byte for byte."""
+    """Whether both have tokenizer.json, and every tokenizer file of one is the other's, byte for byte; or both GGUF
+    metadata, and the same entries in it.
+    """
+    if one.gguf is not None and two.gguf is not None:
+        return _entries(one.gguf) == _entries(two.gguf)
     names = {name for model in (one, two) for name in model.files if "token" in name or "template" in name}
     if "tokenizer.json" not in names or one.gguf is not None or two.gguf is not None:
         return False
@@ -83,6 +88,10 @@ def _same_files(one: Checkpoint, two: Checkpoint) -> bool:
         name in one.files and name in two.files and one.files[name].read_bytes() == two.files[name].read_bytes()
         for name in names
     )
+
+
+def _entries(metadata: Metadata) -> dict[str, object]:
+    return {key: value for key, value in metadata.entries.items() if key.startswith("tokenizer.")}
 
 
 def _facts(model: Checkpoint) -> _Facts:

@@ -82,12 +82,12 @@ def verify(
         raise InputError("max_tokens and generate", expected="at least 1", got=f"{max_tokens} and {generate}")
     opened = [(artifact, open_artifact(artifact)) for artifact in recognize(artifacts, relative_to)]
     held = [holds(adapter, *found) for found in opened]
-    job = Job.of(reference, adapter, minima, held)
+    room = available_memory() if memory is None else memory
+    job = Job.of(reference, adapter, minima, held, memory=room)
     gates = _fold_gates(job, progress)
     weights = [_weights(job, artifact, checkpoint, progress) for artifact, checkpoint in opened]
     if level == "weights":
         return _report(job, level, weights, gates)
-    room = available_memory() if memory is None else memory
     work = make_work(job.base, text=text, tokens=tokens, prompts=prompts, max_tokens=max_tokens)
     with tempfile.TemporaryDirectory(prefix="qalora-verify-") as folder:
         share = _Share(progress, len(work.windows) * _passes(job, [artifact for artifact, _ in opened], held))
@@ -168,7 +168,10 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
     gates = judge(Evidence(weights=found, beside=beside, tokenizer=tokenizer))
     layers = {}
     if job.adapter is not None and held == FOLDED:
-        layers = adapter_by_layer(checkpoint, job.base, job.adapter, job.adapter.minima or "float32")
+        read = {*(one.name for one in found.different), *(line.partition(":")[0] for line in found.shapes)}
+        same = {name: expected.tensors[name] for name in expected.tensors.keys() & checkpoint.tensors.keys() - read}
+        known = replace(checkpoint, tensors={**checkpoint.tensors, **same})  # what is the same need not be read again
+        layers = adapter_by_layer(known, job.base, job.adapter, job.adapter.minima or "float32")
     return ArtifactReport(
         name=artifact.name, kind=artifact.kind, holds=held, weights=found, gates=tuple(gates), runs=(), layers=layers
     )

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from qalora.adapter import AdapterLayer
+from qalora.checkpoint import kept_bytes, remembered
 from qalora.folding import fold
 from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.reference import Forward, Reference, rounded_minima
 from qalora.parity.spool import Spool
-from qalora.testing import random_tensor
+from qalora.testing import assert_same_tensor, random_tensor
 
 TOKENS = list(range(3, 40))
 NOISE = 16 * 2.0**-24
@@ -94,10 +95,32 @@ def test_a_spool_computes_each_forward_once(reference, tmp_path: Path) -> None:
     spool = Spool(reference, [TOKENS[:20], TOKENS[20:]], tmp_path)
     first = spool.logits(Forward(), 1)
     assert torch.equal(spool.logits(Forward(), 1), first)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2  # both windows fit into one batch
+    alone = reference.logits(TOKENS[:20], Forward())
+    bound = NOISE * float(alone.abs().max())
+    torch.testing.assert_close(spool.logits(Forward(), 0), alone, rtol=0, atol=bound)
+    assert len(list(tmp_path.iterdir())) == 2
     assert spool.distance(Forward(), Forward()) == 0.0
     assert spool.distance(Forward(), Forward(weights="side")) > 0
     assert spool.logit_count == len(TOKENS) * first.shape[1]
+
+
+def test_weights_are_read_once_where_they_fit(base) -> None:
+    """And are what they were; where they do not fit, the model is what it was."""
+    name, reads = base.linears[0], []
+    lazy = base.tensors[name]
+
+    def read(start: int, stop: int):
+        reads.append((start, stop))
+        return lazy.read(start, stop)
+
+    counted = replace(base, tensors={**base.tensors, name: replace(lazy, read=read)})
+    kept = remembered(counted, kept_bytes(base))
+    part, whole = kept.tensors[name].rows(8, 24), kept.tensors[name].load()
+    assert_same_tensor(part, lazy.load_quantized().rows(8, 24))
+    assert_same_tensor(whole, lazy.load_quantized())
+    assert reads == [(0, lazy.shape[0])]
+    assert remembered(counted, kept_bytes(base) - 1) is counted
 
 
 def test_the_fold_passes_its_check_and_a_wrong_one_does_not(base, adapter, folded) -> None:
