@@ -39,10 +39,10 @@ class Bench:
         """
         spool = Spool(Reference(job.base, job.adapter, memory=memory), work.windows, folder, tick)
         base, side = Forward(weights="base"), Forward(weights="side")
-        noise = spool.noise(job.usual)
         began = time.perf_counter()
         spool.logits(job.usual, 0)
         speed = sum(len(work.windows[n]) for n in spool.together(0)) / (time.perf_counter() - began)
+        noise = spool.noise(job.usual)
         if job.adapter is None:
             return cls(work=work, spool=spool, noise=noise, effect=0.0, side_effect=0.0, speed=speed)
         return cls(

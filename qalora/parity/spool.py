@@ -7,6 +7,7 @@ memory, and recomputing them for every artefact would take as long as the artefa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +18,6 @@ from qalora.parity.metrics import LogitMetrics, concatenate, squared_distance, s
 from qalora.parity.reference import Forward, Reference
 
 __all__ = ["Spool"]
-
-NOISE_TOKENS = 64
-"""Tokens of the first window on which float32's noise is measured."""
 
 BATCH_LOGITS = 1 << 26
 """Logits that are computed in one batch at most: 256 MiB."""
@@ -86,14 +84,10 @@ class Spool:
         )
 
     def noise(self, forward: Forward) -> Noise:
-        """Float32's own noise on the first tokens: the forward against itself summed in another order."""
-        tokens = self.windows[0][:NOISE_TOKENS]
-        usual = self.reference.logits(tokens, forward)
-        other = self.reference.logits(
-            tokens, Forward(weights=forward.weights, rounding=forward.rounding, permuted=True)
-        )
-        found = summarize(token_metrics(other, usual, tokens[1:]))
-        return Noise(max=found.max, rms=found.rms, floor=NOISE_FLOOR * float(usual.abs().max()))
+        """Float32's own noise over the very same tokens: the forward against itself summed in another order."""
+        found = self.compare(replace(forward, permuted=True), forward)
+        largest = max(float(self.logits(forward, n).abs().max()) for n in range(len(self.windows)))
+        return Noise(max=found.max, rms=found.rms, floor=NOISE_FLOOR * largest)
 
     @property
     def logit_count(self) -> int:

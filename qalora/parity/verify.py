@@ -141,11 +141,13 @@ class _Share:
 
 
 def _passes(job: Job, artifacts: Sequence[Artifact], held: Sequence[str]) -> int:
-    """How many passes over all windows there will be, about: a kernel's rounding takes the reference one more."""
+    """How many passes over all windows there will be, about: a kernel's rounding takes the reference one more,
+    and so does float32's noise.
+    """
     forwards = {job.usual, job.adapted, *map(job.expected, held)}
     forwards |= {Forward(weights="base"), Forward(weights="side")} if job.adapter is not None else set()
     rounded = {artifact.kind for artifact in artifacts} & {"gguf", "gptq"}
-    return len(forwards) + len(rounded) + sum(len(runtimes_of(artifact)) for artifact in artifacts)
+    return 1 + len(forwards) + len(rounded) + sum(len(runtimes_of(artifact)) for artifact in artifacts)
 
 
 def _fold_gates(job: Job, progress: Stage) -> tuple[GateResult, ...]:

@@ -85,8 +85,8 @@ def test_minima_are_rounded_once_whatever_the_pool(pool: int, group: int, minima
             assert float(found[o, i]) == product + kept
 
 
-def test_noise_is_float32s(reference) -> None:
-    noise = Spool(reference, [TOKENS], Path()).noise(Forward())
+def test_noise_is_float32s(reference, tmp_path: Path) -> None:
+    noise = Spool(reference, [TOKENS], tmp_path).noise(Forward())
     assert 0 < noise.rms < noise.max < 1e-4
     assert noise.bound >= noise.floor > 0
 
