@@ -114,7 +114,7 @@ def read(folder: Path) -> Checkpoint:
     """Open a float model folder; reads config and headers only."""
     config, stored = read_config(folder), stored_tensors(folder)
     notes: tuple[str, ...] = ()
-    if config.get("model_type") in TEXT_PARTS and isinstance(config.get("text_config"), dict):
+    if str(config.get("model_type")) in TEXT_PARTS and isinstance(config.get("text_config"), dict):
         config, stored, notes = _text_part(config, stored, folder)
     tensors = {name: float_tensor(name, *where) for name, where in stored.items()}
     linears = linear_names(config, folder)
