@@ -275,11 +275,14 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 _NEVER_NULL = (
     "hidden_act",
     "hidden_activation",
+    "max_window_layers",
+    "no_rope_layer_interval",
     "original_max_position_embeddings",
     "partial_rotary_factor",
     "rms_norm_eps",
     "rope_local_base_freq",
     "rope_theta",
+    "sliding_window_pattern",
 )
 
 

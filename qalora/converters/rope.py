@@ -151,7 +151,7 @@ def _number(where: object, key: str, value: Any) -> Any:
         return bool(value)
     if key in LISTS and isinstance(value, list | tuple) and len(value) <= 1 << 16:
         return tuple(_number(where, f"{key}[]", part) for part in value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+    if key in LISTS or isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         expected = "a list of numbers above 0" if key in LISTS else "a number above 0"
         raise InputError(f"{where}: {key}", expected=expected, got=repr(value)[:60])
     return int(value) if key == ORIGINAL else value

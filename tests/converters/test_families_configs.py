@@ -1,7 +1,10 @@
 """What configs and GGUF metadata say of a family, against transformers' classes and gguf-py's tables; refusals."""
 
+import contextlib
 import copy
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperp
 from qalora.converters.gguf.metadata import number, text
 from qalora.converters.gguf.names import gguf_names
 from qalora.converters.huggingface import _text_part
+from qalora.converters.onnx.decoder import check_decoder
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata
 from qalora.parity.weights import essentials
@@ -191,6 +195,7 @@ def test_a_text_config_that_says_what_differs_only() -> None:
 def test_null_says_nothing_where_it_cannot() -> None:
     config = PUBLISHED["gemma-3-4b's text"]
     nulls = {"hidden_activation": None, "rms_norm_eps": None, "original_max_position_embeddings": None}
+    nulls |= {"sliding_window_pattern": None}
     assert essentials({**config, **nulls}) == essentials(config)
 
 
@@ -275,6 +280,10 @@ def test_keys_of_ours_that_lie_are_refused(key: str, value: str, words: str) -> 
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "expected a low_freq_factor for llama3 scaling"),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": "x", "long_factor": []}}, "a list of numbers"),
         ({"rope_parameters": {"full_attention": 3, "sliding_attention": {}}}, "expected an object for full_attention"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": 2.0, "long_factor": [1.0]}},
+            "a list of numbers",
+        ),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected at most 1"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor: expected none in a gemma3_text, got 0\.5"),
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: expected a number above 0"),
@@ -305,3 +314,46 @@ def test_a_config_that_makes_no_sense_is_one_sentence(changes: dict[str, Any], w
 def test_what_is_no_family_here_is_refused_with_what_is_missing(config: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         family_of(config, "here")
+
+
+ABSURD: tuple[Any, ...] = (
+    None,
+    0,
+    -1,
+    1.5,
+    1e300,
+    1 << 40,
+    "x",
+    [],
+    {},
+    [1, 2],
+    {"a": 1},
+    True,
+    math.nan,
+    math.inf,
+    [{}] * 40,
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_damaged_configs_raise_input_errors_only(name: str) -> None:
+    """A thousand configs with up to three values replaced, through all that reads them."""
+    rng = random.Random(1)
+    more = [*{key for family in FAMILIES.values() for key in family.defaults}, "rope_parameters", "layer_types"]
+    for _ in range(1000):
+        config = copy.deepcopy(PUBLISHED[name])
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            key = rng.choice([*config, *more])
+            inner = config.get(key)
+            if isinstance(inner, dict) and inner and rng.random() < 0.7:
+                inner[rng.choice(list(inner))] = rng.choice(ABSURD)
+            else:
+                config[key] = rng.choice(ABSURD)
+        with contextlib.suppress(InputError):
+            check_config(config, "here")
+            decoder = decoder_of(config, "here")
+            essentials(config)
+            with contextlib.suppress(InputError):
+                check_decoder(decoder, "here")
+            hyperparameters(decoder, settings_of(config, "here"), "here")
+            factor_tensors(decoder)
