@@ -32,7 +32,8 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def specs_text(specs: Mapping[str, QuantSpec]) -> str:
-    """The JSON of {module: spec}; inverse of `parse_specs` but for act-order, which no carrier of it holds."""
+    """The JSON of {module: spec}; inverse of `parse_specs` but for act-order, which ONNX's graphs tell by themselves
+    and no other carrier of this metadata holds."""
     entries = {
         module: [
             spec.bits,

@@ -81,7 +81,7 @@ def _act_order(model: Checkpoint) -> list[Finding]:
         Finding(
             code="act-order",
             message="quantized with act-order: no QA-LoRA adapter that pools runs of columns can be folded into it, "
-            "and GGUF and ONNX cannot hold its groups",
+            "and GGUF, MLX and HQQ cannot hold its groups",
             evidence=f"in {len(ordered)} of {len(model.linears)} layers g_idx is not column // group_size; the first "
             f"is {ordered[0]}",
             todo="ship adapters beside it (qalora adapter convert --to plain), or quantize without desc_act",

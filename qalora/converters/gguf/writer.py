@@ -105,7 +105,7 @@ def _quantized_carrier(lazy: LazyTensor, spec: QuantSpec, options: ExportOptions
     if spec.act_order:
         raise ExactnessError(
             f"gguf: {lazy.name}: an act-order tensor's groups mix columns, and GGUF's blocks are consecutive ones",
-            todo="export it to gptq, or quantize without act-order",
+            todo="export it to gptq or onnx, or quantize without act-order",
         )
     if spec.group_size % BLOCK:
         raise ExactnessError(

@@ -122,7 +122,7 @@ def _parts(lazy: LazyTensor, model: Checkpoint) -> list[tuple[str, torch.dtype, 
     if spec.act_order:
         raise ExactnessError(
             f"hqq: {lazy.name}: an act-order tensor's groups mix columns, and HQQ's groups are consecutive ones",
-            todo="export it to gptq, or quantize without act-order",
+            todo="export it to gptq or onnx, or quantize without act-order",
         )
     module, groups = module_of(lazy.name), lazy.shape[0] * lazy.shape[1] // spec.group_size
     try:

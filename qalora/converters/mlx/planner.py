@@ -85,7 +85,7 @@ def mlx_group_size(lazy: LazyTensor) -> int:
     if lazy.spec.act_order:
         raise ExactnessError(
             f"mlx: {lazy.name}: an act-order tensor's groups mix columns, and MLX's groups are consecutive ones",
-            todo="export it to gptq, or quantize without act-order",
+            todo="export it to gptq or onnx, or quantize without act-order",
         )
     size = group_size_for(lazy.spec.group_size)
     if size is None:

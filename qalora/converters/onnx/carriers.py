@@ -19,6 +19,7 @@ DequantizeLinear (`portable`): the weight transposed, as MatMul wants it.
     residual  FLOAT [K/group, N]
 
 `block` is the largest power of two from 16 to 256 that divides the group; scale and zero repeat where it is smaller.
+An act-order weight is held with its columns in the order of their groups, and that order beside it (see `order`).
 Sources: onnxruntime, docs/ContribOperators.md; onnx, docs/Operators.md#DequantizeLinear.
 """
 
@@ -29,6 +30,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qalora.converters.onnx.order import natural, ordered
 from qalora.converters.plan import LOSSES
 from qalora.errors import ExactnessError, FormatError
 from qalora.formats.onnx import Initializer
@@ -52,11 +54,6 @@ Parts = list[Initializer]
 
 def block_size(name: str, spec: QuantSpec) -> int:
     """The block that both graphs use for a tensor; ExactnessError for one that they cannot hold."""
-    if spec.act_order:
-        raise ExactnessError(
-            f"onnx: {name}: an act-order tensor's groups mix columns, and ONNX's blocks are consecutive ones",
-            todo="export it to gptq, or quantize without act-order",
-        )
     for block in BLOCKS:
         if spec.group_size % block == 0:
             return block
@@ -125,7 +122,7 @@ def _zeros(module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bo
 def encode_fast(module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bool = False) -> dict[str, Tensor]:
     """The data of `fast_parts`, by name. ExactnessError for a residual that float32 rounds, unless `rounds`."""
     zero, data = _zeros(module, tensor, spec, rounds=rounds)
-    times = spec.group_size // block_size(module, spec)
+    times, tensor = spec.group_size // block_size(module, spec), ordered(module, tensor)
     scale, zero = tensor.scale.repeat_interleave(times, dim=1), zero.repeat_interleave(times, dim=1)
     if spec.bits <= 4:
         packed = tensor.packed if spec.bits == 4 else pack_codes(tensor.codes(), 4)
@@ -186,7 +183,8 @@ def _joined(
         minimum = -scale * zero
     else:
         minimum = from_residual(scale, zero, fetch(f"{module}.residual").T)
-    return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=spec.bits, group_size=spec.group_size)
+    tensor = GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=spec.bits, group_size=spec.group_size)
+    return natural(module, tensor, fetch(f"{module}.order")) if spec.act_order else tensor
 
 
 def encode_portable(
@@ -195,7 +193,7 @@ def encode_portable(
     """The data of `portable_parts`, by name; UINT4 as packed bytes."""
     zero, data = _zeros(module, tensor, spec, rounds=rounds)
     times = spec.group_size // block_size(module, spec)
-    codes, zero = tensor.codes().T, zero.repeat_interleave(times, dim=1).T
+    codes, zero = ordered(module, tensor).codes().T, zero.repeat_interleave(times, dim=1).T
     small = spec.bits <= 4
     data[f"{module}.codes"] = _nibbles(codes) if small else codes.contiguous()
     data[f"{module}.scale"] = tensor.scale.repeat_interleave(times, dim=1).T.contiguous()

@@ -37,12 +37,16 @@ class _Lengths:
 
 
 def fast_graph(
-    model: Checkpoint, data: Mapping[str, Initializer], metadata: Mapping[str, str], accuracy_level: int
+    model: Checkpoint,
+    data: Mapping[str, Initializer],
+    orders: Mapping[str, str],
+    metadata: Mapping[str, str],
+    accuracy_level: int,
 ) -> Any:
     """The ModelProto, its weights as stubs."""
     from onnx import helper
 
-    decoder, graph = decoder_of(model.config, model.path), Graph(data=data)
+    decoder, graph = decoder_of(model.config, model.path), Graph(data=data, orders=orders)
 
     def linear(x: str, module: str) -> str:
         return _linear(graph, model, x, module, accuracy_level)
@@ -174,6 +178,7 @@ def _linear(graph: Graph, model: Checkpoint, x: str, module: str, accuracy_level
         product = graph.add("MatMul", [x, f"{module}.weight"], y)
     else:
         block, (out, columns) = block_size(module, lazy.spec), lazy.shape
+        x = graph.ordered(x, module)
         halves = [
             graph.add(
                 "MatMulNBits",

@@ -18,12 +18,18 @@ DATA = "model.onnx.data"
 
 @dataclass(slots=True, kw_only=True)
 class Graph:
-    """Nodes one behind the other; each method that adds one gives its output's name."""
+    """Nodes one behind the other; each method that adds one gives its output's name.
+
+    data    the weights by name
+    orders  what `order.shared_orders` gives
+    """
 
     data: Mapping[str, Initializer]
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
+    orders: Mapping[str, str] = field(default_factory=dict)
     _pools: dict[tuple[str, int], str] = field(default_factory=dict)
+    _ordered: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(
         self,
@@ -66,6 +72,15 @@ class Graph:
             grouped = self.add("Reshape", [x, shape], f"{x}.groups{group_size}")
             self._pools[key] = self.add("ReduceSum", [grouped, axis], f"{x}.pooled{group_size}", keepdims=0)
         return self._pools[key]
+
+    def ordered(self, x: str, module: str) -> str:
+        """What a module's codes are multiplied with: x, gathered once for each order where there is act-order."""
+        if module not in self.orders:
+            return x
+        key = (x, self.orders[module])
+        if key not in self._ordered:
+            self._ordered[key] = self.add("Gather", [x, f"{key[1]}.order"], f"{module}.in", axis=-1)
+        return self._ordered[key]
 
     def model(
         self, decoder: Decoder, outputs: Sequence[Any], inputs: Sequence[Any], metadata: Mapping[str, str], **extra: Any

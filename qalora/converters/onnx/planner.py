@@ -3,7 +3,8 @@
 Quantized linear weights are held as `carriers` says. Everything else is float32: the embedding as it is, [vocabulary,
 hidden], which a tied output shares; float linear weights transposed, as MatMul wants them; rotary tables by position.
 
-Values are read for a plan only where specs do not tell whether float32 holds what integer zero points leave over.
+Values are read for a plan only where specs do not tell whether float32 holds what integer zero points leave over; of
+an act-order weight one row, for the order of its columns.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qalora.converters.onnx.decoder import check_decoder, rotary_parts
 from qalora.converters.onnx.fast import fast_graph
 from qalora.converters.onnx.genai import genai_config
 from qalora.converters.onnx.graph import DATA
+from qalora.converters.onnx.order import order_part, shared_orders
 from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.onnx.slots import add_slots
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
@@ -73,16 +75,19 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
     check_decoder(decoder, model.path)
     _check_tensors(model)
     metadata = {TENSORS: specs_text(_kinds(model))}
-    fast_data, fast_size = lay_out(_initializers(model, portable=False))
-    portable_data, portable_size = lay_out(_initializers(model, portable=True))
+    computed = dict.fromkeys([*model.linears, *model.tensors])  # the first to use an order gives it its name
+    orders = shared_orders(lazy for name in computed if is_quantized(lazy := model.tensors[name]))
+    fast_data, fast_size = lay_out(_initializers(model, orders, portable=False))
+    portable_data, portable_size = lay_out(_initializers(model, orders, portable=True))
+    fast_proto = fast_graph(model, fast_data, orders, metadata, options.accuracy_level)
     fast = GraphPlan(
-        proto=add_slots(fast_graph(model, fast_data, metadata, options.accuracy_level), model, options.lora_slots),
+        proto=add_slots(fast_proto, model, options.lora_slots),
         data=fast_data,
         size=fast_size,
         genai=genai_config(model, decoder, portable=False),
     )
     portable = GraphPlan(
-        proto=add_slots(portable_graph(model, portable_data, metadata), model, options.lora_slots),
+        proto=add_slots(portable_graph(model, portable_data, orders, metadata), model, options.lora_slots),
         data=portable_data,
         size=portable_size,
         genai=genai_config(model, decoder, portable=True),
@@ -133,8 +138,13 @@ def _kinds(model: Checkpoint) -> dict[str, QuantSpec]:
     }
 
 
-def _initializers(model: Checkpoint, *, portable: bool) -> list[Initializer]:
-    found = [part for lazy in model.tensors.values() for part in _parts(lazy, model, portable=portable)]
+def _initializers(model: Checkpoint, orders: Mapping[str, str], *, portable: bool) -> list[Initializer]:
+    found = []
+    for lazy in model.tensors.values():
+        found += _parts(lazy, model, portable=portable)
+        module = module_of(lazy.name)
+        if orders.get(module) == module:
+            found.append(order_part(module, lazy.shape[1]))
     return found + rotary_parts(decoder_of(model.config, model.path))
 
 
@@ -185,7 +195,8 @@ def _carrier(lazy: LazyTensor, *, portable: bool) -> str:
         kind = "uint4" if spec.bits <= 4 else "uint8"
     else:
         kind = "4-bit container" if spec.bits <= 4 else "two 4-bit halves"
-    return f"{spec.bits} bits in {kind}" + (" + residual" if spec.zeros == "real" else "")
+    order = ", columns by groups" if spec.act_order else ""
+    return f"{spec.bits} bits in {kind}{order}" + (" + residual" if spec.zeros == "real" else "")
 
 
 def _files(model: Checkpoint, fast: GraphPlan, portable: GraphPlan) -> dict[str, int | None]:

@@ -38,11 +38,13 @@ DOMAIN = "ai.qalora"
 MASKED = -3.4028234663852886e38
 
 
-def portable_graph(model: Checkpoint, data: Mapping[str, Initializer], metadata: Mapping[str, str]) -> Any:
+def portable_graph(
+    model: Checkpoint, data: Mapping[str, Initializer], orders: Mapping[str, str], metadata: Mapping[str, str]
+) -> Any:
     """The ModelProto, its weights as stubs."""
     from onnx import helper
 
-    decoder, graph = decoder_of(model.config, model.path), Graph(data=data)
+    decoder, graph = decoder_of(model.config, model.path), Graph(data=data, orders=orders)
 
     def linear(x: str, module: str) -> str:
         return _linear(graph, model, x, module)
@@ -212,7 +214,7 @@ def _attend(graph: Graph, decoder: Decoder, n: int, heads: list[str], bias: str)
 
 def _linear(graph: Graph, model: Checkpoint, x: str, module: str) -> str:
     lazy = model.tensors[f"{module}.weight"]
-    y = f"{module}.out"
+    x, y = graph.ordered(x, module), f"{module}.out"
     parts = [f"{module}.{part}" for part in ("codes", "scale", "zero")]
     if lazy.spec is None:
         product = graph.add("MatMul", [x, f"{module}.weight"], y)

@@ -18,6 +18,7 @@ from qalora.converters.huggingface import check_shapes, companion_files, read_co
 from qalora.converters.onnx import foreign
 from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
 from qalora.converters.onnx.decoder import TABLES
+from qalora.converters.onnx.order import order_part, read_orders
 from qalora.converters.onnx.planner import GRAPH
 from qalora.converters.onnx.portable import DOMAIN
 from qalora.converters.specs import TENSORS, check_values, parse_specs
@@ -44,9 +45,12 @@ def read(path: Path) -> Checkpoint:
     config = read_config(file.parent)
     linears = linear_names(config, file.parent)
     family, tensors = family_of(config, file.parent), dict[str, LazyTensor]()
+    orders = read_orders(proto)
     used = {f"{table}.{side}" for table in TABLES.values() for side in ("cos", "sin")}
     for module, spec in kinds.items():
-        tensors[f"{module}.weight"], names = _quantized(file, module, spec, stored, portable=portable)
+        tensors[f"{module}.weight"], names = _quantized(
+            file, module, spec, stored, orders.get(module), portable=portable
+        )
         used |= names
     for name, item in stored.items():
         if name not in used and item.dtype == "FLOAT" and item.inline is None:
@@ -63,16 +67,19 @@ def read(path: Path) -> Checkpoint:
 
 
 def _quantized(
-    file: Path, module: str, spec: QuantSpec, stored: Mapping[str, Stored], *, portable: bool
+    file: Path, module: str, spec: QuantSpec, stored: Mapping[str, Stored], order: str | None, *, portable: bool
 ) -> tuple[LazyTensor, set[str]]:
-    """The lazy tensor, and the initializers that it is made of."""
+    """The lazy tensor, and the initializers that it is made of; order: the name of its columns' order."""
     codes = stored.get(f"{module}.codes")
     if codes is None or len(codes.shape) != (2 if portable else 3):
         raise FormatError(f"{file}: {module}.codes", expected="an initializer", got="none, or another shape")
     shape = (codes.shape[1], codes.shape[0]) if portable else (codes.shape[0], codes.shape[1] * codes.shape[2] * 2)
     if 0 in shape or shape[1] % spec.group_size:
         raise FormatError(f"{file}: {module}", expected=f"groups of {spec.group_size}", got=f"shape {list(shape)}")
+    spec = replace(spec, act_order=order is not None)
     parts = {part.name: part for part in (portable_parts if portable else fast_parts)(module, shape, spec)}
+    if order is not None:
+        parts[order] = replace(order_part(module, shape[1]), name=order)
     for name, part in parts.items():
         item = stored.get(name)
         if item is None or (item.dtype, item.shape) != (part.dtype, part.shape):
@@ -80,7 +87,7 @@ def _quantized(
             raise FormatError(f"{file}: {name}", expected=f"{part.dtype} {list(part.shape)}", got=got)
 
     def fetch(name: str) -> Tensor:
-        return read_stored(stored[name])
+        return read_stored(stored[order if order is not None and name == f"{module}.order" else name])
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
         tensor = (decode_portable if portable else decode_fast)(module, fetch, spec)

@@ -11,7 +11,8 @@ them in. It has no scaling: a layer's factor is multiplied into its A, which rou
 is a power of two. A QA-LoRA layer's A repeats its columns over the pool, which rounds nothing.
 
 The slots are put into a finished graph, whichever builder made it: a module's product is read from `x`, the first input
-of the nodes that take its weight, and ends at the one output named `<module>.out...` that no other such node takes.
+of the nodes that take its weight (what was gathered for act-order, where x was), and ends at the one output named
+`<module>.out...` that no other such node takes.
 
 Source: onnxruntime, docs/Lora.md and its Python class AdapterFormat.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
+from qalora.converters.onnx.order import ungathered
 from qalora.errors import AdapterError, FormatError, InputError
 
 __all__ = ["RANK", "add_slots", "read_adapter_file", "rounded_modules", "slot_names", "write_adapter_file"]
@@ -71,7 +73,7 @@ def _insert(graph: Any, module: str, helper: Any) -> None:
     if len(ends) != 1 or x is None:
         raise InputError(f"onnx: {module} has no place for a LoRA in this graph", todo="leave it out of --lora-slots")
     (end,) = ends
-    a, b = slot_names(module)
+    x, (a, b) = ungathered(graph, x), slot_names(module)
     for node in graph.node:
         for n, name in enumerate(node.input):
             if name == end:

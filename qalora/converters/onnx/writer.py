@@ -14,6 +14,7 @@ from qalora.converters.decoder import decoder_of
 from qalora.converters.onnx.carriers import encode_fast, encode_portable
 from qalora.converters.onnx.decoder import rotary_tables
 from qalora.converters.onnx.graph import DATA
+from qalora.converters.onnx.order import order_of
 from qalora.converters.onnx.planner import GRAPH, PORTABLE, GraphPlan, OnnxPlan, is_quantized, module_of
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
@@ -60,6 +61,10 @@ class _Data:
         self._items = graph.data
         self._file = OutputFile(path, graph.size)
 
+    def has(self, name: str) -> bool:
+        """Whether the file has an initializer of that name."""
+        return name in self._items
+
     def write(self, name: str, data: Tensor, row: int = 0) -> None:
         """Write an initializer, or its rows from `row` on."""
         item = self._items[name]
@@ -94,6 +99,8 @@ def _write_quantized(fast: _Data, portable: _Data, lazy: LazyTensor, *, rounds: 
     for file, encode in ((fast, encode_fast), (portable, encode_portable)):
         for name, data in encode(module, tensor, lazy.spec, rounds=rounds).items():
             file.write(name, data)
+        if file.has(f"{module}.order"):
+            file.write(f"{module}.order", order_of(module, tensor))
 
 
 def _write_float(fast: _Data, portable: _Data, lazy: LazyTensor, *, transposed: bool, offset: float) -> None:
