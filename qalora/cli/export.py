@@ -57,6 +57,7 @@ def command(
     gptq_form: str,
     gguf_form: str,
     accuracy_level: int,
+    onnx_embedding: str,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
@@ -81,6 +82,7 @@ def command(
         gptq_form=gptq_form,
         gguf_form=gguf_form,
         accuracy_level=accuracy_level,
+        onnx_embedding=onnx_embedding,
         lora_slots=frozenset() if lora_slots is None else frozenset(open_adapter(lora_slots).pairs),
     )
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]

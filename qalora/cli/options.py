@@ -146,6 +146,13 @@ def export_options(function: F) -> F:
             show_default=True,
             help="ONNX Runtime's MatMulNBits: 4 computes with int8 activations, faster and less exact.",
         ),
+        click.option(
+            "--onnx-embedding",
+            type=click.Choice(["float32", "quantized"]),
+            default="float32",
+            show_default=True,
+            help="quantized: the codes of a tied embedding; smaller, faster steps, slower prompts.",
+        ),
     )
     for decorator in reversed(decorators):
         function = decorator(function)

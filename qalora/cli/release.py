@@ -58,6 +58,7 @@ def command(
     gptq_form: str,
     gguf_form: str,
     accuracy_level: int,
+    onnx_embedding: str,
     allow_unproven: bool,
     checkpoint_format: str | None,
     force: bool,
@@ -82,6 +83,7 @@ def command(
         gptq_form=gptq_form,
         gguf_form=gguf_form,
         accuracy_level=accuracy_level,
+        onnx_embedding=onnx_embedding,
     )
     jobs = plan_release(base, targets, out, options, adapter=read, minima=minima, force=force)  # type: ignore[arg-type]
     if dry_run:

@@ -79,9 +79,9 @@ def rotary_tables(decoder: Decoder, where: object) -> Iterator[tuple[str, Tensor
             yield f"{TABLES[kind]}.{side}", table
 
 
-def embed(graph: Graph, decoder: Decoder) -> str:
-    """Embeddings [batch, sequence, hidden], scaled where the family does."""
-    found = graph.add("Gather", ["model.embed_tokens.weight", "input_ids"], "embedded")
+def embed(graph: Graph, decoder: Decoder, found: str | None = None) -> str:
+    """Embeddings [batch, sequence, hidden], scaled where the family does; found: those that were looked up already."""
+    found = found or graph.add("Gather", ["model.embed_tokens.weight", "input_ids"], "embedded")
     if decoder.embedding_scale == 1.0:
         return found
     return graph.add("Mul", [found, graph.number(decoder.embedding_scale)], "embedded_scaled")
@@ -130,12 +130,13 @@ def feed_forward(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Li
 
 
 def add_logits(graph: Graph, model: Checkpoint, decoder: Decoder, normed: str, linear: Linear) -> None:
-    """The logits; a tied output multiplies with the embedding as it is stored, [vocabulary, hidden]."""
+    """The logits; a tied float output multiplies with the embedding as it is stored, [vocabulary, hidden]."""
     name = "logits" if decoder.logit_softcap is None else "logits_uncapped"
-    if not model.tied and model.tensors["lm_head.weight"].spec is not None:
-        graph.add("Identity", [linear(normed, "lm_head")], name)
+    module = "model.embed_tokens" if model.tied else "lm_head"
+    if f"{module}.codes" in graph.data:
+        graph.add("Identity", [linear(normed, module)], name)
     else:
-        _table_product(graph, normed, "model.embed_tokens.weight" if model.tied else "lm_head.weight", decoder, name)
+        _table_product(graph, normed, f"{module}.weight", decoder, name)
     if decoder.logit_softcap is not None:
         add_softcap(graph, name, decoder.logit_softcap, "logits")
 

@@ -17,13 +17,12 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.decoder import FULL, Decoder, decoder_of
 from qalora.converters.onnx.carriers import block_size
 from qalora.converters.onnx.decoder import TABLES, Linear, add_logits, embed, feed_forward, norm, projections
-from qalora.converters.onnx.graph import OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
+from qalora.converters.onnx.embedding import EMBEDDING, look_up
+from qalora.converters.onnx.graph import MS, OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
 from qalora.converters.rope import two_tables
 from qalora.formats.onnx import Initializer
 
 __all__ = ["fast_graph"]
-
-MS = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,9 @@ def fast_graph(
         return _linear(graph, model, x, module, accuracy_level)
 
     lengths = _lengths(graph, decoder)
-    hidden = embed(graph, decoder)
+    spec = model.tensors[f"{EMBEDDING}.weight"].spec
+    coded = spec is not None and f"{EMBEDDING}.codes" in data
+    hidden = embed(graph, decoder, look_up(graph, spec) if coded and spec is not None else None)
     normed = norm(graph, decoder, hidden, "model.layers.0.input_layernorm", "layer0.normed")
     for n in range(len(decoder.layers)):
         hidden, normed = _layer(graph, decoder, n, hidden, normed, lengths, linear)

@@ -9,11 +9,12 @@ from typing import Any
 from qalora.converters.decoder import Decoder
 from qalora.formats.onnx import Initializer, stub
 
-__all__ = ["DATA", "IR_VERSION", "OPSET", "SIDES", "Graph", "cache_names", "graph_inputs", "graph_outputs"]
+__all__ = ["DATA", "IR_VERSION", "MS", "OPSET", "SIDES", "Graph", "cache_names", "graph_inputs", "graph_outputs"]
 
 OPSET = 23
 IR_VERSION = 11
 DATA = "model.onnx.data"
+MS = "com.microsoft"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Decide how a model goes into the two graphs: initializers and offsets of both data files, metadata, refusals.
 
 Quantized linear weights are held as `carriers` says. Everything else is float32: the embedding as it is, [vocabulary,
-hidden], which a tied output shares; float linear weights transposed, as MatMul wants them; rotary tables by position.
+hidden], which a tied output shares (or as codes, where that is asked for: `embedding`); float linear weights
+transposed, as MatMul wants them; rotary tables by position.
 
 Values are read for a plan only where specs do not tell whether float32 holds what integer zero points leave over; of
 an act-order weight one row, for the order of its columns.
@@ -20,6 +21,7 @@ from qalora.converters.decoder import decoder_of
 from qalora.converters.families import family_of, norm_names
 from qalora.converters.onnx.carriers import fast_parts, portable_parts
 from qalora.converters.onnx.decoder import check_decoder, rotary_parts
+from qalora.converters.onnx.embedding import EMBEDDING, check_table, tables
 from qalora.converters.onnx.fast import fast_graph
 from qalora.converters.onnx.genai import genai_config
 from qalora.converters.onnx.graph import DATA
@@ -42,12 +44,14 @@ PORTABLE = "portable"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphPlan:
-    """One graph. proto: the ModelProto; data: its initializers by name; size: of the data file; genai: its config."""
+    """One graph. proto: the ModelProto; data: its initializers by name; size: of the data file; genai: its config;
+    coded: the tensors that it holds as codes."""
 
     proto: Any
     data: Mapping[str, Initializer]
     size: int
     genai: Mapping[str, Any]
+    coded: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,27 +78,33 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
     decoder = decoder_of(model.config, model.path)
     check_decoder(decoder, model.path)
     _check_tensors(model)
-    metadata = {TENSORS: specs_text(_kinds(model))}
+    coded = _coded(model)
+    fast_coded = coded | ({f"{EMBEDDING}.weight"} if check_table(model, options.onnx_embedding) else set())
     computed = dict.fromkeys([*model.linears, *model.tensors])  # the first to use an order gives it its name
-    orders = shared_orders(lazy for name in computed if is_quantized(lazy := model.tensors[name]))
-    fast_data, fast_size = lay_out(_initializers(model, orders, portable=False))
-    portable_data, portable_size = lay_out(_initializers(model, orders, portable=True))
-    fast_proto = fast_graph(model, fast_data, orders, metadata, options.accuracy_level)
+    orders = shared_orders(model.tensors[name] for name in computed if name in coded)
+    fast_data, fast_size = lay_out(_initializers(model, orders, fast_coded, portable=False))
+    portable_data, portable_size = lay_out(_initializers(model, orders, coded, portable=True))
+    stubs = {**fast_data, **tables(fast_data)}
+    fast_proto = fast_graph(model, stubs, orders, _metadata(model, fast_coded), options.accuracy_level)
     fast = GraphPlan(
         proto=add_slots(fast_proto, model, options.lora_slots),
         data=fast_data,
         size=fast_size,
         genai=genai_config(model, decoder, portable=False),
+        coded=fast_coded,
     )
     portable = GraphPlan(
-        proto=add_slots(portable_graph(model, portable_data, orders, metadata), model, options.lora_slots),
+        proto=add_slots(
+            portable_graph(model, portable_data, orders, _metadata(model, coded)), model, options.lora_slots
+        ),
         data=portable_data,
         size=portable_size,
         genai=genai_config(model, decoder, portable=True),
+        coded=coded,
     )
-    losses = {name: _loss(lazy) for name, lazy in model.tensors.items()}
-    rows = [_row(lazy, fast_data, DATA, losses) for lazy in model.tensors.values()]
-    rows += [_row(lazy, portable_data, f"{PORTABLE}/{DATA}", losses) for lazy in model.tensors.values()]
+    losses = {name: _loss(lazy, coded) for name, lazy in model.tensors.items()}
+    rows = [_row(lazy, fast, DATA, losses) for lazy in model.tensors.values()]
+    rows += [_row(lazy, portable, f"{PORTABLE}/{DATA}", losses) for lazy in model.tensors.values()]
     return OnnxPlan(
         target="onnx",
         tensors=tuple(rows),
@@ -125,32 +135,32 @@ def _check_tensors(model: Checkpoint) -> None:
         )
 
 
-def is_quantized(lazy: LazyTensor) -> bool:
-    """Whether the graphs multiply with its codes: every quantized tensor but the embedding, which is looked up."""
-    return lazy.spec is not None and lazy.name != "model.embed_tokens.weight"
+def _coded(model: Checkpoint) -> frozenset[str]:
+    """The tensors that both graphs hold as codes: every quantized one but the embedding, which is looked up."""
+    embedding = f"{EMBEDDING}.weight"
+    return frozenset(name for name, lazy in model.tensors.items() if lazy.spec is not None and name != embedding)
 
 
-def _kinds(model: Checkpoint) -> dict[str, QuantSpec]:
-    return {
-        module_of(name): lazy.spec
-        for name, lazy in model.tensors.items()
-        if is_quantized(lazy) and lazy.spec is not None
-    }
+def _metadata(model: Checkpoint, coded: frozenset[str]) -> dict[str, str]:
+    specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if name in coded and lazy.spec}
+    return {TENSORS: specs_text(specs)}
 
 
-def _initializers(model: Checkpoint, orders: Mapping[str, str], *, portable: bool) -> list[Initializer]:
+def _initializers(
+    model: Checkpoint, orders: Mapping[str, str], coded: frozenset[str], *, portable: bool
+) -> list[Initializer]:
     found = []
     for lazy in model.tensors.values():
-        found += _parts(lazy, model, portable=portable)
+        found += _parts(lazy, model, coded, portable=portable)
         module = module_of(lazy.name)
         if orders.get(module) == module:
             found.append(order_part(module, lazy.shape[1]))
     return found + rotary_parts(decoder_of(model.config, model.path))
 
 
-def _parts(lazy: LazyTensor, model: Checkpoint, *, portable: bool) -> list[Initializer]:
+def _parts(lazy: LazyTensor, model: Checkpoint, coded: frozenset[str], *, portable: bool) -> list[Initializer]:
     """The initializers that a tensor becomes."""
-    if lazy.spec is not None and is_quantized(lazy):
+    if lazy.spec is not None and lazy.name in coded:
         rows, columns = lazy.shape
         make = portable_parts if portable else fast_parts
         return make(module_of(lazy.name), (rows, columns), lazy.spec)
@@ -158,8 +168,8 @@ def _parts(lazy: LazyTensor, model: Checkpoint, *, portable: bool) -> list[Initi
     return [Initializer(name=lazy.name, dtype="FLOAT", shape=shape)]
 
 
-def _loss(lazy: LazyTensor) -> Loss | None:
-    if not is_quantized(lazy):
+def _loss(lazy: LazyTensor, coded: frozenset[str]) -> Loss | None:
+    if lazy.name not in coded:
         return Loss(name="narrowing", size="float64 rounded to float32") if lazy.dtype is torch.float64 else None
     spec = lazy.spec
     if spec is None or spec.zeros == "integer" or _sure(spec) or to_residual(lazy.load_quantized(), "nearest").exact:
@@ -172,14 +182,12 @@ def _sure(spec: QuantSpec) -> bool:
     return spec.scale_dtype is torch.float16 and spec.min_dtype is torch.float16
 
 
-def _row(
-    lazy: LazyTensor, data: Mapping[str, Initializer], file: str, losses: Mapping[str, Loss | None]
-) -> PlannedTensor:
-    names = [name for name in data if name == lazy.name or name.startswith(f"{module_of(lazy.name)}.")]
-    parts = [data[name] for name in names]
+def _row(lazy: LazyTensor, graph: GraphPlan, file: str, losses: Mapping[str, Loss | None]) -> PlannedTensor:
+    start = f"{module_of(lazy.name)}."
+    parts = [part for name, part in graph.data.items() if name == lazy.name or name.startswith(start)]
     return PlannedTensor(
         name=lazy.name,
-        carrier=_carrier(lazy, portable=file != DATA),
+        carrier=_carrier(lazy, graph.coded, portable=file != DATA),
         file=file,
         offset=min(part.offset for part in parts),
         nbytes=sum(part.nbytes for part in parts),
@@ -187,9 +195,9 @@ def _row(
     )
 
 
-def _carrier(lazy: LazyTensor, *, portable: bool) -> str:
+def _carrier(lazy: LazyTensor, coded: frozenset[str], *, portable: bool) -> str:
     spec = lazy.spec
-    if spec is None or not is_quantized(lazy):
+    if spec is None or lazy.name not in coded:
         return "float32" if spec is None else f"float32, decoded from {spec.bits} bits"
     if portable:
         kind = "uint4" if spec.bits <= 4 else "uint8"

@@ -18,6 +18,7 @@ from qalora.converters.huggingface import check_shapes, companion_files, read_co
 from qalora.converters.onnx import foreign
 from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
 from qalora.converters.onnx.decoder import TABLES
+from qalora.converters.onnx.embedding import check_tables
 from qalora.converters.onnx.order import order_part, read_orders
 from qalora.converters.onnx.planner import GRAPH
 from qalora.converters.onnx.portable import DOMAIN
@@ -45,6 +46,7 @@ def read(path: Path) -> Checkpoint:
     config = read_config(file.parent)
     linears = linear_names(config, file.parent)
     family, tensors = family_of(config, file.parent), dict[str, LazyTensor]()
+    check_tables(file, stored)
     orders = read_orders(proto)
     used = {f"{table}.{side}" for table in TABLES.values() for side in ("cos", "sin")}
     for module, spec in kinds.items():

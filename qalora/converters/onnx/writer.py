@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from qalora.converters.onnx.carriers import encode_fast, encode_portable
 from qalora.converters.onnx.decoder import rotary_tables
 from qalora.converters.onnx.graph import DATA
 from qalora.converters.onnx.order import order_of
-from qalora.converters.onnx.planner import GRAPH, PORTABLE, GraphPlan, OnnxPlan, is_quantized, module_of
+from qalora.converters.onnx.planner import GRAPH, PORTABLE, GraphPlan, OnnxPlan, module_of
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.files import OutputFile
@@ -23,6 +23,8 @@ from qalora.formats.onnx import Initializer
 from qalora.formats.output import write_json
 
 __all__ = ["write"]
+
+Encode = Callable[..., dict[str, Tensor]]
 
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
@@ -42,11 +44,13 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         fast, portable = (stack.enter_context(_Data(place / DATA, graph)) for place, graph in places.items())
         for name, lazy in model.tensors.items():
             before = fast.done + portable.done
-            if is_quantized(lazy):
-                _write_quantized(fast, portable, lazy, rounds=name in allowed)
-            else:
+            if name in plan.fast.coded:
+                files = ((fast, encode_fast), (portable, encode_portable))
+                _write_quantized(files[: 1 + (name in plan.portable.coded)], lazy, rounds=name in allowed)
+            floats = [file for file, graph in ((fast, plan.fast), (portable, plan.portable)) if name not in graph.coded]
+            if floats:
                 offset = 1.0 if decoder.family.adds_one(name) else 0.0
-                _write_float(fast, portable, lazy, transposed=name in model.linears, offset=offset)
+                _write_float(floats, lazy, transposed=name in model.linears, offset=offset)
             progress(name, fast.done + portable.done - before)
         for name, table in rotary_tables(decoder, model.path):
             fast.write(name, table)
@@ -92,20 +96,20 @@ def _gaps(items: Iterable[Initializer]) -> list[tuple[int, int]]:
     return found
 
 
-def _write_quantized(fast: _Data, portable: _Data, lazy: LazyTensor, *, rounds: bool) -> None:
+def _write_quantized(files: Sequence[tuple[_Data, Encode]], lazy: LazyTensor, *, rounds: bool) -> None:
     if lazy.spec is None:
         raise TypeError(f"{lazy.name} has no spec")
     tensor, module = lazy.load_quantized(), module_of(lazy.name)
-    for file, encode in ((fast, encode_fast), (portable, encode_portable)):
+    for file, encode in files:
         for name, data in encode(module, tensor, lazy.spec, rounds=rounds).items():
             file.write(name, data)
         if file.has(f"{module}.order"):
             file.write(f"{module}.order", order_of(module, tensor))
 
 
-def _write_float(fast: _Data, portable: _Data, lazy: LazyTensor, *, transposed: bool, offset: float) -> None:
+def _write_float(files: Sequence[_Data], lazy: LazyTensor, *, transposed: bool, offset: float) -> None:
     tiles = [(0, lazy.load_float().T)] if transposed else lazy.float_tiles()
     for row, tile in tiles:
         wide = tile.float().contiguous() + offset if offset else tile.float().contiguous()
-        fast.write(lazy.name, wide, row)
-        portable.write(lazy.name, wide, row)
+        for file in files:
+            file.write(lazy.name, wide, row)
