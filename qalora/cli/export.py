@@ -58,6 +58,7 @@ def command(
     gguf_form: str,
     accuracy_level: int,
     onnx_embedding: str,
+    max_shard_size: int,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
@@ -83,6 +84,7 @@ def command(
         gguf_form=gguf_form,
         accuracy_level=accuracy_level,
         onnx_embedding=onnx_embedding,
+        max_shard_size=max_shard_size,
         lora_slots=frozenset() if lora_slots is None else frozenset(open_adapter(lora_slots).pairs),
     )
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from qalora.cli.options import (
     dry_run_option,
     force_option,
     json_flag,
+    max_shard_size_option,
     minima_option,
     open_model,
     output_option,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @output_option("The folder to write.")
 @minima_option
 @convention_option
+@max_shard_size_option
 @checkpoint_format_option
 @force_option
 @dry_run_option
@@ -46,6 +48,7 @@ def command(
     out: Path,
     minima: str | None,
     convention: str | None,
+    max_shard_size: int,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
@@ -65,7 +68,9 @@ def command(
         raise InputError(f"{out} is MODEL itself, which the proof reads again", todo="choose another place")
     read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     chosen: Minima = minima or read.minima or "float16"  # type: ignore[assignment]
-    plan = write_native(fold(base, read, minima=chosen), out, force=force, dry_run=dry_run)
+    plan = write_native(
+        fold(base, read, minima=chosen), out, max_shard_size=max_shard_size, force=force, dry_run=dry_run
+    )
     proofs = {} if dry_run else _prove(base, read, native.read(out), chosen)
     if as_json:
         print_json({"plan": plan.to_json(), "minima": chosen, "layers": _rows(read, proofs)})

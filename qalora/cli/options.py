@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +25,7 @@ __all__ = [
     "export_options",
     "force_option",
     "json_flag",
+    "max_shard_size_option",
     "minima_option",
     "open_model",
     "output_option",
@@ -105,6 +108,30 @@ def checkpoint_format_option(function: F) -> F:
     )(function)
 
 
+def _size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Bytes of 200MB, 5GB or 4GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?))?B?", value.strip(), re.IGNORECASE)
+    size = 0
+    if found is not None:
+        power = " KMGT".index((found[2] or " ").upper())
+        size = int(Decimal(found[1]) * (1024 if found[3] else 1000) ** power)
+    if size < 1:
+        raise click.BadParameter(f"expected a size such as 200MB, 5GB or 4GiB, got {value!r}", context, parameter)
+    return size
+
+
+def max_shard_size_option(function: F) -> F:
+    """--max-shard-size, in bytes."""
+    return click.option(
+        "--max-shard-size",
+        callback=_size,
+        default="5GB",
+        show_default=True,
+        metavar="SIZE",
+        help="safetensors: split a model that holds more into files of at most this, such as 200MB.",
+    )(function)
+
+
 def open_model(model: str, checkpoint_format: str | None = None) -> Checkpoint:
     """Load a MODEL argument, and say on stderr what its reader noted, such as a label that may be wrong."""
     from qalora.converters import load
@@ -153,6 +180,7 @@ def export_options(function: F) -> F:
             show_default=True,
             help="quantized: the codes of a tied embedding; smaller, faster steps, slower prompts.",
         ),
+        max_shard_size_option,
     )
     for decorator in reversed(decorators):
         function = decorator(function)

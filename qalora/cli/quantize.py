@@ -11,6 +11,7 @@ from qalora.cli.options import (
     dry_run_option,
     force_option,
     json_flag,
+    max_shard_size_option,
     open_model,
     output_option,
     print_json,
@@ -36,6 +37,7 @@ from qalora.errors import InputError
 )
 @click.option("--method", type=click.Choice(["rtn"]), default="rtn", show_default=True, help="Rounding to nearest.")
 @click.option("--requantize", is_flag=True, help="Round a model that holds integers already.")
+@max_shard_size_option
 @checkpoint_format_option
 @force_option
 @dry_run_option
@@ -48,6 +50,7 @@ def command(
     zeros: str,
     method: str,
     requantize: bool,
+    max_shard_size: int,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
@@ -66,7 +69,7 @@ def command(
     size = None if group_size == "row" else int(group_size)
     source = open_model(model, checkpoint_format)
     quantized = quantize(source, bits=bits, group_size=size, zeros=zeros, requantize=requantize)  # type: ignore[arg-type]
-    plan = write_native(quantized, out, force=force, dry_run=dry_run)
+    plan = write_native(quantized, out, max_shard_size=max_shard_size, force=force, dry_run=dry_run)
     if as_json:
         print_json(plan.to_json())
     else:

@@ -59,6 +59,7 @@ def command(
     gguf_form: str,
     accuracy_level: int,
     onnx_embedding: str,
+    max_shard_size: int,
     allow_unproven: bool,
     checkpoint_format: str | None,
     force: bool,
@@ -84,6 +85,7 @@ def command(
         gguf_form=gguf_form,
         accuracy_level=accuracy_level,
         onnx_embedding=onnx_embedding,
+        max_shard_size=max_shard_size,
     )
     jobs = plan_release(base, targets, out, options, adapter=read, minima=minima, force=force)  # type: ignore[arg-type]
     if dry_run:

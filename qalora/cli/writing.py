@@ -13,9 +13,9 @@ from qalora.formats.output import check_output, new_folder
 __all__ = ["write_native"]
 
 
-def write_native(model: Checkpoint, out: Path, *, force: bool, dry_run: bool) -> Plan:
+def write_native(model: Checkpoint, out: Path, *, max_shard_size: int, force: bool, dry_run: bool) -> Plan:
     """Plan our own folder and, unless it is a dry run, write it to `out`; gives the plan."""
-    plan = native.plan(model, ExportOptions())
+    plan = native.plan(model, ExportOptions(max_shard_size=max_shard_size))
     names = list(plan.files)
     check_output(out, force=force, names=names)
     if not dry_run:

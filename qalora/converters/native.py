@@ -6,7 +6,8 @@ config.json         transformers' config, with the commonest dtype of the tensor
                      "modules": {module: [bits, group_size, zero]}}
                     `zero` is the zero point of every group where it is the same, else null; `modules` holds those that
                     differ from the first three
-model.safetensors   <module>.codes  uint8 [out, in*bits/8]       as qalora.tensor packs them
+model.safetensors   (or several and their index, above --max-shard-size)
+                    <module>.codes  uint8 [out, in*bits/8]       as qalora.tensor packs them
                     <module>.scale  float16 or float32 [out, groups]
                     <module>.min    float16 or float32 [out, groups], or, where every zero point is an integer,
                     <module>.zero   uint8 [out, groups]            min = -scale * zero; absent where the config has it
@@ -34,14 +35,13 @@ from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile, contained
 from qalora.formats.output import write_json
-from qalora.formats.safetensors import Entry, Layout, SafetensorsWriter, plan_layout, read_tensor
+from qalora.formats.safetensors import Entry, Part, ShardedLayout, ShardedWriter, plan_shards, read_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
 
 __all__ = ["StoredModule", "check_version", "plan", "read", "stored_modules", "write"]
 
 VERSION = 1
 PARTS = ("codes", "scale", "min", "zero", "g_idx")
-WEIGHTS = "model.safetensors"
 GGUF_METADATA = "metadata.gguf"
 
 _Stored = Mapping[str, tuple[Path, Entry]]
@@ -206,41 +206,38 @@ def _check_parts(where: str, entries: _Stored, bits: int, group_size: int) -> tu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativePlan(Plan):
-    """A plan with the layout of the weights' file and the config to write."""
+    """A plan with the layout of the weights' files and the config to write."""
 
-    layout: Layout
+    layout: ShardedLayout
     config: Mapping[str, Any]
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> NativePlan:
     """Everything is held exactly: scale and min in the narrowest of float16 and float32 that the spec guarantees."""
-    parts = [part for lazy in model.tensors.values() for part in _parts(lazy)]
-    layout = plan_layout(parts, {"format": "pt"})
+    parts = {name: _parts(lazy) for name, lazy in model.tensors.items()}
+    layout = plan_shards(list(parts.values()), {"format": "pt"}, max_size=options.max_shard_size)
     tensors = []
     for lazy in model.tensors.values():
-        entries = [layout.entries[name] for name, _, _ in _parts(lazy)]
         spec = lazy.spec
         carrier = str(lazy.dtype).removeprefix("torch.") if spec is None else f"{spec.bits}-bit, {spec.zeros} zeros"
-        size = sum(entry.nbytes for entry in entries)
-        tensors.append(
-            PlannedTensor(name=lazy.name, carrier=carrier, file=WEIGHTS, offset=entries[0].offset, nbytes=size)
-        )
-    files: dict[str, int | None] = {WEIGHTS: layout.size, "config.json": None}
+        file, offset, size = layout.place(part for part, _, _ in parts[lazy.name])
+        tensors.append(PlannedTensor(name=lazy.name, carrier=carrier, file=file, offset=offset, nbytes=size))
+    files: dict[str, int | None] = {**layout.sizes, "config.json": None}
     files |= {name: path.stat().st_size for name, path in model.files.items()}
     return NativePlan(
         target="qalora", tensors=tuple(tensors), files=files, layout=layout, config=_config(model), notes=model.notes
     )
 
 
-def _parts(lazy: LazyTensor) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """(name, dtype, shape) of what a tensor becomes in the file."""
+def _parts(lazy: LazyTensor) -> list[Part]:
+    """What a tensor becomes in the file."""
     if lazy.spec is None:
         if lazy.dtype is None:
             raise TypeError(f"{lazy.name}: neither dtype nor spec")
         return [(lazy.name, lazy.dtype, lazy.shape)]
     spec, (rows, columns), module = lazy.spec, lazy.shape, module_of(lazy.name)
     groups = (rows, columns // spec.group_size)
-    parts: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+    parts: list[Part] = [
         (f"{module}.codes", torch.uint8, (rows, packed_row_bytes(columns, spec.bits))),
         (f"{module}.scale", spec.scale_dtype, groups),
     ]
@@ -287,7 +284,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         (folder / GGUF_METADATA).write_bytes(metadata_bytes(model.gguf))
     write_tokenizer(model, folder)
     write_json(folder / "config.json", plan.config)
-    with SafetensorsWriter(folder / WEIGHTS, plan.layout) as weights:
+    with ShardedWriter(folder, plan.layout) as weights:
         for tensor in plan.tensors:
             _write_tensor(weights.write, model.tensors[tensor.name], whole=tensor.name in model.linears)
             progress(tensor.name, tensor.nbytes)

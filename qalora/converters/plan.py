@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qalora.errors import ExactnessError
+from qalora.formats.safetensors import SHARD_SIZE
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
@@ -123,6 +124,7 @@ class ExportOptions:
     onnx_embedding  ONNX: "float32", or "quantized": codes of the embedding, shared with a tied output, in the graph
                     for ONNX Runtime; a third of its bytes at 8 bits, a faster step and slower prompts
     lora_slots      ONNX: modules whose products take a LoRA at run time, an .onnx_adapter file
+    max_shard_size  safetensors: bytes of tensors above which a model is split into several files
     adapter         an adapter to ship beside the base instead of folding it (targets that say they can)
     """
 
@@ -133,6 +135,7 @@ class ExportOptions:
     accuracy_level: int = 0
     onnx_embedding: str = "float32"
     lora_slots: frozenset[str] = frozenset()
+    max_shard_size: int = SHARD_SIZE
     adapter: Adapter | None = None
 
 

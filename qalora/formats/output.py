@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qalora.errors import OutputError
 
-__all__ = ["check_output", "new_file", "new_folder", "write_json"]
+__all__ = ["check_output", "json_bytes", "new_file", "new_folder", "write_json"]
 
 
 def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> None:
@@ -114,6 +114,11 @@ def _umask() -> int:
     return mask
 
 
+def json_bytes(content: object) -> bytes:
+    """JSON with sorted keys, so that the same content gives the same bytes."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write JSON with sorted keys, so that the same content gives the same bytes."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `json_bytes` to a file."""
+    path.write_bytes(json_bytes(content))

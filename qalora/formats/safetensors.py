@@ -8,6 +8,12 @@ Why not the safetensors package for reading: it maps the file (mapped pages coun
 file kills the process), and it cannot write a tensor at a time, nor two metadata keys in a stable order. The tests hold
 this module against the package in both directions.
 
+A model is one file, or, above a size, several of these and an index, as transformers, mlx-lm and the Hub name them:
+
+    model-00001-of-00003.safetensors ...    each with the same metadata
+    model.safetensors.index.json            {"metadata": {"total_size": bytes of all tensors},
+                                             "weight_map": {tensor: file}}
+
 Header layout: https://github.com/huggingface/safetensors#format. This module knows no model family.
 """
 
@@ -15,18 +21,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qalora.errors import FormatError
+from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile, OutputFile, contained, read_limited
+from qalora.formats.output import json_bytes
 
-__all__ = ["DTYPES", "Entry", "Layout", "SafetensorsWriter", "plan_layout", "read_header", "read_tensor", "shards"]
+__all__ = [
+    "DTYPES",
+    "SHARD_SIZE",
+    "Entry",
+    "Layout",
+    "Part",
+    "SafetensorsWriter",
+    "ShardedLayout",
+    "ShardedWriter",
+    "plan_layout",
+    "plan_shards",
+    "read_header",
+    "read_tensor",
+    "shards",
+]
+
+Part = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a tensor to be written."""
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -47,6 +72,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER = 100_000_000
 
+SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors above which a model is split, by default; transformers' own default."""
+
+MAX_SHARDS = 200
+"""Files of one model: all are reserved at once and open together, and some systems allow a process 256."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -65,7 +96,44 @@ class Layout:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     size: int
-    prefix: bytes = b""
+    prefix: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardedLayout:
+    """A model's files: one, or several and an index of them.
+
+    files       the layout of each file of tensors by its name, in order
+    where       the name of the file that holds a tensor, by the tensor's
+    index_name  `<stem>.safetensors.index.json`
+    index       its bytes; empty where there is one file, which needs none
+    """
+
+    files: Mapping[str, Layout]
+    where: Mapping[str, str]
+    index_name: str
+    index: bytes = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files of tensors."""
+        return sum(layout.size for layout in self.files.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that is written, the index too."""
+        index = {self.index_name: len(self.index)} if self.index else {}
+        return {**{name: layout.size for name, layout in self.files.items()}, **index}
+
+    def entry(self, name: str) -> Entry:
+        """Where a tensor stands in its file."""
+        return self.files[self.where[name]].entries[name]
+
+    def place(self, names: Iterable[str]) -> tuple[str, int, int]:
+        """The file of tensors that stay together, the first one's offset in it, and the bytes of all."""
+        names = list(names)
+        entries = [self.entry(name) for name in names]
+        return self.where[names[0]], entries[0].offset, sum(entry.nbytes for entry in entries)
 
 
 def read_header(path: Path) -> Layout:
@@ -178,9 +246,7 @@ def shards(folder: Path, stem: str = "model") -> dict[str, Path]:
     return {name: files[file] for name, file in names.items()}
 
 
-def plan_layout(
-    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> Layout:
+def plan_layout(tensors: Sequence[Part], metadata: Mapping[str, str] | None = None) -> Layout:
     """Lay tensors out in the order given, widest dtype first so that each is aligned; the header's keys are sorted."""
     order = sorted(tensors, key=lambda item: -item[1].itemsize)
     header: dict[str, object] = {}
@@ -203,6 +269,61 @@ def plan_layout(
         entries[name] = Entry(dtype=dtype, shape=tuple(shape), offset=at, nbytes=nbytes)
         at += nbytes
     return Layout(entries=entries, metadata=dict(metadata or {}), size=at, prefix=prefix)
+
+
+def plan_shards(
+    groups: Sequence[Sequence[Part]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    max_size: int = SHARD_SIZE,
+    stem: str = "model",
+) -> ShardedLayout:
+    """Lay a model out in files of at most `max_size` bytes of tensors, in the order given; one file if all fit.
+
+    The tensors of a group stay together; a group that is larger gets a file of its own. As in transformers, headers do
+    not count: some 100 bytes a tensor. Raises InputError for a size that makes more than MAX_SHARDS files.
+    """
+    files = _split(groups, max_size)
+    if len(files) > MAX_SHARDS:
+        raise InputError(
+            "--max-shard-size",
+            expected=f"a size that makes at most {MAX_SHARDS} files",
+            got=f"{max_size} bytes, which makes {len(files)}",
+            todo="choose a larger one",
+        )
+    names = [f"{stem}.safetensors"]
+    if len(files) > 1:
+        names = [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    where = {part[0]: name for name, parts in zip(names, files, strict=True) for part in parts}
+    if len(where) != sum(map(len, files)):
+        raise ValueError("a tensor name stands twice")
+    total = sum(_part_bytes(part) for parts in files for part in parts)
+    content = {"metadata": {"total_size": total}, "weight_map": where}
+    return ShardedLayout(
+        files={name: plan_layout(parts, metadata) for name, parts in zip(names, files, strict=True)},
+        where=where,
+        index_name=f"{stem}.safetensors.index.json",
+        index=json_bytes(content) if len(files) > 1 else b"",
+    )
+
+
+def _split(groups: Sequence[Sequence[Part]], max_size: int) -> list[list[Part]]:
+    if max_size < 1:
+        raise InputError("--max-shard-size", expected="at least a byte", got=str(max_size))
+    files: list[list[Part]] = [[]]
+    held = 0
+    for group in groups:
+        size = sum(_part_bytes(part) for part in group)
+        if files[-1] and held + size > max_size:
+            files.append([])
+            held = 0
+        files[-1].extend(group)
+        held += size
+    return files
+
+
+def _part_bytes(part: Part) -> int:
+    return math.prod(part[2]) * part[1].itemsize
 
 
 class SafetensorsWriter:
@@ -230,3 +351,30 @@ class SafetensorsWriter:
 
     def __exit__(self, *error: Any) -> None:
         self._file.__exit__(*error)
+
+
+class ShardedWriter:
+    """Write a planned model's files into a folder, as `SafetensorsWriter` does one, and their index.
+
+    All files get their full size before the first byte, so that a full disk is found at once.
+    """
+
+    def __init__(self, folder: Path, layout: ShardedLayout) -> None:
+        self._layout = layout
+        with ExitStack() as stack:
+            self._writers = {
+                name: stack.enter_context(SafetensorsWriter(folder / name, file)) for name, file in layout.files.items()
+            }
+            if layout.index:
+                (folder / layout.index_name).write_bytes(layout.index)
+            self._stack = stack.pop_all()
+
+    def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Write `tensor` as the rows of `name` from `row` on; ValueError if dtype or shape is not as planned."""
+        self._writers[self._layout.where[name]].write(name, tensor, row)
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)

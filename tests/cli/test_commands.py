@@ -67,6 +67,18 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("line", ["quantize float", "fold base adapter", "export folded --to mlx --to qalora"])
+def test_a_model_is_split_above_a_size(place: Path, tmp_path: Path, line: str) -> None:
+    words = [place / word if (place / word).exists() else word for word in line.split()]
+    for number, size in enumerate(("40kB", "0.04MB", "40000", "39.0625 KiB")):
+        run(*words, "-o", tmp_path / str(number), "--max-shard-size", size)
+    written = [
+        {path.name: path.stat().st_size for path in (tmp_path / str(number)).rglob("*.*")} for number in range(4)
+    ]
+    assert "model.safetensors.index.json" in written[0]
+    assert written[1:] == written[:1] * 3
+
+
 def test_fold_as_json_has_a_proof_of_each_layer(place: Path, tmp_path: Path) -> None:
     found = parsed("fold", place / "base", place / "adapter", "-o", tmp_path / "out", "--json")
     assert len(found["layers"]) == 14

@@ -30,12 +30,10 @@ from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTen
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import AdapterError, InputError
 from qalora.formats.gptq import BITS
-from qalora.formats.safetensors import Layout, plan_layout
+from qalora.formats.safetensors import Layout, Part, ShardedLayout, plan_layout, plan_shards
 from qalora.tensor import QuantSpec, holds_float16
 
-__all__ = ["GROUP_SIZES", "WEIGHTS", "GptqPlan", "module_of", "plan", "ships_adapter"]
-
-WEIGHTS = "model.safetensors"
+__all__ = ["GROUP_SIZES", "GptqPlan", "module_of", "plan", "ships_adapter"]
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """The groups that GPTQModel's kernels know, beside whole rows."""
@@ -46,12 +44,12 @@ ENGINE_RANK = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqPlan(Plan):
-    """A plan with the form, the layouts of both weight files, and the JSON files to write.
+    """A plan with the form, the layouts of words and adapter, and the JSON files to write.
 
     form            of every quantized layer
     symmetric       whether all zero points are 2**(bits-1), so that the label is "gptq" (v1)
-    weights         layout of model.safetensors
-    beside          layout of adapter_model.safetensors, or None
+    weights         layout of model.safetensors, or of its shards
+    beside          layout of adapter_model.safetensors, which PEFT reads whole, or None
     adapter         the adapter that goes there, or None where it is the residual
     rounds          whether a residual that float32 does not hold was allowed
     config          config.json; its quantization_config is quantize_config.json too
@@ -60,7 +58,7 @@ class GptqPlan(Plan):
 
     form: Form
     symmetric: bool
-    weights: Layout
+    weights: ShardedLayout
     beside: Layout | None
     adapter: Adapter | None
     rounds: bool
@@ -92,13 +90,12 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
         _check_adapter(model, options.adapter)
     rounds = "residual" in options.allow_loss
     symmetric = form == "symmetric" or (form == "own" and _all_symmetric(model))
-    main = plan_layout(
-        [part for lazy in model.tensors.values() for part in _parts(lazy, model, bits)], {"format": "pt"}
-    )
+    parts = [_parts(lazy, model, bits) for lazy in model.tensors.values()]
+    main = plan_shards(parts, {"format": "pt"}, max_size=options.max_shard_size)
     ranks = _ranks(model, specs, form, options.adapter)
     beside = plan_layout(_lora_parts(model, ranks, options.adapter), {"format": "pt"}) if ranks else None
     rows = _rows(model, specs, form, bits, main, beside)
-    files: dict[str, int | None] = {WEIGHTS: main.size, "config.json": None, "quantize_config.json": None}
+    files: dict[str, int | None] = {**main.sizes, "config.json": None, "quantize_config.json": None}
     files |= {"generation_config.json": None, "README.md": None}
     if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
         files |= {"tokenizer.json": None, "tokenizer_config.json": None}
@@ -204,8 +201,8 @@ def _symmetric(lazy: LazyTensor) -> bool:
     return bool((encode(tensor, "own").zero == 1 << (tensor.bits - 1)).all())
 
 
-def _parts(lazy: LazyTensor, model: Checkpoint, bits: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """(name, dtype, shape) of what a tensor becomes in model.safetensors."""
+def _parts(lazy: LazyTensor, model: Checkpoint, bits: int) -> list[Part]:
+    """What a tensor becomes beside its LoRA."""
     if lazy.spec is None or lazy.name not in model.linears:
         return [(lazy.name, lazy.dtype or torch.float32, lazy.shape)]
     (rows, columns), module = lazy.shape, module_of(lazy.name)
@@ -230,10 +227,8 @@ def _ranks(
     return {module_of(name): (rank, rank) for name, rank in groups.items()}
 
 
-def _lora_parts(
-    model: Checkpoint, ranks: Mapping[str, tuple[int, float]], adapter: Adapter | None
-) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    parts: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+def _lora_parts(model: Checkpoint, ranks: Mapping[str, tuple[int, float]], adapter: Adapter | None) -> list[Part]:
+    parts: list[Part] = []
     for module, (rank, _) in ranks.items():
         (rows, columns), (a, b) = model.tensors[f"{module}.weight"].shape, lora_names(module)
         parts.append((a, torch.float16 if adapter is None else torch.float32, (rank, columns)))
@@ -242,18 +237,13 @@ def _lora_parts(
 
 
 def _rows(
-    model: Checkpoint, specs: Mapping[str, QuantSpec], form: Form, bits: int, main: Layout, beside: Layout | None
+    model: Checkpoint, specs: Mapping[str, QuantSpec], form: Form, bits: int, main: ShardedLayout, beside: Layout | None
 ) -> list[PlannedTensor]:
     rows = []
     for lazy in model.tensors.values():
-        entries = [main.entries[part] for part, _, _ in _parts(lazy, model, bits)]
-        size = sum(entry.nbytes for entry in entries)
+        file, offset, size = main.place(part for part, _, _ in _parts(lazy, model, bits))
         carrier, loss, rounded = _carrier(lazy, specs.get(lazy.name), form)
-        rows.append(
-            PlannedTensor(
-                name=lazy.name, carrier=carrier, file=WEIGHTS, offset=entries[0].offset, nbytes=size, loss=loss
-            )
-        )
+        rows.append(PlannedTensor(name=lazy.name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
         names = lora_names(module_of(lazy.name))
         if beside is None or names[0] not in beside.entries:
             continue
@@ -294,7 +284,11 @@ def _carrier(lazy: LazyTensor, spec: QuantSpec | None, form: Form) -> tuple[str,
 
 
 def _notes(
-    ranks: Mapping[str, tuple[int, float]], beside: Layout | None, main: Layout, form: Form, adapter: Adapter | None
+    ranks: Mapping[str, tuple[int, float]],
+    beside: Layout | None,
+    main: ShardedLayout,
+    form: Form,
+    adapter: Adapter | None,
 ) -> list[str]:
     if beside is None:
         return []

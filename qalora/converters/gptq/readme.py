@@ -27,7 +27,7 @@ This needs the packages transformers, optimum and gptqmodel{peft}.
 _RESIDUAL = """
 ## The residual beside it
 
-The zero points of this model are real numbers, and GPTQ stores integers. So `model.safetensors` holds the codes with
+The zero points of this model are real numbers, and GPTQ stores integers. So the model's own files hold the codes with
 integer zero points z, and `adapter_model.safetensors` holds what they leave over, as an ordinary LoRA:
 
     y = Q(x; codes, scale, z) + B A x,     A: the 0/1 matrix that sums x over each group,  B = min + scale*z (float32)
@@ -39,7 +39,7 @@ is 1. It is part of the model: do not drop, merge or retrain it.
 _ADAPTER = """
 ## The adapter beside it
 
-`model.safetensors` is the base with its own integer zero points; `adapter_model.safetensors` is the fine-tune, an
+The model's own files are the base with its own integer zero points; `adapter_model.safetensors` is the fine-tune, an
 ordinary LoRA of rank {rank} that adds exactly what the QA-LoRA adapter does.
 """
 

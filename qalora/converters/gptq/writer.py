@@ -11,14 +11,14 @@ import torch
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
 from qalora.converters.gptq.forms import Encoded, encode
-from qalora.converters.gptq.planner import WEIGHTS, GptqPlan, module_of
+from qalora.converters.gptq.planner import GptqPlan, module_of
 from qalora.converters.gptq.readme import readme
 from qalora.converters.plan import LOSSES, Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.errors import ExactnessError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.formats.output import write_json
-from qalora.formats.safetensors import SafetensorsWriter
+from qalora.formats.safetensors import SafetensorsWriter, ShardedWriter
 
 __all__ = ["write"]
 
@@ -34,7 +34,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
     for row in plan.tensors:
         sizes[row.name] += row.nbytes
     with ExitStack() as files:
-        weights = files.enter_context(SafetensorsWriter(folder / WEIGHTS, plan.weights))
+        weights = files.enter_context(ShardedWriter(folder, plan.weights))
         beside = None
         if plan.beside is not None:
             beside = files.enter_context(SafetensorsWriter(folder / ADAPTER_WEIGHTS, plan.beside))
@@ -59,14 +59,12 @@ def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _write_float(weights: SafetensorsWriter, lazy: LazyTensor) -> None:
+def _write_float(weights: ShardedWriter, lazy: LazyTensor) -> None:
     for row, tile in lazy.float_tiles():
         weights.write(lazy.name, tile, row)
 
 
-def _write_linear(
-    plan: GptqPlan, lazy: LazyTensor, weights: SafetensorsWriter, beside: SafetensorsWriter | None
-) -> None:
+def _write_linear(plan: GptqPlan, lazy: LazyTensor, weights: ShardedWriter, beside: SafetensorsWriter | None) -> None:
     module, tensor = module_of(lazy.name), lazy.load_quantized()
     layer = encode(tensor, plan.form)
     weights.write(f"{module}.qweight", pack_qweight(layer.packed))

@@ -21,12 +21,10 @@ from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.hqq import PACKINGS, packed_shape
-from qalora.formats.safetensors import Layout, plan_layout
+from qalora.formats.safetensors import Part, ShardedLayout, plan_shards
 from qalora.tensor import QuantSpec
 
-__all__ = ["FLAGS", "WEIGHTS", "HqqPlan", "descriptors", "is_quantized", "module_of", "parameter_type", "plan"]
-
-WEIGHTS = "model.safetensors"
+__all__ = ["FLAGS", "HqqPlan", "descriptors", "is_quantized", "module_of", "parameter_type", "plan"]
 
 FLAGS = {
     "view_as_float": False,
@@ -44,9 +42,9 @@ FLAGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HqqPlan(Plan):
-    """A plan with the layout of the weights' file and the config to write."""
+    """A plan with the layout of the weights' files and the config to write."""
 
-    layout: Layout
+    layout: ShardedLayout
     config: Mapping[str, Any]
 
 
@@ -67,22 +65,13 @@ def plan(model: Checkpoint, options: ExportOptions) -> HqqPlan:
         raise InputError(f"hqq: {model.path} holds floats", todo="quantize the model first: qalora quantize")
     parts = {name: _parts(lazy, model) for name, lazy in model.tensors.items()}
     metadata = {"format": "pt", TENSORS: specs_text({module_of(name): spec for name, spec in specs.items()})}
-    layout = plan_layout([part for some in parts.values() for part in some], metadata)
+    layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
     tensors = []
     for name, lazy in model.tensors.items():
-        entries = [layout.entries[part] for part, _, _ in parts[name]]
         carrier, loss = _carrier(lazy, model)
-        tensors.append(
-            PlannedTensor(
-                name=name,
-                carrier=carrier,
-                file=WEIGHTS,
-                offset=entries[0].offset,
-                nbytes=sum(entry.nbytes for entry in entries),
-                loss=loss,
-            )
-        )
-    files: dict[str, int | None] = {WEIGHTS: layout.size, "config.json": None}
+        file, offset, size = layout.place(part for part, _, _ in parts[name])
+        tensors.append(PlannedTensor(name=name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
+    files: dict[str, int | None] = {**layout.sizes, "config.json": None}
     if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
         files |= {"tokenizer.json": None, "tokenizer_config.json": None}
     files |= {name: path.stat().st_size for name, path in model.files.items()}
@@ -114,8 +103,8 @@ def descriptors(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, torch.Tens
     return {**found, "shape": torch.tensor(shape, dtype=torch.int64)}
 
 
-def _parts(lazy: LazyTensor, model: Checkpoint) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """(name, dtype, shape) of what a tensor becomes in the file."""
+def _parts(lazy: LazyTensor, model: Checkpoint) -> list[Part]:
+    """What a tensor becomes in the file."""
     spec = lazy.spec
     if spec is None or not is_quantized(lazy, model):
         return [(lazy.name, lazy.dtype or torch.float32, lazy.shape)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.hqq.planner import WEIGHTS, HqqPlan, descriptors, is_quantized, module_of, parameter_type
+from qalora.converters.hqq.planner import HqqPlan, descriptors, is_quantized, module_of, parameter_type
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.errors import InputError
 from qalora.formats.hqq import pack_groups, to_zeros
 from qalora.formats.output import write_json
-from qalora.formats.safetensors import SafetensorsWriter
+from qalora.formats.safetensors import ShardedWriter
 from qalora.tensor import QuantSpec, integer_zeros
 
 __all__ = ["write"]
@@ -23,7 +23,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         raise TypeError(f"expected HqqPlan, got {type(plan).__name__}")
     write_tokenizer(model, folder)
     write_json(folder / "config.json", plan.config)
-    with SafetensorsWriter(folder / WEIGHTS, plan.layout) as weights:
+    with ShardedWriter(folder, plan.layout) as weights:
         for tensor in plan.tensors:
             lazy = model.tensors[tensor.name]
             if lazy.spec is not None and is_quantized(lazy, model):
@@ -34,7 +34,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
             progress(tensor.name, tensor.nbytes)
 
 
-def _write_layer(weights: SafetensorsWriter, lazy: LazyTensor, spec: QuantSpec) -> None:
+def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec) -> None:
     module, tensor, dtype = module_of(lazy.name), lazy.load_quantized(), parameter_type(spec)
     scale, zero = tensor.scale, integer_zeros(tensor) if spec.zeros == "integer" else None
     if zero is None:

@@ -25,21 +25,20 @@ from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.mlx import GROUP_SIZES, group_size_for
-from qalora.formats.safetensors import Layout, plan_layout
+from qalora.formats.safetensors import Part, ShardedLayout, plan_shards
 from qalora.tensor import QuantSpec
 
-__all__ = ["EMBEDDING", "WEIGHTS", "MlxPlan", "mlx_group_size", "module_of", "plan"]
+__all__ = ["EMBEDDING", "MlxPlan", "mlx_group_size", "module_of", "plan"]
 
-WEIGHTS = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 MODE = "affine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlxPlan(Plan):
-    """A plan with the layout of the weights' file and the config to write."""
+    """A plan with the layout of the weights' files and the config to write."""
 
-    layout: Layout
+    layout: ShardedLayout
     config: Mapping[str, Any]
 
 
@@ -52,18 +51,15 @@ def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
     """Decide everything. ExactnessError for groups that MLX does not have; nothing is lost in those it has."""
     family = family_of(model.config, model.path)
     config, notes, longest = mlx_config(model.config, tied=model.tied)
-    parts = [part for lazy in model.tensors.values() for part in _parts(lazy)]
+    parts = {name: _parts(lazy) for name, lazy in model.tensors.items()}
     specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if lazy.spec is not None}
     metadata = {"format": "mlx"} | ({TENSORS: specs_text(specs)} if specs else {})
-    layout = plan_layout(parts, metadata)
+    layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
     tensors = []
     for lazy in model.tensors.values():
-        entries = [layout.entries[name] for name, _, _ in _parts(lazy)]
-        size = sum(entry.nbytes for entry in entries)
-        tensors.append(
-            PlannedTensor(name=lazy.name, carrier=_carrier(lazy), file=WEIGHTS, offset=entries[0].offset, nbytes=size)
-        )
-    files: dict[str, int | None] = {WEIGHTS: layout.size, "config.json": None}
+        file, offset, size = layout.place(part for part, _, _ in parts[lazy.name])
+        tensors.append(PlannedTensor(name=lazy.name, carrier=_carrier(lazy), file=file, offset=offset, nbytes=size))
+    files: dict[str, int | None] = {**layout.sizes, "config.json": None}
     if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
         files |= {"tokenizer.json": None, "tokenizer_config.json": None}
     files |= {name: path.stat().st_size for name, path in model.files.items()}
@@ -103,8 +99,8 @@ def _dtypes(lazy: LazyTensor, spec: QuantSpec) -> tuple[torch.dtype, torch.dtype
     return (torch.float32, torch.float32) if lazy.name == EMBEDDING else (spec.scale_dtype, spec.min_dtype)
 
 
-def _parts(lazy: LazyTensor) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """(name, dtype, shape) of what a tensor becomes in the file."""
+def _parts(lazy: LazyTensor) -> list[Part]:
+    """What a tensor becomes in the file."""
     if lazy.spec is None:
         if lazy.dtype is None:
             raise TypeError(f"{lazy.name}: neither dtype nor spec")

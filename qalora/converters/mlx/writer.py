@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.mlx.planner import WEIGHTS, MlxPlan, mlx_group_size, module_of
+from qalora.converters.mlx.planner import MlxPlan, mlx_group_size, module_of
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.mlx import pack_words
 from qalora.formats.output import write_json
-from qalora.formats.safetensors import SafetensorsWriter
+from qalora.formats.safetensors import ShardedWriter
 
 __all__ = ["write"]
 
@@ -24,14 +24,14 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         raise TypeError(f"expected MlxPlan, got {type(plan).__name__}")
     write_tokenizer(model, folder)
     write_json(folder / "config.json", plan.config)
-    with SafetensorsWriter(folder / WEIGHTS, plan.layout) as weights:
+    with ShardedWriter(folder, plan.layout) as weights:
         for tensor in plan.tensors:
             lazy = model.tensors[tensor.name]
             _write_tensor(weights, plan, lazy, whole=tensor.name in model.linears)
             progress(tensor.name, tensor.nbytes)
 
 
-def _write_tensor(weights: SafetensorsWriter, plan: MlxPlan, lazy: LazyTensor, *, whole: bool) -> None:
+def _write_tensor(weights: ShardedWriter, plan: MlxPlan, lazy: LazyTensor, *, whole: bool) -> None:
     module = module_of(lazy.name)
     for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
         if isinstance(tile, Tensor):
@@ -41,7 +41,7 @@ def _write_tensor(weights: SafetensorsWriter, plan: MlxPlan, lazy: LazyTensor, *
         weights.write(f"{module}.weight", pack_words(groups.packed), row)
         for part, values in (("scales", groups.scale), ("biases", groups.min)):
             name = f"{module}.{part}"
-            weights.write(name, _narrow(name, values, plan.layout.entries[name].dtype), row)
+            weights.write(name, _narrow(name, values, plan.layout.entry(name).dtype), row)
 
 
 def _narrow(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
