@@ -51,7 +51,7 @@ def packed_by_gptqmodel():
     """Packs a model of 32-column groups and integer zeros with GPTQModel, since its quantizer wants more than 2 cores.
 
     packed_by_gptqmodel(source, folder, sym=..., version="gptq" or "gptq_v2") gives the folder, and what GPTQModel's
-    dequantizer makes of each layer in float16.
+    dequantizer makes of each layer in float16. The output layer is packed too where the source has it in integers.
     """
     return _packed
 
@@ -64,10 +64,17 @@ def _packed(source: Checkpoint, folder: Path, *, sym: bool, version: str):
 
     folder.mkdir()
     bits = source.tensors[source.linears[0]].load_quantized().bits
-    settings = QuantizeConfig(bits=bits, group_size=32, sym=sym, format=FORMAT(version), offload_to_disk=False)
+    head = (
+        ["lm_head.weight"]
+        if "lm_head.weight" in {name for name, lazy in source.tensors.items() if lazy.spec is not None}
+        else []
+    )
+    settings = QuantizeConfig(
+        bits=bits, group_size=32, sym=sym, lm_head=bool(head), format=FORMAT(version), offload_to_disk=False
+    )
     tensors = {name: lazy.load_float() for name, lazy in source.tensors.items() if lazy.spec is None}
     expected = {}
-    for name in source.linears:
+    for name in (*source.linears, *head):
         tensor = source.tensors[name].load_quantized()
         out, columns = tensor.shape
         scale = torch.where(tensor.scale == 0, 0.5, tensor.scale)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.gptq.beside import ADAPTER_CONFIG
+from qalora.converters.gptq.head import HEAD, is_read_by_transformers
 from qalora.converters.huggingface import read_config, stored_tensors
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import unpack_qzeros
@@ -45,7 +46,7 @@ def gptq_findings(model: Checkpoint) -> list[Finding]:
     symmetric = offsets <= {0, -1}
     version = "gptq_v2" if offsets == {0} else "gptq" if offsets == {-1} else str(label)
     findings += _symmetry(settings, zeros, symmetric, version)
-    return findings + _runtimes(settings, zeros, symmetric, version, str(label))
+    return [*findings, *_runtimes(settings, zeros, symmetric, version, str(label)), *_head(settings, zeros)]
 
 
 def _settings(model: Checkpoint) -> Mapping[str, Any]:
@@ -160,6 +161,20 @@ def _runtimes(
             )
         )
     return findings
+
+
+def _head(settings: Mapping[str, Any], zeros: Mapping[str, _Zeros]) -> list[Finding]:
+    head = HEAD.removesuffix(".weight")
+    if head not in zeros or is_read_by_transformers(settings):
+        return []
+    return [
+        Finding(
+            code="runtime",
+            message="transformers misreads it: it reads no output layer in words, and fills it with random numbers",
+            evidence=f"{head}.qweight is there, and quantization_config has no empty block_name_to_quantize",
+            todo='set "block_name_to_quantize": "" in config.json, or load it with GPTQModel',
+        )
+    ]
 
 
 def _residual(model: Checkpoint) -> list[Finding]:

@@ -19,6 +19,7 @@ __all__ = [
     "RUNTIMES",
     "Artifact",
     "accuracy_level",
+    "has_head_in_words",
     "is_symmetric",
     "memory_needed",
     "open_artifact",
@@ -206,6 +207,13 @@ def accuracy_level(path: Path) -> int:
     nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
     levels = [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"]
     return max(levels, default=0)
+
+
+def has_head_in_words(folder: Path) -> bool:
+    """Whether a GPTQ folder's output layer is in words."""
+    from qalora.converters.huggingface import stored_tensors
+
+    return "lm_head.qweight" in stored_tensors(folder)
 
 
 def is_symmetric(folder: Path) -> bool:

@@ -149,6 +149,7 @@ class Reference:
         self._module = torch_module.build(model, linear)
         self._quantized_head = model.tensors.get("lm_head.weight", model.tensors["model.embed_tokens.weight"])
         self._module.lm_head.register_forward_pre_hook(self._round_head_input)
+        self._module.lm_head.register_forward_hook(self._round_head_weight)
 
     def _round_head_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """llama.cpp rounds the output layer's input too: to int8 where its weight is quantized, or to float16."""
@@ -158,6 +159,13 @@ class Reference:
         if self._quantized_head.spec is not None:
             return (q8_input(x),)
         return (x.half().float(),) if self._quantized_head.dtype == torch.float16 else None
+
+    def _round_head_weight(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """GPTQ's kernels round an output layer in words as any other: scale * (code - zero) to float16."""
+        if not self._setting.forward.rounding.head:
+            return None
+        weight = module.get_parameter("weight")
+        return nn.functional.linear(inputs[0], weight.half().to(weight.dtype))
 
     @property
     def vocabulary(self) -> int:

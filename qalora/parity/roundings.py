@@ -40,10 +40,12 @@ class Rounding:
            "int8": the input to int8 in blocks of a group, d in float32 (MatMulNBits at accuracy level 4)
            "float16" or "bfloat16": input, weight and output to that dtype
     zeros  which integer zeros "weights" and "lora" subtract: see `qalora.residual.to_residual`
+    head   whether the weight of the output layer goes to float16 in "weights" and "lora" too
     """
 
     kind: Literal["none", "weights", "lora", "q8", "int8", "float16", "bfloat16"] = "none"
     zeros: Literal["nearest", "symmetric"] = "nearest"
+    head: bool = False
 
 
 EXACT = Rounding()

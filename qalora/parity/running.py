@@ -23,6 +23,7 @@ from qalora.parity.artifacts import (
     GENERATORS,
     Artifact,
     accuracy_level,
+    has_head_in_words,
     is_symmetric,
     memory_needed,
     runtimes_of,
@@ -316,7 +317,8 @@ def rounding_of(artifact: Artifact, info: RuntimeInfo) -> Rounding:
     if artifact.kind == "gptq":
         lora = (artifact.path / "adapter_config.json").exists()
         zeros: Literal["symmetric", "nearest"] = "symmetric" if is_symmetric(artifact.path) else "nearest"
-        return Rounding(kind="lora" if lora else "weights", zeros=zeros)
+        head = has_head_in_words(artifact.path)
+        return Rounding(kind="lora" if lora else "weights", zeros=zeros, head=head)
     if artifact.kind == "onnx" and accuracy_level(artifact.path) == 4:
         return Rounding(kind="int8")
     return EXACT

@@ -25,6 +25,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
 from qalora.converters.gptq.forms import Form, encode
+from qalora.converters.gptq.head import HEAD, head_fits, head_settings
 from qalora.converters.gptq.reader import MAKER
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.tokenizer import has_tokenizer
@@ -46,7 +47,8 @@ ENGINE_RANK = 512
 class GptqPlan(Plan):
     """A plan with the form, the layouts of words and adapter, and the JSON files to write.
 
-    form            of every quantized layer
+    form            of every quantized layer of the blocks
+    words           the tensors that become words, and their width there
     symmetric       whether all zero points are 2**(bits-1), so that the label is "gptq" (v1)
     weights         layout of model.safetensors, or of its shards
     beside          layout of adapter_model.safetensors, which PEFT reads whole, or None
@@ -57,6 +59,7 @@ class GptqPlan(Plan):
     """
 
     form: Form
+    words: Mapping[str, int]
     symmetric: bool
     weights: ShardedLayout
     beside: Layout | None
@@ -85,16 +88,19 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     specs = _specs(model)
     form = _form(model, specs, options.gptq_form)
     bits = 8 if form == "eight-bit" else next(iter(specs.values())).bits
-    _check_sizes(model, specs, bits, form)
+    _check_sizes(model, specs, bits)
     if options.adapter is not None:
         _check_adapter(model, options.adapter)
-    rounds = "residual" in options.allow_loss
-    symmetric = form == "symmetric" or (form == "own" and _all_symmetric(model))
-    parts = [_parts(lazy, model, bits) for lazy in model.tensors.values()]
-    main = plan_shards(parts, {"format": "pt"}, max_size=options.max_shard_size)
+    symmetric = form == "symmetric" or (form == "own" and all(_symmetric(model.tensors[name]) for name in specs))
+    words = dict.fromkeys(specs, bits)
+    if head_fits(model, bits, _group_size(model, specs)) and (not symmetric or _symmetric(model.tensors[HEAD])):
+        words[HEAD] = bits
+    parts = {name: _parts(lazy, words.get(name)) for name, lazy in model.tensors.items()}
+    main = plan_shards(list(parts.values()), {"format": "pt"}, max_size=options.max_shard_size)
     ranks = _ranks(model, specs, form, options.adapter)
+    rounds = "residual" in options.allow_loss
     beside = plan_layout(_lora_parts(model, ranks, options.adapter), {"format": "pt"}) if ranks else None
-    rows = _rows(model, specs, form, bits, main, beside)
+    rows = _rows(model, words, form, main, beside)
     files: dict[str, int | None] = {**main.sizes, "config.json": None, "quantize_config.json": None}
     files |= {"generation_config.json": None, "README.md": None}
     if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
@@ -108,12 +114,13 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
         files=files,
         notes=(*model.notes, *_notes(ranks, beside, main, form, options.adapter)),
         form=form,
+        words=words,
         symmetric=symmetric,
         weights=main,
         beside=beside,
         adapter=options.adapter,
         rounds=rounds,
-        config=_config(model, specs, bits, symmetric, beside is not None, _minima(specs, form, rounds)),
+        config=_config(model, words, symmetric, beside is not None, _minima(specs, form, rounds)),
         adapter_config=peft_config(ranks) if ranks else None,
     )
 
@@ -146,7 +153,7 @@ def _form(model: Checkpoint, specs: Mapping[str, QuantSpec], wanted: str) -> For
     return forms[wanted]
 
 
-def _check_sizes(model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int, form: Form) -> None:
+def _check_sizes(model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int) -> None:
     for name in specs:
         rows, columns = model.tensors[name].shape
         out = 32 if bits == 3 else 32 // bits
@@ -190,10 +197,6 @@ def _check_adapter(model: Checkpoint, adapter: Adapter) -> None:
             raise AdapterError(f"adapter layer {module}", expected=f"a linear layer {list(layer.shape)}", got=got)
 
 
-def _all_symmetric(model: Checkpoint) -> bool:
-    return all(_symmetric(model.tensors[name]) for name in model.linears)
-
-
 def _symmetric(lazy: LazyTensor) -> bool:
     if lazy.spec is not None and lazy.spec.zero is not None:
         return lazy.spec.zero == 1 << (lazy.spec.bits - 1)
@@ -201,9 +204,9 @@ def _symmetric(lazy: LazyTensor) -> bool:
     return bool((encode(tensor, "own").zero == 1 << (tensor.bits - 1)).all())
 
 
-def _parts(lazy: LazyTensor, model: Checkpoint, bits: int) -> list[Part]:
-    """What a tensor becomes beside its LoRA."""
-    if lazy.spec is None or lazy.name not in model.linears:
+def _parts(lazy: LazyTensor, bits: int | None) -> list[Part]:
+    """What a tensor becomes, beside its LoRA: words of `bits`, or floats."""
+    if lazy.spec is None or bits is None:
         return [(lazy.name, lazy.dtype or torch.float32, lazy.shape)]
     (rows, columns), module = lazy.shape, module_of(lazy.name)
     groups = columns // lazy.spec.group_size
@@ -237,12 +240,12 @@ def _lora_parts(model: Checkpoint, ranks: Mapping[str, tuple[int, float]], adapt
 
 
 def _rows(
-    model: Checkpoint, specs: Mapping[str, QuantSpec], form: Form, bits: int, main: ShardedLayout, beside: Layout | None
+    model: Checkpoint, words: Mapping[str, int], form: Form, main: ShardedLayout, beside: Layout | None
 ) -> list[PlannedTensor]:
     rows = []
     for lazy in model.tensors.values():
-        file, offset, size = main.place(part for part, _, _ in _parts(lazy, model, bits))
-        carrier, loss, rounded = _carrier(lazy, specs.get(lazy.name), form)
+        file, offset, size = main.place(part for part, _, _ in _parts(lazy, words.get(lazy.name)))
+        carrier, loss, rounded = _carrier(lazy, words.get(lazy.name), form if lazy.name in model.linears else "own")
         rows.append(PlannedTensor(name=lazy.name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
         names = lora_names(module_of(lazy.name))
         if beside is None or names[0] not in beside.entries:
@@ -261,13 +264,13 @@ def _rows(
     return rows
 
 
-def _carrier(lazy: LazyTensor, spec: QuantSpec | None, form: Form) -> tuple[str, Loss | None, Loss | None]:
+def _carrier(lazy: LazyTensor, bits: int | None, form: Form) -> tuple[str, Loss | None, Loss | None]:
     """Carrier, loss of the words, and loss of the residual."""
+    spec = lazy.spec
     if spec is None:
-        if lazy.spec is not None:
-            return f"float32, decoded from {lazy.spec.bits} bits", None, None
         return str(lazy.dtype).removeprefix("torch."), None, None
-    bits = 8 if form == "eight-bit" else spec.bits
+    if bits is None:
+        return f"float32, decoded from {spec.bits} bits", None, None
     carrier = f"{bits}-bit words, {form} zero points"
     if form == "round":
         return carrier, Loss(name="zeros", size=LOSSES["zeros"]), None
@@ -312,19 +315,18 @@ def _minima(specs: Mapping[str, QuantSpec], form: Form, rounds: bool) -> bool:
     return held and form in ("symmetric", "nearest") and not rounds
 
 
-def _config(
-    model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int, symmetric: bool, beside: bool, minima: bool
-) -> dict[str, Any]:
+def _config(model: Checkpoint, words: Mapping[str, int], symmetric: bool, beside: bool, minima: bool) -> dict[str, Any]:
+    specs = {name: spec for name in words if (spec := model.tensors[name].spec) is not None}
     meta: dict[str, Any] = {"quantizer": [f"{MAKER}:{__version__}"]}
     if minima:
         meta["minima"] = "float16"
     quantization = {
         "quant_method": "gptq",
-        "bits": bits,
+        "bits": words[model.linears[0]],
         "group_size": _group_size(model, specs),
         "desc_act": any(spec.act_order for spec in specs.values()),
         "sym": symmetric,
-        "lm_head": False,
+        **head_settings(HEAD in words),
         "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "meta": meta,

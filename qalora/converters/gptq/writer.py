@@ -11,6 +11,7 @@ import torch
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
 from qalora.converters.gptq.forms import Encoded, encode
+from qalora.converters.gptq.head import HEAD
 from qalora.converters.gptq.planner import GptqPlan, module_of
 from qalora.converters.gptq.readme import readme
 from qalora.converters.plan import LOSSES, Plan, Progress
@@ -39,7 +40,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         if plan.beside is not None:
             beside = files.enter_context(SafetensorsWriter(folder / ADAPTER_WEIGHTS, plan.beside))
         for name, lazy in model.tensors.items():
-            if name not in model.linears:
+            if name not in plan.words:
                 _write_float(weights, lazy)
             else:
                 _write_linear(plan, lazy, weights, beside)
@@ -66,7 +67,7 @@ def _write_float(weights: ShardedWriter, lazy: LazyTensor) -> None:
 
 def _write_linear(plan: GptqPlan, lazy: LazyTensor, weights: ShardedWriter, beside: SafetensorsWriter | None) -> None:
     module, tensor = module_of(lazy.name), lazy.load_quantized()
-    layer = encode(tensor, plan.form)
+    layer = encode(tensor, "own" if lazy.name == HEAD else plan.form)
     weights.write(f"{module}.qweight", pack_qweight(layer.packed))
     weights.write(
         f"{module}.qzeros", pack_qzeros(layer.zero, layer.bits, plan.config["quantization_config"]["checkpoint_format"])
@@ -75,7 +76,7 @@ def _write_linear(plan: GptqPlan, lazy: LazyTensor, weights: ShardedWriter, besi
     natural = (torch.arange(lazy.shape[1]) // tensor.group_size).to(torch.int32)
     weights.write(f"{module}.g_idx", natural if tensor.g_idx is None else tensor.g_idx)
     a, b = lora_names(module)
-    if beside is None:
+    if beside is None or lazy.name == HEAD:
         return
     if plan.adapter is None:
         beside.write(a, pooling_matrix(lazy.shape[1], tensor.group_size, tensor.g_idx))

@@ -3,6 +3,9 @@
 The kernel is named, because the default one computes in bfloat16: float32 activations over weights scale * (q - z) that
 are rounded to float16. A residual beside config.json is loaded by the same call, by PEFT.
 
+transformers reads an output layer in words only where the config has "block_name_to_quantize": ""; foreign folders that
+have one and do not say so get that here.
+
 The kernel dequantizes a layer at every call, by code that it compiles for a minute. It is left uncompiled here, and,
 where memory allows, asked by its own switch to keep what it dequantized: every later pass is then a plain product.
 """
@@ -68,21 +71,26 @@ def _kept(keep: bool) -> Iterator[None]:
 
 
 def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM, GPTQConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
     from transformers.utils import logging as transformers_logging
 
-    from qalora.converters.huggingface import read_config
+    from qalora.converters.huggingface import read_config, stored_tensors
 
     stored = read_config(folder).get("quantization_config") or {}
     bits = stored.get("bits")
+    head = {"block_name_to_quantize": ""} if "lm_head.qweight" in stored_tensors(folder) else {}
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     keep = _dequantized_bytes(folder, bits) < available_memory() // 2
     with _kept(keep), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")  # and it prints banners
         try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            if head:
+                config.quantization_config = {**config.quantization_config, **head}
             module = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 dtype=torch.float32,
                 device_map="cpu",
                 quantization_config=GPTQConfig(bits=bits, backend=BACKEND),
