@@ -59,6 +59,7 @@ def command(
     accuracy_level: int,
     onnx_embedding: str,
     max_shard_size: int,
+    split_max_size: int | None,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
@@ -85,6 +86,7 @@ def command(
         accuracy_level=accuracy_level,
         onnx_embedding=onnx_embedding,
         max_shard_size=max_shard_size,
+        split_max_size=split_max_size,
         lora_slots=frozenset() if lora_slots is None else frozenset(open_adapter(lora_slots).pairs),
     )
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]

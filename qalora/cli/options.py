@@ -108,8 +108,10 @@ def checkpoint_format_option(function: F) -> F:
     )(function)
 
 
-def _size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """Bytes of 200MB, 5GB or 4GiB."""
+    if value is None:
+        return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?))?B?", value.strip(), re.IGNORECASE)
     size = 0
     if found is not None:
@@ -181,6 +183,12 @@ def export_options(function: F) -> F:
             help="quantized: the codes of a tied embedding; smaller, faster steps, slower prompts.",
         ),
         max_shard_size_option,
+        click.option(
+            "--split-max-size",
+            callback=_size,
+            metavar="SIZE",
+            help="GGUF: split it into files of at most this, as gguf-split does; llama.cpp is given the first.",
+        ),
     )
     for decorator in reversed(decorators):
         function = decorator(function)

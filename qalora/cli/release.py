@@ -60,6 +60,7 @@ def command(
     accuracy_level: int,
     onnx_embedding: str,
     max_shard_size: int,
+    split_max_size: int | None,
     allow_unproven: bool,
     checkpoint_format: str | None,
     force: bool,
@@ -86,6 +87,7 @@ def command(
         accuracy_level=accuracy_level,
         onnx_embedding=onnx_embedding,
         max_shard_size=max_shard_size,
+        split_max_size=split_max_size,
     )
     jobs = plan_release(base, targets, out, options, adapter=read, minima=minima, force=force)  # type: ignore[arg-type]
     if dry_run:

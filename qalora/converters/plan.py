@@ -125,6 +125,7 @@ class ExportOptions:
                     for ONNX Runtime; a third of its bytes at 8 bits, a faster step and slower prompts
     lora_slots      ONNX: modules whose products take a LoRA at run time, an .onnx_adapter file
     max_shard_size  safetensors: bytes of tensors above which a model is split into several files
+    split_max_size  GGUF: bytes of tensors above which the file is split, as gguf-split does; None never splits
     adapter         an adapter to ship beside the base instead of folding it (targets that say they can)
     """
 
@@ -136,6 +137,7 @@ class ExportOptions:
     onnx_embedding: str = "float32"
     lora_slots: frozenset[str] = frozenset()
     max_shard_size: int = SHARD_SIZE
+    split_max_size: int | None = None
     adapter: Adapter | None = None
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "parse_metadata",
     "plan_layout",
     "read_header",
+    "tensor_bytes",
 ]
 
 MAGIC = b"GGUF"
@@ -97,13 +98,24 @@ BLOCKS: dict[str, tuple[int, int, int]] = {
     "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210),
     "Q8_K": (15, 256, 292),
+    "IQ2_XXS": (16, 256, 66),
+    "IQ2_XS": (17, 256, 74),
+    "IQ3_XXS": (18, 256, 98),
+    "IQ1_S": (19, 256, 50),
     "IQ4_NL": (20, 32, 18),
+    "IQ3_S": (21, 256, 110),
+    "IQ2_S": (22, 256, 82),
+    "IQ4_XS": (23, 256, 136),
     "I8": (24, 1, 1),
     "I16": (25, 1, 2),
     "I32": (26, 1, 4),
     "I64": (27, 1, 8),
     "F64": (28, 1, 8),
+    "IQ1_M": (29, 256, 56),
     "BF16": (30, 1, 2),
+    "TQ1_0": (34, 256, 54),
+    "TQ2_0": (35, 256, 66),
+    "MXFP4": (39, 32, 17),
 }
 """Tensor types: (tag, elements of a block, bytes of a block)."""
 
@@ -155,11 +167,16 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFile:
-    """A file as its header tells it."""
+    """A file as its header tells it. `parts`: the file of each tensor that is in another one, see `gguf_split`."""
 
     path: Path
     metadata: Metadata
     tensors: Mapping[str, TensorInfo]
+    parts: Mapping[str, Path] = field(default_factory=dict)
+
+    def place(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.parts.get(name, self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

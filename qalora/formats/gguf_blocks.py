@@ -11,7 +11,8 @@
 Byte j of the nibbles holds weight j in its low half and weight j + 16 in its high half; bit j of the high bits is bit 4
 of weight j. Source: ggml-org/ggml, src/ggml-common.h and ggml-quants.c. Codes move as they are; no rounding here.
 
-Other types (K-quants, IQ) hold no integer groups of this kind, and this module does not know them.
+Other types (K-quants, IQ, ternary, MXFP4) hold no integer groups of this kind: their scales are integers themselves, of
+6 bits, or their codes index a table. gguf-py dequantizes them, to the floats that they stand for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from torch import Tensor
 
 from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
 
-__all__ = ["BLOCK", "BLOCK_TYPES", "BlockType", "decode", "encode"]
+__all__ = ["BLOCK", "BLOCK_TYPES", "FLOAT_BLOCKS", "BlockType", "decode", "dequantize", "encode"]
+
+FLOAT_BLOCKS = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+)
+"""Types that are read as floats."""
 
 BLOCK = 32
 """Weights of a block."""
@@ -148,3 +155,13 @@ def _decode_codes(halves: Tensor, kind: BlockType) -> Tensor:
     bits = high.clone(memory_format=torch.contiguous_format).view(torch.int32) >> torch.arange(BLOCK, dtype=torch.int32)
     codes |= ((bits & 1) << 4).to(torch.uint8)
     return pack_codes(codes.view(rows, -1), 5)
+
+
+def dequantize(data: Tensor, type_name: str) -> Tensor:
+    """float32 [out, in] of rows of blocks of one of FLOAT_BLOCKS, uint8 [out, bytes of a row]."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, quants
+
+    with np.errstate(all="ignore"):  # a scale of a damaged file may be anything: the caller looks at the values
+        values = quants.dequantize(data.numpy(), GGMLQuantizationType[type_name])
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

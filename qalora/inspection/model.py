@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.formats.gguf_split import split_files
 from qalora.inspection.companions import companion_findings
 from qalora.inspection.gptq import gptq_findings
 from qalora.inspection.records import Finding, ModelReport, TensorKind
@@ -68,7 +69,7 @@ def _kinds(tensors: Iterable[LazyTensor]) -> tuple[TensorKind, ...]:
 def _weight_files(model: Checkpoint) -> list[Path]:
     """The files that hold the weights: one GGUF file, a graph and its data, or the folder's safetensors."""
     if model.path.is_file() and model.layout != "onnx":
-        return [model.path]
+        return split_files(model.path)
     folder = model.path.parent if model.path.is_file() else model.path
     return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(WEIGHT_SUFFIXES))
 

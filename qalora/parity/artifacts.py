@@ -13,6 +13,7 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
+from qalora.formats.gguf_split import part_number, split_files
 
 __all__ = [
     "GENERATORS",
@@ -102,7 +103,7 @@ def _artifacts(path: Path) -> list[tuple[str, Path]]:
         return [("onnx", path / "model.onnx"), *([("onnx", portable)] if portable.is_file() else [])]
     if (path / "config.json").is_file():
         return [(_folder_kind(path), path)]
-    files = sorted(file for file in path.glob("*.gguf") if file.is_file())
+    files = sorted(file for file in path.glob("*.gguf") if file.is_file() and part_number(file) == 1)
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     inner = [found for folder in folders for found in _artifacts(folder)] if not files else []
     return [("gguf", file) for file in files] + inner
@@ -179,7 +180,7 @@ def _weight_bytes(artifact: Artifact) -> int:
     """Bytes of an artefact's weights on disk."""
     path = artifact.path
     if artifact.kind == "gguf":
-        return path.stat().st_size
+        return sum(file.stat().st_size for file in split_files(path) if file.is_file())
     files = path.parent.glob(f"{path.name}*") if artifact.kind == "onnx" else path.glob("*.safetensors")
     return sum(file.stat().st_size for file in files if file.is_file())
 

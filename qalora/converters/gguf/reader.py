@@ -1,7 +1,11 @@
-"""Read a GGUF file as a lazy model: transformers' names, transformers' row order, the file's own codes."""
+"""Read a GGUF file, or several of one model, as a lazy model: transformers' names and row order, the file's own codes.
+
+Types that hold no integer groups of ours (K-quants and others) are read as the floats they stand for, with a note.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +22,9 @@ from qalora.converters.huggingface import check_shapes
 from qalora.converters.specs import TENSORS, fits, parse_specs, restored
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
-from qalora.formats.gguf import GgufFile, Metadata, TensorInfo, read_header
-from qalora.formats.gguf_blocks import BLOCK_TYPES, decode
+from qalora.formats.gguf import GgufFile, Metadata, TensorInfo
+from qalora.formats.gguf_blocks import BLOCK_TYPES, FLOAT_BLOCKS, decode, dequantize
+from qalora.formats.gguf_split import read_parts
 from qalora.tensor import GroupQuantTensor, check_finite
 
 __all__ = ["read"]
@@ -30,11 +35,11 @@ FACTORS = (FREQS, *LONGROPE.values())
 
 
 def read(path: Path) -> Checkpoint:
-    """Open a GGUF file; reads metadata and the table of tensors only.
+    """Open a GGUF file, the first one of a split model; reads metadata and the tables of tensors only.
 
-    Raises InputError for an architecture or a tensor type that holds no integer groups of ours, FormatError for damage.
+    Raises InputError for an architecture or a tensor type that is not known, FormatError for damage.
     """
-    file = read_header(path)
+    file = read_parts(path)
     if file.metadata.get("general.type") == "adapter":
         raise InputError(f"{path} is a LoRA, and no model", todo="give the model that it is applied to")
     family = family_of_metadata(file.metadata, path)
@@ -58,7 +63,7 @@ def read(path: Path) -> Checkpoint:
         tensors[name] = _without_one(lazy) if family.adds_one(name) else lazy
     check_shapes(path, config, tensors, linears)
     _check_heads(path, tensors, config)
-    notes = _restore(file, tensors)
+    notes = (*_restore(file, tensors), *_float_notes(file))
     metadata = Metadata(entries={key: value for key, value in file.metadata.entries.items() if key != TENSORS})
     return Checkpoint(
         path=path, layout="gguf", config=config, tensors=tensors, linears=linears, gguf=metadata, notes=notes
@@ -87,6 +92,19 @@ def _restore(file: GgufFile, tensors: dict[str, LazyTensor]) -> tuple[str, ...]:
     return (f"{file.path}: {TENSORS} does not describe {stale[0]!r:.120} ({len(stale)} such); it is passed over",)
 
 
+def _float_notes(file: GgufFile) -> tuple[str, ...]:
+    kinds = Counter(info.type for info in file.tensors.values() if info.type in FLOAT_BLOCKS)
+    if not kinds:
+        return ()
+    counts = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
+    note = (
+        f"{file.path}: tensors in types that hold no integer groups of ours ({counts}) are read as the floats they "
+        "stand for: quantize it first (qalora quantize), which rounds what was rounded before; the float model is a "
+        "better start"
+    )
+    return (note,)
+
+
 def _factors(file: GgufFile) -> dict[str, Tensor]:
     """The factors of rotary frequencies, which are read at once; FormatError for what is no list of float32."""
     found = {}
@@ -96,7 +114,7 @@ def _factors(file: GgufFile) -> dict[str, Tensor]:
             continue
         if info.type != "F32" or len(info.shape) != 1 or not 0 < info.shape[0] <= 1 << 16:
             raise FormatError(f"{file.path}: {name}", expected="a list of F32", got=f"{info.type} {list(info.shape)}")
-        with InputFile(file.path) as opened:
+        with InputFile(file.place(name)) as opened:
             found[name] = opened.tensor(info.offset, 4 * info.shape[0]).view(torch.float32)
         if not bool((found[name] > 0).all()):
             raise FormatError(f"{file.path}: {name}", expected="numbers above 0", got="others")
@@ -135,11 +153,20 @@ def _lazy(file: GgufFile, info: TensorInfo, name: str, heads: int | None) -> Laz
             return values
 
         read = read_floats
+    elif info.type in FLOAT_BLOCKS and len(shape) == 2:
+        dtype, spec = torch.float32, None
+
+        def read_decoded(start: int, stop: int) -> Tensor | GroupQuantTensor:
+            values = dequantize(_rows(file, info, start, stop).view(stop - start, info.row_bytes), info.type)
+            check_finite(f"{file.path}: {info.name}", values)
+            return values
+
+        read = read_decoded
     else:
         raise InputError(
             f"{file.path}: {info.name}",
-            expected=f"one of {', '.join([*BLOCK_TYPES, *FLOATS])}",
-            got=f"{info.type}, which holds no integer groups of ours",
+            expected=f"one of {', '.join([*BLOCK_TYPES, *FLOATS])}, or, for a matrix, {', '.join(FLOAT_BLOCKS)}",
+            got=info.type,
             todo="start from another quantization of this model",
         )
     lazy = LazyTensor(name=name, shape=shape, dtype=dtype, spec=spec, read=read)
@@ -147,7 +174,7 @@ def _lazy(file: GgufFile, info: TensorInfo, name: str, heads: int | None) -> Laz
 
 
 def _rows(file: GgufFile, info: TensorInfo, start: int, stop: int) -> Tensor:
-    with InputFile(file.path) as opened:
+    with InputFile(file.place(info.name)) as opened:
         return opened.tensor(info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
 
 

@@ -1,9 +1,10 @@
-"""Plan and write a GGUF file: for each tensor the type that holds its codes, then the blocks, a layer at a time."""
+"""Plan and write a GGUF file, or several: for each tensor the type that holds its codes, then the blocks, by layer."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Pro
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.files import OutputFile
-from qalora.formats.gguf import GgufLayout, Value, ValueType, create, plan_layout
+from qalora.formats.gguf import GgufLayout, Value, ValueType, create
 from qalora.formats.gguf_blocks import BLOCK, BLOCK_TYPES, encode
+from qalora.formats.gguf_split import plan_split
 from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16, integer_zeros
 
 __all__ = ["GgufPlan", "plan", "write"]
@@ -35,12 +37,12 @@ TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPlan(Plan):
     """A plan with the layout of the file, and GGUF's name of each tensor by transformers'; `factors` are the tensors
-    that GGUF alone has, of rotary frequencies."""
+    that GGUF alone has, of rotary frequencies; `where` is the file of each tensor by GGUF's name."""
 
-    layout: GgufLayout
+    layouts: Mapping[str, GgufLayout]
     names: Mapping[str, str]
     factors: Mapping[str, Tensor]
-    file: str
+    where: Mapping[str, str]
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
@@ -65,30 +67,33 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
         metadata = metadata.with_entries({TENSORS: Value(type=ValueType.STRING, value=text)})
     names = {name: known[name] for name in model.tensors}
     factors = factor_tensors(decoder)
-    sizes = [(names[name], model.tensors[name].shape, carriers[name][0]) for name in names]
-    layout = plan_layout(metadata, [*((name, tuple(data.shape), "F32") for name, data in factors.items()), *sizes])
+    weights = [(names[name], model.tensors[name].shape, carriers[name][0]) for name in names]
+    sizes = [*((name, tuple(data.shape), "F32") for name, data in factors.items()), *weights]
     file = file_name(model, metadata, options.name, common)
+    layouts = plan_split(metadata, sizes, file, options.split_max_size)
+    where = {name: part for part, layout in layouts.items() for name in layout.tensors}
+    places = {name: layouts[where[gguf]].tensors[gguf] for name, gguf in names.items()}
     tensors = tuple(
         PlannedTensor(
             name=name,
             carrier=carriers[name][0],
-            file=file,
-            offset=layout.tensors[names[name]].offset,
-            nbytes=layout.tensors[names[name]].nbytes,
+            file=where[names[name]],
+            offset=place.offset,
+            nbytes=place.nbytes,
             loss=carriers[name][1],
         )
-        for name in names
+        for name, place in places.items()
     )
     return GgufPlan(
         target="gguf",
         tensors=tensors,
-        files={file: layout.size},
+        files={part: layout.size for part, layout in layouts.items()},
         notes=(*model.notes, *context_notes(decoder)),
         longest=clipped_window(decoder),
-        layout=layout,
+        layouts=layouts,
         names=names,
         factors=factors,
-        file=file,
+        where=where,
     )
 
 
@@ -184,17 +189,19 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
     if not isinstance(plan, GgufPlan):
         raise TypeError(f"expected GgufPlan, got {type(plan).__name__}")
     family = decoder_of(model.config, model.path).family
-    with create(folder / plan.file, plan.layout) as file:
+    with ExitStack() as stack:
+        files = {part: stack.enter_context(create(folder / part, layout)) for part, layout in plan.layouts.items()}
         for name, data in plan.factors.items():
-            file.write(plan.layout.tensors[name].offset, data)
+            part = plan.where[name]
+            files[part].write(plan.layouts[part].tensors[name].offset, data)
         for tensor in plan.tensors:
-            _write_tensor(file, tensor, plan, model, family)
+            _write_tensor(files[tensor.file], tensor, plan, model, family)
             progress(tensor.name, tensor.nbytes)
 
 
 def _write_tensor(file: OutputFile, planned: PlannedTensor, plan: GgufPlan, model: Checkpoint, family: Family) -> None:
     lazy = model.tensors[planned.name]
-    info = plan.layout.tensors[plan.names[planned.name]]
+    info = plan.layouts[planned.file].tensors[plan.names[planned.name]]
     heads = head_count(family, model.config, lazy.name)
     whole = heads is not None or lazy.name in model.linears
     for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
