@@ -77,11 +77,19 @@ def test_a_runtime_that_is_none(tmp_path: Path) -> None:
         open_runtime("abacus", tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["onnxruntime", "onnxruntime-genai", "gptqmodel", "mlx"])
-def test_what_they_do_not_load_is_one_sentence(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("onnxruntime", "does not load it"),
+        ("onnxruntime-genai", "does not load it"),
+        ("gptqmodel", "expected model.safetensors or model.safetensors.index.json, got neither"),
+        ("mlx", "does not load it"),
+    ],
+)
+def test_what_they_do_not_load_is_one_sentence(kind: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nonsense")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(FormatError, match="does not load it") as caught:
+    with pytest.raises(FormatError, match=sentence) as caught:
         open_runtime(kind, tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -1,6 +1,6 @@
 """An output layer in GPTQ words, where it is one of its own that is quantized, and every loader reads it.
 
-    "lm_head": true                  GPTQModel and vLLM read words for it then
+    "lm_head": true                  GPTQModel reads words for it then
     "block_name_to_quantize": ""     transformers (optimum) replaces all linear layers then; without it those of the
                                      blocks alone, and it fills the output layer with random numbers, with a warning
 
