@@ -214,6 +214,9 @@ def verify_options(function: F) -> F:
             metavar="GB",
             help="What a runtime may take; by default what the system has to give.",
         ),
+        click.option(
+            "--dynamic-int8", is_flag=True, help="Compare with PyTorch's dynamic INT8 of the same model too, unjudged."
+        ),
         click.option("--allow-unproven", is_flag=True, help="Exit 0 even where a runtime is not installed."),
     )
     for decorator in reversed(decorators):
@@ -230,6 +233,7 @@ def verify_settings(
     generate: int,
     threads: int | None,
     memory: float | None,
+    dynamic_int8: bool,
 ) -> dict[str, Any]:
     """Arguments for `qalora.parity.verify`."""
     from qalora.parity.text import read_text
@@ -242,6 +246,7 @@ def verify_settings(
         "generate": generate,
         "threads": threads,
         "memory": None if memory is None else int(memory * 1e9),
+        "dynamic_int8": dynamic_int8,
     }
 
 

@@ -57,7 +57,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
 def to_html(report: ParityReport, *, speed: bool = True) -> str:
     """The page; without `speed` nothing in it depends on how fast it went."""
     parts = [_head(report), _weights(report)]
-    runs = [(artifact.name, run) for artifact in report.artifacts for run in artifact.runs]
+    runs = report.runs()
     if runs:
         parts += [_runs(report, runs, speed=speed), _faults(runs), _layer_plots(runs), _token_plots(runs)]
         parts.append(_scatters(runs))
@@ -140,7 +140,7 @@ def _runs(report: ParityReport, runs: Sequence[tuple[str, RunReport]], *, speed:
             values = (found.max, found.rms, found.kl_mean, found.kl_p99)
             cells += [*map(_number, values), f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
         cells += _speed(run.speed) if speed else []
-        rows.append([*cells, _verdict(run.gates)])
+        rows.append([*cells, _verdict(run.gates) if run.gates else "not judged"])
     head = ["artefact", "runtime", *(["lost"] if report.adapter is not None else [])]
     head += ["max", "RMS", "KL", "KL 99 %", "top-1", "perplexity"]
     head += [*(["tokens/s", "steps/s", "memory"] if speed else []), "gates"]

@@ -140,6 +140,7 @@ class ParityReport:
     tokens   how many; windows: how many independent sequences they make
     noise    float32's own, on the reference's logits; None at level "weights"
     gates    those of the reference itself (the fold)
+    comparison   PyTorch's dynamic INT8 of the same model, where it was asked for: measured, and not judged
     """
 
     reference: str
@@ -151,6 +152,12 @@ class ParityReport:
     noise: Noise | None
     gates: tuple[GateResult, ...]
     artifacts: tuple[ArtifactReport, ...]
+    comparison: RunReport | None = None
+
+    def runs(self) -> list[tuple[str, RunReport]]:
+        """Every run with the name of its artefact, and last the comparison, of the reference."""
+        found = [(artifact.name, run) for artifact in self.artifacts for run in artifact.runs]
+        return found if self.comparison is None else [*found, ("reference", self.comparison)]
 
     def results(self) -> Iterator[tuple[str, GateResult]]:
         """Every gate with the place it was applied at: "reference", an artefact, or "artefact in runtime"."""
@@ -189,6 +196,7 @@ class ParityReport:
             "noise": None if self.noise is None else _plain({**asdict(self.noise), "bound": self.noise.bound}),
             "gates": [_plain(asdict(result)) for result in self.gates],
             "artifacts": [_artifact_json(artifact, speed=speed) for artifact in self.artifacts],
+            "comparison": None if self.comparison is None else _run_json(self.comparison, speed=speed),
         }
 
 
@@ -218,8 +226,13 @@ def _artifact_json(artifact: ArtifactReport, *, speed: bool) -> dict[str, Any]:
         },
         "adapter_lost_by_layer": _plain(dict(artifact.layers)),
         "gates": [_plain(asdict(result)) for result in artifact.gates],
-        "runs": [_plain(asdict(run if speed else replace(run, speed=None))) for run in artifact.runs],
+        "runs": [_run_json(run, speed=speed) for run in artifact.runs],
     }
+
+
+def _run_json(run: RunReport, *, speed: bool) -> dict[str, Any]:
+    content: dict[str, Any] = _plain(asdict(run if speed else replace(run, speed=None)))
+    return content
 
 
 def _difference_json(difference: TensorDifference, *, named: bool) -> dict[str, Any]:
@@ -247,7 +260,7 @@ def render(report: ParityReport) -> list[RenderableType]:
     parts += [Text(f"{_short(name)}: {note}", style="dim") for name, note in notes]
     if report.level != "weights":
         parts.append(_runs_table(report))
-        parts += [Text(f"{_short(name)}: {_runtime(run)}", style="dim") for name, run in _runs(report) if run.runtime]
+        parts += [Text(f"{_short(name)}: {_runtime(run)}", style="dim") for name, run in report.runs() if run.runtime]
     counts: dict[str, int] = {}
     for where, result in report.results():
         counts[result.status] = counts.get(result.status, 0) + 1
@@ -255,7 +268,7 @@ def render(report: ParityReport) -> list[RenderableType]:
             style = "yellow" if result.status == "ambiguous" else "bold red"
             parts.append(Text(f"{result.status.upper()}  {where}: {_sentence(result)}", style=style))
     parts += [
-        Text(f"{_short(name)} in {run.kind}: {run.fault}", style="bold red") for name, run in _runs(report) if run.fault
+        Text(f"{_short(name)} in {run.kind}: {run.fault}", style="bold red") for name, run in report.runs() if run.fault
     ]
     shown = ", ".join(
         f"{counts[status]} {status}" for status in ("pass", "fail", "ambiguous", "not proven") if status in counts
@@ -298,20 +311,19 @@ def _runs_table(report: ParityReport) -> RenderableType:
     columns += ["max", "RMS", "KL", "top-1", "perplexity", "tokens/s", "greedy", "gates"]
     for column in columns:
         table.add_column(column, justify="left" if column in ("artefact", "runtime") else "right")
-    for artifact in report.artifacts:
-        for run in artifact.runs:
-            losses = [_percent(run.lost), _percent(run.lost_unrounded)] if report.adapter is not None else []
-            table.add_row(
-                _short(artifact.name),
-                run.kind,
-                *losses,
-                *_logit_cells(run.logits),
-                _speed(run.speed),
-                _greedy(run),
-                _verdict(run.gates),
-            )
-            if run.own is not None:
-                table.add_row("", "by its own weights", *[""] * len(losses), *_logit_cells(run.own), "", "", "")
+    for name, run in report.runs():
+        losses = [_percent(run.lost), _percent(run.lost_unrounded)] if report.adapter is not None else []
+        table.add_row(
+            _short(name),
+            run.kind,
+            *losses,
+            *_logit_cells(run.logits),
+            _speed(run.speed),
+            _greedy(run),
+            _verdict(run.gates) if run.gates else "not judged",
+        )
+        if run.own is not None:
+            table.add_row("", "by its own weights", *[""] * len(losses), *_logit_cells(run.own), "", "", "")
     return table
 
 
@@ -320,10 +332,6 @@ def _logit_cells(found: LogitMetrics | None) -> list[str]:
         return [""] * 5
     cells = [_number(value) for value in (found.max, found.rms, found.kl_mean)]
     return [*cells, f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
-
-
-def _runs(report: ParityReport) -> list[tuple[str, RunReport]]:
-    return [(artifact.name, run) for artifact in report.artifacts for run in artifact.runs]
 
 
 def _runtime(run: RunReport) -> str:

@@ -101,6 +101,29 @@ class Runner:
                 done += [] if run is None else [run]
         return tuple(done)
 
+    def dynamic_int8(self) -> RunReport:
+        """PyTorch's dynamic INT8 of the model that the artefacts hold, to compare with: measured and not judged.
+
+        Raises InputError where torch no longer has it.
+        """
+        from qalora.parity.runtimes.torch_int8 import open_artifact
+
+        expected = self.job.usual
+        model = self.job.base if self.job.folded is None else self.job.folded
+        with closing(open_artifact(model, self.threads)) as runtime:
+            passes = self._whole(runtime, expected, expected)
+            _, steps = _through_the_cache(runtime, self.bench.spool.windows[0][:STEPS], passes.first)
+        adapted = self.job.adapter is not None
+        return RunReport(
+            kind="dynamic INT8",
+            runtime=runtime.info,
+            rounding="none",
+            logits=summarize(passes.plain),
+            lost=lost(passes.from_adapted, self.bench.effect) if adapted else None,
+            lost_unrounded=lost(passes.from_side, self.bench.side_effect) if adapted else None,
+            speed=Speed(prefill=passes.fastest, steps=steps, reference=self.bench.speed, memory=None),
+        )
+
     def _run(self, kind: str, artifact: Artifact, held: str, weights: WeightMetrics) -> RunReport:
         needed = memory_needed(artifact, kind)
         if needed > self.memory:

@@ -58,6 +58,7 @@ def verify(
     generate: int = 24,
     threads: int | None = None,
     memory: int | None = None,
+    dynamic_int8: bool = False,
     relative_to: Path | None = None,
     progress: Stage = lambda stage, share: None,
 ) -> ParityReport:
@@ -70,6 +71,7 @@ def verify(
     text, tokens, max_tokens   what to compute on: see `qalora.parity.text.make_work`
     prompts, generate          what to continue, and by how many tokens
     memory       bytes that runtimes and the reference may take; what the system has to give, by default
+    dynamic_int8   PyTorch's dynamic INT8 of the same model, as a row to compare with
     relative_to  artefacts are named relative to this folder
     progress     called at each stage
 
@@ -107,7 +109,12 @@ def verify(
             with _threads_kept():
                 able = runner.for_integers(checkpoint, Path(folder) / str(len(reports)))
                 reports.append(replace(report, runs=able.runs(artifact, report.holds, report.weights)))
-        return _report(job, level, reports, gates, bench)
+        comparison = None
+        if dynamic_int8:
+            share.stage("running dynamic INT8")
+            with _threads_kept():
+                comparison = runner.dynamic_int8()
+        return replace(_report(job, level, reports, gates, bench), comparison=comparison)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.exports import export
 from qalora.errors import InputError
 from qalora.parity import verify
+from qalora.parity.html import to_html
 from qalora.parity.reference import Forward, Reference
 from qalora.parity.runtimes.padding import pad, positions, unpad
 from qalora.testing import assert_parity
@@ -87,6 +88,24 @@ def test_every_prompt_is_continued(base: Checkpoint, write, tmp_path: Path) -> N
     assert run.generations[0].tokens != run.generations[1].tokens
     with pytest.raises(InputError, match="prompt: expected at least one token, got an empty one"):
         verify(base, [place], prompts=[""], max_tokens=16)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_int8_is_a_row_to_compare_with(base, adapter, folded, write, tmp_path: Path) -> None:
+    """It loses what our artefacts keep, and no gate judges it."""
+    place = write("qalora", folded, tmp_path)
+    report = verify(base, [place], adapter=adapter, level="logits", max_tokens=40, dynamic_int8=True)
+    assert report.passed(), report.failure()
+    ours, theirs = report.artifacts[0].runs[0], report.comparison
+    assert theirs is not None and theirs.runtime is not None
+    assert theirs.runtime.backend.startswith("dynamic INT8")
+    assert theirs.gates == ()
+    assert ours.lost is not None and theirs.lost is not None
+    assert theirs.lost > 100 * ours.lost
+    assert report.runs()[-1] == ("reference", theirs)
+    assert report.to_json()["comparison"]["kind"] == "dynamic INT8"
+    assert "not judged" in to_html(report)
+    assert verify(base, [place], adapter=adapter, level="weights").comparison is None
 
 
 def test_progress_goes_up_to_all_of_it(base: Checkpoint, write, tmp_path: Path) -> None:
