@@ -315,7 +315,7 @@ def _other_way(evidence: Evidence, found: LogitMetrics | None) -> tuple[float, f
     if found is None or evidence.noise is None:
         return None
     if evidence.rounding.kind in ("none", "weights"):
-        return found.max, evidence.noise.bound, ""
+        return found.max, 2 * evidence.noise.bound, ""
     return found.rms, _allowed_rms(evidence), "RMS"
 
 
@@ -440,8 +440,9 @@ GATES: tuple[Gate, ...] = (
     Gate(
         name="cache",
         measure=_cache,
-        derivation="one token at a time through the cache is the same sums in another order: bound as for `logits`, "
-        "or, where the kernel rounds its inputs, as for `activation rounding`",
+        derivation="one token at a time through the cache is the same sums in another order, and so is the whole text "
+        "at once: each as far from the reference as `logits` allows, so from each other by at most twice that; or, "
+        "where the kernel rounds its inputs, as for `activation rounding`",
     ),
     Gate(
         name="batch",

@@ -123,7 +123,7 @@ def test_greedy_tokens_may_part_at_a_near_tie() -> None:
 @pytest.mark.parametrize("field", ["stepwise", "batch"])
 def test_another_order_of_the_same_sums_is_float32_noise(field: str) -> None:
     gate = {"stepwise": "cache", "batch": "batch"}[field]
-    bound = 4e-4  # 4 times NOISE.max
+    bound = 8e-4  # 4 times NOISE.max from the reference, each
     assert status(Evidence(noise=NOISE, **{field: replace(SAME, max=bound)}), gate) == "pass"
     assert status(Evidence(noise=NOISE, **{field: replace(SAME, max=bound * 1.01)}), gate) == "fail"
     assert status(replace(Q8, **{field: replace(SAME, rms=0.2, max=9.0)}), gate) == "pass"
