@@ -22,7 +22,7 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 if TYPE_CHECKING:
     from qalora.formats.gguf import Metadata
 
-__all__ = ["Checkpoint", "LazyTensor", "kept_bytes", "remembered"]
+__all__ = ["Checkpoint", "LazyTensor", "kept_bytes", "module_of", "remembered"]
 
 TILE_BYTES = 32 << 20
 """Float32 bytes of a tile where a tensor is streamed by rows."""
@@ -122,6 +122,11 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether the output layer is the embedding."""
         return "lm_head.weight" not in self.tensors
+
+
+def module_of(name: str) -> str:
+    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
+    return name.removesuffix(".weight")
 
 
 def kept_bytes(model: Checkpoint) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +12,7 @@ from qalora.cli.options import (
     convention_option,
     dry_run_option,
     export_options,
+    export_settings,
     force_option,
     json_flag,
     minima_option,
@@ -52,18 +54,11 @@ def command(
     lora_slots: Path | None,
     convention: str | None,
     minima: str | None,
-    name: str | None,
-    allow_loss: tuple[str, ...],
-    gptq_form: str,
-    gguf_form: str,
-    accuracy_level: int,
-    onnx_embedding: str,
-    max_shard_size: int,
-    split_max_size: int | None,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Write MODEL to DIR/<format>/ in one or more formats, with the very same codes.
 
@@ -79,14 +74,7 @@ def command(
         raise InputError("--lora-slots", expected="--to onnx", got=", ".join(targets))
     base = open_model(model, checkpoint_format)
     options = ExportOptions(
-        name=name,
-        allow_loss=frozenset(allow_loss),
-        gptq_form=gptq_form,
-        gguf_form=gguf_form,
-        accuracy_level=accuracy_level,
-        onnx_embedding=onnx_embedding,
-        max_shard_size=max_shard_size,
-        split_max_size=split_max_size,
+        **export_settings(settings),
         lora_slots=frozenset() if lora_slots is None else frozenset(open_adapter(lora_slots).pairs),
     )
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ __all__ = [
     "convention_option",
     "dry_run_option",
     "export_options",
+    "export_settings",
     "force_option",
     "json_flag",
     "max_shard_size_option",
@@ -193,6 +194,12 @@ def export_options(function: F) -> F:
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
+
+
+def export_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take what `export_options` added out of a command's settings: arguments for ExportOptions."""
+    keys = ("name", "gptq_form", "gguf_form", "accuracy_level", "onnx_embedding", "max_shard_size", "split_max_size")
+    return {"allow_loss": frozenset(settings.pop("allow_loss")), **{key: settings.pop(key) for key in keys}}
 
 
 def verify_options(function: F) -> F:

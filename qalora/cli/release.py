@@ -12,6 +12,7 @@ from qalora.cli.options import (
     convention_option,
     dry_run_option,
     export_options,
+    export_settings,
     force_option,
     minima_option,
     open_model,
@@ -53,14 +54,6 @@ def command(
     out: Path,
     convention: str | None,
     minima: str | None,
-    name: str | None,
-    allow_loss: tuple[str, ...],
-    gptq_form: str,
-    gguf_form: str,
-    accuracy_level: int,
-    onnx_embedding: str,
-    max_shard_size: int,
-    split_max_size: int | None,
     allow_unproven: bool,
     checkpoint_format: str | None,
     force: bool,
@@ -76,19 +69,10 @@ def command(
     from qalora.converters.plan import ExportOptions
     from qalora.release.package import plan_release, release
 
+    options = ExportOptions(**export_settings(settings))
     checked = verify_settings(**settings)
     base = open_model(model, checkpoint_format)
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
-    options = ExportOptions(
-        name=name,
-        allow_loss=frozenset(allow_loss),
-        gptq_form=gptq_form,
-        gguf_form=gguf_form,
-        accuracy_level=accuracy_level,
-        onnx_embedding=onnx_embedding,
-        max_shard_size=max_shard_size,
-        split_max_size=split_max_size,
-    )
     jobs = plan_release(base, targets, out, options, adapter=read, minima=minima, force=force)  # type: ignore[arg-type]
     if dry_run:
         print_plans([job.plan for job in jobs], details=True)

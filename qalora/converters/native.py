@@ -28,10 +28,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.families import linear_names
 from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
+from qalora.converters.specs import narrowed
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile, contained
 from qalora.formats.output import write_json
@@ -45,11 +46,6 @@ PARTS = ("codes", "scale", "min", "zero", "g_idx")
 GGUF_METADATA = "metadata.gguf"
 
 _Stored = Mapping[str, tuple[Path, Entry]]
-
-
-def module_of(name: str) -> str:
-    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
-    return name.removesuffix(".weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,9 +302,9 @@ def _write_quantized(
     if spec is None:
         raise TypeError(f"{lazy.name} has no spec")
     write(f"{module}.codes", tile.packed, row)
-    write(f"{module}.scale", _narrow(lazy.name, tile.scale, spec.scale_dtype), row)
+    write(f"{module}.scale", narrowed(lazy.name, tile.scale, spec.scale_dtype), row)
     if spec.zeros == "real":
-        write(f"{module}.min", _narrow(lazy.name, tile.min, spec.min_dtype), row)
+        write(f"{module}.min", narrowed(lazy.name, tile.min, spec.min_dtype), row)
     else:
         zero = integer_zeros(tile)
         if zero is None or (spec.zero is not None and not bool((zero == spec.zero)[tile.scale != 0].all())):
@@ -317,10 +313,3 @@ def _write_quantized(
             write(f"{module}.zero", zero, row)
     if tile.g_idx is not None and row == 0:
         write(f"{module}.g_idx", tile.g_idx, 0)
-
-
-def _narrow(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = values.to(dtype)
-    if not torch.equal(narrow.float(), values):
-        raise ValueError(f"{name}: its spec promises values that {dtype} holds, and it has others")
-    return narrow

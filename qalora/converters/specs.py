@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from qalora.checkpoint import LazyTensor
 from qalora.errors import FormatError
+from qalora.formats.safetensors import Entry, read_header
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, holds_float16, integer_zeros, pack_codes
 
-__all__ = ["TENSORS", "check_values", "fits", "parse_specs", "restored", "specs_text"]
+__all__ = ["TENSORS", "check_values", "fits", "narrowed", "parse_specs", "restored", "specs_text", "stored_specs"]
 
 TENSORS = "qalora.tensors"
 """Key of the metadata."""
@@ -57,6 +59,23 @@ def parse_specs(text: str, where: str) -> dict[str, QuantSpec]:
     if not isinstance(found, dict):
         raise FormatError(f"{where}: {TENSORS}", expected="a JSON object", got=type(found).__name__)
     return {module: _spec(f"{where}: {TENSORS}: {module}", entry) for module, entry in found.items()}
+
+
+def stored_specs(stored: Mapping[str, tuple[Path, Entry]]) -> dict[str, QuantSpec]:
+    """{module: spec} of all the safetensors files that hold `stored`, {tensor: (file, entry)}."""
+    found: dict[str, QuantSpec] = {}
+    for path in sorted({path for path, _ in stored.values()}):
+        text = read_header(path).metadata.get(TENSORS)
+        found |= {} if text is None else parse_specs(text, str(path))
+    return found
+
+
+def narrowed(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in the dtype that a spec promises for them; ValueError where it does not hold them."""
+    narrow = values.to(dtype)
+    if not torch.equal(narrow.float(), values):
+        raise ValueError(f"{name}: its spec promises values that {dtype} holds, and it has others")
+    return narrow
 
 
 def _spec(where: str, entry: Any) -> QuantSpec:

@@ -9,7 +9,7 @@ reference under the same rounding as the runtime's kernels (`roundings.Rounding`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +21,13 @@ from qalora.parity.weights import TensorDifference, WeightMetrics
 __all__ = ["GATES", "Evidence", "Gate", "GateResult", "Generation", "Noise", "Status", "judge", "refused", "unproven"]
 
 Status = Literal["pass", "fail", "ambiguous", "not proven"]
+STATUSES: tuple[Status, ...] = ("pass", "ambiguous", "not proven", "fail")
+"""From the best to the worst."""
 
 NOISE_FACTOR = 4.0
+NOISE_FLOOR = 8 * 2.0**-24
+"""What eight float32 roundings make of a value."""
+
 ROUNDING_FACTOR = 2.0
 TOP1 = 0.98
 NEARLY_ALL = 0.9
@@ -163,6 +168,12 @@ def judge(evidence: Evidence) -> list[GateResult]:
                 )
             )
     return results
+
+
+def worst(results: Iterable[GateResult]) -> Status:
+    """The status that decides about several gates: "pass" only where all of them passed."""
+    found = {result.status for result in results}
+    return next((status for status in reversed(STATUSES) if status in found), "pass")
 
 
 def unproven(gate: str, reason: str) -> GateResult:

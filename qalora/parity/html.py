@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from qalora.parity.charts import Series, heat_map, line_chart, scatter
-from qalora.parity.gates import GateResult
-from qalora.parity.report import ArtifactReport, ParityReport, RunReport, Speed
+from qalora.parity.gates import GateResult, worst
+from qalora.parity.report import ArtifactReport, ParityReport, RunReport, Speed, number, percent, runtime_text
 
 __all__ = ["to_html"]
 
@@ -72,18 +72,12 @@ def to_html(report: ParityReport, *, speed: bool = True) -> str:
 
 
 def _head(report: ParityReport) -> str:
-    results = [result for _, result in report.results()]
     status = "pass" if report.passed() else "fail"
     word = "Every gate passed" if report.passed() else "Not proven the same"
     lines = [f"<h1>Parity with {escape(report.reference)}</h1>", f'<p class="verdict {status}">{word}</p>']
     if not report.passed():
         lines.append(f"<p>{escape(report.failure())}</p>")
-    counts = ", ".join(
-        f"{count} {status}"
-        for status in ("pass", "fail", "ambiguous", "not proven")
-        if (count := sum(result.status == status for result in results))
-    )
-    lines.append(f'<p class="soft">gates: {counts}</p>')
+    lines.append(f'<p class="soft">gates: {report.counts()}</p>')
     if report.text is not None:
         lines.append(f'<p class="soft">{report.tokens} tokens in {report.windows} windows: {escape(report.text)}</p>')
     if report.adapter is not None:
@@ -117,8 +111,8 @@ def _weights(report: ParityReport) -> str:
                 f"{artifact.weights.tensors:,}",
                 f"{total.codes:,}",
                 f"{total.codes_differ:,}",
-                _number(total.scale_ulp),
-                _number(total.min_ulp),
+                number(total.scale_ulp),
+                number(total.min_ulp),
                 f"{total.values_differ:,}",
                 _verdict(artifact.gates),
             ]
@@ -130,15 +124,14 @@ def _weights(report: ParityReport) -> str:
 def _runs(report: ParityReport, runs: Sequence[tuple[str, RunReport]], *, speed: bool) -> str:
     rows = []
     for name, run in runs:
-        found, info = run.logits, run.runtime
-        about = "" if info is None else f"{info.name} {info.version}, {info.backend}, {info.dtype}"
+        found, about = run.logits, runtime_text(run)
         cells = [escape(name), f'{escape(run.kind)}<small class="soft">{escape(about)}</small>']
-        cells += [_percent(run.lost)] if report.adapter is not None else []
+        cells += [percent(run.lost)] if report.adapter is not None else []
         if found is None:
             cells += [""] * 6
         else:
             values = (found.max, found.rms, found.kl_mean, found.kl_p99)
-            cells += [*map(_number, values), f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
+            cells += [*map(number, values), f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
         cells += _speed(run.speed) if speed else []
         rows.append([*cells, _verdict(run.gates) if run.gates else "not judged"])
     head = ["artefact", "runtime", *(["lost"] if report.adapter is not None else [])]
@@ -214,9 +207,9 @@ def _layers(artifacts: Sequence[ArtifactReport]) -> str:
     """A map for each artefact that has lost something; one sentence about those that have all of it."""
     charts, whole = [], []
     for artifact in (artifact for artifact in artifacts if artifact.layers):
-        worst = max(artifact.layers, key=lambda module: artifact.layers[module])
-        if artifact.layers[worst]:
-            note = f"at most {_percent(artifact.layers[worst])}, in {worst}"
+        most = max(artifact.layers, key=lambda module: artifact.layers[module])
+        if artifact.layers[most]:
+            note = f"at most {percent(artifact.layers[most])}, in {most}"
             charts.append(_figure(artifact.name, note, heat_map(artifact.layers)))
         else:
             whole.append(artifact.name)
@@ -234,8 +227,8 @@ def _weight_maps(artifacts: Sequence[ArtifactReport]) -> str:
         steps = all(one.stepped for one in found)
         errors = {one.name.removesuffix(".weight"): one.step_rms if steps else one.error_rms for one in found}
         if errors:
-            worst = max(errors, key=lambda module: errors[module])
-            note = f"RMS{' in steps' if steps else ''}, at most {errors[worst]:.3g}, in {worst}"
+            most = max(errors, key=lambda module: errors[module])
+            note = f"RMS{' in steps' if steps else ''}, at most {errors[most]:.3g}, in {most}"
             charts.append(_figure(artifact.name, note, heat_map(errors)))
     return f'<h2>Weight error by layer</h2><div class="grid">{"".join(charts)}</div>' if charts else ""
 
@@ -250,8 +243,7 @@ def _figure(title: str, note: str, chart: str, legend: Sequence[Series] = ()) ->
 def _gates(report: ParityReport) -> str:
     rows = []
     for where, result in report.results():
-        status = f'<span class="{result.status.replace(" ", "-")}">{result.status}</span>'
-        cells = [escape(where), escape(result.gate), status, _number(result.value), _number(result.bound)]
+        cells = [escape(where), escape(result.gate), _status(result.status), number(result.value), number(result.bound)]
         rows.append([*cells, escape(result.detail), escape(result.derivation)])
     head = ["where", "gate", "status", "value", "bound", "detail", "why the bound is what it is"]
     table = _table(head, rows, text=3, prose=2)
@@ -259,16 +251,8 @@ def _gates(report: ParityReport) -> str:
 
 
 def _verdict(gates: Sequence[GateResult]) -> str:
-    statuses = {result.status for result in gates}
-    worst = next((status for status in ("fail", "not proven", "ambiguous") if status in statuses), "pass")
-    return f'<span class="{worst.replace(" ", "-")}">{worst}</span>'
+    return _status(worst(gates))
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.3g} %"
-
-
-def _number(value: float | None) -> str:
-    return (
-        "" if value is None else f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.3g}"
-    )
+def _status(status: str) -> str:
+    return f'<span class="{status.replace(" ", "-")}">{status}</span>'

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from qalora.parity.gates import NOISE_FACTOR, ROUNDING_FACTOR
+from qalora.parity.gates import NOISE_FACTOR, NOISE_FLOOR, ROUNDING_FACTOR
 from qalora.parity.reference import Forward, Reference
 from qalora.parity.roundings import EXACT, Rounding
 from qalora.parity.weights import WeightMetrics
@@ -23,9 +23,6 @@ __all__ = ["LAYER_TOKENS", "LayerError", "compare_layers", "first_fault"]
 
 LAYER_TOKENS = 32
 """Tokens of the first window that the layers are compared on."""
-
-FLOOR = 8 * 2.0**-24
-"""What eight float32 roundings of a hidden state make of its norm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +46,7 @@ def compare_layers(
     wanted = rounded if exact else plain
     errors = []
     for mine, theirs, usual, shifted, modelled in zip(found, wanted, plain, other, rounded, strict=True):
-        bound = max(FLOOR, NOISE_FACTOR * _relative(shifted, usual))
+        bound = max(NOISE_FLOOR, NOISE_FACTOR * _relative(shifted, usual))
         bound += 0.0 if exact else ROUNDING_FACTOR * _relative(modelled, usual)
         errors.append(LayerError(error=_relative(mine, theirs), bound=bound))
     return tuple(errors)

@@ -12,11 +12,12 @@ This module computes nothing and judges nothing.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qalora.parity.gates import GateResult, Generation, Noise
+from qalora.parity.gates import GateResult, Generation, Noise, Status, worst
 from qalora.parity.layerwise import LayerError
 from qalora.parity.metrics import LogitMetrics
 from qalora.parity.runtimes import RuntimeInfo
@@ -25,9 +26,24 @@ from qalora.parity.weights import TensorDifference, WeightMetrics
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SCHEMA", "AdapterSummary", "ArtifactReport", "ByToken", "ParityReport", "RunReport", "Speed", "render"]
+__all__ = [
+    "SCHEMA",
+    "AdapterSummary",
+    "ArtifactReport",
+    "ByToken",
+    "ParityReport",
+    "RunReport",
+    "Speed",
+    "number",
+    "percent",
+    "render",
+    "runtime_text",
+]
 
 SCHEMA = "qalora.parity/1"
+COUNTED: tuple[Status, ...] = ("pass", "fail", "ambiguous", "not proven")
+"""The statuses in the order in which they are counted."""
+
 LISTED = 20
 """Differing tensors that the JSON lists for an artefact; the counts are of all."""
 
@@ -170,6 +186,11 @@ class ParityReport:
                 for result in run.gates:
                     yield f"{artifact.name} in {run.kind}", result
 
+    def counts(self) -> str:
+        """How many gates have which status, such as "55 pass, 1 ambiguous"."""
+        found = Counter(result.status for _, result in self.results())
+        return ", ".join(f"{found[status]} {status}" for status in COUNTED if found[status])
+
     def passed(self, *, allow_unproven: bool = False) -> bool:
         """Whether no gate failed, and, unless `allow_unproven`, none is unproven."""
         bad = {"fail"} if allow_unproven else {"fail", "not proven"}
@@ -204,7 +225,7 @@ def _sentence(result: GateResult) -> str:
     if result.value is None:
         return f"{result.gate} {result.status}: {result.detail}"
     detail = f" ({result.detail})" if result.detail else ""
-    return f"{result.gate} {_number(result.value)}, bound {_number(result.bound)}{detail}"
+    return f"{result.gate} {number(result.value)}, bound {number(result.bound)}{detail}"
 
 
 def _artifact_json(artifact: ArtifactReport, *, speed: bool) -> dict[str, Any]:
@@ -260,20 +281,17 @@ def render(report: ParityReport) -> list[RenderableType]:
     parts += [Text(f"{_short(name)}: {note}", style="dim") for name, note in notes]
     if report.level != "weights":
         parts.append(_runs_table(report))
-        parts += [Text(f"{_short(name)}: {_runtime(run)}", style="dim") for name, run in report.runs() if run.runtime]
-    counts: dict[str, int] = {}
+        parts += [
+            Text(f"{_short(name)}: {runtime_text(run)}", style="dim") for name, run in report.runs() if run.runtime
+        ]
     for where, result in report.results():
-        counts[result.status] = counts.get(result.status, 0) + 1
         if result.status != "pass":
             style = "yellow" if result.status == "ambiguous" else "bold red"
             parts.append(Text(f"{result.status.upper()}  {where}: {_sentence(result)}", style=style))
     parts += [
         Text(f"{_short(name)} in {run.kind}: {run.fault}", style="bold red") for name, run in report.runs() if run.fault
     ]
-    shown = ", ".join(
-        f"{counts[status]} {status}" for status in ("pass", "fail", "ambiguous", "not proven") if status in counts
-    )
-    parts.append(Text(f"gates: {shown}", style="bold green" if report.passed() else "bold red"))
+    parts.append(Text(f"gates: {report.counts()}", style="bold green" if report.passed() else "bold red"))
     return parts
 
 
@@ -293,8 +311,8 @@ def _weights_table(report: ParityReport) -> RenderableType:
             str(artifact.weights.tensors),
             f"{total.codes:,}",
             f"{total.codes_differ:,}",
-            _number(total.scale_ulp),
-            _number(total.min_ulp),
+            number(total.scale_ulp),
+            number(total.min_ulp),
             f"{total.values_differ:,}",
             *([f"{total.step_max:.3g} ({total.step_rms:.3g})"] if steps else []),
             _verdict(artifact.gates),
@@ -312,7 +330,7 @@ def _runs_table(report: ParityReport) -> RenderableType:
     for column in columns:
         table.add_column(column, justify="left" if column in ("artefact", "runtime") else "right")
     for name, run in report.runs():
-        losses = [_percent(run.lost), _percent(run.lost_unrounded)] if report.adapter is not None else []
+        losses = [percent(run.lost), percent(run.lost_unrounded)] if report.adapter is not None else []
         table.add_row(
             _short(name),
             run.kind,
@@ -330,11 +348,12 @@ def _runs_table(report: ParityReport) -> RenderableType:
 def _logit_cells(found: LogitMetrics | None) -> list[str]:
     if found is None:
         return [""] * 5
-    cells = [_number(value) for value in (found.max, found.rms, found.kl_mean)]
+    cells = [number(value) for value in (found.max, found.rms, found.kl_mean)]
     return [*cells, f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
 
 
-def _runtime(run: RunReport) -> str:
+def runtime_text(run: RunReport) -> str:
+    """What a runtime says of itself; empty where it did not run."""
     found = run.runtime
     return "" if found is None else f"{found.name} {found.version}, {found.backend}, {found.dtype}"
 
@@ -363,18 +382,17 @@ def _greedy(run: RunReport) -> str:
 
 
 def _verdict(gates: tuple[GateResult, ...]) -> str:
-    if any(result.status == "fail" for result in gates):
-        return "FAIL"
-    if any(result.status == "not proven" for result in gates):
-        return "NOT PROVEN"
-    return "AMBIGUOUS" if any(result.status == "ambiguous" for result in gates) else "pass"
+    status = worst(gates)
+    return status if status == "pass" else status.upper()
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share for a table, with three digits; empty for None."""
     return "" if value is None else f"{100 * value:.3g} %"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A number for a table: whole ones whole, others with three digits; empty for None."""
     if value is None:
         return ""
-    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.3g}"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.3g}"

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qalora.parity.gates import Noise
+from qalora.parity.gates import NOISE_FLOOR, Noise
 from qalora.parity.metrics import LogitMetrics, concatenate, squared_distance, summarize, token_metrics
 from qalora.parity.reference import Forward, Reference
 
@@ -21,8 +22,6 @@ __all__ = ["Spool"]
 
 BATCH_LOGITS = 1 << 26
 """Logits that are computed in one batch at most: 256 MiB."""
-
-NOISE_FLOOR = 8 * 2.0**-24
 
 
 class Spool:
@@ -49,7 +48,7 @@ class Spool:
         key = (forward, window)
         if key in self._files:
             path, shape = self._files[key]
-            return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32).view(shape)
+            return torch.from_numpy(np.fromfile(path, dtype=np.float32)).view(shape)
         together = self.together(window)
         found = self.reference.batch([self.windows[n] for n in together], forward)
         for n, logits in zip(together, found, strict=True):

@@ -143,6 +143,9 @@ def _loading(plan: Plan, model: Checkpoint) -> str:
 
 
 def _proof(report: ParityReport) -> str:
+    from qalora.parity.gates import worst
+    from qalora.parity.report import percent
+
     rows = [
         "| artefact | codes that differ | runtime | adapter lost | largest logit difference | top-1 | gates |",
         "|---|---:|---|---:|---:|---:|---|",
@@ -151,9 +154,7 @@ def _proof(report: ParityReport) -> str:
         for run in artefact.runs:
             runtime = run.kind if run.runtime is None else f"{run.runtime.name} {run.runtime.version}"
             cells = [artefact.name, f"{artefact.weights.total.codes_differ}", runtime]
-            cells.append("" if run.lost is None else f"{100 * run.lost:.3g} %")
+            cells.append(percent(run.lost))
             cells += ["", ""] if run.logits is None else [f"{run.logits.max:.3g}", f"{run.logits.top1:.4f}"]
-            statuses = {result.status for result in (*artefact.gates, *run.gates)}
-            worst = next((status for status in ("fail", "not proven", "ambiguous") if status in statuses), "pass")
-            rows.append(f"| {' | '.join([*cells, worst])} |")
+            rows.append(f"| {' | '.join([*cells, worst((*artefact.gates, *run.gates))])} |")
     return "\n".join(rows) + "\n"

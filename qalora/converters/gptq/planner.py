@@ -21,7 +21,7 @@ import torch
 
 from qalora._version import __version__
 from qalora.adapter import Adapter
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.families import family_of
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
 from qalora.converters.gptq.forms import Form, encode
@@ -34,7 +34,7 @@ from qalora.formats.gptq import BITS
 from qalora.formats.safetensors import Layout, Part, ShardedLayout, plan_layout, plan_shards
 from qalora.tensor import QuantSpec, holds_float16
 
-__all__ = ["GROUP_SIZES", "GptqPlan", "module_of", "plan", "ships_adapter"]
+__all__ = ["GROUP_SIZES", "GptqPlan", "plan", "ships_adapter"]
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """The groups that GPTQModel's kernels know, beside whole rows."""
@@ -67,11 +67,6 @@ class GptqPlan(Plan):
     rounds: bool
     config: Mapping[str, Any]
     adapter_config: Mapping[str, Any] | None
-
-
-def module_of(name: str) -> str:
-    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
-    return name.removesuffix(".weight")
 
 
 def ships_adapter(model: Checkpoint) -> bool:

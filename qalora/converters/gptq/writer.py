@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
 from qalora.converters.gptq.forms import Encoded, encode
 from qalora.converters.gptq.head import HEAD
-from qalora.converters.gptq.planner import GptqPlan, module_of
+from qalora.converters.gptq.planner import GptqPlan
 from qalora.converters.gptq.readme import readme
 from qalora.converters.plan import LOSSES, Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.families import family_of
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
@@ -24,7 +24,7 @@ from qalora.formats.hqq import PACKINGS, packed_shape
 from qalora.formats.safetensors import Part, ShardedLayout, plan_shards
 from qalora.tensor import QuantSpec
 
-__all__ = ["FLAGS", "HqqPlan", "descriptors", "is_quantized", "module_of", "parameter_type", "plan"]
+__all__ = ["FLAGS", "HqqPlan", "descriptors", "is_quantized", "parameter_type", "plan"]
 
 FLAGS = {
     "view_as_float": False,
@@ -46,11 +46,6 @@ class HqqPlan(Plan):
 
     layout: ShardedLayout
     config: Mapping[str, Any]
-
-
-def module_of(name: str) -> str:
-    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
-    return name.removesuffix(".weight")
 
 
 def is_quantized(lazy: LazyTensor, model: Checkpoint) -> bool:

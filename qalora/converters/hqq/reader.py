@@ -21,11 +21,11 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import linear_names
 from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
-from qalora.converters.specs import TENSORS, check_values, parse_specs
+from qalora.converters.specs import TENSORS, check_values, stored_specs
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile
 from qalora.formats.hqq import BITS, from_zeros, packed_shape, to_zeros, unpack_groups
-from qalora.formats.safetensors import Entry, read_header, read_tensor
+from qalora.formats.safetensors import Entry, read_tensor
 from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
 
 __all__ = ["read"]
@@ -49,7 +49,7 @@ def read(folder: Path) -> Checkpoint:
     modules = sorted(name.removesuffix(".W_q") for name in stored if name.endswith(".W_q"))
     if not modules:
         raise FormatError(f"{folder}", expected="tensors named <layer>.W_q", got="none")
-    known = _metadata(stored)
+    known = stored_specs(stored)
     prefixes = tuple(f"{module}." for module in modules)
     kept = {name for name in stored if not name.startswith(prefixes) or name.endswith(".bias")}
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name in kept}
@@ -62,14 +62,6 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(
         path=folder, layout="hqq", config=config, tensors=tensors, linears=linears, files=companion_files(folder)
     )
-
-
-def _metadata(stored: _Stored) -> dict[str, QuantSpec]:
-    found: dict[str, QuantSpec] = {}
-    for path in sorted({path for path, _ in stored.values()}):
-        text = read_header(path).metadata.get(TENSORS)
-        found |= {} if text is None else parse_specs(text, str(path))
-    return found
 
 
 def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) -> LazyTensor:

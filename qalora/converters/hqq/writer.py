@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.hqq.planner import HqqPlan, descriptors, is_quantized, module_of, parameter_type
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.hqq.planner import HqqPlan, descriptors, is_quantized, parameter_type
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.errors import InputError

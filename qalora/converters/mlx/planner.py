@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.families import family_of
 from qalora.converters.mlx.config import mlx_config
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor
@@ -28,7 +28,7 @@ from qalora.formats.mlx import GROUP_SIZES, group_size_for
 from qalora.formats.safetensors import Part, ShardedLayout, plan_shards
 from qalora.tensor import QuantSpec
 
-__all__ = ["EMBEDDING", "MlxPlan", "mlx_group_size", "module_of", "plan"]
+__all__ = ["EMBEDDING", "MlxPlan", "mlx_group_size", "plan"]
 
 EMBEDDING = "model.embed_tokens.weight"
 MODE = "affine"
@@ -40,11 +40,6 @@ class MlxPlan(Plan):
 
     layout: ShardedLayout
     config: Mapping[str, Any]
-
-
-def module_of(name: str) -> str:
-    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
-    return name.removesuffix(".weight")
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:

@@ -16,11 +16,11 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import linear_names
 from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
-from qalora.converters.specs import TENSORS, parse_specs, restored
+from qalora.converters.specs import TENSORS, restored, stored_specs
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile
 from qalora.formats.mlx import GROUP_SIZES, unpack_words
-from qalora.formats.safetensors import Entry, read_header, read_tensor
+from qalora.formats.safetensors import Entry, read_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
 
 __all__ = ["read"]
@@ -43,7 +43,7 @@ def read(folder: Path) -> Checkpoint:
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
     for module in modules:
         tensors[f"{module}.weight"] = _quantized(folder, module, stored, settings)
-    for module, spec in _metadata(stored).items():
+    for module, spec in stored_specs(stored).items():
         name = f"{module}.weight"
         if name not in tensors:
             raise FormatError(f"{folder}: {TENSORS}", expected="tensors of the file", got=repr(name)[:120])
@@ -53,14 +53,6 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(
         path=folder, layout="mlx", config=config, tensors=tensors, linears=linears, files=companion_files(folder)
     )
-
-
-def _metadata(stored: _Stored) -> dict[str, QuantSpec]:
-    found: dict[str, QuantSpec] = {}
-    for path in sorted({path for path, _ in stored.values()}):
-        text = read_header(path).metadata.get(TENSORS)
-        found |= {} if text is None else parse_specs(text, str(path))
-    return found
 
 
 def _quantized(folder: Path, module: str, stored: _Stored, settings: Mapping[str, Any]) -> LazyTensor:

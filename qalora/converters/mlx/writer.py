@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.mlx.planner import MlxPlan, mlx_group_size, module_of
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.mlx.planner import MlxPlan, mlx_group_size
 from qalora.converters.plan import Plan, Progress
+from qalora.converters.specs import narrowed
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.mlx import pack_words
 from qalora.formats.output import write_json
@@ -41,11 +41,4 @@ def _write_tensor(weights: ShardedWriter, plan: MlxPlan, lazy: LazyTensor, *, wh
         weights.write(f"{module}.weight", pack_words(groups.packed), row)
         for part, values in (("scales", groups.scale), ("biases", groups.min)):
             name = f"{module}.{part}"
-            weights.write(name, _narrow(name, values, plan.layout.entry(name).dtype), row)
-
-
-def _narrow(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = values.to(dtype)
-    if not torch.equal(narrow.float(), values):
-        raise ValueError(f"{name}: its spec promises values that {dtype} holds, and it has others")
-    return narrow
+            weights.write(name, narrowed(name, values, plan.layout.entry(name).dtype), row)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoder import decoder_of
 from qalora.converters.families import family_of, norm_names
 from qalora.converters.onnx.carriers import fast_parts, portable_parts
@@ -36,7 +36,7 @@ from qalora.formats.onnx import Initializer, lay_out
 from qalora.residual import to_residual
 from qalora.tensor import QuantSpec
 
-__all__ = ["GRAPH", "PORTABLE", "GraphPlan", "OnnxPlan", "module_of", "plan"]
+__all__ = ["GRAPH", "PORTABLE", "GraphPlan", "OnnxPlan", "plan"]
 
 GRAPH = "model.onnx"
 PORTABLE = "portable"
@@ -61,11 +61,6 @@ class OnnxPlan(Plan):
     fast: GraphPlan
     portable: GraphPlan
     config: Mapping[str, Any]
-
-
-def module_of(name: str) -> str:
-    """`model.layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj.weight`."""
-    return name.removesuffix(".weight")
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:

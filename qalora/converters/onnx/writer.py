@@ -9,13 +9,13 @@ from types import TracebackType
 
 from torch import Tensor
 
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoder import decoder_of
 from qalora.converters.onnx.carriers import encode_fast, encode_portable
 from qalora.converters.onnx.decoder import rotary_tables
 from qalora.converters.onnx.graph import DATA
 from qalora.converters.onnx.order import order_of
-from qalora.converters.onnx.planner import GRAPH, PORTABLE, GraphPlan, OnnxPlan, module_of
+from qalora.converters.onnx.planner import GRAPH, PORTABLE, GraphPlan, OnnxPlan
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.files import OutputFile

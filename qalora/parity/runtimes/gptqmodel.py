@@ -26,6 +26,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, MissingLibraryError
+from qalora.parity.artifacts import has_head_in_words
 from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.torch import ModuleRuntime
@@ -74,11 +75,11 @@ def _load(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
     from transformers.utils import logging as transformers_logging
 
-    from qalora.converters.huggingface import read_config, stored_tensors
+    from qalora.converters.huggingface import read_config
 
     stored = read_config(folder).get("quantization_config") or {}
     bits = stored.get("bits")
-    head = {"block_name_to_quantize": ""} if "lm_head.qweight" in stored_tensors(folder) else {}
+    head = {"block_name_to_quantize": ""} if has_head_in_words(folder) else {}
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     keep = _dequantized_bytes(folder, bits) < available_memory() // 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo
-from qalora.parity.runtimes.onnxruntime import DecoderRuntime
+from qalora.parity.runtimes.onnxruntime import LAYER, DecoderRuntime
 
 __all__ = ["LARGEST", "open_artifact"]
 
@@ -57,8 +57,6 @@ class OnnxReference(DecoderRuntime):
 
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
         """float32 [tokens, hidden] after each layer."""
-        from qalora.parity.runtimes.onnxruntime import LAYER
-
         nodes = self._evaluator.proto_.graph.node
         names = [name for node in nodes for name in node.output if LAYER.fullmatch(name)]
         feed = self._feed(torch.tensor([list(tokens)]), torch.ones(1, len(tokens), dtype=torch.int64), {})

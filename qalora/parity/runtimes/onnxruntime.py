@@ -165,13 +165,11 @@ class OnnxRuntime(DecoderRuntime):
 
         self._file = path / "model.onnx" if path.is_dir() else path
         self._threads = threads
-        self._provider: Any = provider
-        if provider == "CUDAExecutionProvider":
-            self._provider = (provider, {"use_tf32": "0"})  # else products have 11 significant bits
+        self._providers: list[Any] = [provider]
+        if provider == "CUDAExecutionProvider":  # without TF32, whose products have 11 significant bits
+            self._providers = [(provider, {"use_tf32": "0"}), "CPUExecutionProvider"]
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(self._file), self._options(), providers=[self._provider, "CPUExecutionProvider"][: _count(provider)]
-            )
+            self._session = onnxruntime.InferenceSession(str(self._file), self._options(), providers=self._providers)
         except Exception as error:  # onnxruntime has no error tree that could be named
             raise _refused(self._file, "load", error) from error
         inputs = {node.name: (node.type, node.shape) for node in self._session.get_inputs()}
@@ -222,17 +220,13 @@ class OnnxRuntime(DecoderRuntime):
         )
         options = self._options()
         options.add_session_config_entry(FOLDER, str(self._file.parent.resolve()))
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[self._provider])
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=self._providers)
         feed = self._feed(torch.tensor([list(tokens)]), torch.ones(1, len(tokens), dtype=torch.int64), {})
         return [torch.from_numpy(found[0]).float() for found in session.run(names, feed)]
 
     def close(self) -> None:
         """Free the session."""
         del self._session
-
-
-def _count(provider: str) -> int:
-    return 1 if provider == "CPUExecutionProvider" else 2
 
 
 def _refused(file: Path, verb: str, error: Exception) -> FormatError:
