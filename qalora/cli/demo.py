@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from qalora.cli.options import force_option, output_option, progress_bar, targets_option, verification_bar
-from qalora.cli.release import print_release
+from qalora.cli.release.make import print_release
 from qalora.cli.train import training_bar
 from qalora.formats.output import check_output
 
@@ -34,6 +34,7 @@ def command(out: Path, targets: tuple[str, ...], model: str | None, steps: int, 
     from qalora.converters import load
     from qalora.converters.plan import ExportOptions
     from qalora.demo import demo_text, smollm2_file
+    from qalora.release.options import ReleaseOptions
     from qalora.release.package import plan_release, release
     from qalora.training import TrainOptions, train
     from qalora.training.loop import LOG
@@ -55,20 +56,11 @@ def command(out: Path, targets: tuple[str, ...], model: str | None, steps: int, 
         f"   held-out loss {before:.3f} -> {after:.3f}, perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}"
     )
     click.echo(f"2. Fold it, export to {', '.join(targets)}, and run each in its own runtime")
-    named = ExportOptions(name=f"{base.path.name.partition('.')[0]}-QALoRA")
-    jobs = plan_release(base, targets, out / "dist", named, adapter=adapter, force=force)
-    total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
-    with progress_bar(total, "writing") as progress, verification_bar() as stage:
-        done = release(
-            base,
-            jobs,
-            out / "dist",
-            adapter=adapter,
-            force=force,
-            progress=progress,
-            stage=stage,
-            text=text[cut:],
-        )
+    export = ExportOptions(name=f"{base.path.name.partition('.')[0]}-QALoRA")
+    named = ReleaseOptions(targets=targets, export=export, text=text[cut:])
+    planned = plan_release(base, named, out / "dist", adapter=adapter, force=force)
+    with progress_bar(planned.nbytes, "writing") as progress, verification_bar() as stage:
+        done = release(planned, out / "dist", force=force, progress=progress, stage=stage)
     print_release(done)
     for artifact in done.report.artifacts:
         for run in artifact.runs:

@@ -211,7 +211,8 @@ class NativePlan(Plan):
 def plan(model: Checkpoint, options: ExportOptions) -> NativePlan:
     """Everything is held exactly: scale and min in the narrowest of float16 and float32 that the spec guarantees."""
     parts = {name: _parts(lazy) for name, lazy in model.tensors.items()}
-    layout = plan_shards(list(parts.values()), {"format": "pt"}, max_size=options.max_shard_size)
+    metadata = {"format": "pt", **options.provenance}
+    layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
     tensors = []
     for lazy in model.tensors.values():
         spec = lazy.spec

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from qalora.adapter import Adapter
     from qalora.checkpoint import Checkpoint
 
-__all__ = ["LOSSES", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress", "Target"]
+__all__ = ["LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress", "Target"]
+
+PROVENANCE = "qalora.provenance."
+"""What the keys of `ExportOptions.provenance` begin with; a reader of ours ignores them."""
 
 LOSSES: dict[str, str] = {
     "zeros": "real zero points rounded to integers; on SmolLM2 half of the adapter is lost",
@@ -127,6 +130,7 @@ class ExportOptions:
     max_shard_size  safetensors: bytes of tensors above which a model is split into several files
     split_max_size  GGUF: bytes of tensors above which the file is split, as gguf-split does; None never splits
     adapter         an adapter to ship beside the base instead of folding it (targets that say they can)
+    provenance      what the files say of where they come from: GGUF keys, safetensors and ONNX metadata, all strings
     """
 
     name: str | None = None
@@ -139,6 +143,7 @@ class ExportOptions:
     max_shard_size: int = SHARD_SIZE
     split_max_size: int | None = None
     adapter: Adapter | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
 
 class Target(Protocol):

@@ -1,7 +1,7 @@
 """Fold, export, verify and package: the last step of a fine-tuning pipeline, in one call.
 
-    DIST/  README.md (model card)  LICENSE, NOTICE of the base where it has them  report.json  report.html  SHA256SUMS
-           gptq/  onnx/  gguf/ ...
+    DIST/  README.md (model card)  LICENSE, NOTICE of the base where it has them  manifest.json  report.json
+           report.html  SHA256SUMS  adapter/  gptq/  onnx/  gguf/ ...
 
 The folder appears only when every gate has passed. When one fails, the report stays beside its place, as
 `<DIST>.report.json`, and nothing else does.
@@ -10,28 +10,74 @@ The folder appears only when every gate has passed. When one fails, the report s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qalora.adapter import Adapter
+from qalora.adapter.writing import write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters.exports import ExportJob, export_jobs, run_jobs
-from qalora.converters.plan import ExportOptions, Plan, Progress
+from qalora.converters.plan import Plan, Progress
 from qalora.errors import ProofError
 from qalora.formats.output import check_output, new_folder, write_json
 from qalora.release.card import write_card
 from qalora.release.checksums import SUMS, write_sums
+from qalora.release.manifest import (
+    MANIFEST,
+    adapter_part,
+    artifact_part,
+    base_part,
+    make_manifest,
+    provenance,
+)
+from qalora.release.options import ReleaseOptions
 
 if TYPE_CHECKING:
     from qalora.parity import ParityReport
 
-__all__ = ["Release", "plan_release", "release"]
+__all__ = [
+    "ADAPTER",
+    "CARD",
+    "LICENCES",
+    "PAGE",
+    "REPORT",
+    "Release",
+    "ReleasePlan",
+    "package",
+    "plan_release",
+    "preview",
+    "prove",
+    "release",
+]
 
 REPORT = "report.json"
 PAGE = "report.html"
+CARD = "README.md"
+ADAPTER = "adapter"
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasePlan:
+    """What a release is going to be made of.
+
+    jobs      the export of each target
+    base      what the manifest says of the model, and `told` of the adapter: see `qalora.release.manifest`
+    """
+
+    model: Checkpoint
+    adapter: Adapter | None
+    options: ReleaseOptions
+    jobs: tuple[ExportJob, ...]
+    base: Mapping[str, Any]
+    told: Mapping[str, Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are going to be written."""
+        return sum(tensor.nbytes for job in self.jobs for tensor in job.plan.tensors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,55 +90,100 @@ class Release:
 
 
 def plan_release(
-    model: Checkpoint,
-    targets: Sequence[str],
-    out: Path,
-    options: ExportOptions,
-    *,
-    adapter: Adapter | None = None,
-    minima: Literal["float16", "float32"] | None = None,
-    force: bool = False,
-) -> list[ExportJob]:
-    """Check everything that can be refused: the output, and each target's plan."""
+    model: Checkpoint, options: ReleaseOptions, out: Path, *, adapter: Adapter | None = None, force: bool = False
+) -> ReleasePlan:
+    """Check everything that can be refused: the output, and each target's plan. Reads the model for its digests."""
     check_output(out, force=force, names=[SUMS])
-    return export_jobs(model, targets, options, adapter=adapter, minima=minima)
+    early = options.with_provenance({})
+    export_jobs(
+        model, options.targets, early, adapter=adapter, minima=options.minima
+    )  # refuses before the long reading
+    base, told = base_part(model), adapter_part(adapter)
+    export = options.with_provenance(provenance(base, told))
+    jobs = export_jobs(model, options.targets, export, adapter=adapter, minima=options.minima)
+    return ReleasePlan(model=model, adapter=adapter, options=options, jobs=tuple(jobs), base=base, told=told)
+
+
+def preview(
+    model: Checkpoint, options: ReleaseOptions, out: Path, *, adapter: Adapter | None = None, force: bool = False
+) -> list[Plan]:
+    """The plans of `plan_release` without reading the model: digests have one length, so that sizes are the same."""
+    check_output(out, force=force, names=[SUMS])
+    blank = {"digest": "sha256:" + 64 * "0"}
+    export = options.with_provenance(provenance(blank, None if adapter is None else blank))
+    jobs = export_jobs(model, options.targets, export, adapter=adapter, minima=options.minima)
+    return [job.plan for job in jobs]
 
 
 def release(
-    model: Checkpoint,
-    jobs: Sequence[ExportJob],
+    planned: ReleasePlan,
     out: Path,
     *,
-    adapter: Adapter | None = None,
     force: bool = False,
     allow_unproven: bool = False,
+    memory: int | None = None,
     progress: Progress = lambda name, nbytes: None,
     stage: Callable[[str, float], None] = lambda stage, share: None,
-    **verify_options: Any,
 ) -> Release:
-    """Export the planned jobs, verify every artefact, and write the folder.
+    """Export what was planned, verify every artefact, and write the folder.
 
-    progress is called with each tensor written, stage with each stage of the verification and the share that is done;
-    verify_options go to `qalora.parity.verify`. Raises ProofError, after leaving the report beside `out`, when a gate
+    memory is what runtimes may take, in bytes; progress is called with each tensor written, stage with each stage of
+    the verification and the share that is done. Raises ProofError, after leaving the report beside `out`, when a gate
     fails, or when an artefact is not proven and `allow_unproven` is not set.
     """
-    from qalora.parity import verify
-    from qalora.parity.html import to_html
-
     with new_folder(out, force=force, names=[SUMS]) as folder:
-        run_jobs(jobs, folder, progress=progress)
-        artifacts = [folder / job.plan.target for job in jobs]
-        report = verify(model, artifacts, adapter=adapter, relative_to=folder, progress=stage, **verify_options)
+        run_jobs(planned.jobs, folder, progress=progress)
+        report = prove(planned, folder, memory=memory, stage=stage)
         if not report.passed(allow_unproven=allow_unproven):
             failed = out.parent / f"{out.name}.{REPORT}"
             write_json(failed, report.to_json())
             raise ProofError(f"{out} was not written: {report.failure()}; the report is in {failed}")
-        write_json(folder / REPORT, report.to_json(speed=False))
-        (folder / PAGE).write_text(to_html(report, speed=False), encoding="utf-8")
-        for name in LICENCES:
-            if name in model.files:
-                shutil.copyfile(model.files[name], folder / name)
-        plans = tuple(job.plan for job in jobs)
-        write_card(folder / "README.md", model=model, adapter=adapter, plans=plans, report=report)
-        write_sums(folder)
-    return Release(folder=out, plans=plans, report=report)
+        package(planned, folder, report)
+    return Release(folder=out, plans=tuple(job.plan for job in planned.jobs), report=report)
+
+
+def prove(
+    planned: ReleasePlan,
+    folder: Path,
+    *,
+    memory: int | None = None,
+    stage: Callable[[str, float], None] = lambda stage, share: None,
+) -> ParityReport:
+    """Verify the artefacts in `folder`."""
+    from qalora.parity import verify
+
+    return verify(
+        planned.model,
+        [folder / job.plan.target for job in planned.jobs],
+        adapter=planned.adapter,
+        relative_to=folder,
+        memory=memory,
+        progress=stage,
+        **planned.options.verification(),
+    )
+
+
+def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
+    """Write everything that lies beside the artefacts in `folder`."""
+    from qalora.parity.html import to_html
+
+    if planned.adapter is not None and planned.options.with_adapter:
+        write_adapter(planned.adapter, folder / ADAPTER)
+    found = report.to_json(speed=False)
+    write_json(folder / REPORT, found)
+    (folder / PAGE).write_text(to_html(report, speed=False), encoding="utf-8")
+    licences = [name for name in LICENCES if name in planned.model.files]
+    for name in licences:
+        shutil.copyfile(planned.model.files[name], folder / name)
+    manifest = make_manifest(
+        base=planned.base,
+        adapter=planned.told,
+        options=planned.options,
+        artifacts=[artifact_part(job.plan, folder, planned.base["parameters"]) for job in planned.jobs],
+        report=report,
+        licences=licences,
+    )
+    write_json(folder / MANIFEST, manifest)
+    plans = [job.plan for job in planned.jobs]
+    write_card(folder / CARD, model=planned.model, adapter=planned.adapter, plans=plans, report=report)
+    write_sums(folder)

@@ -17,10 +17,10 @@ from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export
-from qalora.converters.plan import ExportOptions
 from qalora.errors import FormatError, ProofError
 from qalora.quantization import quantize
 from qalora.release.checksums import check_sums
+from qalora.release.options import ReleaseOptions
 from qalora.release.package import plan_release, release
 from qalora.testing import byte_tokenizer, tiny_llama
 
@@ -136,9 +136,10 @@ def test_a_failed_gate_leaves_the_report_and_nothing_else(place: Path, tmp_path:
     """Artefacts of one adapter are verified against another."""
     base = load(place / "base" / "qalora")
     one, other = (read_adapter(place / name, base) for name in ("adapter", "other"))
-    jobs = plan_release(base, ["gguf"], tmp_path / "dist", ExportOptions(), adapter=one)
+    options = ReleaseOptions(targets=("gguf",), level="weights")
+    planned = plan_release(base, options, tmp_path / "dist", adapter=one)
     with pytest.raises(ProofError, match=r"dist was not written: gguf/.*minima"):
-        release(base, jobs, tmp_path / "dist", adapter=other, level="weights")
+        release(replace(planned, adapter=other), tmp_path / "dist")
     assert [path.name for path in tmp_path.iterdir()] == ["dist.report.json"]
     assert json.loads((tmp_path / "dist.report.json").read_text("utf-8"))["passed"] is False
 
@@ -162,8 +163,8 @@ def test_a_runtime_that_is_missing_is_not_proven(
 def test_the_same_bytes_at_every_run(place: Path, tmp_path: Path) -> None:
     base = load(place / "base" / "qalora")
     for name in ("a", "b"):
-        jobs = plan_release(base, ["gguf", "onnx"], tmp_path / name, ExportOptions())
-        release(base, jobs, tmp_path / name, level="weights")
+        options = ReleaseOptions(targets=("gguf", "onnx"), level="weights")
+        release(plan_release(base, options, tmp_path / name), tmp_path / name)
     sums = [(tmp_path / name / "SHA256SUMS").read_bytes() for name in ("a", "b")]
     assert sums[0] == sums[1]
 
@@ -171,8 +172,8 @@ def test_the_same_bytes_at_every_run(place: Path, tmp_path: Path) -> None:
 def test_licences_travel_along(place: Path, tmp_path: Path) -> None:
     base = load(place / "base" / "qalora")
     held = replace(base, files={**base.files, "LICENSE": place / "base" / "qalora" / "LICENSE"})
-    jobs = plan_release(held, ["gguf"], tmp_path / "dist", ExportOptions())
-    release(held, jobs, tmp_path / "dist", level="weights")
+    options = ReleaseOptions(targets=("gguf",), level="weights")
+    release(plan_release(held, options, tmp_path / "dist"), tmp_path / "dist")
     assert (tmp_path / "dist" / "LICENSE").read_text("utf-8") == "free as air"
 
 

@@ -19,6 +19,7 @@ from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, LONGROPE
 from qalora.converters.gguf.names import gguf_names, head_count, rows_from
 from qalora.converters.huggingface import check_shapes
+from qalora.converters.plan import PROVENANCE
 from qalora.converters.specs import TENSORS, fits, parse_specs, restored
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
@@ -64,7 +65,8 @@ def read(path: Path) -> Checkpoint:
     check_shapes(path, config, tensors, linears)
     _check_heads(path, tensors, config)
     notes = (*_restore(file, tensors), *_float_notes(file))
-    metadata = Metadata(entries={key: value for key, value in file.metadata.entries.items() if key != TENSORS})
+    kept = {key: value for key, value in file.metadata.entries.items() if not _of_this_file(key)}
+    metadata = Metadata(entries=kept)
     return Checkpoint(
         path=path, layout="gguf", config=config, tensors=tensors, linears=linears, gguf=metadata, notes=notes
     )
@@ -90,6 +92,11 @@ def _restore(file: GgufFile, tensors: dict[str, LazyTensor]) -> tuple[str, ...]:
     if not stale:
         return ()
     return (f"{file.path}: {TENSORS} does not describe {stale[0]!r:.120} ({len(stale)} such); it is passed over",)
+
+
+def _of_this_file(key: str) -> bool:
+    """Whether a key of ours tells of the file itself, so that a file made from it must not have it."""
+    return key == TENSORS or key.startswith(PROVENANCE)
 
 
 def _float_notes(file: GgufFile) -> tuple[str, ...]:

@@ -65,6 +65,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     if specs:
         text = specs_text({name.removesuffix(".weight"): spec for name, spec in specs.items()})
         metadata = metadata.with_entries({TENSORS: Value(type=ValueType.STRING, value=text)})
+    told = {key: Value(type=ValueType.STRING, value=value) for key, value in options.provenance.items()}
+    metadata = metadata.with_entries(told)
     names = {name: known[name] for name in model.tensors}
     factors = factor_tensors(decoder)
     weights = [(names[name], model.tensors[name].shape, carriers[name][0]) for name in names]

@@ -91,10 +91,11 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     if head_fits(model, bits, _group_size(model, specs)) and (not symmetric or _symmetric(model.tensors[HEAD])):
         words[HEAD] = bits
     parts = {name: _parts(lazy, words.get(name)) for name, lazy in model.tensors.items()}
-    main = plan_shards(list(parts.values()), {"format": "pt"}, max_size=options.max_shard_size)
+    metadata = {"format": "pt", **options.provenance}
+    main = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
     ranks = _ranks(model, specs, form, options.adapter)
     rounds = "residual" in options.allow_loss
-    beside = plan_layout(_lora_parts(model, ranks, options.adapter), {"format": "pt"}) if ranks else None
+    beside = plan_layout(_lora_parts(model, ranks, options.adapter), metadata) if ranks else None
     rows = _rows(model, words, form, main, beside)
     files: dict[str, int | None] = {**main.sizes, "config.json": None, "quantize_config.json": None}
     files |= {"generation_config.json": None, "README.md": None}

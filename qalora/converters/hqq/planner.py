@@ -59,7 +59,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> HqqPlan:
     if not specs:
         raise InputError(f"hqq: {model.path} holds floats", todo="quantize the model first: qalora quantize")
     parts = {name: _parts(lazy, model) for name, lazy in model.tensors.items()}
-    metadata = {"format": "pt", TENSORS: specs_text({module_of(name): spec for name, spec in specs.items()})}
+    held = specs_text({module_of(name): spec for name, spec in specs.items()})
+    metadata = {"format": "pt", TENSORS: held, **options.provenance}
     layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
     tensors = []
     for name, lazy in model.tensors.items():

@@ -48,7 +48,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
     config, notes, longest = mlx_config(model.config, tied=model.tied)
     parts = {name: _parts(lazy) for name, lazy in model.tensors.items()}
     specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if lazy.spec is not None}
-    metadata = {"format": "mlx"} | ({TENSORS: specs_text(specs)} if specs else {})
+    metadata = {"format": "mlx", **options.provenance} | ({TENSORS: specs_text(specs)} if specs else {})
     layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
     tensors = []
     for lazy in model.tensors.values():

@@ -80,7 +80,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
     fast_data, fast_size = lay_out(_initializers(model, orders, fast_coded, portable=False))
     portable_data, portable_size = lay_out(_initializers(model, orders, coded, portable=True))
     stubs = {**fast_data, **tables(fast_data)}
-    fast_proto = fast_graph(model, stubs, orders, _metadata(model, fast_coded), options.accuracy_level)
+    fast_proto = fast_graph(model, stubs, orders, _metadata(model, fast_coded, options), options.accuracy_level)
     fast = GraphPlan(
         proto=add_slots(fast_proto, model, options.lora_slots),
         data=fast_data,
@@ -90,7 +90,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
     )
     portable = GraphPlan(
         proto=add_slots(
-            portable_graph(model, portable_data, orders, _metadata(model, coded)), model, options.lora_slots
+            portable_graph(model, portable_data, orders, _metadata(model, coded, options)), model, options.lora_slots
         ),
         data=portable_data,
         size=portable_size,
@@ -136,9 +136,9 @@ def _coded(model: Checkpoint) -> frozenset[str]:
     return frozenset(name for name, lazy in model.tensors.items() if lazy.spec is not None and name != embedding)
 
 
-def _metadata(model: Checkpoint, coded: frozenset[str]) -> dict[str, str]:
+def _metadata(model: Checkpoint, coded: frozenset[str], options: ExportOptions) -> dict[str, str]:
     specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if name in coded and lazy.spec}
-    return {TENSORS: specs_text(specs)}
+    return {TENSORS: specs_text(specs), **options.provenance}
 
 
 def _initializers(

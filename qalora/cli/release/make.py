@@ -1,4 +1,4 @@
-"""qalora release."""
+"""qalora release MODEL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ __all__ = ["command", "print_release"]
 
 @click.command(
     "release",
-    epilog="Example: qalora release base --adapter adapter --to gptq --to onnx --to gguf -o dist",
+    epilog="Example: qalora release base --adapter adapter --to gptq --to onnx --to gguf -o dist\n\n"
+    "Also: qalora release recipe.toml; qalora release --init, --check DIST, --apply DELTA BASE, --push-to REPO DIST; "
+    "each has its own --help.",
 )
 @click.argument("model")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter to fold.")
@@ -44,6 +46,7 @@ __all__ = ["command", "print_release"]
 @minima_option
 @export_options
 @verify_options
+@click.option("--with-adapter/--without-adapter", default=True, help="Whether the adapter lies beside it all.")
 @checkpoint_format_option
 @force_option
 @dry_run_option
@@ -55,6 +58,7 @@ def command(
     convention: str | None,
     minima: str | None,
     allow_unproven: bool,
+    with_adapter: bool,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
@@ -62,34 +66,41 @@ def command(
 ) -> None:
     """Fold an adapter into MODEL, export it, verify every artefact in its own runtime, and package the result.
 
-    The folder holds the artefacts, the report, a model card and SHA256SUMS. When a gate fails nothing is left but the
-    report, beside the folder's place; exit status 1.
+    The folder holds the artefacts, the report, a manifest, a model card and SHA256SUMS. When a gate fails nothing is
+    left but the report, beside the folder's place; exit status 1.
     """
     from qalora.adapter import read_adapter
     from qalora.converters.plan import ExportOptions
-    from qalora.release.package import plan_release, release
+    from qalora.release.options import ReleaseOptions
+    from qalora.release.package import plan_release, preview, release
 
-    options = ExportOptions(**export_settings(settings))
+    export = ExportOptions(**export_settings(settings))
     checked = verify_settings(**settings)
+    memory = checked.pop("memory")
+    options = ReleaseOptions(
+        targets=targets,
+        export=export,
+        convention=convention,  # type: ignore[arg-type]
+        minima=minima,  # type: ignore[arg-type]
+        with_adapter=with_adapter,
+        prompts=tuple(checked.pop("prompts")),
+        **checked,
+    )
     base = open_model(model, checkpoint_format)
-    read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
-    jobs = plan_release(base, targets, out, options, adapter=read, minima=minima, force=force)  # type: ignore[arg-type]
+    read = None if adapter is None else read_adapter(adapter, base, convention=options.convention)
     if dry_run:
-        print_plans([job.plan for job in jobs], details=True)
+        print_plans(preview(base, options, out, adapter=read, force=force), details=True)
         return
-    total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
-    with progress_bar(total, "writing") as progress, verification_bar() as stage:
+    planned = plan_release(base, options, out, adapter=read, force=force)
+    with progress_bar(planned.nbytes, "writing") as progress, verification_bar() as stage:
         done = release(
-            base,
-            jobs,
+            planned,
             out,
-            adapter=read,
             force=force,
             allow_unproven=allow_unproven,
+            memory=memory,
             progress=progress,
             stage=stage,
-            minima=minima,
-            **checked,
         )
     print_release(done)
 
