@@ -1,42 +1,72 @@
-"""SHA256SUMS, in the form that `sha256sum --check SHA256SUMS` reads: digest, two spaces, path; sorted by path."""
+"""SHA256SUMS, in the form that `sha256sum --check SHA256SUMS` reads: digest, two spaces, path; sorted by path.
+
+It lists every file of the folder but itself and the signature, which is made after it and over it.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import re
 from pathlib import Path
 
-from qalora.errors import FormatError
+from qalora.errors import FormatError, InputError
 from qalora.formats.files import contained, read_limited
+from qalora.release.digests import file_digest
 
-__all__ = ["SUMS", "check_sums", "write_sums"]
+__all__ = ["SIGNATURE", "SUMS", "check_sums", "compare_sums", "write_sums"]
 
 SUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def write_sums(folder: Path) -> None:
     """Write `folder/SHA256SUMS` over every other file below it."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in names if name != SUMS]
+    lines = [f"{file_digest(folder / name).removeprefix('sha256:')}  {name}\n" for name in _present(folder)]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(folder: Path) -> None:
-    """Raise FormatError for the first file that is missing, changed, or not listed."""
+    """Raise FormatError for the first file that is missing, changed, not listed, or a link."""
+    for name, problem in compare_sums(folder).items():
+        raise FormatError(f"{folder / name}: {problem}")
+
+
+def compare_sums(folder: Path) -> dict[str, str]:
+    """What is wrong with each file, by its name; nothing where all is well. FormatError for lines of another form."""
+    listed = _read_sums(folder)
+    found = {name: problem for name, digest in listed.items() if (problem := _problem(folder, name, digest))}
+    present = set(_present(folder))
+    return found | dict.fromkeys(sorted(present - set(listed)), f"not listed in {SUMS}")
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    path = folder / SUMS
     listed = {}
-    for line in read_limited(folder / SUMS, 64 << 20).decode("utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
-    for name, digest in listed.items():
+    try:
+        lines = read_limited(path, 64 << 20).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}", expected="lines of a digest and a name", got="other bytes") from error
+    for n, line in enumerate(lines, 1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise FormatError(f"{path}:{n}", expected="a SHA-256 digest, two spaces and a name", got=f"{line!r:.60}")
+        listed[match[2]] = f"sha256:{match[1]}"
+    return listed
+
+
+def _problem(folder: Path, name: str, digest: str) -> str:
+    try:
         path = contained(folder, name)
-        if not path.is_file():
-            raise FormatError(f"{path}: listed in {SUMS}, and not there")
-        if _digest(path) != digest:
-            raise FormatError(f"{path}: changed since {SUMS} was written")
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    for name in sorted(present - set(listed) - {SUMS}):
-        raise FormatError(f"{folder / name}: not listed in {SUMS}")
+    except InputError as error:
+        return str(error)
+    if path.is_symlink():
+        return f"a link, and {SUMS} lists files"
+    if not path.is_file():
+        return f"listed in {SUMS}, and not there"
+    return "" if file_digest(path) == digest else f"changed since {SUMS} was written"
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _present(folder: Path) -> list[str]:
+    """Every file below the folder, links too, but what is not listed; sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return sorted(name for name in names if name not in (SUMS, SIGNATURE))

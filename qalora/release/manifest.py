@@ -1,7 +1,7 @@
 """manifest.json: what a release was made of, how, and what came out, so that it can be checked and made again.
 
     schema      "qalora.release/1"; later versions of it add keys and rename none
-    name        the model's
+    name        the model's, as --name gives it, or the base's
     created     null, or the time that SOURCE_DATE_EPOCH gives
     versions    of qalora, of Python, of the libraries that write the files, of the runtimes that proved them
     base        name; source (its Hub id, or null); license (null where the base does not say); layout; parameters;
@@ -145,7 +145,7 @@ def make_manifest(
     runtimes = {run.runtime.name: run.runtime.version for _, run in report.runs() if run.runtime is not None}
     return {
         "schema": SCHEMA,
-        "name": base["name"],
+        "name": options.export.name or base["name"],
         "created": created(),
         "versions": {**_versions(), **runtimes},
         "base": dict(base),
