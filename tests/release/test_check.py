@@ -1,0 +1,353 @@
+"""Planted changes in a release of a tiny model: each is found, and each by its name; an untouched copy is right."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from qalora.adapter import Adapter, AdapterLayer, write_adapter
+from qalora.checkpoint import Checkpoint
+from qalora.cli import main
+from qalora.converters import load
+from qalora.converters.exports import export
+from qalora.errors import InputError
+from qalora.formats.output import write_json
+from qalora.quantization import quantize
+from qalora.release.check import Checked, check_release
+from qalora.release.checksums import SUMS, write_sums
+from qalora.release.digests import file_digest, range_digest
+from qalora.release.options import ReleaseOptions
+from qalora.release.package import plan_release, release
+from qalora.testing import byte_tokenizer, tiny_llama
+
+
+def adapter_for(model: Checkpoint, seed: int) -> Adapter:
+    rng = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name in model.linears:
+        rows, columns = model.tensors[name].shape
+        layers[name.removesuffix(".weight")] = AdapterLayer(
+            a=torch.randn(4, columns // 32, generator=rng) * 0.3,
+            b=torch.randn(rows, 4, generator=rng) * 0.05,
+            pool_size=32,
+            scaling=1.0,
+            factor=1.0,
+        )
+    return Adapter(layers=layers, convention="paper", minima="float16")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/qalora with a licence, other-base, adapter, other, and dist with a GGUF and an MLX artefact."""
+    root = tmp_path_factory.mktemp("check")
+    for name, seed in (("base", 0), ("other-base", 5)):
+        tiny_llama(root / f"{name}-float", seed=seed, tokenizer=byte_tokenizer())
+        export(quantize(load(root / f"{name}-float"), bits=4, group_size=32), ["qalora"], root / name)
+    (root / "base" / "qalora" / "LICENSE").write_text("free as air", encoding="utf-8")
+    base = load(root / "base" / "qalora")
+    write_adapter(adapter_for(base, 1), root / "adapter")
+    write_adapter(adapter_for(base, 2), root / "other")
+    options = ReleaseOptions(targets=("gguf", "mlx"), level="logits", max_tokens=24, generate=2)
+    release(plan_release(base, options, root / "dist", adapter=adapter_for(base, 1)), root / "dist")
+    return root
+
+
+@pytest.fixture
+def dist(place: Path, tmp_path: Path) -> Path:
+    shutil.copytree(place / "dist", tmp_path / "dist")
+    return tmp_path / "dist"
+
+
+def base_of(place: Path) -> Checkpoint:
+    return load(place / "base" / "qalora")
+
+
+def check(dist: Path, place: Path, *, again: bool, **options: Any) -> Checked:
+    return check_release(dist, base=base_of(place) if again else None, open_artifacts=False, **options)
+
+
+def gguf(dist: Path) -> Path:
+    return next((dist / "gguf").glob("*.gguf"))
+
+
+def edit(dist: Path, name: str, change: Callable[[Any], None]) -> None:
+    content = json.loads((dist / name).read_text("utf-8"))
+    change(content)
+    write_json(dist / name, content)
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def tensor_row(dist: Path, name: str, target: str = "gguf") -> Any:
+    manifest = json.loads((dist / "manifest.json").read_text("utf-8"))
+    artifact = next(found for found in manifest["artifacts"] if found["target"] == target)
+    return next(row for row in artifact["tensors"] if row["name"] == name)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def flipped_code(dist: Path) -> None:
+    flip(gguf(dist), tensor_row(dist, Q)["offset"] + 5)
+
+
+def listed_again(dist: Path) -> None:
+    """A flipped code, and everything that holds a digest of it made to agree."""
+    flipped_code(dist)
+    path = gguf(dist)
+    name = f"gguf/{path.name}"
+
+    def agree(manifest: Any) -> None:
+        artifact = next(found for found in manifest["artifacts"] if found["target"] == "gguf")
+        artifact["files"][name]["sha256"] = file_digest(path)
+        for row in artifact["tensors"]:
+            row["sha256"] = range_digest(path, row["offset"], row["bytes"])
+
+    edit(dist, "manifest.json", agree)
+    render(dist)
+
+
+def render(dist: Path) -> None:
+    """Card, page and SBOM made again from what is there, and the sums over it."""
+    from qalora.parity.html import to_html
+    from qalora.parity.reading import report_from_json
+    from qalora.release.card import card_text
+    from qalora.release.sbom import sbom_bytes
+
+    manifest, report = (json.loads((dist / name).read_text("utf-8")) for name in ("manifest.json", "report.json"))
+    (dist / "README.md").write_text(card_text(manifest, report), encoding="utf-8")
+    (dist / "report.html").write_text(to_html(report_from_json(report, ""), speed=False), encoding="utf-8")
+    (dist / "sbom.cdx.json").write_bytes(sbom_bytes(manifest))
+    write_sums(dist)
+
+
+def sums_of_tensor(dist: Path) -> None:
+    flipped_code(dist)
+    write_sums(dist)
+
+
+def edited_card(dist: Path) -> None:
+    card = dist / "README.md"
+    text = card.read_text("utf-8")
+    assert "4-bit" in text
+    card.write_text(text.replace("4-bit", "3-bit", 1), encoding="utf-8")
+    write_sums(dist)
+
+
+def edited_report(dist: Path) -> None:
+    def better(report: Any) -> None:
+        report["artifacts"][0]["runs"][0]["lost"] = 0.0
+
+    edit(dist, "report.json", better)
+    render(dist)
+
+
+def edited_count(dist: Path) -> None:
+    def more(report: Any) -> None:
+        report["artifacts"][0]["weights"]["codes"] += 1
+
+    edit(dist, "report.json", more)
+    render(dist)
+
+
+def failed_gate(dist: Path) -> None:
+    def beyond(report: Any) -> None:
+        gate = next(g for g in report["artifacts"][0]["runs"][0]["gates"] if g["bound"] and g["gate"] != "top-1")
+        gate["value"] = 2 * gate["bound"]
+
+    edit(dist, "report.json", beyond)
+    render(dist)
+
+
+def renamed_verdict(dist: Path) -> None:
+    edit(dist, "report.json", lambda report: report.update(passed=False))
+    render(dist)
+
+
+def no_licence(dist: Path) -> None:
+    (dist / "LICENSE").unlink()
+    write_sums(dist)
+
+
+def other_licence(dist: Path) -> None:
+    (dist / "LICENSE").write_text("all rights reserved", encoding="utf-8")
+    write_sums(dist)
+
+
+def other_artefact(dist: Path) -> None:
+    """MLX weights of another adapter's release would look the same; here its minima are another's by one bit."""
+    row = tensor_row(dist, Q, "mlx")
+    flip(dist / "mlx" / row["file"], row["offset"] + row["bytes"] - 1)
+    write_sums(dist)
+
+
+def more_files(dist: Path) -> None:
+    (dist / "gguf" / "more.py").write_text("print()", encoding="utf-8")
+    write_sums(dist)
+
+
+def fewer_files(dist: Path) -> None:
+    (dist / "mlx" / "config.json").unlink()
+    write_sums(dist)
+
+
+def a_link(dist: Path) -> None:
+    outside = dist.parent / "outside"
+    outside.write_text("secret", encoding="utf-8")
+    (dist / "LICENSE").unlink()
+    (dist / "LICENSE").symlink_to(outside)
+
+
+def other_page(dist: Path) -> None:
+    page = dist / "report.html"
+    page.write_text(page.read_text("utf-8").replace("Every gate passed", "Every gate passed twice"), encoding="utf-8")
+    write_sums(dist)
+
+
+def other_sbom(dist: Path) -> None:
+    edit(dist, "sbom.cdx.json", lambda sbom: sbom["components"].pop())
+    write_sums(dist)
+
+
+def other_base_named(dist: Path) -> None:
+    edit(dist, "manifest.json", lambda manifest: manifest["base"].update(digest="sha256:" + 64 * "1"))
+    render(dist)
+
+
+def other_schema(dist: Path) -> None:
+    edit(dist, "manifest.json", lambda manifest: manifest.update(schema="qalora.release/2"))
+    write_sums(dist)
+
+
+def unknown_key(dist: Path) -> None:
+    edit(dist, "manifest.json", lambda manifest: manifest["options"].update(trust_me=True))
+    write_sums(dist)
+
+
+def other_option(dist: Path) -> None:
+    edit(dist, "manifest.json", lambda manifest: manifest["options"].update(max_tokens=23))
+    render(dist)
+
+
+def truncated(dist: Path) -> None:
+    path = gguf(dist)
+    path.write_bytes(path.read_bytes()[:-100])
+    write_sums(dist)
+
+
+def broken_sums(dist: Path) -> None:
+    (dist / SUMS).write_text("deadbeef  README.md\n", encoding="utf-8")
+
+
+PLANTED: list[tuple[Callable[[Path], None], bool, str]] = [
+    (flipped_code, False, rf"^gguf/.*\.gguf: {Q}: not the bytes"),
+    (sums_of_tensor, False, rf"^gguf/.*\.gguf: {Q}: not the bytes"),
+    (listed_again, True, rf"^gguf/.*\.gguf: {Q}, at byte \d+: not what base and adapter give"),
+    (edited_card, False, r"^README\.md:\d+: .*3-bit.* where report\.json and manifest\.json give .*4-bit"),
+    (edited_report, True, r"^report\.json: artifacts\[gguf/.*\.runs\[llama\.cpp\]\.lost: it says 0, and measured"),
+    (edited_count, True, r"^report\.json: artifacts\[gguf/.*\]\.weights\.codes: it says"),
+    (failed_gate, False, r"^report\.json: gguf/.* in llama\.cpp: .* is no pass"),
+    (renamed_verdict, False, r"^report\.json: passed: its gates say otherwise"),
+    (no_licence, False, r"^LICENSE: the base's licence is not there"),
+    (other_licence, False, r"^LICENSE: not the base's licence"),
+    (other_artefact, False, rf"^mlx/model\.safetensors: {Q}: not the bytes"),
+    (more_files, False, r"^gguf/more\.py: manifest\.json does not list it"),
+    (fewer_files, False, r"^mlx/config\.json: manifest\.json lists it, and it is not there"),
+    (a_link, False, r"^LICENSE: .*a link to"),
+    (other_page, False, r"^report\.html: not what"),
+    (other_sbom, False, r"^sbom\.cdx\.json: not what"),
+    (other_base_named, False, r"^gguf/.*: qalora\.provenance\.base: .* where manifest\.json says"),
+    (other_schema, False, r"^manifest\.json: .*schema: expected qalora\.release/1"),
+    (unknown_key, False, r"^manifest\.json: .*options\.trust_me: expected a known key"),
+    (other_option, True, r"^report\.json: text\.tokens: it says 24, and measured again it is 23"),
+    (truncated, False, r"^gguf/.*\.gguf: not the bytes"),
+    (broken_sums, False, r"^checksums: .*SHA256SUMS:1: expected a SHA-256 digest"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that it runs
+@pytest.mark.parametrize(("plant", "again", "said"), PLANTED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_planted_change_is_found_by_name(
+    place: Path, dist: Path, plant: Callable[[Path], None], again: bool, said: str
+) -> None:
+    import re
+
+    plant(dist)
+    found = check(dist, place, again=again)
+    texts = [str(finding) for finding in found.findings]
+    assert any(re.search(said, text) for text in texts), texts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_untouched_copy_is_right(place: Path, dist: Path) -> None:
+    found = check(dist, place, again=True, adapter=place / "adapter")
+    assert not found.findings
+    assert [stage.question for stage in found.stages if stage.skipped] == ["signature", "opening"]
+    assert not any(stage.notes for stage in found.stages)
+
+
+def test_another_adapter_or_base_is_named(place: Path, dist: Path) -> None:
+    swapped = check(dist, place, again=True, adapter=place / "other").findings
+    assert [str(one) for one in swapped] == [
+        "adapter: model.layers.0.mlp.down_proj: other a and b: it is not the adapter of this release"
+    ]
+    other = check_release(dist, base=load(place / "other-base" / "qalora"), open_artifacts=False).findings
+    assert str(other[0]).startswith("base: ")
+    assert "it is not the base of this release" in str(other[0])
+
+
+def test_a_swapped_copy_of_the_adapter_is_found(place: Path, dist: Path) -> None:
+    shutil.rmtree(dist / "adapter")
+    shutil.copytree(place / "other", dist / "adapter")
+    write_sums(dist)
+    found = check(dist, place, again=True).findings
+    assert "it is not the adapter of this release" in str(found[0])
+
+
+def test_a_folder_that_is_no_release_is_bad_input(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a release"):
+        check_release(tmp_path)
+
+
+def test_a_base_without_adapter(place: Path, tmp_path: Path) -> None:
+    base = replace(base_of(place))
+    options = ReleaseOptions(targets=("qalora",), level="weights")
+    release(plan_release(base, options, tmp_path / "dist"), tmp_path / "dist")
+    assert not check_release(tmp_path / "dist", base=base, open_artifacts=False).findings
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.mark.slow
+def test_every_artefact_is_opened_in_a_fresh_process(place: Path, dist: Path) -> None:
+    good = run("release", "--check", dist)
+    assert good.exit_code == 0, good.output
+    assert "opening  right" in good.stdout
+    flip(gguf(dist), 1)  # the magic
+    write_sums(dist)
+    bad = run("release", "--check", dist, "--json")
+    assert bad.exit_code == 1
+    stages = {stage["question"]: stage for stage in json.loads(bad.stdout)["stages"]}
+    assert stages["files"]["findings"][0]["where"].startswith("gguf/")
+
+
+@pytest.mark.slow
+def test_what_does_not_open_is_named(place: Path, dist: Path) -> None:
+    """The sums are right, and the file is not: its head says more tensors than it has."""
+    path = gguf(dist)
+    path.write_bytes(path.read_bytes()[:-4096])
+    write_sums(dist)
+    found = check_release(dist).findings
+    assert any(str(one).startswith(f"gguf/{path.name} in llama.cpp: it does not open") for one in found)
