@@ -110,7 +110,7 @@ def test_inspect_says_what_it_is(place: Path, name: str, layout: str) -> None:
 
 
 def test_inspect_of_gguf(place: Path) -> None:
-    (path,) = (place / "dist" / "gguf").iterdir()
+    (path,) = (place / "dist" / "gguf").glob("*.gguf")
     found = parsed("inspect", path, "--json")
     assert found["layout"] == "gguf"
     kinds = [(kind["count"], kind["bits"], kind["group_size"], kind["zeros"]) for kind in found["tensors"]]

@@ -61,7 +61,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_llama_cpp_applies_the_lora(case: Case, tmp_path: Path) -> None:
     """Within torch's noise in float32; where gelu is a table of float16, within twice what it costs the base alone."""
     export(case.model, ["gguf"], tmp_path)
-    (file,) = (tmp_path / "gguf").iterdir()
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
     write_lora(plan_lora(case.adapter, case.model), case.adapter, tmp_path / "lora.gguf")
     assert compare_adapters(read_lora(tmp_path / "lora.gguf", case.model), case.adapter) == ()
     plain, adapted = LlamaCpp(file, 1), LlamaCpp(file, 1, lora=tmp_path / "lora.gguf")

@@ -20,7 +20,7 @@ from qalora.testing import assert_same_model, random_model, tiny_llama
 
 def written(model: Checkpoint, folder: Path, **options: Any) -> Path:
     export(model, "gguf", folder, **options)
-    (path,) = (folder / "gguf").iterdir()
+    (path,) = (folder / "gguf").glob("*.gguf")
     return path
 
 

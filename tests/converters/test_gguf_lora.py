@@ -52,7 +52,7 @@ def written(adapter: Adapter, model: Checkpoint, path: Path) -> Path:
 
 def base_file(model: Checkpoint, folder: Path) -> Path:
     export(model, ["gguf"], folder)
-    return next((folder / "gguf").iterdir())
+    return next((folder / "gguf").glob("*.gguf"))
 
 
 def adapted_logits(model: Checkpoint, adapter: Adapter, dtype: torch.dtype) -> torch.Tensor:

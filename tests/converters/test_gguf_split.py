@@ -38,11 +38,11 @@ def test_what_is_split_comes_back(tiny: Path, tmp_path: Path) -> None:
     assert [f"-{number:05d}-of-{len(files):05d}.gguf" for number in range(1, len(files) + 1)] == [
         file.name[-20:] for file in files
     ]
-    assert {file.name: file.stat().st_size for file in files} == plan.files
+    assert {file.name: file.stat().st_size for file in [*files, tmp_path / "gguf" / "Modelfile"]} == plan.files
     read = load(files[0])
     assert_same_model(read, model)
     export(model, ["gguf"], tmp_path / "whole", ExportOptions(name="m"))
-    (whole,) = (tmp_path / "whole" / "gguf").iterdir()
+    (whole,) = (tmp_path / "whole" / "gguf").glob("*.gguf")
     assert read.gguf == load(whole).gguf
     for number, file in enumerate(files):
         keys = {key: read_header(file).metadata.get(key) for key in ("split.no", "split.count", "split.tensors.count")}
@@ -50,7 +50,9 @@ def test_what_is_split_comes_back(tiny: Path, tmp_path: Path) -> None:
         assert keys == {"split.no": number, "split.count": len(files), "split.tensors.count": total}
         assert {tensor.name for tensor in GGUFReader(file).tensors} == set(read_header(file).tensors)
     assert [artifact.path for artifact in recognize([tmp_path / "gguf"])] == [files[0]]
-    assert inspect(files[0]).nbytes == sum(plan.files.values())  # type: ignore[union-attr,arg-type]
+    assert inspect(files[0]).nbytes == sum(file.stat().st_size for file in files)  # type: ignore[union-attr]
+    recipe = (tmp_path / "gguf" / "Modelfile").read_text("utf-8")
+    assert recipe.splitlines()[: len(files)] == [f"FROM ./{file.name}" for file in files]
 
 
 def test_parts_that_do_not_belong_together(tiny: Path, tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def rewritten(model: Checkpoint, out: Path, kinds: dict[str, str]) -> Path:
     """The model as a GGUF file in which some tensors, by GGUF's names, are random blocks of other types."""
     export(model, ["gguf"], out)
-    (path,) = (out / "gguf").iterdir()
+    (path,) = (out / "gguf").glob("*.gguf")
     header = read_header(path)
     sizes = [(info.name, info.shape, kinds.get(info.name, info.type)) for info in header.tensors.values()]
     layout = plan_layout(header.metadata, sizes)

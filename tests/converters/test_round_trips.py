@@ -47,7 +47,7 @@ def there_and_back(form: str, model: Checkpoint, folder: Path, options: ExportOp
     place = folder / form
     if form == "onnx":
         return onnx.read(place)
-    return load(next(place.iterdir()) if form == "gguf" else place)
+    return load(next(place.glob("*.gguf")) if form == "gguf" else place)
 
 
 @pytest.mark.parametrize("zeros", ["real", "integer", "symmetric"])

@@ -20,7 +20,7 @@ HARD = "a  b\n\n\tc 123456 3.14 naïve 日本語 🙂 <|im_start|>user don't I'L
 
 def gguf_of(source: Path, folder: Path) -> Path:
     export(random_model(load(source)), "gguf", folder)
-    (path,) = (folder / "gguf").iterdir()
+    (path,) = (folder / "gguf").glob("*.gguf")
     return path
 
 

@@ -70,6 +70,6 @@ def test_two_loras_or_no_model(pair: Path, base: Checkpoint, adapter: Adapter) -
     with pytest.raises(InputError, match="expected one GGUF model, and one LoRA, in its folder"):
         recognize([pair])
     (pair / "second.gguf").unlink()
-    next(path for path in pair.iterdir() if path.name != "adapter.gguf").unlink()
+    next(path for path in pair.glob("*.gguf") if path.name != "adapter.gguf").unlink()
     with pytest.raises(InputError, match="is a LoRA"):
         recognize([pair])

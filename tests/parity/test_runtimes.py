@@ -26,7 +26,7 @@ def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dic
         "onnxruntime-cuda": folder / "onnx",
         "onnx.reference": folder / "onnx" / "portable",
         "onnxruntime-genai": folder / "onnx",
-        "llama.cpp": next((folder / "gguf").iterdir()),
+        "llama.cpp": next((folder / "gguf").glob("*.gguf")),
         "gptqmodel": folder / "gptq",
         "mlx": folder / "mlx",
         "hqq": folder / "hqq",

@@ -113,7 +113,7 @@ def test_the_card_is_one(released: tuple[Path, Result]) -> None:
     assert card.data.library_name == "transformers"
     assert {"qa-lora", "gptq", "onnx", "gguf"} <= set(card.data.tags or [])
     assert "4-bit codes in groups of 32" in card.text
-    (gguf,) = (out / "gguf").iterdir()
+    (gguf,) = (out / "gguf").glob("*.gguf")
     assert f"llama-cli -m gguf/{gguf.name}" in card.text
     for name in ("gptq", "onnx", "onnx/portable", "gguf"):
         assert f"| {name}" in card.text

@@ -17,6 +17,7 @@ from qalora.converters.families import Family, norm_names
 from qalora.converters.gguf.hyperparameters import factor_tensors
 from qalora.converters.gguf.loaders import check_tensors, clipped_window, context_notes
 from qalora.converters.gguf.metadata import file_metadata, file_name
+from qalora.converters.gguf.modelfile import MODELFILE, modelfile
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
@@ -37,12 +38,14 @@ TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPlan(Plan):
     """A plan with the layout of the file, and GGUF's name of each tensor by transformers'; `factors` are the tensors
-    that GGUF alone has, of rotary frequencies; `where` is the file of each tensor by GGUF's name."""
+    that GGUF alone has, of rotary frequencies; `where` is the file of each tensor by GGUF's name; `modelfile` is the
+    text of Ollama's."""
 
     layouts: Mapping[str, GgufLayout]
     names: Mapping[str, str]
     factors: Mapping[str, Tensor]
     where: Mapping[str, str]
+    modelfile: str
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
@@ -74,6 +77,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     file = file_name(model, metadata, options.name, common)
     layouts = plan_split(metadata, sizes, file, options.split_max_size)
     where = {name: part for part, layout in layouts.items() for name in layout.tensors}
+    recipe = modelfile(metadata, list(layouts))
     places = {name: layouts[where[gguf]].tensors[gguf] for name, gguf in names.items()}
     tensors = tuple(
         PlannedTensor(
@@ -89,13 +93,14 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     return GgufPlan(
         target="gguf",
         tensors=tensors,
-        files={part: layout.size for part, layout in layouts.items()},
+        files={**{part: layout.size for part, layout in layouts.items()}, MODELFILE: len(recipe.encode())},
         notes=(*model.notes, *context_notes(decoder)),
         longest=clipped_window(decoder),
         layouts=layouts,
         names=names,
         factors=factors,
         where=where,
+        modelfile=recipe,
     )
 
 
@@ -187,7 +192,7 @@ def _middle_zero(lazy: LazyTensor, spec: QuantSpec) -> bool:
 
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
-    """Write the planned file into `folder`."""
+    """Write the planned file into `folder`, and a Modelfile for Ollama beside it."""
     if not isinstance(plan, GgufPlan):
         raise TypeError(f"expected GgufPlan, got {type(plan).__name__}")
     family = decoder_of(model.config, model.path).family
@@ -199,6 +204,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         for tensor in plan.tensors:
             _write_tensor(files[tensor.file], tensor, plan, model, family)
             progress(tensor.name, tensor.nbytes)
+    (folder / MODELFILE).write_bytes(plan.modelfile.encode())
 
 
 def _write_tensor(file: OutputFile, planned: PlannedTensor, plan: GgufPlan, model: Checkpoint, family: Family) -> None:
