@@ -1,7 +1,7 @@
 """Fold, export, verify and package: the last step of a fine-tuning pipeline, in one call.
 
-    DIST/  README.md (model card)  LICENSE, NOTICE of the base where it has them  manifest.json  report.json
-           report.html  SHA256SUMS  adapter/  gptq/  onnx/  gguf/ ...
+    DIST/  README.md (model card)  LICENSE, NOTICE of the base where it has them  manifest.json  sbom.cdx.json
+           report.json  report.html  SHA256SUMS  adapter/  gptq/  onnx/  gguf/ ...
 
 The folder appears only when every gate has passed. When one fails, the report stays beside its place, as
 `<DIST>.report.json`, and nothing else does.
@@ -22,7 +22,7 @@ from qalora.converters.exports import ExportJob, export_jobs, run_jobs
 from qalora.converters.plan import Plan, Progress
 from qalora.errors import ProofError
 from qalora.formats.output import check_output, new_folder, write_json
-from qalora.release.card import write_card
+from qalora.release.card import card_text
 from qalora.release.checksums import SUMS, write_sums
 from qalora.release.manifest import (
     MANIFEST,
@@ -33,6 +33,7 @@ from qalora.release.manifest import (
     provenance,
 )
 from qalora.release.options import ReleaseOptions
+from qalora.release.sbom import SBOM, sbom_bytes
 
 if TYPE_CHECKING:
     from qalora.parity import ParityReport
@@ -184,6 +185,6 @@ def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
         licences=licences,
     )
     write_json(folder / MANIFEST, manifest)
-    plans = [job.plan for job in planned.jobs]
-    write_card(folder / CARD, model=planned.model, adapter=planned.adapter, plans=plans, report=report)
+    (folder / SBOM).write_bytes(sbom_bytes(manifest))
+    (folder / CARD).write_text(card_text(manifest, found, template=planned.options.template), encoding="utf-8")
     write_sums(folder)
