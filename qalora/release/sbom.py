@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import quote
 
 from qalora.errors import FormatError, MissingLibraryError
 from qalora.formats.output import json_bytes
@@ -200,8 +201,7 @@ def _libraries(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _library(name: str, version: str, kind: str = "library") -> dict[str, Any]:
     plain = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-    number = re.sub(r"[^A-Za-z0-9.!-]+", "-", version)
-    purl = f"pkg:pypi/{plain}@{number}"
+    purl = f"pkg:pypi/{plain}@{quote(version, safe='')}"
     return {"bom-ref": purl, "type": kind, "name": name, "version": version, "purl": purl}
 
 

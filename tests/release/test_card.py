@@ -1,0 +1,293 @@
+"""Model cards: of a real release of a tiny model in every format, whose blocks are run; and of manifests that lie."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from qalora.adapter import Adapter, AdapterLayer
+from qalora.converters import TARGETS, load
+from qalora.converters.plan import ExportOptions
+from qalora.errors import FormatError, InputError
+from qalora.quantization import quantize
+from qalora.release.card import PARTS, card_text, default_template
+from qalora.release.manifest import read_manifest
+from qalora.release.options import ReleaseOptions
+from qalora.release.package import plan_release, release
+from qalora.release.usage import usage
+from qalora.testing import byte_tokenizer, tiny_llama
+
+Json = dict[str, Any]
+
+EXTERNAL = {
+    "llama-cli": {"-m", "-p", "-n"},
+    "ollama": {"-f"},
+}
+"""Programs that no package index has, and the flags that their documents know: these lines are not run."""
+
+
+def released(root: Path, targets: tuple[str, ...], *, adapted: bool = True, **options: Any) -> Path:
+    """A release of a tiny model at root/dist."""
+    tiny_llama(root / "float", tokenizer=byte_tokenizer())
+    model = quantize(load(root / "float"), bits=4, group_size=32)
+    rng = torch.Generator().manual_seed(1)
+    layers = {}
+    for name in model.linears:
+        rows, columns = model.tensors[name].shape
+        layers[name.removesuffix(".weight")] = AdapterLayer(
+            a=torch.randn(4, columns // 32, generator=rng) * 0.3,
+            b=torch.randn(rows, 4, generator=rng) * 0.05,
+            pool_size=32,
+            scaling=1.0,
+            factor=1.0,
+        )
+    adapter = Adapter(layers=layers, convention="paper", minima="float16") if adapted else None
+    chosen = ReleaseOptions(targets=targets, export=ExportOptions(name="tiny"), **options)
+    planned = plan_release(model, chosen, root / "dist", adapter=adapter)
+    release(planned, root / "dist")
+    return root / "dist"
+
+
+def parts(folder: Path) -> tuple[Json, Json]:
+    return read_manifest(folder), json.loads((folder / "report.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights alone, and no runtime."""
+    return released(tmp_path_factory.mktemp("light"), ("gguf", "onnx", "qalora"), level="weights")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every format, each proven in its runtime."""
+    return released(tmp_path_factory.mktemp("whole"), tuple(TARGETS), max_tokens=32, generate=4)
+
+
+def blocks(card: str) -> list[tuple[str, str]]:
+    """Language and text of every block of code."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+
+
+def test_it_is_a_function_of_manifest_and_report(light: Path) -> None:
+    manifest, report = parts(light)
+    assert card_text(manifest, report) == (light / "README.md").read_text("utf-8")
+    report["artifacts"][0]["weights"]["codes_differ"] = 7
+    assert "| 7 |" in card_text(manifest, report)
+
+
+def test_front_matter(light: Path) -> None:
+    manifest, report = parts(light)
+    plain = ModelCard(card_text(manifest, report)).data.to_dict()
+    assert plain["tags"] == ["qa-lora", "quantized", "4-bit", "gguf", "onnx", "qalora"]
+    assert plain["library_name"] == "gguf" and plain["pipeline_tag"] == "text-generation"
+    assert not {"base_model", "base_model_relation", "license", "language", "datasets", "quantized_by"} & set(plain)
+    manifest["options"]["card"] = {
+        "base_model": "some/base",
+        "license": "Apache-2.0",
+        "language": ["en", "de"],
+        "datasets": ["some/data"],
+        "quantized_by": "somebody",
+    }
+    told = ModelCard(card_text(manifest, report)).data.to_dict()
+    assert told["base_model"] == "some/base" and told["base_model_relation"] == "finetune"
+    assert told["license"] == "apache-2.0" and "license_name" not in told
+    assert told["language"] == ["en", "de"] and told["datasets"] == ["some/data"]
+    assert told["quantized_by"] == "somebody"
+    manifest["adapter"] = None
+    assert ModelCard(card_text(manifest, report)).data.to_dict()["base_model_relation"] == "quantized"
+
+
+@pytest.mark.parametrize(
+    ("card", "licences", "expected"),
+    [
+        ({}, [], {}),
+        ({"license": "mit"}, ["LICENSE"], {"license": "mit"}),
+        (
+            {"license": "smollm-community"},
+            ["LICENSE"],
+            {"license": "other", "license_name": "smollm-community", "license_link": "LICENSE"},
+        ),
+        ({}, ["LICENSE.md"], {"license": "other", "license_name": "as-in-its-file", "license_link": "LICENSE.md"}),
+        (
+            {"license": "own", "license_link": "https://example.com/own"},
+            [],
+            {"license": "other", "license_name": "own", "license_link": "https://example.com/own"},
+        ),
+    ],
+)
+def test_licences(light: Path, card: Json, licences: list[str], expected: Json) -> None:
+    manifest, report = parts(light)
+    manifest["options"]["card"], manifest["licences"] = card, licences
+    found = ModelCard(card_text(manifest, report)).data.to_dict()
+    assert {key: value for key, value in found.items() if key.startswith("license")} == expected
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    template = "---\n{{ card_data }}\nextra: 1\n---\n# Ours: {{title}}\n{{ proof }}\n{% not executed %} {{ '{{' }}\n"
+    with pytest.raises(InputError, match=r"none; give it as --card-template|expected the one"):
+        card_text(*_with_template(tmp_path, template))
+    manifest, report = _with_template(tmp_path, template)
+    text = card_text(manifest, report, template=template)
+    assert "# Ours: tiny, fine-tuned\n" in text and "{% not executed %} {{ '{{' }}" in text
+    assert ModelCard(text).data.to_dict()["extra"] == 1
+    with pytest.raises(InputError, match="another one"):
+        card_text(manifest, report, template=default_template())
+
+
+def _with_template(root: Path, template: str) -> tuple[Json, Json]:
+    if not (root / "dist").exists():
+        released(root, ("gguf",), level="weights", template=template)
+    return parts(root / "dist")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("---\n{{ card_data }}\n---\n\n{{ figures }}", r"line 5: expected one of card_data, .*got 'figures'"),
+        ("# no front matter", "expected '---' in its first line"),
+        ("---\n{{ card_data }}\n[\n---\n", "front matter is not read"),
+        ("---\n- a list\n---\n", "front matter is not read"),
+    ],
+)
+def test_templates_that_make_no_card(light: Path, template: str, message: str) -> None:
+    from qalora.release.digests import content_digest
+
+    manifest, report = parts(light)
+    manifest["options"]["template"] = content_digest(template.encode())
+    with pytest.raises(InputError, match=message):
+        card_text(manifest, report, template=template)
+
+
+def test_every_part_is_in_the_default_template() -> None:
+    assert set(re.findall(r"\{\{ (\w+) \}\}", default_template())) == set(PARTS)
+
+
+EVIL = (
+    "x\n---\nlicense: mit\n# [a](https://evil.example) <script>alert(1)</script> | `b` {{ card_data }} www.evil.example"
+)
+
+
+def _name(manifest: Json, report: Json) -> None:
+    manifest["name"] = EVIL
+
+
+def _carrier(manifest: Json, report: Json) -> None:
+    manifest["artifacts"][0]["tensors"][0]["carrier"] = EVIL
+
+
+def _source(manifest: Json, report: Json) -> None:
+    manifest["base"]["source"] = manifest["options"]["card"]["license"] = EVIL
+
+
+def _report(manifest: Json, report: Json) -> None:
+    report["artifacts"][0]["name"] = EVIL
+    report["artifacts"][0]["runs"] = [
+        {"kind": EVIL, "runtime": {"name": EVIL, "version": EVIL}, "lost": 0.5, "logits": None, "gates": []}
+    ]
+
+
+@pytest.mark.parametrize("plant", [_name, _carrier, _source, _report])
+def test_strings_of_others_stay_text(light: Path, plant: Callable[[Json, Json], None]) -> None:
+    manifest, report = deepcopy(parts(light))
+    plant(manifest, report)
+    text = card_text(manifest, report)
+    card = ModelCard(text)
+    code = re.sub(r"`[^`\n]*`", "", card.text)
+    assert "<script>" not in code and "](http" not in code and "www.evil" not in code
+    assert "{{" not in code and "\n---\nlicense" not in card.text
+    assert card.data.to_dict().get("license") != "mit"
+    clean = ModelCard((light / "README.md").read_text("utf-8")).text
+    assert card.text.count("\n#") == clean.count("\n#")
+    assert [row.count("|") for row in card.text.splitlines() if row[:1] == "|"][:6] == [8] * 5 + [8]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["options"]["card"].update(language="en"),
+        lambda manifest: manifest["options"]["card"].update(quantized_by=["a"]),
+        lambda manifest: manifest["artifacts"][0].update(target="exe"),
+        lambda manifest: manifest["artifacts"][0].update(files={'gguf/a" && rm -r x.gguf': {}}),
+        lambda manifest: manifest["artifacts"][0].update(files={}),
+        lambda manifest: manifest["adapter"].update(convention="a`b"),
+    ],
+)
+def test_manifests_that_lie_are_refused(light: Path, change: Callable[[Json], None]) -> None:
+    manifest, report = parts(light)
+    change(manifest)
+    with pytest.raises(FormatError, match=r"manifest\.json"):
+        card_text(manifest, report)
+
+
+@pytest.mark.parametrize("report", [{}, {"text": None, "level": "weights"}, {"text": {"tokens": 1}, "level": "w"}])
+def test_reports_that_are_none(light: Path, report: Json) -> None:
+    with pytest.raises(FormatError, match=r"report\.json: expected a report"):
+        card_text(parts(light)[0], report)
+
+
+def test_every_target_has_its_usage(light: Path) -> None:
+    manifest, _ = parts(light)
+    for target in TARGETS:
+        files = {"gguf/a.gguf": {}} if target == "gguf" else {}
+        assert blocks(usage({"target": target, "files": files, "tensors": []}, manifest))
+
+
+@pytest.mark.slow
+def test_the_blocks_of_a_card_run(whole: Path) -> None:
+    """Each in a fresh process, in the release's folder; a block of Python prints what it made of its prompt."""
+    card = (whole / "README.md").read_text("utf-8")
+    found = blocks(card)
+    assert {language for language, _ in found} == {"python", "sh"}
+    assert [language for language, _ in found].count("python") == 7
+    for language, text in found:
+        if language == "python":
+            done = _run([sys.executable, "-c", text], whole)
+            assert done.returncode == 0, f"{text}\n{done.stderr[-2000:]}"
+            made = done.stdout.strip().splitlines()[-1]
+            assert len(made.removeprefix("Once upon a time")) > 4, f"{text}\n{done.stdout}"
+        else:
+            for line in text.splitlines():
+                _shell(line, whole)
+
+
+def _shell(line: str, folder: Path) -> None:
+    """Run a line, or hold what it names: its files are there, its flags are known."""
+    words = shlex.split(line)
+    if words[0] in EXTERNAL:
+        assert {word for word in words if word.startswith("-")} <= EXTERNAL[words[0]]
+        assert all((folder / word).is_file() for word in words if word.startswith("gguf/"))
+        return
+    if words[:3] == ["qalora", "release", "--check"] and find_spec("qalora.cli.release.check") is None:
+        return
+    if words[0] == "qalora":
+        words = [sys.executable, "-m", *words]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    done = _run(words, folder)
+    assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+
+
+def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=600)
+
+
+@pytest.mark.slow
+def test_the_folder_is_as_it_was(whole: Path, tmp_path: Path) -> None:
+    """Trying the blocks leaves nothing behind, and a copy elsewhere has the same card."""
+    shutil.copytree(whole, tmp_path / "copy")
+    done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "copy", check=False)
+    assert done.returncode == 0
+    assert card_text(*parts(tmp_path / "copy")) == (whole / "README.md").read_text("utf-8")
+    assert all(kind in (whole / "README.md").read_text("utf-8") for kind in ("| mlx |", "| hqq |", "| llama.cpp |"))
