@@ -12,16 +12,23 @@ from qalora.errors import FormatError, InputError
 from qalora.formats.files import contained, read_limited
 from qalora.release.digests import file_digest
 
-__all__ = ["SIGNATURE", "SUMS", "check_sums", "compare_sums", "write_sums"]
+__all__ = ["SIGNATURE", "SUMS", "check_sums", "compare_sums", "release_files", "write_sums"]
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
+UNLISTED = {SUMS, SIGNATURE}
+"""The files that SHA256SUMS leaves out: itself, and the signature over it."""
+
+HUBS = (".gitattributes/", ".git/", ".cache/huggingface/")
+"""What a download from the Hub adds to a release: git's own, and the notes of `hf download`; no runtime reads them."""
+
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def write_sums(folder: Path) -> None:
     """Write `folder/SHA256SUMS` over every other file below it."""
-    lines = [f"{file_digest(folder / name).removeprefix('sha256:')}  {name}\n" for name in _present(folder)]
+    names = [name for name in release_files(folder) if name not in UNLISTED]
+    lines = [f"{file_digest(folder / name).removeprefix('sha256:')}  {name}\n" for name in names]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -35,8 +42,8 @@ def compare_sums(folder: Path) -> dict[str, str]:
     """What is wrong with each file, by its name; nothing where all is well. FormatError for lines of another form."""
     listed = _read_sums(folder)
     found = {name: problem for name, digest in listed.items() if (problem := _problem(folder, name, digest))}
-    present = set(_present(folder))
-    return found | dict.fromkeys(sorted(present - set(listed)), f"not listed in {SUMS}")
+    there = {path.relative_to(folder).as_posix() for path in _present(folder)}
+    return found | dict.fromkeys(sorted(there - set(listed) - UNLISTED), f"not listed in {SUMS}")
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
@@ -66,7 +73,23 @@ def _problem(folder: Path, name: str, digest: str) -> str:
     return "" if file_digest(path) == digest else f"changed since {SUMS} was written"
 
 
-def _present(folder: Path) -> list[str]:
-    """Every file below the folder, links too, but what is not listed; sorted."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file())
-    return sorted(name for name in names if name not in (SUMS, SIGNATURE))
+def release_files(folder: Path) -> list[str]:
+    """The names of all files below `folder` but the Hub's own, sorted, with forward slashes.
+
+    Raises FormatError for what is no file of a release: a link out of the folder (see `contained`) or to a folder, a
+    device, a name that does not travel.
+    """
+    names = []
+    for path in _present(folder):
+        name = path.relative_to(folder).as_posix()
+        contained(folder, name)
+        if not path.is_file():
+            raise FormatError(str(path), expected="a file or a folder", got="a link or device")
+        names.append(name)
+    return sorted(names)
+
+
+def _present(folder: Path) -> list[Path]:
+    """Whatever lies below `folder` and is no folder, but the Hub's own."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path for path in found if not f"{path.relative_to(folder).as_posix()}/".startswith(HUBS)]
