@@ -1,4 +1,5 @@
-"""Write an adapter as a PEFT folder with our own record beside it. The same adapter gives the same bytes.
+"""Write an adapter as a PEFT folder with our own record beside it. The same adapter gives the same bytes,
+in whatever order its layers come.
 
 adapter_config.json         PEFT's LoraConfig: r and lora_alpha are the commonest, rank_pattern and alpha_pattern hold
                             the other layers by their full names; use_qalora and qalora_group_size in PEFT's convention
@@ -49,7 +50,7 @@ def write_adapter(adapter: Adapter, folder: Path | str, *, convention: Conventio
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with SafetensorsWriter(folder / WEIGHTS, _layout(adapter)) as weights:
-        for module, layer in adapter.layers.items():
+        for module, layer in sorted(adapter.layers.items()):
             name_a, name_b = _names(module)
             weights.write(name_a, layer.a)
             weights.write(name_b, layer.b)
@@ -85,7 +86,7 @@ def _names(module: str) -> tuple[str, str]:
 
 def _layout(adapter: Adapter) -> Layout:
     parts: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-    for module, layer in adapter.layers.items():
+    for module, layer in sorted(adapter.layers.items()):
         name_a, name_b = _names(module)
         parts += [(name_a, torch.float32, tuple(layer.a.shape)), (name_b, torch.float32, tuple(layer.b.shape))]
     return plan_layout(parts, {"format": "pt"})
@@ -93,8 +94,8 @@ def _layout(adapter: Adapter) -> Layout:
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """PEFT's adapter_config.json for the adapter, in its own convention."""
-    ranks = {module: layer.rank for module, layer in adapter.layers.items()}
-    alphas = {module: _plain(alpha_for(layer, adapter.convention)) for module, layer in adapter.layers.items()}
+    ranks = {module: layer.rank for module, layer in sorted(adapter.layers.items())}
+    alphas = {module: _plain(alpha_for(adapter.layers[module], adapter.convention)) for module in ranks}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config: dict[str, Any] = {
         "target_modules": sorted(adapter.layers),

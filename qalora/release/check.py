@@ -104,7 +104,7 @@ def check_release(
     else:
         asked.ask("opening", list, skipped="not asked for")
     if manifest is None or read is None or base is None:
-        asked.ask("made again", list, skipped="give --base, and --adapter where it has one, to compute every byte again")
+        asked.ask("made again", list, skipped="give --base, and --adapter, to compute every byte again")
     else:
         inputs = Inputs(base=base, adapter=adapter, text=text, template=template)
         asked.stages.append(make_again(folder, manifest, read[0], inputs, progress=progress))

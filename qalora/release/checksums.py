@@ -66,8 +66,6 @@ def _problem(folder: Path, name: str, digest: str) -> str:
         path = contained(folder, name)
     except InputError as error:
         return str(error)
-    if path.is_symlink():
-        return f"a link, and {SUMS} lists files"
     if not path.is_file():
         return f"listed in {SUMS}, and not there"
     return "" if file_digest(path) == digest else f"changed since {SUMS} was written"

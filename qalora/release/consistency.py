@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from qalora.parity.html import to_html
 from qalora.parity.reading import report_from_json
 from qalora.parity.report import ParityReport
 from qalora.release.card import card_text
-from qalora.release.digests import content_digest, file_digest
+from qalora.release.digests import file_digest
 from qalora.release.findings import Finding
 from qalora.release.manifest import MANIFEST, provenance
-from qalora.release.package import CARD, PAGE, REPORT, SBOM
-from qalora.release.sbom import sbom_bytes
+from qalora.release.package import CARD, LICENCES, PAGE, REPORT
+from qalora.release.sbom import SBOM, sbom_bytes
 
 __all__ = ["check_card", "check_licences", "check_pages", "check_provenance", "check_report", "read_report"]
 
@@ -96,13 +97,13 @@ def check_card(
     if not path.is_file():
         return [Finding(where=CARD, problem="it is not there")]
     there = read_limited(path, LIMIT).decode("utf-8", errors="replace")
-    if there == wanted:
+    lines, expected = there.split("\n"), wanted.split("\n")
+    if lines == expected:
         return []
-    lines, expected = there.splitlines(), wanted.splitlines()
-    at = next((n for n, (a, b) in enumerate(zip(lines, expected, strict=False)) if a != b), min(map(len, (lines, expected))))
-    got = lines[at][:200] if at < len(lines) else "nothing"
-    should = expected[at][:200] if at < len(expected) else "nothing"
-    return [Finding(where=f"{CARD}:{at + 1}", problem=f"{got!r}, where {REPORT} and {MANIFEST} give {should!r}")]
+    pairs = zip_longest(lines, expected, fillvalue="")
+    at, (got, wanted) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+    problem = f"{got[:200]!r}, where {REPORT} and {MANIFEST} give {wanted[:200]!r}"
+    return [Finding(where=f"{CARD}:{at}", problem=problem)]
 
 
 def _differs(folder: Path, name: str, wanted: bytes) -> bool:
@@ -119,9 +120,8 @@ def check_licences(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
             found.append(Finding(where=name, problem="the base's licence is not there"))
         elif manifest["base"]["files"].get(name) != file_digest(path):
             found.append(Finding(where=name, problem="not the base's licence"))
-    named = {name for name in manifest["base"]["files"] if name in LICENCES}
-    found += [Finding(where=name, problem=f"{MANIFEST} leaves it out") for name in sorted(named - {*manifest["licences"]})]
-    return found
+    left_out = {name for name in manifest["base"]["files"] if name in LICENCES} - {*manifest["licences"]}
+    return found + [Finding(where=name, problem=f"{MANIFEST} leaves it out") for name in sorted(left_out)]
 
 
 def check_provenance(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:

@@ -167,12 +167,14 @@ def prove(
 def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
     """Write everything that lies beside the artefacts in `folder`."""
     from qalora.parity.html import to_html
+    from qalora.parity.reading import report_from_json
 
     if planned.adapter is not None and planned.options.with_adapter:
         write_adapter(planned.adapter, folder / ADAPTER)
     found = report.to_json(speed=False)
     write_json(folder / REPORT, found)
-    (folder / PAGE).write_text(to_html(report, speed=False), encoding="utf-8")
+    # of the JSON, as a check makes it again from there
+    (folder / PAGE).write_text(to_html(report_from_json(found, REPORT), speed=False), encoding="utf-8")
     licences = [name for name in LICENCES if name in planned.model.files]
     for name in licences:
         shutil.copyfile(planned.model.files[name], folder / name)

@@ -94,9 +94,7 @@ def _plan(
     options = ReleaseOptions.from_json(manifest["options"], text=inputs.text, template=inputs.template)
     export = options.with_provenance(provenance(base, told))
     jobs = export_jobs(inputs.base, options.targets, export, adapter=adapter, minima=options.minima)
-    return ReleasePlan(
-        model=inputs.base, adapter=adapter, options=options, jobs=tuple(jobs), base={**base, "name": manifest["base"]["name"]}, told=told
-    )
+    return ReleasePlan(model=inputs.base, adapter=adapter, options=options, jobs=tuple(jobs), base=base, told=told)
 
 
 def _compare_base(base: Mapping[str, Any], said: Mapping[str, Any], again: _Again) -> None:
@@ -156,16 +154,20 @@ def _compare_target(folder: Path, manifest: Mapping[str, Any], job: ExportJob, a
     with tempfile.TemporaryDirectory(prefix="qalora-check-") as temporary:
         run_jobs([job], Path(temporary))
         made = Path(temporary) / target
-        names = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
-        there = {path.relative_to(folder / target).as_posix() for path in (folder / target).rglob("*") if path.is_file()}
+        names, there = _files_below(made), _files_below(folder / target)
         for name in sorted(names | there):
             if name not in names or name not in there:
-                again.add(f"{target}/{name}", "base and adapter do not give such a file" if name in there else "missing")
+                problem = "base and adapter give no such file" if name in there else "it is not there"
+                again.add(f"{target}/{name}", problem)
                 continue
             rows = [row for row in said["tensors"] if row["file"] == name]
             differs = differing_tensor(made / name, folder / target / name, rows)
             if differs is not None:
                 again.add(f"{target}/{name}: {differs}", "not what base and adapter give")
+
+
+def _files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def _compare_adapter(folder: Path, planned: ReleasePlan, again: _Again) -> None:
@@ -212,7 +214,8 @@ def _measure(
             again.add(f"{MANIFEST}: {key}", "not what base, adapter and options give")
     other = {key: value for key, value in made["versions"].items() if manifest["versions"].get(key) != value}
     if other:
-        again.notes.append(f"other versions here: {', '.join(f'{key} {value}' for key, value in sorted(other.items()))}")
+        told = ", ".join(f"{key} {value}" for key, value in sorted(other.items()))
+        again.notes.append(f"other versions here: {told}")
 
 
 MEASURED = ("threads", "speed")
