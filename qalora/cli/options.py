@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ __all__ = [
     "print_json",
     "print_plans",
     "progress_bar",
+    "public_key_option",
+    "sign_option",
+    "sign_password",
     "table_console",
     "targets_option",
     "verification_bar",
@@ -132,6 +136,29 @@ def max_shard_size_option(function: F) -> F:
         show_default=True,
         metavar="SIZE",
         help="safetensors: split a model that holds more into files of at most this, such as 200MB.",
+    )(function)
+
+
+def sign_option(function: F) -> F:
+    """--sign, a private key in PEM; the password of an encrypted one is `sign_password`'s."""
+    return click.option(
+        "--sign",
+        "sign_key",
+        type=click.Path(path_type=Path),
+        metavar="KEY",
+        help="Write model.sig with this private key; the password of an encrypted one is in QALORA_SIGN_PASSWORD.",
+    )(function)
+
+
+def sign_password() -> str | None:
+    """What QALORA_SIGN_PASSWORD holds, None where it is not set or empty."""
+    return os.environ.get("QALORA_SIGN_PASSWORD") or None
+
+
+def public_key_option(function: F) -> F:
+    """--public-key, to check model.sig with."""
+    return click.option(
+        "--public-key", type=click.Path(path_type=Path), metavar="KEY", help="Check model.sig with this public key."
     )(function)
 
 

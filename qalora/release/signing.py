@@ -128,7 +128,7 @@ def _hashing(name: str) -> Config:
             form = {**found.serialization_type, "ignore_paths": sorted(found.serialization_type["ignore_paths"])}
             return manifest.Manifest(name, items, manifest.SerializationType.from_args(form))
 
-    config: Config = Named().use_file_serialization(hashing_algorithm="sha256")
+    config: Config = Named().use_file_serialization(hashing_algorithm="sha256")  # type: ignore[no-untyped-call]
     config.set_ignored_paths(paths=[SIGNATURE, *HUBS], ignore_git_paths=False)
     return config
 
