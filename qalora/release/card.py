@@ -22,7 +22,7 @@ from qalora.release.digests import content_digest
 from qalora.release.licences import HUB_LICENCES
 from qalora.release.usage import adapter_usage, check_usage, usage
 
-__all__ = ["PARTS", "card_text", "default_template"]
+__all__ = ["PARTS", "card_text", "check_template", "default_template"]
 
 PARTS = (
     "card_data",
@@ -51,6 +51,11 @@ def default_template() -> str:
     return files("qalora.release").joinpath("card_template.md").read_text(encoding="utf-8")
 
 
+def check_template(template: str) -> None:
+    """InputError for a template that names what is no part, with its line, or that makes no card."""
+    _check_front(_filled(template, {**dict.fromkeys(PARTS, ""), "card_data": "pipeline_tag: text-generation"}))
+
+
 def card_text(manifest: Mapping[str, Any], report: Mapping[str, Any], *, template: str | None = None) -> str:
     """The card of a manifest, as `read_manifest` gives it, and a report, `ParityReport.to_json(speed=False)`.
 
@@ -68,8 +73,11 @@ def card_text(manifest: Mapping[str, Any], report: Mapping[str, Any], *, templat
         )
     try:
         parts = _parts(manifest, report)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError("report.json", expected="a report of qalora.parity/1", got=f"{error!r:.80}") from error
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        expected = "a report of qalora.parity/1 and the manifest of its release"
+        raise FormatError("report.json, manifest.json", expected=expected, got=f"{error!r:.80}") from error
     text = _filled(default_template() if template is None else template, parts)
     _check_front(text)
     return text
@@ -190,7 +198,7 @@ def _artifacts(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     for artifact in manifest["artifacts"]:
         runs = _runs(report, artifact["folder"])
         cells = [
-            f"`{artifact['folder']}/`",
+            _code(f"{artifact['folder']}/"),
             _size(int(artifact["bytes"])),
             f"{float(artifact['bits_per_weight']):.2f}",
             _carriers(artifact["tensors"]),

@@ -22,7 +22,7 @@ from qalora.converters.exports import ExportJob, export_jobs, run_jobs
 from qalora.converters.plan import Plan, Progress
 from qalora.errors import ProofError
 from qalora.formats.output import check_output, new_folder, write_json
-from qalora.release.card import card_text
+from qalora.release.card import card_text, check_template
 from qalora.release.checksums import SUMS, write_sums
 from qalora.release.manifest import (
     MANIFEST,
@@ -95,6 +95,8 @@ def plan_release(
 ) -> ReleasePlan:
     """Check everything that can be refused: the output, and each target's plan. Reads the model for its digests."""
     check_output(out, force=force, names=[SUMS])
+    if options.template is not None:
+        check_template(options.template)
     early = options.with_provenance({})
     export_jobs(
         model, options.targets, early, adapter=adapter, minima=options.minima
@@ -110,6 +112,8 @@ def preview(
 ) -> list[Plan]:
     """The plans of `plan_release` without reading the model: digests have one length, so that sizes are the same."""
     check_output(out, force=force, names=[SUMS])
+    if options.template is not None:
+        check_template(options.template)
     blank = {"digest": "sha256:" + 64 * "0"}
     export = options.with_provenance(provenance(blank, None if adapter is None else blank))
     jobs = export_jobs(model, options.targets, export, adapter=adapter, minima=options.minima)

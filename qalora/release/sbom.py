@@ -41,7 +41,7 @@ SPDX = {word.lower(): word for word in _SPDX_WORDS.split()}
 
 
 def sbom_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The BOM of a manifest, as `read_manifest` gives it: JSON with sorted keys."""
+    """The BOM of a manifest, as `read_manifest` gives it: JSON with sorted keys. FormatError for odd tensors."""
     content = hashlib.sha256(json_bytes(manifest)).hexdigest()
     files = list(_files(manifest))
     libraries = list(_libraries(manifest))
@@ -89,7 +89,7 @@ def validate_sbom(content: bytes, name: str = SBOM) -> None:
 
 def _model(manifest: Mapping[str, Any]) -> dict[str, Any]:
     adapted, tensors = manifest["adapter"] is not None, manifest["base"]["tensors"].values()
-    kinds = sorted({(row["bits"], row["group_size"]) for row in tensors if "bits" in row})
+    kinds = sorted({_grid(row) for row in tensors if "bits" in row})
     held = ", ".join(f"{bits}-bit codes in groups of {size}" for bits, size in kinds) or "floats"
     return {
         "bom-ref": MODEL,
@@ -111,6 +111,13 @@ def _model(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "properties": _properties(manifest),
         },
     }
+
+
+def _grid(row: Mapping[str, Any]) -> tuple[int, int]:
+    found = (row["bits"], row.get("group_size"))
+    if not all(isinstance(number, int) for number in found):
+        raise FormatError("manifest.json: base.tensors", expected="bits and group_size", got=f"{found!r:.60}")
+    return found
 
 
 def _metrics(manifest: Mapping[str, Any]) -> Iterator[dict[str, str]]:

@@ -48,7 +48,7 @@ params = xllamacpp.CommonParams()
 params.model.path = "gguf/{gguf}"
 params.n_ctx = 256
 server = xllamacpp.Server(params)
-answer = server.handle_completions({{"prompt": "Once upon a time", "max_tokens": 20}})
+answer = server.handle_completions({{"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0}})
 print(answer["choices"][0]["text"])
 ```"""
 

@@ -108,6 +108,12 @@ def test_odd_names_are_valid_too(manifest: Json, name: str) -> None:
     validate_sbom(sbom_bytes(manifest))
 
 
+def test_tensors_of_another_form(manifest: Json) -> None:
+    manifest["base"]["tensors"]["x"] = {"bits": "4", "group_size": None}
+    with pytest.raises(FormatError, match=r"base\.tensors: expected bits and group_size"):
+        sbom_bytes(manifest)
+
+
 @pytest.mark.parametrize(
     "change",
     [
