@@ -102,7 +102,6 @@ def _model(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "modelParameters": {
                 "task": "text-generation",
                 "architectureFamily": "transformer",
-                "approach": {"type": "self-supervised"},
                 "inputs": [{"format": "token ids"}],
                 "outputs": [{"format": "logits"}],
                 **({"datasets": _datasets(manifest)} if _datasets(manifest) else {}),
@@ -114,10 +113,10 @@ def _model(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grid(row: Mapping[str, Any]) -> tuple[int, int]:
-    found = (row["bits"], row.get("group_size"))
-    if not all(isinstance(number, int) for number in found):
-        raise FormatError("manifest.json: base.tensors", expected="bits and group_size", got=f"{found!r:.60}")
-    return found
+    bits, size = row["bits"], row.get("group_size")
+    if not isinstance(bits, int) or not isinstance(size, int):
+        raise FormatError("manifest.json: base.tensors", expected="bits and group_size", got=f"{(bits, size)!r:.60}")
+    return bits, size
 
 
 def _metrics(manifest: Mapping[str, Any]) -> Iterator[dict[str, str]]:
