@@ -1,0 +1,41 @@
+"""Which file of the base release a file of the new one is rebuilt from: names only, no file is opened.
+
+The same path; else, for a file of weights, the one in the same folder with the same ending whose name is most alike:
+a fine-tune's GGUF is called ...-QALoRA-Q4_1.gguf where the base's is ...-Q4_1.gguf; else none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import takewhile
+from pathlib import PurePosixPath
+
+__all__ = ["match_files"]
+
+_WEIGHTS = (".gguf", ".safetensors", ".data", ".onnx")
+
+
+def match_files(base: Collection[str], release: Collection[str]) -> dict[str, str | None]:
+    """The base's path for each path of the release, None where it has none."""
+    return {path: path if path in base else _alike(path, base) for path in release}
+
+
+def _alike(path: str, base: Collection[str]) -> str | None:
+    wanted = PurePosixPath(path)
+    if wanted.suffix not in _WEIGHTS:
+        return None
+    found = [
+        other
+        for other in sorted(base)
+        if PurePosixPath(other).parent == wanted.parent and PurePosixPath(other).suffix == wanted.suffix
+    ]
+    return max(found, key=lambda other: _likeness(PurePosixPath(other).name, wanted.name), default=None)
+
+
+def _likeness(one: str, other: str) -> int:
+    """Characters that two names begin and end alike."""
+    return _common(one, other) + _common(one[::-1], other[::-1])
+
+
+def _common(one: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,0 +1,76 @@
+"""Where the tensors of a file are: GGUF, safetensors, and the external data of an ONNX model beside it.
+
+What no reader of ours knows, or what it refuses, is a file without tensors: bytes like any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qalora.errors import InputError
+from qalora.formats import gguf, safetensors
+
+__all__ = ["Region", "head_bytes", "tensor_regions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """One tensor's bytes in a file. block: bytes of what repeats in it, a block of GGUF's or a value."""
+
+    name: str
+    offset: int
+    nbytes: int
+    block: int
+
+
+def tensor_regions(path: Path) -> list[Region]:
+    """The tensors of a file, by offset, none overlapping another; empty where it is no file of tensors."""
+    try:
+        found = _READERS[path.suffix](path) if path.suffix in _READERS else []
+    except InputError:
+        return []
+    kept: list[Region] = []
+    for region in sorted(found, key=lambda region: (region.offset, region.nbytes, region.name)):
+        at = kept[-1].offset + kept[-1].nbytes if kept else 0
+        if region.nbytes and region.offset >= at and region.nbytes % region.block == 0:
+            kept.append(region)
+    return kept
+
+
+def head_bytes(regions: list[Region], size: int) -> int:
+    """Bytes before the first tensor; all of a file without tensors."""
+    return regions[0].offset if regions else size
+
+
+def _gguf(path: Path) -> list[Region]:
+    return [
+        Region(name=info.name, offset=info.offset, nbytes=info.nbytes, block=gguf.BLOCKS[info.type][2])
+        for info in gguf.read_header(path).tensors.values()
+    ]
+
+
+def _safetensors(path: Path) -> list[Region]:
+    entries: Mapping[str, safetensors.Entry] = safetensors.read_header(path).entries
+    return [
+        Region(name=name, offset=entry.offset, nbytes=entry.nbytes, block=entry.dtype.itemsize)
+        for name, entry in entries.items()
+    ]
+
+
+def _onnx_data(path: Path) -> list[Region]:
+    from qalora.formats.onnx import DTYPES, read_initializers
+
+    found = []
+    for model in sorted(path.parent.glob("*.onnx")):
+        _, stored = read_initializers(model)
+        found += [
+            Region(name=name, offset=item.offset, nbytes=item.nbytes, block=max(1, DTYPES[item.dtype][1] // 8))
+            for name, item in stored.items()
+            if item.inline is None and item.path.name == path.name
+        ]
+    return found
+
+
+_READERS = {".gguf": _gguf, ".safetensors": _safetensors, ".data": _onnx_data}
