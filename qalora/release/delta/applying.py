@@ -13,6 +13,7 @@ from qalora.converters.plan import Progress
 from qalora.errors import FormatError, InputError, OutputError
 from qalora.formats.files import InputFile, OutputFile, contained, read_limited
 from qalora.formats.output import check_output, new_folder
+from qalora.release.checksums import SUMS
 from qalora.release.delta.coding import unpack, unpack_columns
 from qalora.release.delta.records import DATA, INDEX, Copy, Data, DeltaFile, Op, read_delta
 from qalora.release.delta.tiles import sha256, tiles
@@ -85,8 +86,6 @@ def _chosen(delta: Path, files: Sequence[DeltaFile], targets: Sequence[str]) -> 
 
 def _check_sums(delta: Path) -> None:
     """Refuse a delta that is not what its SHA256SUMS says."""
-    from qalora.release.checksums import SUMS
-
     path = contained(delta, SUMS)
     lines = read_limited(path, 1 << 20).splitlines()
     for name in (DATA, INDEX):

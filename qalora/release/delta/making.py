@@ -15,6 +15,7 @@ from qalora.converters.plan import Progress
 from qalora.errors import InputError
 from qalora.formats.files import InputFile, contained
 from qalora.formats.output import check_output, new_folder
+from qalora.release.checksums import write_sums
 from qalora.release.delta.chunks import MAX_MATCHED, find_copies
 from qalora.release.delta.coding import Bytes, changed_columns, pack, pack_columns
 from qalora.release.delta.matching import match_files
@@ -78,8 +79,6 @@ def write_delta(
     Raises InputError where the base has nothing that the release could be rebuilt from, OutputError for an output that
     exists without `force`.
     """
-    from qalora.release.checksums import write_sums
-
     check_base(base_release, out, force=force)
     matched = match_files(_files(base_release), _files(release))
     files = []
