@@ -4,9 +4,9 @@
 
 SmolLM2 is exported as it is and with an adapter folded in; the adapter is trained for so many steps on the text that
 the demo trains on, or given. Each format's delta is written, applied, and compared with the export byte for byte. The
-last rows: the adapter's own folder beside the GGUF file, everything together, and the GGUF file of an adapter of random
-numbers instead, which moves the minima further than training does. With --write the table goes between the markers of
-that page.
+last rows: the adapter's own folder beside the GGUF file, everything together, the GGUF file of an adapter of random
+numbers instead, which moves the minima further than training does, and what else the changed minima could be shipped
+as. With --write the table goes between the markers of that page.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import filecmp
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
@@ -27,7 +29,10 @@ from qalora.converters import load
 from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.plan import ExportOptions
 from qalora.demo import demo_text, smollm2_file
+from qalora.formats.files import InputFile
 from qalora.release.delta import apply_delta, write_delta
+from qalora.release.delta.coding import LEVEL
+from qalora.release.delta.records import Patch
 from qalora.training import TrainOptions, train
 
 FORMATS = ("gguf", "mlx", "qalora", "onnx", "gptq")
@@ -75,7 +80,31 @@ def row(what: str, base: Path, release: Path, folders: Sequence[str], work: Path
     if differ:
         raise SystemExit(f"{what}: {differ} came back otherwise")
     shutil.rmtree(work)
-    return f"| {what} | {written.release_bytes:,} | {written.nbytes:,} | {100 * written.ratio:.1f} % |"
+    return line(what, written.release_bytes, written.nbytes)
+
+
+def line(what: str, release: int, delta: int) -> str:
+    """A row of the table."""
+    return f"| {what} | {release:,} | {delta:,} | {100 * delta / release:.1f} % |"
+
+
+def forms(base: Path, release: Path, work: Path) -> list[str]:
+    """What the changed columns of the GGUF file come to as they are, and compressed without the base's."""
+    written = write_delta(base / "gguf", release / "gguf", work)
+    (file,) = (file for file in written.files if file.path.endswith(".gguf"))
+    at = plain = packed = 0
+    with InputFile(release / "gguf" / file.path) as content:
+        for op in file.ops:
+            if isinstance(op, Patch):
+                blocks = content.tensor(at, op.nbytes).numpy().reshape(op.blocks, op.block)
+                plain += op.changed
+                packed += len(zlib.compress(np.concatenate([blocks[:, a:b].reshape(-1) for a, b in op.columns]), LEVEL))
+            at += op.nbytes
+    shutil.rmtree(work)
+    sizes = {"`gguf/`, its minima as they are": plain, "`gguf/`, its minima compressed": packed}
+    return [
+        f"| {what} | {file.nbytes:,} | {size:,} | {100 * size / file.nbytes:.1f} % |" for what, size in sizes.items()
+    ]
 
 
 def table(model: Checkpoint, adapter: Adapter, work: Path) -> list[str]:
@@ -95,6 +124,8 @@ def table(model: Checkpoint, adapter: Adapter, work: Path) -> list[str]:
     for what, before, after, folders in kinds:
         lines.append(row(what, before, after, folders, work / "row"))
         print(lines[-1], flush=True)
+    lines += forms(base, one, work / "forms")
+    print(*lines[-2:], sep="\n", flush=True)
     return lines
 
 

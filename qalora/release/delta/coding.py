@@ -27,6 +27,8 @@ Columns = tuple[tuple[int, int], ...]
 
 LEVEL = 6
 
+_FEW = 16
+
 
 def pack(data: Bytes | bytes) -> bytes:
     """A zlib stream; inverse of `unpack`."""
@@ -47,7 +49,12 @@ def unpack(packed: bytes, nbytes: int, where: str) -> bytes:
 
 def changed_columns(old: Bytes, new: Bytes) -> Columns:
     """The byte columns (start, stop) in which blocks [blocks, block] differ."""
-    changed = (old != new).any(axis=0)
+    if np.array_equal(old, new):
+        return ()
+    if old.shape[1] <= _FEW:  # numpy is slow along short rows
+        changed = np.array([(old[:, byte] != new[:, byte]).any() for byte in range(old.shape[1])])
+    else:
+        changed = (old != new).any(axis=0)
     edges = np.flatnonzero(np.diff(np.concatenate(([0], changed.view(np.int8), [0]))))
     return tuple((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
 
