@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from qalora.adapter import Adapter, AdapterLayer, write_adapter
 from qalora.checkpoint import Checkpoint
-from qalora.cli.release.apply import command
+from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.plan import ExportOptions
@@ -83,7 +83,7 @@ def assert_same_folder(got: Path, expected: Path) -> None:
 
 
 def apply(*words: object) -> Result:
-    return CliRunner().invoke(command, [str(word) for word in words])
+    return CliRunner().invoke(main, ["release", "--apply", *(str(word) for word in words)])
 
 
 def gguf_of(release: Path) -> Path:
@@ -219,6 +219,8 @@ def test_an_output_is_replaced_with_force_alone(place: Path, tmp_path: Path) -> 
     assert apply(*words).exit_code == 0
     with pytest.raises(OutputError, match="exists already"):
         apply_delta(place / "one.delta", place / "base", tmp_path / "out", targets=["gguf"])
+    again = apply(*words)
+    assert (again.exit_code, again.output.count("\n")) == (2, 1)
     assert apply(*words, "--force").exit_code == 0
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to.txt").write_text("dear", encoding="utf-8")

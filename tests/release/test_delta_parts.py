@@ -162,6 +162,21 @@ def test_a_large_text_that_grew_in_the_middle(tmp_path: Path) -> None:
     assert filecmp.cmp(tmp_path / "out" / "tokenizer.json", tmp_path / "one" / "tokenizer.json", shallow=False)
 
 
+def test_a_file_of_fragments_is_shipped_whole(tmp_path: Path) -> None:
+    """Thousands of short copies would make an index that is too large to read."""
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 256, (5000, 300), dtype=np.uint8)
+    new = np.concatenate((old, rng.integers(0, 256, (5000, 50), dtype=np.uint8)), axis=1)
+    for folder, content in (("base", old), ("one", new)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.txt").write_text("same " * 9000, encoding="utf-8")
+        (tmp_path / folder / "a.bin").write_bytes(content.tobytes())
+    written = write_delta(tmp_path / "base", tmp_path / "one", tmp_path / "delta")
+    assert [len(file.ops) for file in written.files] == [1, 1]
+    apply_delta(tmp_path / "delta", tmp_path / "base", tmp_path / "out")
+    assert filecmp.cmp(tmp_path / "out" / "a.bin", tmp_path / "one" / "a.bin", shallow=False)
+
+
 def test_empty_files(tmp_path: Path) -> None:
     for folder in ("base", "one"):
         (tmp_path / folder).mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import force_option, output_option
+from qalora.cli.options import force_option, output_option, progress_bar
 
 __all__ = ["command"]
 
@@ -29,8 +29,10 @@ def command(delta: Path, base: Path, out: Path, targets: tuple[str, ...], force:
     With --to, BASE may be that sub-folder itself, or its one file of weights. A wrong base, or a damaged delta, is
     refused before anything is written.
     """
-    from qalora.release.delta import apply_delta
+    from qalora.release.delta import apply_delta, chosen_files
 
-    done = apply_delta(delta, base, out, targets=targets, force=force)
+    total = sum(file.nbytes for file in chosen_files(delta, targets))
+    with progress_bar(total, "writing") as progress:
+        done = apply_delta(delta, base, out, targets=targets, force=force, progress=progress)
     click.echo(f"{len(done.files)} files, {done.nbytes:,} bytes, each with its digest")
     click.echo(f"written: {done.folder}")

@@ -3,7 +3,7 @@
 A device that holds the base release gets the new release, byte for byte, from the delta and what it has.
 """
 
-from qalora.release.delta.applying import Applied, apply_delta
+from qalora.release.delta.applying import Applied, apply_delta, chosen_files
 from qalora.release.delta.making import WrittenDelta, check_base, write_delta
 
-__all__ = ["Applied", "WrittenDelta", "apply_delta", "check_base", "write_delta"]
+__all__ = ["Applied", "WrittenDelta", "apply_delta", "check_base", "chosen_files", "write_delta"]

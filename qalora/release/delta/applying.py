@@ -18,7 +18,7 @@ from qalora.release.delta.coding import unpack, unpack_columns
 from qalora.release.delta.records import DATA, INDEX, Copy, Data, DeltaFile, Op, read_delta
 from qalora.release.delta.tiles import sha256, tiles
 
-__all__ = ["Applied", "apply_delta"]
+__all__ = ["Applied", "apply_delta", "chosen_files"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,16 @@ class Applied:
     folder: Path
     files: tuple[str, ...]
     nbytes: int
+
+
+def chosen_files(delta: Path, targets: Sequence[str] = ()) -> list[DeltaFile]:
+    """The files of the release in its sub-folders `targets`, all where none is named; InputError for an unknown one."""
+    files = read_delta(delta)
+    folders = sorted({PurePosixPath(file.path).parts[0] for file in files if "/" in file.path})
+    for target in targets:
+        if target not in folders:
+            raise InputError(f"{delta}: --to", expected=f"one of {', '.join(folders) or 'none'}", got=repr(target))
+    return [file for file in files if not targets or file.path.partition("/")[0] in targets]
 
 
 def apply_delta(
@@ -45,10 +55,9 @@ def apply_delta(
     itself, or the one file of weights. Everything is checked before the first byte is written: the delta's checksums
     and every number in it, and the digest of each file of the base; each result's digest is checked before the output
     appears. Raises FormatError for a damaged delta, InputError for a wrong base, OutputError for an output that exists
-    without `force`.
+    without `force`. progress is called with a file's path and the bytes of it that were written.
     """
-    every = read_delta(delta)
-    files = _chosen(delta, every, targets)
+    files, every = chosen_files(delta, targets), read_delta(delta)
     names = {file.path for file in files}
     check_output(out, force=force, names=names)
     for kept in (base, delta):
@@ -63,8 +72,7 @@ def apply_delta(
             at = 0
             for file in every:
                 if file.path in names:
-                    _rebuild(folder, file, places, data, at)
-                    progress(file.path, file.nbytes)
+                    _rebuild(folder, file, places, data, at, progress)
                 at += file.packed
     return Applied(folder=out, files=tuple(file.path for file in files), nbytes=nbytes)
 
@@ -73,15 +81,6 @@ def _check_room(out: Path, folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise OutputError(f"{out}", expected=f"room for {nbytes} bytes", got=f"{free}", todo="free some space")
-
-
-def _chosen(delta: Path, files: Sequence[DeltaFile], targets: Sequence[str]) -> list[DeltaFile]:
-    """The files in the sub-folders `targets`; all of them where none is named."""
-    folders = sorted({PurePosixPath(file.path).parts[0] for file in files if "/" in file.path})
-    for target in targets:
-        if target not in folders:
-            raise InputError(f"{delta}: --to", expected=f"one of {', '.join(folders) or 'none'}", got=repr(target))
-    return [file for file in files if not targets or file.path.partition("/")[0] in targets]
 
 
 def _check_sums(delta: Path) -> None:
@@ -120,7 +119,9 @@ def _bases(base: Path, files: Sequence[DeltaFile]) -> dict[str, Path]:
     return places
 
 
-def _rebuild(folder: Path, file: DeltaFile, places: Mapping[str, Path], data: InputFile, at: int) -> None:
+def _rebuild(
+    folder: Path, file: DeltaFile, places: Mapping[str, Path], data: InputFile, at: int, progress: Progress
+) -> None:
     """Write one file; its bytes of data.bin begin at `at`. FormatError if it does not get its digest."""
     place = contained(folder, file.path)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +133,7 @@ def _rebuild(folder: Path, file: DeltaFile, places: Mapping[str, Path], data: In
             for part in _made(op, old, data, at, f"{data.path}: at byte {at}, for {file.path}"):
                 digest.update(part)
                 done += out.write(done, part)
+                progress(file.path, len(part))
             at += op.packed
     if digest.hexdigest() != file.sha256:
         raise FormatError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +32,7 @@ from qalora.release.delta.records import (
     Patch,
     checked_path,
     index_bytes,
-    parse_index,
+    read_delta,
 )
 from qalora.release.delta.regions import Region, head_bytes, tensor_regions
 from qalora.release.delta.tiles import sha256, tiles
@@ -40,6 +41,10 @@ __all__ = ["WrittenDelta", "check_base", "write_delta"]
 
 SMALL = 16 << 10
 """Bytes up to which a file is shipped whole: whoever has the weights alone needs no other file of the base for it."""
+
+
+MAX_COPIES = 4096
+"""Copies among bytes that are no tensor, above which these are shipped whole: the index stays small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +97,7 @@ def write_delta(
             got = f"{base_release}, which shares no file with it"
             raise InputError(f"{release}: a delta", expected="a release of the same base model", got=got)
         (folder / INDEX).write_bytes(index_bytes(files))
-        parse_index((folder / INDEX).read_bytes(), str(out / INDEX))  # what nobody could apply is not written
+        read_delta(folder)  # what nobody could apply is not written
         write_sums(folder)
         nbytes = sum(path.stat().st_size for path in folder.iterdir())
     made = sum(file.nbytes for file in files)
@@ -181,8 +186,11 @@ class _Maker:
             self._ship(new, at, count)
 
     def _search(self, head: Bytes, new: InputFile, at: int, count: int) -> None:
+        copies = list(islice(find_copies(head, new.tensor(at, count).numpy()), MAX_COPIES + 1))
+        if len(copies) > MAX_COPIES:
+            copies = []
         done = 0
-        for here, there, nbytes in find_copies(head, new.tensor(at, count).numpy()):
+        for here, there, nbytes in copies:
             self._ship(new, at + done, here - done)
             self._copy(there, nbytes)
             done = here + nbytes

@@ -42,9 +42,9 @@ DATA = "data.bin"
 TILE = 8 << 20
 """Bytes that one data or patch operation makes, at most."""
 
-MAX_INDEX = 64 << 20
+MAX_INDEX = 16 << 20
 MAX_FILES = 10_000
-MAX_OPS = 1 << 20
+MAX_OPS = 1 << 17
 MAX_COLUMNS = 64
 MAX_PATH = 1024
 MAX_NUMBER = 1 << 53
