@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qalora.errors import FormatError
+from qalora.formats.gguf import Metadata, create, plan_layout
 from qalora.release.delta import apply_delta, write_delta
 from qalora.release.delta.chunks import CHUNK, find_copies
 from qalora.release.delta.coding import changed_columns, pack, pack_columns, unpack, unpack_columns
@@ -175,6 +176,26 @@ def test_a_file_of_fragments_is_shipped_whole(tmp_path: Path) -> None:
     assert [len(file.ops) for file in written.files] == [1, 1]
     apply_delta(tmp_path / "delta", tmp_path / "base", tmp_path / "out")
     assert filecmp.cmp(tmp_path / "out" / "a.bin", tmp_path / "one" / "a.bin", shallow=False)
+
+
+def test_blocks_that_change_in_many_places(tmp_path: Path) -> None:
+    """Q6_K blocks of 210 bytes, every other one changed, and tensors with padding between them: still one patch."""
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 256, (300, 210), dtype=np.uint8)
+    new = old.copy()
+    new[:, ::2] ^= 1
+    tensors = [("a", (300, 256), "Q6_K"), ("b", (3,), "F32"), ("c", (5,), "F32")]
+    for folder, content in (("base", old), ("one", new)):
+        layout = plan_layout(Metadata(entries={}), tensors)
+        (tmp_path / folder).mkdir()
+        with create(tmp_path / folder / "model.gguf", layout) as file:
+            file.write(layout.tensors["a"].offset, content.tobytes())
+            file.write(layout.tensors["b"].offset, b"\1" * 12)
+            file.write(layout.tensors["c"].offset, b"\2" * 20)
+    (file_of,) = write_delta(tmp_path / "base", tmp_path / "one", tmp_path / "delta").files
+    assert [op.columns for op in file_of.ops if isinstance(op, Patch)] == [((0, 209),)]
+    apply_delta(tmp_path / "delta", tmp_path / "base", tmp_path / "out")
+    assert filecmp.cmp(tmp_path / "out" / "model.gguf", tmp_path / "one" / "model.gguf", shallow=False)
 
 
 def test_empty_files(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qalora.release.delta.coding import Bytes
 
-__all__ = ["MAX_MATCHED", "find_copies"]
+__all__ = ["CHUNK", "MAX_MATCHED", "find_copies"]
 
 CHUNK = 128
 """Bytes of a chunk, so the shortest copy; any that are twice as long are found."""

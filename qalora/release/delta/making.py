@@ -17,12 +17,13 @@ from qalora.errors import InputError
 from qalora.formats.files import InputFile, contained
 from qalora.formats.output import check_output, new_folder
 from qalora.release.checksums import write_sums
-from qalora.release.delta.chunks import MAX_MATCHED, find_copies
+from qalora.release.delta.chunks import CHUNK, MAX_MATCHED, find_copies
 from qalora.release.delta.coding import Bytes, changed_columns, pack, pack_columns
 from qalora.release.delta.matching import match_files
 from qalora.release.delta.records import (
     DATA,
     INDEX,
+    MAX_COLUMNS,
     TILE,
     BaseFile,
     Copy,
@@ -160,6 +161,8 @@ class _Maker:
         if not columns:
             self._copy(there, len(new))
             return
+        if len(columns) > MAX_COLUMNS:
+            columns = ((columns[0][0], columns[-1][1]),)
         packed = pack_columns(before, after, columns)
         if 2 * len(packed) > len(new):
             whole = pack(new)
@@ -177,6 +180,8 @@ class _Maker:
         follows = 0 if last is None or isinstance(last, Data) else last.at + last.nbytes
         if count <= TILE and follows + count <= old.size and old.read(follows, count) == new.read(at, count):
             self._copy(follows, count)
+        elif count < CHUNK:
+            self._ship(new, at, count)
         elif max(head, count) <= MAX_MATCHED:
             self._search(old.tensor(0, head).numpy(), new, at, count)
         elif old.size == new.size:  # too large to search: what stands where it stood

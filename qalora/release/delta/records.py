@@ -33,7 +33,24 @@ from typing import Any
 from qalora.errors import FormatError
 from qalora.formats.files import contained, read_limited
 
-__all__ = ["DATA", "INDEX", "SCHEMA", "TILE", "BaseFile", "Copy", "Data", "DeltaFile", "Op", "Patch", "read_delta"]
+__all__ = [
+    "DATA",
+    "INDEX",
+    "MAX_COLUMNS",
+    "SCHEMA",
+    "TILE",
+    "BaseFile",
+    "Copy",
+    "Data",
+    "DeltaFile",
+    "Op",
+    "Patch",
+    "checked_path",
+    "index_bytes",
+    "parse_index",
+    "read_delta",
+]
+
 
 SCHEMA = "qalora.delta/1"
 INDEX = "delta.json"
@@ -42,9 +59,9 @@ DATA = "data.bin"
 TILE = 8 << 20
 """Bytes that one data or patch operation makes, at most."""
 
-MAX_INDEX = 16 << 20
+MAX_INDEX = 32 << 20
 MAX_FILES = 10_000
-MAX_OPS = 1 << 17
+MAX_OPS = 1 << 18
 MAX_COLUMNS = 64
 MAX_PATH = 1024
 MAX_NUMBER = 1 << 53
