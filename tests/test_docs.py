@@ -13,6 +13,8 @@ from qalora.converters import load
 from qalora.parity import verify
 from qalora.parity.gates import GATES
 from qalora.quantization import quantize
+from qalora.release.digests import model_digests
+from qalora.release.manifest_form import MANIFEST_FORM
 from qalora.testing import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,21 @@ def test_every_key_of_the_report_is_documented(tmp_path: Path) -> None:
     modules = set(report["artifacts"][0]["adapter_lost_by_layer"])
     assert keys_of(report) - modules <= words
     assert {gate.name for gate in GATES} <= words
+
+
+def form_keys(form: Any) -> set[str]:
+    if isinstance(form, dict):
+        own = {key for key in form if isinstance(key, str)}
+        return own.union(*(form_keys(value) for value in form.values()))
+    return set().union(*(form_keys(item) for item in form)) if isinstance(form, list | tuple) else set()
+
+
+def test_every_key_of_the_manifest_is_documented(tmp_path: Path) -> None:
+    """And every digest that a tensor of a base has."""
+    base = quantize(load(tiny_llama(tmp_path / "tiny")), group_size=32)
+    words = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "release.md").read_text("utf-8")))
+    of_tensors = {key for row in model_digests(base).values() for key in row}
+    assert form_keys(MANIFEST_FORM) | of_tensors <= words
 
 
 def commands() -> list[tuple[str, str]]:
