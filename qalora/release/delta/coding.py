@@ -5,7 +5,7 @@ do. So a changed column of 1, 2, 4 or 8 bytes is held as little-endian integers:
 in the lowest bit (0, -1, 1, -2, ... become 0, 1, 2, 3, ...), and then byte by byte: the lowest bytes of all blocks, the
 next ones, and so on, each of which compresses well alone. Columns of another width are held as columns of one byte.
 
-Measured on SmolLM2's minima: 6.7 % of the file as they are, 4.8 % compressed, 2.5 % in this form; see docs/delta.md.
+Measured on SmolLM2: of the GGUF file 6.7 % as they are, 5.4 % compressed, 3.2 % in this form; see docs/delta.md.
 """
 
 from __future__ import annotations
