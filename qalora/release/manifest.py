@@ -142,7 +142,8 @@ def make_manifest(
     licences: Sequence[str],
 ) -> dict[str, Any]:
     """Put the parts together."""
-    runtimes = {run.runtime.name: run.runtime.version for _, run in report.runs() if run.runtime is not None}
+    told = [run.runtime for _, run in report.runs() if run.runtime is not None]
+    runtimes = {runtime.name: _unlabelled(runtime.version) for runtime in told}
     return {
         "schema": SCHEMA,
         "name": options.export.name or base["name"],
@@ -186,12 +187,16 @@ def created() -> str | None:
     return datetime.fromtimestamp(int(given), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _unlabelled(version: str) -> str:
+    """A version without a build's local label, as in 2.13.0+cpu: it is the same code."""
+    return re.sub(r"\+\w[\w.]*", "", version)
+
+
 def _versions() -> dict[str, str]:
-    """Without a build's local label, as in 2.13.0+cpu: it is the same code."""
     found = {"qalora": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
     for name in LIBRARIES:
         try:
-            found[name] = version(name).partition("+")[0]
+            found[name] = _unlabelled(version(name))
         except PackageNotFoundError:
             continue
     return found
