@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from qalora._version import __version__
+from qalora.cli.progress import asks_for_json, json_log, log_event
 from qalora.errors import ProofError, QaloraError
 
 __all__ = ["main"]
+
+_ARGUMENTS = "qalora.arguments"
 
 COMMANDS = {
     "quantize": "Round a float model to integer groups.",
@@ -50,21 +53,46 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments: a command whose own are wrong has not told its log format."""
+        ctx.meta[_ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         for chatty in ("torchao", "torch.utils._pytree"):  # what optional libraries lack is no concern of the user's
             logging.getLogger(chatty).setLevel(logging.ERROR)
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
         except QaloraError as error:
-            click.echo(f"qalora: {error}", err=True)
-            ctx.exit(1 if isinstance(error, ProofError) else 2)
+            _fail(ctx, str(error), 1 if isinstance(error, ProofError) else 2)
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"qalora: {where}{error.strerror or error}", err=True)
-            ctx.exit(2)
+            _fail(ctx, f"{where}{error.strerror or error}", 2)
+        except click.UsageError as error:
+            if not asks_for_json(ctx.meta[_ARGUMENTS]):
+                raise
+            log_event("error", status=error.exit_code, message=error.format_message())
+            ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            if not json_log():
+                raise
+            log_event("error", status=1, message="interrupted")
+            ctx.exit(1)
+        if json_log():
+            log_event("done", status=0)
+        return result
+
+
+def _fail(ctx: click.Context, message: str, status: int) -> NoReturn:
+    """Say what was wrong, and leave."""
+    if json_log():
+        log_event("error", status=status, message=message)
+    else:
+        click.echo(f"qalora: {message}", err=True)
+    ctx.exit(status)
 
 
 @click.group(

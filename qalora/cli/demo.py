@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import force_option, output_option, progress_bar, targets_option, verification_bar
+from qalora.cli.options import force_option, output_option, targets_option
+from qalora.cli.progress import log_format_option, log_gates, progress_bar, training_bar, verification_bar
 from qalora.cli.release.make import print_release
-from qalora.cli.train import training_bar
 from qalora.formats.output import check_output
 
 TARGETS = ("gptq", "onnx", "gguf")
@@ -25,6 +25,7 @@ HELD_OUT = "held-out.txt"
     "--steps", type=click.IntRange(1), default=60, show_default=True, help="Training steps of 4 x 128 tokens."
 )
 @force_option
+@log_format_option
 def command(out: Path, targets: tuple[str, ...], model: str | None, steps: int, force: bool) -> None:
     """The whole story on a real model: train on a text, fold, export to several formats, run each, prove.
 
@@ -60,7 +61,7 @@ def command(out: Path, targets: tuple[str, ...], model: str | None, steps: int, 
     named = ReleaseOptions(targets=targets, export=export, text=text[cut:])
     planned = plan_release(base, named, out / "dist", adapter=adapter, force=force)
     with progress_bar(planned.nbytes, "writing") as progress, verification_bar() as stage:
-        done = release(planned, out / "dist", force=force, progress=progress, stage=stage)
+        done = release(planned, out / "dist", force=force, progress=progress, stage=stage, judged=log_gates)
     print_release(done)
     for artifact in done.report.artifacts:
         for run in artifact.runs:

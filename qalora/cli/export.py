@@ -20,9 +20,9 @@ from qalora.cli.options import (
     output_option,
     print_json,
     print_plans,
-    progress_bar,
     targets_option,
 )
+from qalora.cli.progress import log_format_option, progress_bar
 
 
 @click.command(
@@ -46,6 +46,7 @@ from qalora.cli.options import (
 @force_option
 @dry_run_option
 @json_flag
+@log_format_option
 def command(
     model: str,
     targets: tuple[str, ...],

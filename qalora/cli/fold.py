@@ -23,6 +23,7 @@ from qalora.cli.options import (
     print_plans,
     table_console,
 )
+from qalora.cli.progress import log_format_option
 from qalora.errors import InputError, ProofError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @force_option
 @dry_run_option
 @json_flag
+@log_format_option
 def command(
     model: str,
     adapter: Path,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qalora.cli.options import checkpoint_format_option, convention_option, json_flag, print_json, progress_bar
+from qalora.cli.options import checkpoint_format_option, convention_option, json_flag, print_json
+from qalora.cli.progress import log_format_option, progress_bar
 
 if TYPE_CHECKING:
     from qalora.inspection import AdapterReport, Finding, ModelReport, Report
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 @convention_option
 @checkpoint_format_option
 @json_flag
+@log_format_option
 def command(
     path: str, base: str | None, quick: bool, convention: str | None, checkpoint_format: str | None, as_json: bool
 ) -> None:

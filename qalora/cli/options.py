@@ -1,23 +1,24 @@
-"""What several commands share: options as decorators, progress on stderr, JSON on stdout."""
+"""What several commands share: options as decorators, plans and JSON on stdout."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qalora.cli.progress import say
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from qalora.checkpoint import Checkpoint
-    from qalora.converters.plan import Plan, Progress
+    from qalora.converters.plan import Plan
 
 __all__ = [
     "checkpoint_format_option",
@@ -33,13 +34,11 @@ __all__ = [
     "output_option",
     "print_json",
     "print_plans",
-    "progress_bar",
     "public_key_option",
     "sign_option",
     "sign_password",
     "table_console",
     "targets_option",
-    "verification_bar",
     "verify_options",
     "verify_settings",
 ]
@@ -168,7 +167,7 @@ def open_model(model: str, checkpoint_format: str | None = None) -> Checkpoint:
 
     found = load(model, checkpoint_format=checkpoint_format)
     for note in found.notes:
-        click.echo(f"note: {note}", err=True)
+        say(note)
     return found
 
 
@@ -284,28 +283,6 @@ def verify_settings(
     }
 
 
-@contextmanager
-def verification_bar() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr with the stage and the time left; a line for each stage where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    said = ""
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("verify", total=1.0)
-
-        def show(stage: str, share: float) -> None:
-            nonlocal said
-            bar.update(task, completed=share, description=stage)
-            if not console.is_terminal and stage != said:
-                click.echo(f"{100 * share:3.0f} % {stage} ...", err=True)
-            said = stage
-
-        yield show
-
-
 def print_json(content: object) -> None:
     """Machine-readable output: sorted keys, on stdout."""
     click.echo(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False))
@@ -345,16 +322,3 @@ def _plan_rows(plan: Plan, details: bool) -> list[tuple[str, str, str, str, str]
     for tensor in plan.tensors:
         kinds.setdefault((tensor.carrier, tensor.file, exact(tensor.loss)), []).append(tensor.nbytes)
     return [(str(len(sizes)), carrier, file, f"{sum(sizes):,}", loss) for (carrier, file, loss), sizes in kinds.items()]
-
-
-@contextmanager
-def progress_bar(total: int, what: str) -> Iterator[Progress]:
-    """A bar of bytes on stderr, silent where stderr is no terminal; gives the function to call with (name, bytes)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda name, nbytes: bar.advance(task, nbytes)

@@ -17,6 +17,7 @@ from qalora.cli.options import (
     print_json,
     print_plans,
 )
+from qalora.cli.progress import log_format_option
 from qalora.errors import InputError
 
 
@@ -42,6 +43,7 @@ from qalora.errors import InputError
 @force_option
 @dry_run_option
 @json_flag
+@log_format_option
 def command(
     model: str,
     out: Path,

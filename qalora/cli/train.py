@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +17,12 @@ from qalora.cli.options import (
     output_option,
     print_json,
 )
+from qalora.cli.progress import log_format_option, training_bar
 
 if TYPE_CHECKING:
-    from qalora.training.loop import Progress, StepReport
+    from qalora.training.loop import StepReport
 
-__all__ = ["command", "training_bar"]
+__all__ = ["command"]
 
 
 @click.command("train", epilog="Example: qalora train base --data text.jsonl -o adapter --steps 200")
@@ -63,6 +62,7 @@ __all__ = ["command", "training_bar"]
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint beside DIR, to the same weights.")
 @force_option
 @json_flag
+@log_format_option
 def command(
     model: str,
     data: str,
@@ -134,31 +134,3 @@ def command(
     else:
         loss = seen[-1].held_out
         click.echo(f"held-out loss {loss:.4f} (perplexity {math.exp(loss):.2f}) after {seen[-1].steps} steps: {out}")
-
-
-@contextmanager
-def training_bar() -> Iterator[Progress]:
-    """A bar of steps on stderr, with losses and tokens a second; lines now and then where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(report: StepReport) -> None:
-            text = f"loss {report.loss:.3f}  held-out {report.held_out:.3f}  {report.tokens_per_second:.0f} tokens/s"
-            bar.update(task, total=report.steps, completed=report.step, description=text)
-            if not console.is_terminal and (
-                report.step % max(1, report.steps // 6) == 0 or report.step == report.steps
-            ):
-                click.echo(f"step {report.step} of {report.steps}: {text}", err=True)
-
-        yield show

@@ -14,10 +14,10 @@ from qalora.cli.options import (
     minima_option,
     open_model,
     table_console,
-    verification_bar,
     verify_options,
     verify_settings,
 )
+from qalora.cli.progress import log_format_option, log_gates, verification_bar
 from qalora.errors import ProofError
 
 
@@ -45,6 +45,7 @@ from qalora.errors import ProofError
 )
 @click.option("--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write it as JUnit XML.")
 @force_option
+@log_format_option
 def command(
     reference: str,
     artifacts: tuple[Path, ...],
@@ -87,6 +88,7 @@ def command(
             progress=progress,
             **verify_settings(**settings),
         )
+    log_gates(report)
     if json_file is not None:
         with new_file(json_file, force=force) as place:
             write_json(place, report.to_json())

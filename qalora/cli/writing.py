@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
-from qalora.cli.options import progress_bar
+from qalora.cli.progress import progress_bar
 from qalora.converters import native
 from qalora.converters.plan import ExportOptions, Plan
 from qalora.formats.output import check_output, new_folder

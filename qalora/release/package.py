@@ -46,12 +46,15 @@ __all__ = [
     "REPORT",
     "Release",
     "ReleasePlan",
+    "Steps",
     "package",
     "plan_release",
     "preview",
     "prove",
     "release",
 ]
+
+Stage = Callable[[str, float], None]
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -88,6 +91,18 @@ class Release:
     folder: Path
     plans: tuple[Plan, ...]
     report: ParityReport
+
+
+class Steps:
+    """The long steps of a release. A subclass may take a result from an earlier run instead."""
+
+    def write(self, planned: ReleasePlan, folder: Path, progress: Progress) -> None:
+        """Put every artefact into `folder/<target>/`."""
+        run_jobs(planned.jobs, folder, progress=progress)
+
+    def prove(self, planned: ReleasePlan, folder: Path, memory: int | None, stage: Stage) -> ParityReport:
+        """Verify the artefacts in `folder`."""
+        return prove(planned, folder, memory=memory, stage=stage)
 
 
 def plan_release(
@@ -128,17 +143,22 @@ def release(
     allow_unproven: bool = False,
     memory: int | None = None,
     progress: Progress = lambda name, nbytes: None,
-    stage: Callable[[str, float], None] = lambda stage, share: None,
+    stage: Stage = lambda stage, share: None,
+    judged: Callable[[ParityReport], None] = lambda report: None,
+    steps: Steps | None = None,
 ) -> Release:
     """Export what was planned, verify every artefact, and write the folder.
 
     memory is what runtimes may take, in bytes; progress is called with each tensor written, stage with each stage of
-    the verification and the share that is done. Raises ProofError, after leaving the report beside `out`, when a gate
-    fails, or when an artefact is not proven and `allow_unproven` is not set.
+    the verification and the share that is done, judged with the report; steps may know results of an earlier run.
+    Raises ProofError, after leaving the report beside `out`, when a gate fails, or when an artefact is not proven and
+    `allow_unproven` is not set.
     """
     with new_folder(out, force=force, names=[SUMS]) as folder:
-        run_jobs(planned.jobs, folder, progress=progress)
-        report = prove(planned, folder, memory=memory, stage=stage)
+        does = steps or Steps()
+        does.write(planned, folder, progress)
+        report = does.prove(planned, folder, memory, stage)
+        judged(report)
         if not report.passed(allow_unproven=allow_unproven):
             failed = out.parent / f"{out.name}.{REPORT}"
             write_json(failed, report.to_json())
@@ -152,7 +172,7 @@ def prove(
     folder: Path,
     *,
     memory: int | None = None,
-    stage: Callable[[str, float], None] = lambda stage, share: None,
+    stage: Stage = lambda stage, share: None,
 ) -> ParityReport:
     """Verify the artefacts in `folder`."""
     from qalora.parity import verify

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import force_option, output_option, progress_bar
+from qalora.cli.options import force_option, output_option
+from qalora.cli.progress import log_format_option, progress_bar
 
 __all__ = ["command"]
 
@@ -23,6 +24,7 @@ __all__ = ["command"]
     help="Only this sub-folder of the release: gguf, mlx, ... Repeatable. BASE may then be the part that is there.",
 )
 @force_option
+@log_format_option
 def command(delta: Path, base: Path, out: Path, targets: tuple[str, ...], force: bool) -> None:
     """Rebuild a release from BASE, the release that DELTA was made over, byte for byte.
 

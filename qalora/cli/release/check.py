@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qalora.cli.options import checkpoint_format_option, json_flag, open_model, print_json
+from qalora.cli.progress import log_format_option, say_stage
 
 if TYPE_CHECKING:
     from qalora.release.check import Checked
@@ -28,6 +29,7 @@ __all__ = ["command"]
 @click.option("--allow-unproven", is_flag=True, help="Exit 0 even where a runtime is not installed.")
 @checkpoint_format_option
 @json_flag
+@log_format_option
 def command(
     dist: Path,
     base: str | None,
@@ -58,7 +60,7 @@ def command(
         template=None if card_template is None else read_text(card_template),
         open_artifacts=opens,
         allow_unproven=allow_unproven,
-        progress=lambda what: click.echo(f"{what} ...", err=True),
+        progress=say_stage,
     )
     print_json(_json(dist, found)) if as_json else _print(found)
     if found.findings:

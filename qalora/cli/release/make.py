@@ -18,18 +18,18 @@ from qalora.cli.options import (
     open_model,
     output_option,
     print_plans,
-    progress_bar,
     table_console,
     targets_option,
-    verification_bar,
     verify_options,
     verify_settings,
 )
+from qalora.cli.progress import log_format_option, log_gates, progress_bar, verification_bar
 
 if TYPE_CHECKING:
-    from qalora.release.package import Release
+    from qalora.release.options import ReleaseOptions
+    from qalora.release.package import Release, Steps
 
-__all__ = ["command", "print_release"]
+__all__ = ["command", "make", "print_release", "release_options"]
 
 
 @click.command(
@@ -50,42 +50,33 @@ __all__ = ["command", "print_release"]
 @checkpoint_format_option
 @force_option
 @dry_run_option
-def command(
-    model: str,
-    adapter: Path | None,
-    targets: tuple[str, ...],
-    out: Path,
-    convention: str | None,
-    minima: str | None,
-    allow_unproven: bool,
-    with_adapter: bool,
-    checkpoint_format: str | None,
-    force: bool,
-    dry_run: bool,
-    **settings: Any,
-) -> None:
+@log_format_option
+def command(**settings: Any) -> None:
     """Fold an adapter into MODEL, export it, verify every artefact in its own runtime, and package the result.
 
     The folder holds the artefacts, the report, a manifest, a model card and SHA256SUMS. When a gate fails nothing is
     left but the report, beside the folder's place; exit status 1.
     """
+    make(**settings)
+
+
+def make(
+    *,
+    model: str,
+    adapter: Path | None,
+    out: Path,
+    allow_unproven: bool,
+    checkpoint_format: str | None,
+    force: bool,
+    dry_run: bool,
+    steps: Steps | None = None,
+    **settings: Any,
+) -> None:
+    """What the command does; steps may know results of an earlier run."""
     from qalora.adapter import read_adapter
-    from qalora.converters.plan import ExportOptions
-    from qalora.release.options import ReleaseOptions
     from qalora.release.package import plan_release, preview, release
 
-    export = ExportOptions(**export_settings(settings))
-    checked = verify_settings(**settings)
-    memory = checked.pop("memory")
-    options = ReleaseOptions(
-        targets=targets,
-        export=export,
-        convention=convention,  # type: ignore[arg-type]
-        minima=minima,  # type: ignore[arg-type]
-        with_adapter=with_adapter,
-        prompts=tuple(checked.pop("prompts")),
-        **checked,
-    )
+    options, memory = release_options(settings)
     base = open_model(model, checkpoint_format)
     read = None if adapter is None else read_adapter(adapter, base, convention=options.convention)
     if dry_run:
@@ -101,8 +92,24 @@ def command(
             memory=memory,
             progress=progress,
             stage=stage,
+            judged=log_gates,
+            steps=steps,
         )
     print_release(done)
+
+
+def release_options(settings: dict[str, Any]) -> tuple[ReleaseOptions, int | None]:
+    """What the command's settings say of the release, and the memory that runtimes may take."""
+    from qalora.converters.plan import ExportOptions
+    from qalora.release.options import ReleaseOptions
+
+    left = dict(settings)
+    own = {key: left.pop(key) for key in ("targets", "convention", "minima", "with_adapter")}
+    export = ExportOptions(**export_settings(left))
+    checked = verify_settings(**left)
+    memory: int | None = checked.pop("memory")
+    prompts = tuple(checked.pop("prompts"))
+    return ReleaseOptions(export=export, prompts=prompts, **own, **checked), memory
 
 
 def print_release(done: Release) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qalora.cli.progress import log_format_option
+
 if TYPE_CHECKING:
     from qalora.release.push import PushPlan
 
@@ -21,6 +23,7 @@ __all__ = ["command", "print_push"]
 @click.option("--revision", metavar="BRANCH", help="The branch, made if it is not there; main by default.")
 @click.option("--replace", is_flag=True, help="Delete files of the repository that the release has not.")
 @click.option("--allow-unproven", is_flag=True, help="Upload it even where report.json has not passed.")
+@log_format_option
 def command(
     repo: str, dist: Path, upload: bool, private: bool, revision: str | None, replace: bool, allow_unproven: bool
 ) -> None:

@@ -1,0 +1,210 @@
+"""Progress on stderr: bars for people, JSON lines for pipelines.
+
+With `--log-format json` stderr has one JSON object a line, each with "event"; docs/pipelines.md lists them. Commands
+use the bars of this module and need not know which it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from qalora.converters.plan import Progress
+    from qalora.parity.report import ParityReport
+    from qalora.training.loop import Progress as TrainingProgress
+    from qalora.training.loop import StepReport
+
+__all__ = [
+    "EVENTS",
+    "asks_for_json",
+    "json_log",
+    "log_event",
+    "log_format_option",
+    "log_gates",
+    "progress_bar",
+    "say",
+    "say_stage",
+    "training_bar",
+    "verification_bar",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EVENTS = {
+    "step": "a step of a recipe: `step`, `state` (started, reused, goes on, finished), `seconds` when finished",
+    "progress": "`stage`, and, where it is known, the `share` that is done, 0 to 1, once for each percent; `bytes` and `total` where "
+    "bytes are counted; `step`, `steps`, `loss`, `held_out`, `tokens_per_second` in training",
+    "gate": "a gate was judged: `at`, `gate`, `status` (pass, fail, ambiguous, not proven), `value`, `bound`, `detail`",
+    "note": "`message`: what the user should know",
+    "done": "the last line of a command that ends well; `status` is 0",
+    "error": "the last line of one that does not: `status` (1 not proven, 2 bad usage or input) and `message`",
+}
+"""Each event of `--log-format json` and what is in it."""
+
+_META = "qalora.log_format"
+
+
+def log_format_option(function: F) -> F:
+    """--log-format, which the functions of this module find in the context."""
+
+    def chosen(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            ctx.meta[_META] = value
+
+    return click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        is_eager=True,
+        expose_value=False,
+        callback=chosen,
+        help="Progress on stderr as bars and lines, the default, or as a JSON object on each line.",
+    )(function)
+
+
+def json_log() -> bool:
+    """Whether the command that runs was asked for JSON lines."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(_META) == "json"
+
+
+def asks_for_json(arguments: Sequence[str]) -> bool:
+    """Whether arguments, which need not be right otherwise, ask for JSON lines."""
+    return "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)
+
+
+def log_event(event: str, **content: object) -> None:
+    """A JSON line on stderr."""
+    click.echo(json.dumps({"event": event, **content}), err=True)
+
+
+def say(message: str) -> None:
+    """A note on stderr."""
+    if json_log():
+        log_event("note", message=message)
+    else:
+        click.echo(f"note: {message}", err=True)
+
+
+def say_stage(stage: str) -> None:
+    """A stage begins of which no share is known."""
+    if json_log():
+        log_event("progress", stage=stage)
+    else:
+        click.echo(f"{stage} ...", err=True)
+
+
+def log_gates(report: ParityReport) -> None:
+    """Every gate of a report, in JSON lines alone: people get the table."""
+    if not json_log():
+        return
+    for where, result in report.results():
+        found = {"value": result.value, "bound": result.bound}
+        numbers = {
+            key: value if value is not None and abs(value) < float("inf") else None for key, value in found.items()
+        }
+        log_event("gate", at=where, gate=result.gate, status=result.status, detail=result.detail, **numbers)
+
+
+class _Percents:
+    """A JSON line for each stage and each whole percent of it."""
+
+    def __init__(self) -> None:
+        self._said: tuple[str, int] | None = None
+
+    def show(self, stage: str, share: float, **more: object) -> None:
+        now = (stage, int(100 * share))
+        if now != self._said:
+            self._said = now
+            log_event("progress", stage=stage, share=round(share, 4), **more)
+
+
+@contextmanager
+def progress_bar(total: int, what: str) -> Iterator[Progress]:
+    """A bar of bytes, silent where stderr is no terminal; gives the function to call with (name, bytes)."""
+    if json_log():
+        percents, done = _Percents(), 0
+
+        def count(name: str, nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            percents.show(what, min(1.0, done / max(1, total)), bytes=done, total=total)
+
+        yield count
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda name, nbytes: bar.advance(task, nbytes)
+
+
+@contextmanager
+def verification_bar() -> Iterator[Callable[[str, float], None]]:
+    """A bar with the stage and the time left; a line for each stage where stderr is no terminal."""
+    if json_log():
+        yield _Percents().show
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    said = ""
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("verify", total=1.0)
+
+        def show(stage: str, share: float) -> None:
+            nonlocal said
+            bar.update(task, completed=share, description=stage)
+            if not console.is_terminal and stage != said:
+                click.echo(f"{100 * share:3.0f} % {stage} ...", err=True)
+            said = stage
+
+        yield show
+
+
+@contextmanager
+def training_bar() -> Iterator[TrainingProgress]:
+    """A bar of steps, with losses and tokens a second; lines now and then where stderr is no terminal."""
+    if json_log():
+        percents = _Percents()
+
+        def log(report: StepReport) -> None:
+            numbers = {"loss": report.loss, "held_out": report.held_out, "tokens_per_second": report.tokens_per_second}
+            shown = {key: float(f"{value:.6g}") for key, value in numbers.items()}
+            percents.show("training", report.step / report.steps, step=report.step, steps=report.steps, **shown)
+
+        yield log
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(report: StepReport) -> None:
+            text = f"loss {report.loss:.3f}  held-out {report.held_out:.3f}  {report.tokens_per_second:.0f} tokens/s"
+            bar.update(task, total=report.steps, completed=report.step, description=text)
+            if not console.is_terminal and (
+                report.step % max(1, report.steps // 6) == 0 or report.step == report.steps
+            ):
+                click.echo(f"step {report.step} of {report.steps}: {text}", err=True)
+
+        yield show
