@@ -7,6 +7,7 @@ use the bars of this module and need not know which it is.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -104,11 +105,13 @@ def log_gates(report: ParityReport) -> None:
     if not json_log():
         return
     for where, result in report.results():
-        found = {"value": result.value, "bound": result.bound}
-        numbers = {
-            key: value if value is not None and abs(value) < float("inf") else None for key, value in found.items()
-        }
+        numbers = {"value": _number(result.value), "bound": _number(result.bound)}
         log_event("gate", at=where, gate=result.gate, status=result.status, detail=result.detail, **numbers)
+
+
+def _number(value: float | None) -> float | None:
+    """Six significant digits; what is not finite is no JSON."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
 class _Percents:
@@ -179,8 +182,7 @@ def training_bar() -> Iterator[TrainingProgress]:
         percents = _Percents()
 
         def log(report: StepReport) -> None:
-            numbers = {"loss": report.loss, "held_out": report.held_out, "tokens_per_second": report.tokens_per_second}
-            shown = {key: float(f"{value:.6g}") for key, value in numbers.items()}
+            shown = {key: _number(getattr(report, key)) for key in ("loss", "held_out", "tokens_per_second")}
             percents.show("training", report.step / report.steps, step=report.step, steps=report.steps, **shown)
 
         yield log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +20,12 @@ from qalora.cli.options import (
 )
 from qalora.cli.progress import log_format_option
 from qalora.errors import InputError
+
+if TYPE_CHECKING:
+    from qalora.checkpoint import Checkpoint
+    from qalora.quantization.rounding import Zeros
+
+__all__ = ["command", "quantized_model"]
 
 
 @click.command(
@@ -47,16 +54,12 @@ from qalora.errors import InputError
 def command(
     model: str,
     out: Path,
-    bits: int,
-    group_size: str,
-    zeros: str,
-    method: str,
-    requantize: bool,
     max_shard_size: int,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Round the linear weights of MODEL to integer groups and write a qalora folder.
 
@@ -64,15 +67,22 @@ def command(
     holds the result exactly.
     """
     from qalora.cli.writing import write_native
-    from qalora.quantization import quantize
 
-    if group_size != "row" and not group_size.isdigit():
-        raise InputError("--group-size", expected="a whole number or `row`", got=repr(group_size))
-    size = None if group_size == "row" else int(group_size)
-    source = open_model(model, checkpoint_format)
-    quantized = quantize(source, bits=bits, group_size=size, zeros=zeros, requantize=requantize)  # type: ignore[arg-type]
+    quantized = quantized_model(open_model(model, checkpoint_format), **settings)
     plan = write_native(quantized, out, max_shard_size=max_shard_size, force=force, dry_run=dry_run)
     if as_json:
         print_json(plan.to_json())
     else:
         print_plans([plan], details=dry_run)
+
+
+def quantized_model(
+    model: Checkpoint, *, bits: int, group_size: str, zeros: Zeros, method: str, requantize: bool
+) -> Checkpoint:
+    """The model that the command's settings make of one; nothing is read yet."""
+    from qalora.quantization import quantize
+
+    if group_size != "row" and not group_size.isdigit():
+        raise InputError("--group-size", expected="a whole number or `row`", got=repr(group_size))
+    size = None if group_size == "row" else int(group_size)
+    return quantize(model, bits=bits, group_size=size, zeros=zeros, requantize=requantize)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,9 +20,10 @@ from qalora.cli.options import (
 from qalora.cli.progress import log_format_option, training_bar
 
 if TYPE_CHECKING:
+    from qalora.training import TrainOptions
     from qalora.training.loop import StepReport
 
-__all__ = ["command"]
+__all__ = ["command", "train_options"]
 
 
 @click.command("train", epilog="Example: qalora train base --data text.jsonl -o adapter --steps 200")
@@ -34,7 +35,7 @@ __all__ = ["command"]
     help="A text file; JSONL with text, prompt and completion, or messages; or a dataset of the Hub.",
 )
 @output_option("The folder of the adapter; PEFT's files and qalora's record.")
-@click.option("--rank", type=int, default=16, show_default=True)
+@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--alpha", type=float, help="alpha/rank scales the adapter, in the paper's sense; rank by default.")
 @click.option(
     "--convention",
@@ -44,79 +45,50 @@ __all__ = ["command"]
     help="What the files are written in; the training is the same.",
 )
 @click.option("--pool-size", type=click.IntRange(1), help="Columns that share an input; the group size by default.")
-@click.option("--minima", type=click.Choice(["fp16", "float32"]), default="fp16", show_default=True)
+@click.option(
+    "--minima",
+    type=click.Choice(["fp16", "float32"]),
+    default="fp16",
+    show_default=True,
+    help="What the folded minima are rounded to, in training and in the fold.",
+)
 @click.option(
     "--target-modules", multiple=True, metavar="NAME", help="q_proj, mlp.up_proj, ...; every linear layer by default."
 )
-@click.option("--steps", type=int, help="Optimizer steps; one pass over the data by default.")
-@click.option("--batch-size", type=int, default=4, show_default=True)
-@click.option("--gradient-accumulation", type=int, default=1, show_default=True)
-@click.option("--sequence-length", type=int, default=128, show_default=True)
-@click.option("--learning-rate", type=float, default=3e-3, show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps; one pass over the data by default.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Sequences of a forward.")
+@click.option(
+    "--gradient-accumulation", type=click.IntRange(1), default=1, show_default=True, help="Forwards that make a step."
+)
+@click.option("--sequence-length", type=click.IntRange(2), default=128, show_default=True, help="Tokens of a sequence.")
+@click.option("--learning-rate", type=float, default=3e-3, show_default=True, help="AdamW's highest.")
 @click.option("--held-out", type=float, default=0.05, show_default=True, help="Share of the data kept for evaluation.")
-@click.option("--evaluate-every", type=int, default=0, help="Steps between held-out losses, beside first and last.")
-@click.option("--save-every", type=int, default=100, show_default=True, help="Steps between checkpoints.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--evaluate-every", type=click.IntRange(0), default=0, help="Steps between held-out losses, beside first and last."
+)
+@click.option("--save-every", type=click.IntRange(0), default=100, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Decides the adapter's start and the order of the data.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda.")
 @checkpoint_format_option
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint beside DIR, to the same weights.")
 @force_option
 @json_flag
 @log_format_option
-def command(
-    model: str,
-    data: str,
-    out: Path,
-    rank: int,
-    alpha: float | None,
-    convention: str,
-    pool_size: int | None,
-    minima: str,
-    target_modules: tuple[str, ...],
-    steps: int | None,
-    batch_size: int,
-    gradient_accumulation: int,
-    sequence_length: int,
-    learning_rate: float,
-    held_out: float,
-    evaluate_every: int,
-    save_every: int,
-    seed: int,
-    device: str,
-    resume: bool,
-    checkpoint_format: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool, **settings: Any) -> None:
     """Train a QA-LoRA adapter on MODEL, which holds integers, and write it to DIR.
 
     Each layer computes with the folded, rounded minima in training too: the trained model is the folded model, bit
     for bit.
     """
-    from qalora.training import TrainOptions, train
+    from qalora.training import train
 
-    options = TrainOptions(
-        data=data,
-        out=out,
-        rank=rank,
-        alpha=alpha,
-        convention=convention,  # type: ignore[arg-type]
-        pool_size=pool_size,
-        minima=MINIMA[minima],  # type: ignore[arg-type]
-        target_modules=target_modules,
-        steps=steps,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        sequence_length=sequence_length,
-        learning_rate=learning_rate,
-        held_out=held_out,
-        evaluate_every=evaluate_every,
-        save_every=save_every,
-        seed=seed,
-        device=device,
-        resume=resume,
-        force=force,
-    )
+    options = train_options(out=out, **settings)
     base = open_model(model, checkpoint_format)
     seen: list[StepReport] = []
     with training_bar() as show:
@@ -134,3 +106,10 @@ def command(
     else:
         loss = seen[-1].held_out
         click.echo(f"held-out loss {loss:.4f} (perplexity {math.exp(loss):.2f}) after {seen[-1].steps} steps: {out}")
+
+
+def train_options(*, minima: str, **settings: Any) -> TrainOptions:
+    """What the command's settings say of the training."""
+    from qalora.training import TrainOptions
+
+    return TrainOptions(minima=MINIMA[minima], **settings)  # type: ignore[arg-type]

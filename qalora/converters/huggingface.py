@@ -183,15 +183,18 @@ def check_shapes(
             )
 
 
-def download(repo: str) -> Path:
-    """The local snapshot of a Hub id such as `HuggingFaceTB/SmolLM2-135M`; InputError if it is neither path nor id."""
+def download(repo: str, *, here: bool = False) -> Path:
+    """The local snapshot of a Hub id such as `HuggingFaceTB/SmolLM2-135M`; InputError if it is neither path nor id, or,
+    where it has to be `here`, not yet.
+    """
     if repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith("/"):
         raise InputError(f"{repo}: no such file or folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=here))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{repo}: no such file or folder, and not to be had from the Hub ({reason})") from error

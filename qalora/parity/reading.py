@@ -25,7 +25,9 @@ from qalora.parity.report import (
 )
 from qalora.parity.weights import WeightMetrics
 
-__all__ = ["report_from_json"]
+__all__ = ["record_from_json", "report_from_json"]
+
+T = typing.TypeVar("T")
 
 
 def report_from_json(content: Any, where: str) -> ParityReport:
@@ -52,6 +54,11 @@ def report_from_json(content: Any, where: str) -> ParityReport:
         ),
         comparison=reader.value(RunReport | None, content.get("comparison"), "comparison"),
     )
+
+
+def record_from_json(kind: type[T], content: Any, where: str) -> T:
+    """A record of a report as `dataclasses.asdict` and json made it, every number whole. Raises as above."""
+    return typing.cast(T, _Reader(where).value(kind, content, kind.__name__))
 
 
 class _Reader:

@@ -154,16 +154,17 @@ def release(
     Raises ProofError, after leaving the report beside `out`, when a gate fails, or when an artefact is not proven and
     `allow_unproven` is not set.
     """
+    failed = out.parent / f"{out.name}.{REPORT}"
     with new_folder(out, force=force, names=[SUMS]) as folder:
         does = steps or Steps()
         does.write(planned, folder, progress)
         report = does.prove(planned, folder, memory, stage)
         judged(report)
         if not report.passed(allow_unproven=allow_unproven):
-            failed = out.parent / f"{out.name}.{REPORT}"
             write_json(failed, report.to_json())
             raise ProofError(f"{out} was not written: {report.failure()}; the report is in {failed}")
         package(planned, folder, report)
+    failed.unlink(missing_ok=True)  # of an earlier run
     return Release(folder=out, plans=tuple(job.plan for job in planned.jobs), report=report)
 
 

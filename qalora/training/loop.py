@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora.adapter import ADAPTER_FILES, Adapter, convert, write_adapter
+from qalora.adapter import ADAPTER_FILES, Adapter, AdapterLayer, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.errors import InputError
@@ -31,7 +31,7 @@ from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.options import TrainOptions
 from qalora.training.state import State, checkpoint_of, read_state, write_state
 
-__all__ = ["LOG", "Progress", "StepReport", "train"]
+__all__ = ["LOG", "Progress", "StepReport", "train", "untrained"]
 
 LOG = "training.json"
 
@@ -71,6 +71,22 @@ def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda 
         write_json(folder / LOG, run.log(state))
     shutil.rmtree(checkpoint_of(options.out), ignore_errors=True)
     return adapter
+
+
+def untrained(model: Checkpoint, options: TrainOptions) -> Adapter:
+    """An adapter of the form that `train` gives, which adds nothing: to plan with. Raises as `train` does."""
+    layers = {}
+    for path in sorted(_targets(model, options)):
+        lazy = model.tensors[f"{path}.weight"]
+        pool = options.pool_size or (1 if lazy.spec is None else lazy.spec.group_size)
+        layers[path] = AdapterLayer(
+            a=torch.zeros(options.rank, lazy.shape[1] // pool),
+            b=torch.zeros(lazy.shape[0], options.rank),
+            pool_size=pool,
+            scaling=options.scaling,
+            factor=options.scaling,
+        )
+    return Adapter(layers=layers, convention="paper", minima=options.minima)
 
 
 def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:

@@ -11,6 +11,7 @@ qalora release --push-to REPO DIST        push      upload one
 from __future__ import annotations
 
 import importlib
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -35,7 +36,8 @@ def way_of(arguments: list[str]) -> tuple[str, list[str]]:
         if flags[0] != "--push-to":
             rest.remove(flags[0])
         return WAYS[flags[0]], rest
-    first = next((word for word in arguments if not word.startswith("-")), "")
+    words = [word for before, word in pairwise(["", *arguments]) if before != "--log-format" and word[:1] != "-"]
+    first = next(iter(words), "")
     return ("recipe", arguments) if first.endswith(".toml") else ("make", arguments)
 
 

@@ -1,0 +1,38 @@
+"""A parity report that is kept between runs: its records as JSON, every number whole, and back.
+
+Not the report that is shipped: that one is rounded, and cannot be read back. Only what this module wrote is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qalora.errors import InputError
+from qalora.formats.files import read_limited
+from qalora.formats.output import json_bytes
+
+if TYPE_CHECKING:
+    from qalora.parity import ParityReport
+
+__all__ = ["kept_report", "report_bytes"]
+
+LIMIT = 1 << 30
+
+
+def report_bytes(report: ParityReport) -> bytes:
+    """The report as JSON; NaN and Infinity as Python writes them."""
+    return json_bytes(asdict(report))
+
+
+def kept_report(path: Path) -> ParityReport | None:
+    """The report that `report_bytes` was made of; None for anything else."""
+    from qalora.parity import ParityReport
+    from qalora.parity.reading import record_from_json
+
+    try:
+        return record_from_json(ParityReport, json.loads(read_limited(path, LIMIT)), str(path))
+    except (InputError, ValueError, RecursionError):
+        return None
