@@ -39,8 +39,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 EVENTS = {
     "step": "a step of a recipe: `step`, `state` (started, reused, goes on, finished), `seconds` when finished",
-    "progress": "`stage`, and, where it is known, the `share` that is done, 0 to 1, once for each percent; `bytes` and `total` where "
-    "bytes are counted; `step`, `steps`, `loss`, `held_out`, `tokens_per_second` in training",
+    "progress": "`stage`, and, where it is known, the `share` that is done, 0 to 1, once for each percent; `bytes` and "
+    "`total` where bytes are counted; `step`, `steps`, `loss`, `held_out`, `tokens_per_second` in training",
     "gate": "a gate was judged: `at`, `gate`, `status` (pass, fail, ambiguous, not proven), `value`, `bound`, `detail`",
     "note": "`message`: what the user should know",
     "done": "the last line of a command that ends well; `status` is 0",

@@ -34,6 +34,7 @@ from qalora.release.manifest import (
 )
 from qalora.release.options import ReleaseOptions
 from qalora.release.sbom import SBOM, sbom_bytes
+from qalora.release.signing import sign
 
 if TYPE_CHECKING:
     from qalora.parity import ParityReport
@@ -146,8 +147,10 @@ def release(
     stage: Stage = lambda stage, share: None,
     judged: Callable[[ParityReport], None] = lambda report: None,
     steps: Steps | None = None,
+    sign_key: Path | None = None,
+    password: str | None = None,
 ) -> Release:
-    """Export what was planned, verify every artefact, and write the folder.
+    """Export what was planned, verify every artefact, and write the folder; sign it where a private key is given.
 
     memory is what runtimes may take, in bytes; progress is called with each tensor written, stage with each stage of
     the verification and the share that is done, judged with the report; steps may know results of an earlier run.
@@ -164,6 +167,8 @@ def release(
             write_json(failed, report.to_json())
             raise ProofError(f"{out} was not written: {report.failure()}; the report is in {failed}")
         package(planned, folder, report)
+        if sign_key is not None:
+            sign(folder, sign_key, password=password, name=out.name)
     failed.unlink(missing_ok=True)  # of an earlier run
     return Release(folder=out, plans=tuple(job.plan for job in planned.jobs), report=report)
 

@@ -26,7 +26,7 @@ from qalora.release.checksums import HUBS, check_sums, release_files
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-__all__ = ["PushPlan", "openings", "plan_push", "push"]
+__all__ = ["PushPlan", "check_repo", "openings", "plan_push", "push"]
 
 LARGEST_FILE = 50_000_000_000
 """Bytes. huggingface_hub's constants.MAX_HTTP_DOWNLOAD_SIZE: what is larger cannot be fetched by plain HTTP.
@@ -69,7 +69,7 @@ def plan_push(
     of the repository that the release has not are deleted. Raises InputError for a name that the Hub does not take, a
     folder that is no release or has changed, a file too large; ProofError for a release whose report did not pass.
     """
-    _check_repo(repo)
+    check_repo(repo)
     if not folder.is_dir():
         raise InputError(str(folder), expected="the folder of a release", got="no folder")
     check_sums(folder)
@@ -143,7 +143,8 @@ def push(plan: PushPlan) -> str:
     return str(done.commit_url)
 
 
-def _check_repo(repo: str) -> None:
+def check_repo(repo: str) -> None:
+    """InputError for what is no OWNER/NAME that the Hub takes."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.formats.files import read_limited
 from qalora.formats.output import new_file
-from qalora.release.checksums import HUBS, release_files
+from qalora.release.checksums import HUBS, SIGNATURE, release_files
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SIGNATURE", "check_key", "sign", "verify_signature"]
 
-SIGNATURE = "model.sig"
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _KEY_BYTES = 1 << 20
 _SIGNATURE_BYTES = 64 << 20

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qalora.cli.options import checkpoint_format_option, json_flag, open_model, print_json
+from qalora.cli.options import checkpoint_format_option, json_flag, open_model, print_json, public_key_option
 from qalora.cli.progress import log_format_option, say_stage
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = ["command"]
 @click.argument("dist", type=click.Path(path_type=Path))
 @click.option("--base", help="The model it was made from: every byte is computed again.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter; else the release's own copy.")
-@click.option("--public-key", type=click.Path(path_type=Path), help="The public half of the key it was signed with.")
+@public_key_option
 @click.option("--text", type=click.Path(path_type=Path), help="The text that the report was measured on.")
 @click.option("--card-template", type=click.Path(path_type=Path), help="The template that the card was made with.")
 @click.option("--open/--no-open", "opens", default=True, help="Whether each artefact is opened in its runtime.")

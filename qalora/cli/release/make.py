@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qalora.cli.card import card_options, card_settings
 from qalora.cli.options import (
     checkpoint_format_option,
     convention_option,
@@ -18,6 +19,8 @@ from qalora.cli.options import (
     open_model,
     output_option,
     print_plans,
+    sign_option,
+    sign_password,
     table_console,
     targets_option,
     verify_options,
@@ -30,6 +33,24 @@ if TYPE_CHECKING:
     from qalora.release.package import Release, Steps
 
 __all__ = ["command", "make", "print_release", "release_options"]
+
+OWN = ("targets", "convention", "minima", "with_adapter")
+PACKAGING = (
+    "model",
+    "adapter",
+    "out",
+    "allow_unproven",
+    "checkpoint_format",
+    "force",
+    "dry_run",
+    "sign_key",
+    "delta_from",
+    "repo",
+    "upload",
+    "private",
+    "revision",
+)
+"""Settings that `release_options` does not take."""
 
 
 @click.command(
@@ -47,6 +68,18 @@ __all__ = ["command", "make", "print_release", "release_options"]
 @export_options
 @verify_options
 @click.option("--with-adapter/--without-adapter", default=True, help="Whether the adapter lies beside it all.")
+@card_options
+@sign_option
+@click.option(
+    "--delta-from",
+    type=click.Path(path_type=Path),
+    metavar="BASE_RELEASE",
+    help="Write DIST.delta too: what makes this release of that one.",
+)
+@click.option("--push-to", "repo", metavar="OWNER/NAME", help="Say what would be uploaded to this Hub repository.")
+@click.option("--upload", is_flag=True, help="With --push-to: upload it.")
+@click.option("--private", is_flag=True, help="With --push-to: a private repository, where it is made.")
+@click.option("--revision", metavar="BRANCH", help="With --push-to: the branch; main by default.")
 @checkpoint_format_option
 @force_option
 @dry_run_option
@@ -69,6 +102,12 @@ def make(
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
+    sign_key: Path | None,
+    delta_from: Path | None,
+    repo: str | None,
+    upload: bool,
+    private: bool,
+    revision: str | None,
     steps: Steps | None = None,
     **settings: Any,
 ) -> None:
@@ -77,6 +116,7 @@ def make(
     from qalora.release.package import plan_release, preview, release
 
     options, memory = release_options(settings)
+    _check_packaging(out, sign_key, delta_from, repo, upload=upload, force=force)
     base = open_model(model, checkpoint_format)
     read = None if adapter is None else read_adapter(adapter, base, convention=options.convention)
     if dry_run:
@@ -94,8 +134,58 @@ def make(
             stage=stage,
             judged=log_gates,
             steps=steps,
+            sign_key=sign_key,
+            password=sign_password(),
         )
     print_release(done)
+    if delta_from is not None:
+        _write_delta(delta_from, out, force=force)
+    if repo is not None:
+        _push(out, repo, upload=upload, private=private, revision=revision, allow_unproven=allow_unproven)
+
+
+def _check_packaging(
+    out: Path, sign_key: Path | None, delta_from: Path | None, repo: str | None, *, upload: bool, force: bool
+) -> None:
+    """Refuse before the long work what would be refused after it."""
+    from qalora.errors import InputError
+
+    if sign_key is not None:
+        from qalora.release.signing import check_key
+
+        check_key(sign_key, password=sign_password())
+    if delta_from is not None:
+        from qalora.release.delta import check_base
+
+        check_base(delta_from, _delta_of(out), force=force)
+    if upload and repo is None:
+        raise InputError("--upload", expected="--push-to OWNER/NAME with it", got="none")
+    if repo is not None:
+        from qalora.release.push import check_repo
+
+        check_repo(repo)
+
+
+def _delta_of(out: Path) -> Path:
+    return out.parent / f"{out.name}.delta"
+
+
+def _write_delta(base: Path, out: Path, *, force: bool) -> None:
+    from qalora.release.delta import write_delta
+
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    with progress_bar(total, "delta") as progress:
+        made = write_delta(base, out, _delta_of(out), force=force, progress=progress)
+    click.echo(f"written: {made.folder}, {made.nbytes:,} bytes, {100 * made.ratio:.1f} % of the release")
+
+
+def _push(out: Path, repo: str, *, upload: bool, private: bool, revision: str | None, allow_unproven: bool) -> None:
+    from qalora.cli.release.push import print_push
+    from qalora.release.push import plan_push, push
+
+    plan = plan_push(out, repo, revision=revision, private=private, allow_unproven=allow_unproven)
+    print_push(plan)
+    click.echo(f"uploaded: {push(plan)}" if upload else "nothing was sent; --upload sends it")
 
 
 def release_options(settings: dict[str, Any]) -> tuple[ReleaseOptions, int | None]:
@@ -104,7 +194,7 @@ def release_options(settings: dict[str, Any]) -> tuple[ReleaseOptions, int | Non
     from qalora.release.options import ReleaseOptions
 
     left = dict(settings)
-    own = {key: left.pop(key) for key in ("targets", "convention", "minima", "with_adapter")}
+    own = {key: left.pop(key) for key in OWN} | card_settings(left)
     export = ExportOptions(**export_settings(left))
     checked = verify_settings(**left)
     memory: int | None = checked.pop("memory")

@@ -304,7 +304,7 @@ class Pipeline:
         """The release's options as its command reads them, and {"memory"}."""
         words = self._release_words("-", None)
         params = make.command.make_context("release", words, parent=self.context).params
-        left_out = ("model", "adapter", "out", "allow_unproven", "checkpoint_format", "force", "dry_run")
+        left_out = make.PACKAGING
         with self._blaming("verify", "export"):
             options, memory = make.release_options({k: v for k, v in params.items() if k not in left_out})
         return options, {"memory": memory}
