@@ -1,6 +1,6 @@
 """A parity report that is kept between runs: its records as JSON, every number whole, and back.
 
-Not the report that is shipped: that one is rounded, and cannot be read back. Only what this module wrote is read.
+Not the report that is shipped, whose numbers are rounded. Only what this module wrote is read.
 """
 
 from __future__ import annotations
