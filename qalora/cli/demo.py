@@ -67,3 +67,5 @@ def command(out: Path, targets: tuple[str, ...], model: str | None, steps: int, 
         for run in artifact.runs:
             for made in run.generations:
                 click.echo(f"{run.kind:>18} continues: {made.text!r}")
+    click.echo("3. Check it, and make every byte of it again, whenever you like:")
+    click.echo(f"   qalora release --check {out / 'dist'} --base {base.path} --text {out / HELD_OUT}")
