@@ -17,6 +17,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export
+from qalora.demo import smollm2_file
 from qalora.errors import FormatError, ProofError
 from qalora.quantization import quantize
 from qalora.release.checksums import check_sums
@@ -198,4 +199,9 @@ def test_the_demo_on_the_real_model(tmp_path: Path) -> None:
                 assert run_["lost"] < 1e-4
             if run_["kind"] == "llama.cpp":
                 assert run_["logits"]["top1"] >= 0.97
-    check_sums(tmp_path / "demo" / "dist")
+    shutil.copytree(tmp_path / "demo" / "dist", tmp_path / "elsewhere")
+    words = ["release", "--check", tmp_path / "elsewhere", "--base", smollm2_file(), "--no-open"]
+    checked = run(*words, "--text", tmp_path / "demo" / "held-out.txt", "--json")
+    assert checked.exit_code == 0, checked.output
+    again = json.loads(checked.stdout)["stages"][-1]
+    assert again == {"question": "made again", "skipped": None, "findings": [], "notes": []}
