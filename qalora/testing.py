@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.adapter import Adapter, AdapterLayer, Convention, convention_factor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "assert_same_tensor",
     "byte_tokenizer",
     "lazily",
+    "random_adapter",
     "random_model",
     "random_tensor",
     "tiny_llama",
@@ -110,6 +112,46 @@ def random_model(
         promised = min_dtype or (torch.float16 if kind == "real" else torch.float32)
         tensors[name] = lazily(name, change(made), zeros=kind, scale_dtype=scale_dtype, min_dtype=promised)
     return replace(source, tensors=tensors)
+
+
+def random_adapter(
+    model: Checkpoint,
+    *,
+    rank: int | Sequence[int] = 4,
+    pool_size: int | None = 32,
+    seed: int = 0,
+    a_size: float = 0.3,
+    b_size: float = 0.05,
+    minima: Literal["float16", "float32"] | None = "float16",
+    convention: Convention = "paper",
+    scaling: float = 1.0,
+    factor: float | None = None,
+    modules: Collection[str] | None = None,
+) -> Adapter:
+    """A random adapter on a model's linear layers, in the order of `model.linears`.
+
+    Each layer has an a [rank, in/pool_size] with standard deviation a_size and a b [out, rank] with b_size, drawn in
+    this order. Several ranks go to the layers in turn; pool_size None takes each quantized tensor's own group size;
+    factor None is what the convention makes of the scaling; modules (`q_proj`, `up_proj`) leaves out all others.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    ranks = (rank,) if isinstance(rank, int) else tuple(rank)
+    chosen = [name for name in model.linears if modules is None or module_of(name).rpartition(".")[2] in modules]
+    layers = {}
+    for number, name in enumerate(chosen):
+        lazy, size, pool = model.tensors[name], ranks[number % len(ranks)], pool_size
+        if pool is None:
+            assert lazy.spec is not None, f"{name} is float: give a pool size"
+            pool = lazy.spec.group_size
+        out, columns = lazy.shape
+        layers[module_of(name)] = AdapterLayer(
+            a=torch.randn(size, columns // pool, generator=rng) * a_size,
+            b=torch.randn(out, size, generator=rng) * b_size,
+            pool_size=pool,
+            scaling=scaling,
+            factor=convention_factor(convention, scaling, columns, pool) if factor is None else factor,
+        )
+    return Adapter(layers=layers, convention=convention, minima=minima)
 
 
 def assert_same_model(got: Checkpoint, expected: Checkpoint) -> None:

@@ -23,7 +23,7 @@ from qalora.errors import AdapterError, InputError
 from qalora.folding import Minima, _round_to_float16, fold, fold_tensor, folded_minima, prove_fold
 from qalora.quantization.rounding import spec_of
 from qalora.tensor import BITS, GroupQuantTensor
-from qalora.testing import assert_same_tensor, random_tensor
+from qalora.testing import assert_same_tensor, random_adapter, random_tensor
 
 
 def _layer(out: int, columns: int, pool: int, *, rank: int = 3, factor: float = 0.3, seed: int = 0) -> AdapterLayer:
@@ -248,11 +248,7 @@ def test_the_proof_can_fail() -> None:
 
 
 def _adapter_of(model: Checkpoint, pool: int, *, minima: Minima | None = None) -> Adapter:
-    layers = {
-        name.removesuffix(".weight"): _layer(*model.tensors[name].shape, pool, seed=n)
-        for n, name in enumerate(model.linears)
-    }
-    return Adapter(layers=layers, convention="paper", minima=minima)
+    return random_adapter(model, rank=3, pool_size=pool, a_size=1.0, b_size=0.01, minima=minima, scaling=0.3)
 
 
 def test_the_command_folds_and_proves_what_it_wrote(tiny_untied: Path, tmp_path: Path) -> None:

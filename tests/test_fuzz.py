@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from onnx import helper, numpy_helper
 from onnx import save as save_onnx
 
-from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
+from qalora.adapter import read_adapter, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load, onnx, target
 from qalora.converters.exports import export
@@ -31,7 +30,7 @@ from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError
 from qalora.inspection import inspect
 from qalora.quantization import quantize
-from qalora.testing import tiny_llama
+from qalora.testing import random_adapter, tiny_llama
 
 ROUNDS = int(os.environ.get("QALORA_FUZZ_ROUNDS", "150"))
 
@@ -125,18 +124,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
     next((root / "narrow" / "gguf").glob("*.gguf")).rename(root / "narrow" / "gguf" / "model.gguf")
     whole = quantize(load(root / "float"), bits=4, group_size=32, zeros="integer")
     export(whole, ["gptq"], root / "integer")
-    layers = {
-        name.removesuffix(".weight"): AdapterLayer(
-            a=torch.randn(2, model.tensors[name].shape[1] // 32),
-            b=torch.randn(model.tensors[name].shape[0], 2),
-            pool_size=32,
-            scaling=1.0,
-            factor=1.0,
-        )
-        for name in model.linears
-    }
     _write_as_others_do(root / "foreign")
-    adapter = Adapter(layers=layers, convention="paper")
+    adapter = random_adapter(model, rank=2, a_size=1.0, b_size=1.0, minima=None)
     write_adapter(adapter, root / "adapter")
     (root / "lora").mkdir()
     write_lora(plan_lora(adapter, model), adapter, root / "lora" / "lora.gguf")

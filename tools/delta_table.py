@@ -18,12 +18,12 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
+from qalora.adapter import Adapter, read_adapter, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export_jobs, run_jobs
@@ -33,6 +33,7 @@ from qalora.formats.files import InputFile
 from qalora.release.delta import apply_delta, write_delta
 from qalora.release.delta.coding import LEVEL
 from qalora.release.delta.records import Patch
+from qalora.testing import random_adapter
 from qalora.training import TrainOptions, train
 
 FORMATS = ("gguf", "mlx", "qalora", "onnx", "gptq")
@@ -47,17 +48,14 @@ def trained(model: Checkpoint, steps: int, folder: Path) -> Adapter:
     return train(model, TrainOptions(data=str(text), out=folder / "trained", steps=steps), lambda step: None)
 
 
-def random_adapter(model: Checkpoint) -> Adapter:
-    """Rank 16 on every linear layer, with minima moved by about a third of a step of the codes."""
-    rng = torch.Generator().manual_seed(1)
+def untrained(model: Checkpoint) -> Adapter:
+    """A random adapter of rank 16 on every linear layer: it moves minima by about a third of a step of the codes."""
+    made = random_adapter(model, rank=16, pool_size=None, seed=1, a_size=0.25, b_size=1.0)
     layers = {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        scale = model.tensors[name].load_quantized().scale.abs().mean().item()
-        a = torch.randn(16, columns // 32, generator=rng) / 4
-        b = torch.randn(rows, 16, generator=rng) * scale / 3
-        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=1.0, factor=1.0)
-    return Adapter(layers=layers, convention="paper", minima="float16")
+    for module, layer in made.layers.items():
+        step = model.tensors[f"{module}.weight"].load_quantized().scale.abs().mean().item()
+        layers[module] = replace(layer, b=layer.b * step / 3)
+    return replace(made, layers=layers)
 
 
 def exported(model: Checkpoint, adapter: Adapter | None, folder: Path, formats: Sequence[str], name: str) -> Path:
@@ -112,7 +110,7 @@ def table(model: Checkpoint, adapter: Adapter, work: Path) -> list[str]:
     base = exported(model, None, work / "base", FORMATS, "SmolLM2")
     one = exported(model, adapter, work / "one", FORMATS, "SmolLM2 QALoRA")
     write_adapter(adapter, one / "adapter")
-    other = exported(model, random_adapter(model), work / "other", ["gguf"], "SmolLM2 random")
+    other = exported(model, untrained(model), work / "other", ["gguf"], "SmolLM2 random")
     kinds: list[tuple[str, Path, Path, Sequence[str]]] = [
         *((f"`{name}/`", base, one, [name]) for name in FORMATS),
         ("`gguf/` and `adapter/`", base, one, ["gguf", "adapter"]),

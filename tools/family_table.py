@@ -14,17 +14,13 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import torch
-
-from qalora.adapter import Adapter, AdapterLayer
-from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.errors import QaloraError
 from qalora.folding import fold
 from qalora.parity import verify
 from qalora.quantization import quantize
-from qalora.testing import TINY, byte_tokenizer, tiny_model
+from qalora.testing import TINY, byte_tokenizer, random_adapter, tiny_model
 
 FORMATS = ("gptq", "onnx", "gguf", "mlx", "hqq")
 COLUMNS = {
@@ -42,22 +38,10 @@ TOKENS = 96
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
-def random_adapter(model: Checkpoint) -> Adapter:
-    """Rank 4 on every linear layer, of a size that moves the logits."""
-    rng = torch.Generator().manual_seed(1)
-    layers = {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        a = torch.randn(4, columns // 32, generator=rng) * 0.05
-        b = torch.randn(rows, 4, generator=rng) * 0.05
-        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=2.0, factor=2.0)
-    return Adapter(layers=layers, convention="paper", minima="float16")
-
-
 def cells(family: str, folder: Path) -> dict[tuple[str, str], str]:
     """The row of one family, by format and runtime."""
     base = quantize(load(tiny_model(folder / "float", family, tokenizer=byte_tokenizer())), group_size=32)
-    adapter = random_adapter(base)
+    adapter = random_adapter(base, seed=1, a_size=0.05, scaling=2.0)  # of a size that moves the logits
     folded = fold(base, adapter)
     found: dict[tuple[str, str], str] = {}
     for target in FORMATS:

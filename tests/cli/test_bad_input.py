@@ -13,27 +13,12 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-from qalora.adapter import Adapter, AdapterLayer, write_adapter
-from qalora.checkpoint import Checkpoint
+from qalora.adapter import write_adapter
 from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.quantization import quantize
-from qalora.testing import byte_tokenizer, tiny_llama
-
-
-def _adapter_for(model: Checkpoint, pool_size: int = 32) -> Adapter:
-    layers = {
-        name.removesuffix(".weight"): AdapterLayer(
-            a=torch.randn(2, model.tensors[name].shape[1] // pool_size),
-            b=torch.randn(model.tensors[name].shape[0], 2) * 1e-3,
-            pool_size=pool_size,
-            scaling=1.0,
-            factor=1.0,
-        )
-        for name in model.linears
-    }
-    return Adapter(layers=layers, convention="paper", minima="float16")
+from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +29,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = quantize(load(root / "float"), bits=4, group_size=32)
     export(model, ["qalora", "gptq", "gguf", "onnx", "mlx", "hqq"], root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
-    write_adapter(_adapter_for(model), root / "adapter")
+    write_adapter(random_adapter(model, rank=2, a_size=1.0, b_size=1e-3), root / "adapter")
     other = tiny_llama(root / "other", config={"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 128})
-    write_adapter(_adapter_for(quantize(load(other), group_size=32)), root / "other_adapter")
+    foreign = random_adapter(quantize(load(other), group_size=32), rank=2, a_size=1.0, b_size=1e-3)
+    write_adapter(foreign, root / "other_adapter")
     (root / "data.txt").write_text("some text to learn from. " * 200, encoding="utf-8")
     return root
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qalora.adapter import Adapter, AdapterLayer
+from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export
@@ -23,7 +23,7 @@ from qalora.parity.foldcheck import compare_adapters
 from qalora.parity.runtimes import open_runtime
 from qalora.parity.runtimes.llamacpp import LlamaCpp
 from qalora.quantization import quantize
-from qalora.testing import assert_same_model, byte_tokenizer, tiny_model
+from qalora.testing import assert_same_model, byte_tokenizer, random_adapter, tiny_model
 
 TOKENS = [(7 * n) % 200 for n in range(11)]
 """Fewer than the tiny models' windows, which llama.cpp does not have for every family."""
@@ -43,19 +43,16 @@ class Case:
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     model = load(tiny_model(tmp_path_factory.mktemp("model"), request.param, tokenizer=byte_tokenizer()))
-    rng, layers = torch.Generator().manual_seed(1), {}
+    adapter = random_adapter(model, seed=1, a_size=0.1, b_size=0.1, minima=None, scaling=0.5)
     module = build(model).double()
     base = module(input_ids=torch.tensor([TOKENS])).logits[0].detach()
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        a, b = torch.randn(4, columns // 32, generator=rng) * 0.1, torch.randn(rows, 4, generator=rng) * 0.1
-        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=0.5, factor=0.5)
-        weight = module.get_submodule(name.removesuffix(".weight")).weight
-        weight.add_(0.5 * (b.double() @ a.double()).repeat_interleave(32, dim=1))
+    for name, layer in adapter.layers.items():
+        change = 0.5 * (layer.b.double() @ layer.a.double())
+        module.get_submodule(name).weight.add_(change.repeat_interleave(32, dim=1))
     adapted = module(input_ids=torch.tensor([TOKENS])).logits[0].detach()
     single = module.float()(input_ids=torch.tensor([TOKENS])).logits[0].detach()
     noise = float((single - adapted).abs().max())
-    return Case(model, Adapter(layers=layers, convention="paper"), base, adapted, noise)
+    return Case(model, adapter, base, adapted, noise)
 
 
 def test_llama_cpp_applies_the_lora(case: Case, tmp_path: Path) -> None:

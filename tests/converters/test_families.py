@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from qalora import export
-from qalora.adapter import Adapter, AdapterLayer
+from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.decoder import decoder_of
@@ -33,7 +33,7 @@ from qalora.parity import verify
 from qalora.parity.runtimes import open_runtime
 from qalora.parity.weights import compare_weights, essentials
 from qalora.quantization import quantize
-from qalora.testing import assert_same_model, byte_tokenizer, tiny_model
+from qalora.testing import assert_same_model, byte_tokenizer, random_adapter, tiny_model
 from qalora.training import TrainOptions, train
 from qalora.training.data import make_blocks, read_documents
 
@@ -251,12 +251,7 @@ def written(model: Checkpoint, target: str, folder: Path, **options: Any) -> Pat
 
 def made_adapter(model: Checkpoint) -> Adapter:
     """A random adapter of rank 4 on every linear layer."""
-    rng, layers = torch.Generator().manual_seed(1), {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        a, b = torch.randn(4, columns // 32, generator=rng) * 0.05, torch.randn(rows, 4, generator=rng) * 0.05
-        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=2.0, factor=2.0)
-    return Adapter(layers=layers, convention="paper", minima="float16")
+    return random_adapter(model, seed=1, a_size=0.05, scaling=2.0)
 
 
 def transformers_steps(tiny: Tiny, form: str) -> torch.Tensor:

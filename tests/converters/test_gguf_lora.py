@@ -24,25 +24,13 @@ from qalora.parity.reference import Forward, Reference
 from qalora.parity.roundings import Rounding
 from qalora.parity.runtimes.llamacpp import LlamaCpp
 from qalora.quantization import quantize
-from qalora.testing import tiny_llama
+from qalora.testing import random_adapter, tiny_llama
 
 TOKENS = [(7 * n) % 200 for n in range(40)]
 
 
-def made(model: Checkpoint, *, pool: int = 32, factor: float = 0.5, size: float = 0.1, ranks: int = 1) -> Adapter:
-    rng = torch.Generator().manual_seed(1)
-    layers = {}
-    for n, name in enumerate(model.linears):
-        rows, columns = model.tensors[name].shape
-        rank = 4 + n % ranks
-        layers[name.removesuffix(".weight")] = AdapterLayer(
-            a=torch.randn(rank, columns // pool, generator=rng) * size,
-            b=torch.randn(rows, rank, generator=rng) * size,
-            pool_size=pool,
-            scaling=factor,
-            factor=factor,
-        )
-    return Adapter(layers=layers, convention="paper")
+def made(model: Checkpoint, *, pool: int = 32, size: float = 0.1, ranks: tuple[int, ...] = (4,)) -> Adapter:
+    return random_adapter(model, rank=ranks, pool_size=pool, seed=1, a_size=size, b_size=size, minima=None, scaling=0.5)
 
 
 def written(adapter: Adapter, model: Checkpoint, path: Path) -> Path:
@@ -126,7 +114,7 @@ def test_what_the_file_holds(tiny: Path, tmp_path: Path) -> None:
 
 def test_what_is_written_is_what_is_read(tiny: Path, tmp_path: Path) -> None:
     model = load(tiny)
-    adapter = made(model, ranks=2)
+    adapter = made(model, ranks=(4, 5))
     path = written(adapter, model, tmp_path / "lora.gguf")
     again = read_lora(path, model)
     plain = to_plain_lora(adapter)
@@ -211,7 +199,7 @@ def test_layers_that_differ_in_their_factor(tiny: Path, tmp_path: Path) -> None:
 def test_ranks_that_differ(tiny: Path, tmp_path: Path) -> None:
     """llama.cpp divides alpha by each layer's own rank."""
     model = load(tiny)
-    adapter = made(model, ranks=3)
+    adapter = made(model, ranks=(4, 5, 6))
     runtime = LlamaCpp(base_file(model, tmp_path), 1, lora=written(adapter, model, tmp_path / "lora.gguf"))
     found = runtime.logits(TOKENS).double()
     runtime.close()

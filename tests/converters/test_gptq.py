@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qalora.adapter import Adapter, AdapterLayer
+from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import gptq, huggingface, load
 from qalora.converters.gptq.forms import encode
@@ -17,7 +17,15 @@ from qalora.converters.plan import ExportOptions
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.tensor import GroupQuantTensor
-from qalora.testing import assert_same_model, assert_same_tensor, lazily, random_model, random_tensor, tiny_model
+from qalora.testing import (
+    assert_same_model,
+    assert_same_tensor,
+    lazily,
+    random_adapter,
+    random_model,
+    random_tensor,
+    tiny_model,
+)
 
 BITS = (2, 3, 4, 8)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -275,20 +283,19 @@ def test_a_changed_pooling_matrix_is_found(tiny_untied: Path, tmp_path: Path) ->
         gptq.read(folder).tensors[f"{late}.weight"].load()
 
 
-def adapter_for(model: Checkpoint, *, pool_size: int = 32, ranks=(4,), factor: float = 0.75) -> Adapter:
-    rng = torch.Generator().manual_seed(1)
-    layers = {}
-    for number, name in enumerate(model.linears):
-        out, columns = model.tensors[name].shape
-        rank = ranks[number % len(ranks)]
-        layers[name.removesuffix(".weight")] = AdapterLayer(
-            a=torch.randn(rank, columns // pool_size, generator=rng),
-            b=torch.randn(out, rank, generator=rng),
-            pool_size=pool_size,
-            scaling=2.0,
-            factor=factor,
-        )
-    return Adapter(layers=layers, convention="official")
+def adapter_for(model: Checkpoint, *, pool_size: int = 32, ranks: tuple[int, ...] = (4,)) -> Adapter:
+    return random_adapter(
+        model,
+        rank=ranks,
+        pool_size=pool_size,
+        seed=1,
+        a_size=1.0,
+        b_size=1.0,
+        minima=None,
+        convention="official",
+        scaling=2.0,
+        factor=0.75,
+    )
 
 
 @pytest.mark.parametrize(("pool_size", "ranks"), [(32, (4,)), (16, (4, 3)), (64, (2, 2, 5))])

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.converters import gptq, huggingface, load
 from qalora.converters.plan import ExportOptions
 from qalora.residual import to_residual
 from qalora.tensor import GroupQuantTensor
-from qalora.testing import assert_same_tensor, random_model
+from qalora.testing import assert_same_tensor, random_adapter, random_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -161,15 +160,11 @@ def test_transformers_reads_act_order_with_a_residual(tiny_untied: Path, tmp_pat
 
 def test_transformers_loads_the_base_and_the_adapter_beside_it(tiny_untied: Path, tmp_path: Path) -> None:
     model = quantized(tiny_untied, zeros="integer")
-    rng = torch.Generator().manual_seed(1)
-    layers, weights = {}, kernel_weights(model, None)
-    for number, name in enumerate(model.linears):
-        out, columns = model.tensors[name].shape
-        a = torch.randn(3 + number % 2, columns // 32, generator=rng) * 0.1
-        b = torch.randn(out, 3 + number % 2, generator=rng) * 0.1
-        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=2.0, factor=0.5)
-        weights[name] = weights[name] + 0.5 * (b.double() @ a.double()).repeat_interleave(32, dim=1)
-    adapter = Adapter(layers=layers, convention="paper")
+    adapter = random_adapter(model, rank=(3, 4), seed=1, a_size=0.1, b_size=0.1, minima=None, scaling=2.0, factor=0.5)
+    weights = kernel_weights(model, None)
+    for module, layer in adapter.layers.items():
+        change = 0.5 * (layer.b.double() @ layer.a.double())
+        weights[f"{module}.weight"] = weights[f"{module}.weight"] + change.repeat_interleave(32, dim=1)
     got = logits(opened(written(model, tmp_path / "gptq", adapter=adapter), 4))
     assert_only_the_kernels_rounding(got, tiny_untied, weights)
     bare = reference(tiny_untied, kernel_weights(model, None), torch.float64)

@@ -15,7 +15,6 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from qalora import export
-from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
@@ -26,7 +25,7 @@ from qalora.converters.torch_module import build
 from qalora.errors import FormatError
 from qalora.parity.reference import Forward, Reference
 from qalora.parity.runtimes import open_runtime
-from qalora.testing import assert_same_model, assert_same_tensor, lazily, random_model, random_tensor
+from qalora.testing import assert_same_model, assert_same_tensor, lazily, random_adapter, random_model, random_tensor
 
 GRAPHS = ["", "portable"]
 TOKENS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -214,19 +213,9 @@ def test_a_graph_that_gathers_otherwise_is_another_weight(untied: Checkpoint, tm
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_slots_take_the_activation_as_it_was(untied: Checkpoint, graph: str, tmp_path: Path) -> None:
     """A plain LoRA knows nothing of the order: its A stands for columns where they were."""
-    model, rng = act_order(untied, by_input), torch.Generator().manual_seed(1)
-    layers = {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        layers[name.removesuffix(".weight")] = AdapterLayer(
-            a=torch.randn(4, columns, generator=rng) * 0.1,
-            b=torch.randn(rows, 4, generator=rng) * 0.1,
-            pool_size=1,
-            scaling=0.5,
-            factor=0.5,
-        )
-    adapter = Adapter(layers=layers, convention="paper")
-    export(model, "onnx", tmp_path, lora_slots=frozenset(layers))
+    model = act_order(untied, by_input)
+    adapter = random_adapter(model, pool_size=1, seed=1, a_size=0.1, b_size=0.1, minima=None, scaling=0.5)
+    export(model, "onnx", tmp_path, lora_slots=frozenset(adapter.layers))
     write_adapter_file(adapter, tmp_path / "a.onnx_adapter")
     held, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     held.Load(str(tmp_path / "a.onnx_adapter"))

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 
-from qalora.adapter import Adapter, AdapterLayer, write_adapter
+from qalora.adapter import Adapter, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
@@ -25,26 +25,14 @@ from qalora.converters.torch_module import build
 from qalora.errors import FormatError, InputError
 from qalora.parity.reference import Forward, Reference
 from qalora.quantization import quantize
-from qalora.testing import assert_same_model, random_model, tiny_llama
+from qalora.testing import assert_same_model, random_adapter, random_model, tiny_llama
 
 TOKENS = [(7 * n) % 200 for n in range(40)]
 GRAPHS = ("model.onnx", "portable/model.onnx")
 
 
-def made(model: Checkpoint, *, rank: int = 4, factor: float = 0.5, seed: int = 1, modules: str = "") -> Adapter:
-    rng = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name in model.linears:
-        if modules in name:
-            rows, columns = model.tensors[name].shape
-            layers[name.removesuffix(".weight")] = AdapterLayer(
-                a=torch.randn(rank, columns // 32, generator=rng) * 0.1,
-                b=torch.randn(rows, rank, generator=rng) * 0.1,
-                pool_size=32,
-                scaling=factor,
-                factor=factor,
-            )
-    return Adapter(layers=layers, convention="paper")
+def made(model: Checkpoint, *, rank: int = 4, scaling: float = 0.5, seed: int = 1, **options: Any) -> Adapter:
+    return random_adapter(model, rank=rank, seed=seed, a_size=0.1, b_size=0.1, minima=None, scaling=scaling, **options)
 
 
 def exported(model: Checkpoint, folder: Path, slots: Adapter | None) -> Path:
@@ -119,7 +107,7 @@ def test_every_kind_of_linear_has_a_place(tiny: Path, tmp_path: Path, bits: int 
     """Two halves, no residual, and a float model's MatMul; some modules only."""
     source = load(tiny)
     model = source if bits is None else random_model(source, bits=bits, zeros=zeros)
-    adapter = made(model, modules="_proj" if bits is None else "v_proj")
+    adapter = made(model, modules=None if bits is None else {"v_proj"})
     folder = exported(model, tmp_path, adapter)
     write_adapter_file(adapter, tmp_path / "a.onnx_adapter")
     wide = {name: lazy.load_float().double() for name, lazy in model.tensors.items() if name in model.linears}
@@ -180,7 +168,7 @@ def test_genai_fills_the_slots(model: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_an_adapter_file_holds_the_plain_lora(model: Checkpoint, tmp_path: Path) -> None:
-    adapter = made(model, factor=0.3)
+    adapter = made(model, scaling=0.3)
     assert len(rounded_modules(adapter)) == 14
     assert rounded_modules(made(model)) == ()
     write_adapter_file(adapter, tmp_path / "a.onnx_adapter")

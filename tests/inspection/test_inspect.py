@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from qalora.adapter import Adapter, AdapterLayer, to_plain_lora, write_adapter
+from qalora.adapter import Adapter, to_plain_lora, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
@@ -24,7 +24,7 @@ from qalora.formats.gptq import pack_qzeros, unpack_qzeros
 from qalora.inspection import WARNINGS, AdapterReport, Finding, FolderReport, ModelReport, inspect
 from qalora.quantization import quantize
 from qalora.tensor import GroupQuantTensor
-from qalora.testing import byte_tokenizer, random_model, tiny_llama
+from qalora.testing import byte_tokenizer, random_adapter, random_model, tiny_llama
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 TEMPLATE = "{{ messages }}"
@@ -375,21 +375,10 @@ def test_minima_of_mlx_in_bfloat16(source: Path, tmp_path: Path, dtype: str) -> 
 # ---- adapters
 
 
-def made(model: Checkpoint, pool: int, *, modules: tuple[str, ...] = (), rank: int = 4) -> Adapter:
-    rng = torch.Generator().manual_seed(1)
-    layers = {}
-    for name in model.linears:
-        if modules and name.split(".")[-2] not in modules:
-            continue
-        rows, columns = model.tensors[name].shape
-        layers[name.removesuffix(".weight")] = AdapterLayer(
-            a=torch.randn(rank, columns // pool, generator=rng),
-            b=torch.randn(rows, rank, generator=rng),
-            pool_size=pool,
-            scaling=2.0,
-            factor=2.0,
-        )
-    return Adapter(layers=layers, convention="paper")
+def made(model: Checkpoint, pool: int, *, modules: tuple[str, ...] = ()) -> Adapter:
+    return random_adapter(
+        model, pool_size=pool, seed=1, a_size=1.0, b_size=1.0, minima=None, scaling=2.0, modules=modules or None
+    )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qalora.adapter import Adapter, AdapterLayer, to_plain_lora, write_adapter
+from qalora.adapter import to_plain_lora, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export
@@ -24,7 +24,15 @@ from qalora.parity.reference import Forward, Reference
 from qalora.parity.runtimes import open_runtime
 from qalora.quantization import quantize
 from qalora.tensor import GroupQuantTensor
-from qalora.testing import assert_same_model, lazily, random_model, random_tensor, tiny_llama, tiny_model
+from qalora.testing import (
+    assert_same_model,
+    lazily,
+    random_adapter,
+    random_model,
+    random_tensor,
+    tiny_llama,
+    tiny_model,
+)
 
 TOKENS = [(7 * n) % 200 for n in range(40)]
 EMBEDDING = "model.embed_tokens.weight"
@@ -245,23 +253,13 @@ def test_the_gradient_is_that_of_the_float_layer(tiny: Path, tmp_path: Path) -> 
     assert torch.equal(x.grad, wide.grad)  # type: ignore[arg-type]
 
 
-def made(model: Checkpoint) -> Adapter:
-    rng = torch.Generator().manual_seed(1)
-    layers = {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        a, b = torch.randn(4, columns // 32, generator=rng) * 0.1, torch.randn(rows, 4, generator=rng) * 0.1
-        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=0.5, factor=0.5)
-    return Adapter(layers=layers, convention="paper")
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_peft_puts_a_plain_lora_beside_it(tiny: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     model = quantize(load(tiny), bits=4, group_size=32)
-    adapter = made(model)
+    adapter = random_adapter(model, seed=1, a_size=0.1, b_size=0.1, minima=None, scaling=0.5)
     write_adapter(to_plain_lora(adapter), tmp_path / "plain")
     module = AutoModelForCausalLM.from_pretrained(written(model, tmp_path))
     module = PeftModel.from_pretrained(module, str(tmp_path / "plain"))

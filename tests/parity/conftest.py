@@ -4,15 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from qalora.adapter import Adapter, AdapterLayer
+from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load, native
 from qalora.converters.exports import export
 from qalora.converters.plan import ExportOptions
 from qalora.folding import fold
 from qalora.quantization import quantize
+from qalora.testing import random_adapter
 
 
 @pytest.fixture(scope="session")
@@ -22,26 +22,9 @@ def base(tiny: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def make_adapter() -> Callable[..., Adapter]:
-    """Makes a random adapter of rank 4 on every linear layer of a model."""
-
-    def make(model: Checkpoint, *, minima: str | None = "float16", size: float = 0.05, pool: int = 32) -> Adapter:
-        rng = torch.Generator().manual_seed(1)
-        layers = {}
-        for name in model.linears:
-            rows, columns = model.tensors[name].shape
-            a = torch.randn(4, columns // pool, generator=rng) * size
-            b = torch.randn(rows, 4, generator=rng) * size
-            layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=pool, scaling=2.0, factor=2.0)
-        return Adapter(layers=layers, convention="paper", minima=minima)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def adapter(base: Checkpoint, make_adapter: Callable[..., Adapter]) -> Adapter:
-    """An adapter trained with float16 minima, or so it says."""
-    return make_adapter(base)
+def adapter(base: Checkpoint) -> Adapter:
+    """An adapter on every linear layer, trained with float16 minima, or so it says."""
+    return random_adapter(base, pool_size=None, seed=1, a_size=0.05, b_size=0.05, scaling=2.0)
 
 
 @pytest.fixture(scope="session")

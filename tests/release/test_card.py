@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 
-from qalora.adapter import Adapter, AdapterLayer
 from qalora.converters import TARGETS, load
 from qalora.converters.plan import ExportOptions
 from qalora.errors import FormatError, InputError
@@ -26,7 +24,7 @@ from qalora.release.manifest import read_manifest
 from qalora.release.options import ReleaseOptions
 from qalora.release.package import plan_release, release
 from qalora.release.usage import usage
-from qalora.testing import byte_tokenizer, tiny_llama
+from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 Json = dict[str, Any]
 
@@ -41,18 +39,7 @@ def released(root: Path, targets: tuple[str, ...], *, adapted: bool = True, **op
     """A release of a tiny model at root/dist."""
     tiny_llama(root / "float", tokenizer=byte_tokenizer())
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    rng = torch.Generator().manual_seed(1)
-    layers = {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        layers[name.removesuffix(".weight")] = AdapterLayer(
-            a=torch.randn(4, columns // 32, generator=rng) * 0.3,
-            b=torch.randn(rows, 4, generator=rng) * 0.05,
-            pool_size=32,
-            scaling=1.0,
-            factor=1.0,
-        )
-    adapter = Adapter(layers=layers, convention="paper", minima="float16") if adapted else None
+    adapter = random_adapter(model, seed=1) if adapted else None
     chosen = ReleaseOptions(targets=targets, export=ExportOptions(name="tiny"), **options)
     planned = plan_release(model, chosen, root / "dist", adapter=adapter)
     release(planned, root / "dist")

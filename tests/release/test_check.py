@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
-from qalora.adapter import Adapter, AdapterLayer, write_adapter
+from qalora.adapter import write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
@@ -24,22 +23,7 @@ from qalora.release.checksums import SUMS, write_sums
 from qalora.release.digests import file_digest, range_digest
 from qalora.release.options import ReleaseOptions
 from qalora.release.package import plan_release, release
-from qalora.testing import byte_tokenizer, tiny_llama
-
-
-def adapter_for(model: Checkpoint, seed: int) -> Adapter:
-    rng = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        layers[name.removesuffix(".weight")] = AdapterLayer(
-            a=torch.randn(4, columns // 32, generator=rng) * 0.3,
-            b=torch.randn(rows, 4, generator=rng) * 0.05,
-            pool_size=32,
-            scaling=1.0,
-            factor=1.0,
-        )
-    return Adapter(layers=layers, convention="paper", minima="float16")
+from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +35,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         export(quantize(load(root / f"{name}-float"), bits=4, group_size=32), ["qalora"], root / name)
     (root / "base" / "qalora" / "LICENSE").write_text("free as air", encoding="utf-8")
     base = load(root / "base" / "qalora")
-    write_adapter(adapter_for(base, 1), root / "adapter")
-    write_adapter(adapter_for(base, 2), root / "other")
+    write_adapter(random_adapter(base, seed=1), root / "adapter")
+    write_adapter(random_adapter(base, seed=2), root / "other")
     options = ReleaseOptions(targets=("gguf", "mlx"), level="logits", max_tokens=24, generate=2)
-    release(plan_release(base, options, root / "dist", adapter=adapter_for(base, 1)), root / "dist")
+    release(plan_release(base, options, root / "dist", adapter=random_adapter(base, seed=1)), root / "dist")
     return root
 
 

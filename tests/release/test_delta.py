@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
-from qalora.adapter import Adapter, AdapterLayer, write_adapter
+from qalora.adapter import Adapter, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
@@ -23,20 +22,13 @@ from qalora.quantization import quantize
 from qalora.release.checksums import check_sums, write_sums
 from qalora.release.delta import apply_delta, check_base, write_delta
 from qalora.release.delta.records import Copy, Data, Patch, read_delta
-from qalora.testing import byte_tokenizer, tiny_llama
+from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 TARGETS = ("gguf", "mlx", "qalora", "gptq", "onnx", "hqq")
 
 
 def adapter_for(model: Checkpoint, seed: int) -> Adapter:
-    rng = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        a = torch.randn(4, columns // 32, generator=rng) * 0.05
-        b = torch.randn(rows, 4, generator=rng) * 0.05
-        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=1.0, factor=1.0)
-    return Adapter(layers=layers, convention="paper", minima="float16")
+    return random_adapter(model, seed=seed, a_size=0.05)
 
 
 def make_release(

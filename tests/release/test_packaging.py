@@ -6,17 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from qalora.adapter import Adapter, AdapterLayer, write_adapter
+from qalora.adapter import write_adapter
 from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.quantization import quantize
-from qalora.testing import byte_tokenizer, tiny_llama
+from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 TO = ["--to", "gguf", "--to", "mlx", "--max-tokens", 24, "--generate", 2]
 
@@ -32,12 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(root / "float", tokenizer=byte_tokenizer())
     model = quantize(load(root / "float"), bits=4, group_size=32)
     export(model, ["qalora"], root / "model")
-    rng, layers = torch.Generator().manual_seed(1), {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        a, b = torch.randn(2, columns // 32, generator=rng), torch.randn(rows, 2, generator=rng) * 0.02
-        layers[name.removesuffix(".weight")] = AdapterLayer(a=a, b=b, pool_size=32, scaling=1.0, factor=1.0)
-    write_adapter(Adapter(layers=layers, convention="paper", minima="float16"), root / "adapter")
+    write_adapter(random_adapter(model, rank=2, seed=1, a_size=1.0, b_size=0.02), root / "adapter")
     key = ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"open")

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 
-from qalora.adapter import Adapter, AdapterLayer, read_adapter, write_adapter
-from qalora.checkpoint import Checkpoint
+from qalora.adapter import read_adapter, write_adapter
 from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export
@@ -23,24 +21,9 @@ from qalora.quantization import quantize
 from qalora.release.checksums import check_sums
 from qalora.release.options import ReleaseOptions
 from qalora.release.package import plan_release, release
-from qalora.testing import byte_tokenizer, tiny_llama
+from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 TARGETS = ("gptq", "onnx", "gguf")
-
-
-def adapter_for(model: Checkpoint, seed: int) -> Adapter:
-    rng = torch.Generator().manual_seed(seed)
-    layers = {}
-    for name in model.linears:
-        rows, columns = model.tensors[name].shape
-        layers[name.removesuffix(".weight")] = AdapterLayer(
-            a=torch.randn(4, columns // 32, generator=rng) * 0.3,
-            b=torch.randn(rows, 4, generator=rng) * 0.05,
-            pool_size=32,
-            scaling=1.0,
-            factor=1.0,
-        )
-    return Adapter(layers=layers, convention="paper", minima="float16")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = quantize(load(root / "float"), bits=4, group_size=32)
     export(model, ["qalora"], root / "base")
     (root / "base" / "qalora" / "LICENSE").write_text("free as air", encoding="utf-8")
-    write_adapter(adapter_for(model, 1), root / "adapter")
-    write_adapter(adapter_for(model, 2), root / "other")
+    write_adapter(random_adapter(model, seed=1), root / "adapter")
+    write_adapter(random_adapter(model, seed=2), root / "other")
     return root
 
 
