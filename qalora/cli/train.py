@@ -74,7 +74,22 @@ __all__ = ["command", "train_options"]
     show_default=True,
     help="Decides the adapter's start and the order of the data.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda.")
+@click.option("--device", default="auto", show_default=True, help="Where to compute: cpu, cuda; auto takes a GPU.")
+@click.option(
+    "--compute",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="What layers multiply; auto is bfloat16 where the device is faster with it.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["kept", "packed"]),
+    default="kept",
+    show_default=True,
+    help="With bfloat16: the base's weights kept in it, or unpacked at each use, slower in less memory.",
+)
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more work, the same adapter.")
 @checkpoint_format_option
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint beside DIR, to the same weights.")
 @force_option
@@ -84,7 +99,8 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
     """Train a QA-LoRA adapter on MODEL, which holds integers, and write it to DIR.
 
     Each layer computes with the folded, rounded minima in training too: the trained model is the folded model, bit
-    for bit.
+    for bit. With --compute bfloat16 the steps round the base's weights to bfloat16, beside what the fold adds to them;
+    held-out losses are those of the folded model in float32.
     """
     from qalora.training import train
 

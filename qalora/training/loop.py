@@ -1,7 +1,9 @@
 """Training with the fold in the loop: the model that is trained is, at every step, the folded model.
 
-Everything is float32 on one device. Runs are deterministic: the same options, data and model give the same adapter on
-the same machine with the same number of threads, whether or not the run was interrupted and resumed.
+The adapter, its gradients and AdamW are float32; layers multiply float32 or bfloat16 (`qalora.training.layer` says what
+that means for the fold). Held-out losses are always those of the folded model in float32. Runs are deterministic: the
+same options, data and model give the same adapter on the same machine with the same number of threads, whether or not
+the run was interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from qalora.converters.decoder import decoder_of
 from qalora.errors import InputError
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_output, new_folder, write_json
+from qalora.training.compute import dtype_of, find_device
 from qalora.training.data import Blocks, check_data, make_blocks, read_documents
-from qalora.training.layer import FoldedLinear, check_pool
+from qalora.training.layer import FoldedLinear, check_pool, keep_weights
+from qalora.training.lean import checkpoint_layers, fit
 from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.options import TrainOptions
 from qalora.training.state import State, checkpoint_of, read_state, write_state
@@ -146,7 +150,8 @@ class _Run:
         from qalora.converters.torch_module import build
 
         self._options, self._kept, self._held = options, kept, held
-        self._device = _device(options.device)
+        self._device = find_device(options.device)
+        self._dtype = dtype_of(options.compute, self._device)
         self._layers: dict[str, FoldedLinear] = {}
         rng = torch.Generator().manual_seed(options.seed)
 
@@ -172,7 +177,14 @@ class _Run:
             return layer
 
         self._module = build(model, linear).to(self._device)
-        self._softcap = decoder_of(model.config, model.path).logit_softcap
+        decoder = decoder_of(model.config, model.path)
+        self._softcap = decoder.logit_softcap
+        if self._dtype != torch.float32:
+            fit(self._module, decoder, self._device)
+            if options.weights == "kept":
+                keep_weights([layer for layer in self._module.modules() if isinstance(layer, FoldedLinear)])
+        if options.gradient_checkpointing:
+            checkpoint_layers(self._module)
         self._parameters = {
             f"{path}.{part}": getattr(layer, part) for path, layer in self._layers.items() for part in ("a", "b")
         }
@@ -182,12 +194,18 @@ class _Run:
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=options.weight_decay,
+            fused=False,  # fused, it would not count a parameter's versions, by which layers know that it changed
         )
         self._each = options.batch_size * options.gradient_accumulation
         self._steps = options.steps or max(1, len(kept) // self._each)
-        self._identity = {
+        self._chosen = {
             **options.to_json(),
             "steps": self._steps,
+            "device": str(self._device),
+            "compute": str(self._dtype).removeprefix("torch."),
+        }
+        self._identity = {
+            **self._chosen,
             "data_sha256": kept.digest() + held.digest(),
             "model_sha256": _fingerprint(model),
         }
@@ -227,7 +245,7 @@ class _Run:
         count = max(1, int((targets != IGNORED).sum()))
         total = 0.0
         for rows in torch.split(torch.arange(len(tokens)), options.batch_size):
-            loss = self._loss(tokens[rows], targets[rows])
+            loss = self._loss(tokens[rows], targets[rows], self._dtype)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         mean = total / count
@@ -243,18 +261,19 @@ class _Run:
         self._optimizer.zero_grad(set_to_none=True)
         return mean
 
-    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        out = self._module.model(input_ids=tokens.to(self._device), use_cache=False)
+    def _loss(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        embedded = self._module.model.embed_tokens(tokens.to(self._device)).to(dtype)
+        out = self._module.model(inputs_embeds=embedded, use_cache=False)
         hidden = out.last_hidden_state.flatten(0, 1)
         wanted = targets.to(self._device).flatten()
         return summed_cross_entropy(hidden, self._module.lm_head.weight, wanted, self._softcap)
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The held-out loss in nats per token."""
+        """The held-out loss in nats per token, of the folded model in float32."""
         total = 0.0
         for rows in torch.split(torch.arange(len(self._held)), self._options.batch_size):
-            total += self._loss(*self._held.take(rows)).item()
+            total += self._loss(*self._held.take(rows), torch.float32).item()
         return total / int((self._held.targets != IGNORED).sum())
 
     def adapter(self) -> Adapter:
@@ -277,7 +296,12 @@ class _Run:
     def log(self, state: State) -> dict[str, Any]:
         """What training.json holds."""
         return {
-            "options": {**self._options.to_json(), "steps": self._steps, "data": Path(self._options.data).name},
+            "options": {
+                **self._chosen,
+                "data": Path(self._options.data).name,
+                "weights": self._options.weights,
+                "gradient_checkpointing": self._options.gradient_checkpointing,
+            },
             "data_sha256": self._identity["data_sha256"],
             "trained_tokens": self._steps * self._each * self._options.sequence_length,
             "held_out_tokens": int((self._held.targets != IGNORED).sum()),
@@ -288,16 +312,6 @@ class _Run:
 
 def _short(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError("--device", expected="one that torch has here", got=f"{name!r} ({reason})") from error
-    return device
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

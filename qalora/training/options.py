@@ -31,6 +31,14 @@ class TrainOptions:
     held_out        share of the data, its end, that is not trained on
     evaluate_every  steps between held-out losses, beside the first and last; 0 is never
     save_every      steps between checkpoints, in `<out>.checkpoint`; 0 is never
+    device          cpu, cuda, ...; auto is a GPU where torch has one
+    compute         what layers multiply, see `qalora.training.layer`; auto is bfloat16 where the device multiplies it
+                    faster (see `qalora.training.compute`). The adapter, AdamW and held-out losses stay in float32
+    weights         with bfloat16: kept in bfloat16 (2 bytes a weight, beside the packed ones), or made of the packed
+                    ones at each use, which takes longer. The adapter comes out the same, to the bit
+    gradient_checkpointing
+                    keep only what goes into each decoder layer, and compute the layer again in the backward: less
+                    memory, a third more work, the same adapter to the bit
     resume          continue from there
     """
 
@@ -54,7 +62,10 @@ class TrainOptions:
     evaluate_every: int = 0
     save_every: int = 100
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["kept", "packed"] = "kept"
+    gradient_checkpointing: bool = False
     resume: bool = False
     force: bool = False
 
@@ -85,8 +96,13 @@ class TrainOptions:
             raise InputError("alpha", expected="above 0", got=str(self.alpha))
         if self.convention not in CONVENTIONS:
             raise InputError("convention", expected=f"one of {', '.join(CONVENTIONS)}", got=repr(self.convention))
-        if self.minima not in ("float16", "float32"):
-            raise InputError("minima", expected="float16 or float32", got=repr(self.minima))
+        for name, known in (
+            ("minima", ("float16", "float32")),
+            ("compute", ("auto", "float32", "bfloat16")),
+            ("weights", ("kept", "packed")),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(name, expected=" or ".join(known), got=repr(getattr(self, name)))
 
     @property
     def scaling(self) -> float:
@@ -94,7 +110,7 @@ class TrainOptions:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the weights, for a checkpoint and the log; places and the data's folder are left out."""
-        left_out = {"out", "data", "resume", "force", "save_every"}
+        """What decides the weights, for a checkpoint and the log; places, and ways to the same, are left out."""
+        left_out = {"out", "data", "resume", "force", "save_every", "weights", "gradient_checkpointing"}
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         return {**found, "target_modules": list(self.target_modules)}

@@ -1,0 +1,44 @@
+"""Where a run computes, and in what numbers.
+
+`auto` takes the GPU that torch has, else the CPU; and bfloat16 where the device has instructions for it: AMX or
+AVX512-BF16 on a CPU, whatever CUDA says of a GPU. A CPU without them does bfloat16 by way of float32, more slowly than
+float32 itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qalora.errors import InputError
+
+__all__ = ["dtype_of", "find_device"]
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name, or for "auto" the best there is; InputError for one that torch does not have here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError("--device", expected="one that torch has here", got=f"{name!r} ({reason})") from error
+    return device
+
+
+def dtype_of(compute: str, device: torch.device) -> torch.dtype:
+    """What "auto", "float32" or "bfloat16" means on a device."""
+    if compute == "auto":
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if compute == "bfloat16" else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # questions that a build of torch may not know, because it has no such CPU
+    known = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(ask() for ask in known if ask is not None)

@@ -1,0 +1,157 @@
+"""Parts of a transformers decoder that keep less for the backward, or run faster, in bfloat16.
+
+`fit` puts them into a module that `qalora.converters.torch_module.build` made. They take effect where a layer's input
+is bfloat16: with float32 the module computes what it did before, bit for bit, and that is how it is evaluated.
+
+norms        transformers computes in float32 and would give float32, as the weight is; here the result is rounded to
+             bfloat16, once. The input alone is kept, and the norm computed again in the backward
+gated MLPs   act(gate) * up: gate and up alone are kept
+attention    on a CPU, where torch's fused kernel takes four times as long at 128 tokens:
+                 P = softmax(scale * Q K^T)     O = P V       scores and softmax in float32, P kept in bfloat16
+                 dV = P^T dO    dS = P * (dP - rowsum(P * dP))  with dP = dO V^T    dQ = scale dS K    dK = scale dS^T Q
+             up to `LONGEST` tokens, from where on P takes too much; queries that share a key are rows of one product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qalora.converters.decoder import Decoder
+
+__all__ = ["checkpoint_layers", "fit"]
+
+ATTENTION = "qalora_training"
+"""The name under which transformers knows this module's attention."""
+
+LONGEST = 512
+"""Tokens of a sequence up to which P is kept: batch * heads * tokens^2 * 2 bytes a layer."""
+
+
+def fit(module: Any, decoder: Decoder, device: torch.device) -> None:
+    """Make the parts of a module, whose parameters are float32, take and give bfloat16."""
+    for layer in module.model.layers:
+        for name, _ in decoder.family.norms:
+            _replace_forward(layer.get_submodule(name), _norm)
+        if all(hasattr(layer.mlp, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            _replace_forward(layer.mlp, _gated_mlp)
+    _replace_forward(module.model.norm, _norm)
+    if device.type == "cpu" and decoder.softcap is None:
+        _register_attention()
+        module.config._attn_implementation = ATTENTION
+
+
+def checkpoint_layers(module: Any) -> None:
+    """Keep what goes into each decoder layer, and compute the layer again in the backward."""
+    for layer in module.model.layers:
+        _replace_forward(layer, _again)
+
+
+def _replace_forward(part: nn.Module, by: Callable[..., Any]) -> None:
+    """`by` is called with the module, its forward so far, and its arguments."""
+    part.forward = partial(by, part, part.forward)
+
+
+def _again(part: nn.Module, forward: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **settings)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **settings)
+
+
+def _norm(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if x.dtype == torch.float32:
+        return forward(x)
+    return _recomputed(lambda y: forward(y).to(y.dtype), x)
+
+
+def _gated_mlp(part: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if x.dtype == torch.float32:
+        return forward(x)
+    hidden = _recomputed(lambda gate, up: part.act_fn(gate) * up, part.gate_proj(x), part.up_proj(x))
+    found: Tensor = part.down_proj(hidden)
+    return found
+
+
+def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which the inputs alone are kept."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    found: Tensor = _Recomputed.apply(function, *inputs)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [value.detach().requires_grad_() for value in ctx.saved_tensors]
+        with torch.enable_grad():
+            found = ctx.function(*inputs)
+        return None, *torch.autograd.grad(found, inputs, grads[0])
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """transformers' protocol: [batch, heads, tokens, size] and a mask of what is seen, or None for all that was before.
+
+    Gives [batch, tokens, heads, size].
+    """
+    tokens = query.shape[2]
+    if query.dtype == torch.float32 or tokens > LONGEST or value.shape[3] != query.shape[3]:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return found
+    if attention_mask is None:
+        attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    hidden = torch.zeros(attention_mask.shape, device=query.device).masked_fill_(~attention_mask, -torch.inf)
+    scale = settings.get("scaling") or query.shape[3] ** -0.5
+    out: Tensor = _Attention.apply(query, key, value, hidden, scale)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2), None
+
+
+class _Attention(torch.autograd.Function):
+    """The formulas of the module; `hidden` is 0 or -Inf, [batch or 1, 1, tokens, tokens]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
+        batch, heads, tokens, size = query.shape
+        kept = key.shape[1]
+        rows = query.reshape(batch, kept, -1, size)  # the queries of a key's heads, one after the other
+        scores = (rows.float() @ key.float().transpose(2, 3)).view(batch, kept, -1, tokens, tokens)
+        scores.mul_(scale).add_(hidden.unsqueeze(2))
+        share = torch.softmax(scores, dim=-1).to(query.dtype).view(batch, kept, -1, tokens)
+        ctx.save_for_backward(rows, key, value, share)
+        ctx.scale = scale
+        return (share @ value).view(batch, heads, tokens, size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        rows, key, value, share = ctx.saved_tensors
+        grad = grads[0].reshape(rows.shape)
+        grad_value = share.transpose(2, 3) @ grad
+        grad_share = (grad @ value.transpose(2, 3)).float()
+        wide = share.float()
+        scores = grad_share.sub_((grad_share * wide).sum(dim=-1, keepdim=True)).mul_(wide).mul_(ctx.scale)
+        grad_scores = scores.to(rows.dtype)
+        grad_query = (grad_scores @ key).view(grads[0].shape)
+        return grad_query, grad_scores.transpose(2, 3) @ rows, grad_value, None, None

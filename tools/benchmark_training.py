@@ -1,0 +1,305 @@
+"""How fast, and in how much memory, an adapter is trained; beside PEFT, on one load, in one run.
+
+    python tools/benchmark_training.py [--steps 8] [--rounds 2] [--threads 2] [--only NAME ...] [--json FILE]
+
+SmolLM2-135M, 4 bits in groups of 32 with integer zeros, is written as GPTQ once: every contender trains on that folder,
+or on its weights as floats, with the same blocks in the same order, the same AdamW and the same schedule. Each runs in
+a process of its own, `--rounds` times in turn, so that what else the machine does meets all of them:
+
+    qalora-float32, qalora-bfloat16     qalora.train; -checkpointing: with gradient checkpointing
+    peft-qalora                         PEFT's QA-LoRA over GPTQModel's torch kernel, which dequantizes at every call
+    peft-qalora-kept                    the same with GPTQModel's switch that keeps the dequantized weights
+    peft-lora-float32, -bfloat16        PEFT's LoRA on float weights
+
+A row: the median over all steps but the first two of tokens a second (wall clock), and its ratio to peft-qalora; the
+processor time of 1,000 tokens, which other jobs on the machine disturb less; peak resident memory of the process, and
+what of it was there once the libraries were imported; the loss on the same held-out blocks before and after. At the
+end, the matrix products of a step are run alone: what they take is the limit of a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CONTENDERS = (
+    "qalora-float32",
+    "qalora-bfloat16",
+    "qalora-bfloat16-checkpointing",
+    "peft-qalora",
+    "peft-qalora-kept",
+    "peft-lora-float32",
+    "peft-lora-bfloat16",
+)
+BATCH, LENGTH, HELD, RATE, GROUP = 4, 128, 16, 1e-3, 32
+SKIPPED = 2
+"""Steps at the start that are not timed."""
+
+
+def memory(field: str) -> int:
+    """Bytes of a field of this process's status, such as VmHWM, the peak of resident memory."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+class Clock:
+    """Wall and processor seconds of each step."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+        self._last = (time.perf_counter(), time.process_time())
+
+    def tick(self) -> None:
+        """A step is over."""
+        now = (time.perf_counter(), time.process_time())
+        self.wall.append(now[0] - self._last[0])
+        self.processor.append(now[1] - self._last[1])
+        self._last = now
+
+
+def prepare(work: Path, steps: int) -> None:
+    """Write the GPTQ folder and the text, once."""
+    import pydoc_data.topics
+
+    from qalora.converters import load
+    from qalora.converters.exports import export
+    from qalora.converters.tokenizer import load_tokenizer
+    from qalora.demo import smollm2_file
+    from qalora.quantization.model import quantize
+
+    if not (work / "gptq").exists():
+        model = quantize(load(smollm2_file()), bits=4, group_size=GROUP, zeros="integer", requantize=True)
+        export(model, ["gptq"], work)
+    tokenizer = load_tokenizer(load(work / "gptq"))
+    text = "\n".join(pydoc_data.topics.topics.values())
+    ids = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    blocks = steps * BATCH + HELD
+    end = ids[blocks * LENGTH + LENGTH // 2][0]
+    (work / "text.txt").write_text(text[:end], encoding="utf-8")
+
+
+def with_qalora(work: Path, steps: int, rank: int, compute: str, *, checkpointing: bool) -> dict[str, Any]:
+    """Train with qalora's own loop, through its public function."""
+    from qalora.converters import load
+    from qalora.training import StepReport, TrainOptions, train
+
+    options: dict[str, Any] = {"compute": compute, "gradient_checkpointing": checkpointing}
+    known = TrainOptions.__dataclass_fields__
+    chosen = TrainOptions(
+        data=str(work / "text.txt"),
+        out=work / "adapter",
+        rank=rank,
+        steps=steps,
+        batch_size=BATCH,
+        sequence_length=LENGTH,
+        learning_rate=RATE,
+        held_out=(HELD + 0.5) / (steps * BATCH + HELD),
+        save_every=0,
+        force=True,
+        **{key: value for key, value in options.items() if key in known},
+    )
+    import transformers.models.llama.modeling_llama  # noqa: F401  (part of the imports, not of the training)
+
+    imported = memory("VmRSS")
+    clock = Clock()
+
+    def step(report: StepReport) -> None:
+        clock.tick()
+
+    train(load(work / "gptq"), chosen, step)
+    held = json.loads((work / "adapter" / "training.json").read_text("utf-8"))["held_out"]
+    return {"clock": clock, "imported": imported, "before": held[0]["loss"], "after": held[-1]["loss"]}
+
+
+def with_peft(work: Path, steps: int, rank: int, kind: str) -> dict[str, Any]:
+    """Train with PEFT on the same blocks, in a plain loop like qalora's."""
+    import peft
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from qalora.converters import load
+    from qalora.converters.tokenizer import load_tokenizer
+    from qalora.training.data import make_blocks, read_documents
+    from qalora.training.loop import _order, _schedule
+    from qalora.training.loss import IGNORED
+
+    if kind.startswith("qalora"):
+        import gptqmodel  # noqa: F401
+    imported = memory("VmRSS")
+    tokenizer = load_tokenizer(load(work / "gptq"))
+    blocks = make_blocks(read_documents(str(work / "text.txt"), tokenizer), tokenizer, LENGTH)
+    kept, held = blocks.split((HELD + 0.5) / (steps * BATCH + HELD))
+    torch.manual_seed(0)
+    module, quantized = _module(work / "gptq", kind), kind.startswith("qalora")
+    extra = {"use_qalora": True, "qalora_group_size": GROUP} if quantized else {}
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", **extra)
+    model = peft.get_peft_model(module, config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+
+    def loss_of(rows: Any, part: Any) -> Any:
+        tokens, targets = part.take(rows)
+        logits = model(input_ids=tokens, use_cache=False).logits.float().flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        parts = [float(loss_of(list(range(at, at + BATCH)), held)) for at in range(0, len(held), BATCH)]
+        return sum(parts) / len(parts)
+
+    before, clock = evaluate(), Clock()
+    for step in range(steps):
+        loss_of(_order(len(kept), 0, step * BATCH, BATCH), kept).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * _schedule(step, steps, 0.05)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.tick()
+    return {"clock": clock, "imported": imported, "before": before, "after": evaluate()}
+
+
+def _module(folder: Path, kind: str) -> Any:
+    """The base that PEFT trains on: GPTQModel's layers, or float ones of the same weights."""
+    import torch
+
+    if not kind.startswith("qalora"):
+        from qalora.converters import load
+        from qalora.converters.torch_module import build
+
+        return build(load(folder)).to(torch.float32 if kind == "lora-float32" else torch.bfloat16)
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1" if kind == "qalora-kept" else "0"
+    module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu", quantization_config=GPTQConfig(bits=4, backend="gptq_torch")
+    )
+    for layer in module.modules():
+        vars(layer).pop("dequantize_weight", None)  # the compiled form, which takes a minute
+    return module
+
+
+def limit(work: Path, rank: int) -> dict[str, float]:
+    """Tokens a second that the matrix products of a step would allow, and GFLOPS, by dtype."""
+    import torch
+
+    from qalora.converters import load
+
+    model = load(work / "gptq")
+    shapes = [model.tensors[name].shape for name in model.linears]
+    shapes += [model.tensors["model.embed_tokens.weight"].shape]  # the output layer is tied to it
+    counts = {shape: shapes.count(shape) for shape in shapes}
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        seconds = work_done = 0.0
+        for (out, columns), count in counts.items():
+            x, w = torch.ones(BATCH * LENGTH, columns, dtype=dtype), torch.ones(out, columns, dtype=dtype)
+            g = torch.ones(BATCH * LENGTH, out, dtype=dtype)
+            times = []
+            for _ in range(5):
+                begin = time.perf_counter()
+                _ = x @ w.t(), g @ w
+                times.append(time.perf_counter() - begin)
+            seconds += count * min(times)
+            work_done += count * 4 * BATCH * LENGTH * out * columns
+        name = str(dtype).removeprefix("torch.")
+        found[f"{name} GFLOPS"] = work_done / seconds / 1e9
+        found[f"{name} tokens/s"] = BATCH * LENGTH / seconds
+    return found
+
+
+def child(name: str, work: Path, steps: int, rank: int) -> None:
+    """Run one contender and print what it took as JSON."""
+    if name == "limit":
+        print(json.dumps(limit(work, rank)))
+        return
+    if name.startswith("qalora-"):
+        _, compute, *more = name.split("-")
+        found = with_qalora(work, steps, rank, compute, checkpointing=bool(more))
+    else:
+        found = with_peft(work, steps, rank, name.removeprefix("peft-"))
+    clock = found.pop("clock")
+    print(json.dumps({**found, "peak": memory("VmHWM"), "wall": clock.wall, "processor": clock.processor}))
+
+
+def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """A contender in a process of its own."""
+    threads = str(given.threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    arguments = ["--child", name, "--work", str(given.work), "--steps", str(given.steps), "--rank", str(given.rank)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, *arguments], check=True, stdout=subprocess.PIPE, env=environment
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """One contender's row."""
+    wall = [seconds for run in runs for seconds in run["wall"][SKIPPED:]]
+    processor = [seconds for run in runs for seconds in run["processor"][SKIPPED:]]
+    return {
+        "tokens_per_second": BATCH * LENGTH / statistics.median(wall),
+        "processor": 1000 * statistics.median(processor) / (BATCH * LENGTH),
+        "peak": max(run["peak"] for run in runs),
+        "imported": max(run["imported"] for run in runs),
+        "before": runs[0]["before"],
+        "after": runs[0]["after"],
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qalora-benchmark-training")
+    parser.add_argument("--steps", type=int, default=8, help="more than two")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--json", type=Path, help="where to write every figure")
+    parser.add_argument("--child", choices=[*CONTENDERS, "limit"], help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(given.child, given.work, given.steps, given.rank)
+        return
+    given.work.mkdir(parents=True, exist_ok=True)
+    prepare(given.work, given.steps)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in given.only}
+    bounds = []
+    for _ in range(given.rounds):
+        for name in given.only:
+            runs[name].append(start(name, given))
+        bounds.append(start("limit", given))
+    rows = {name: summary(found) for name, found in runs.items()}
+    bound = {key: max(found[key] for found in bounds) for key in bounds[0]}
+    reference = rows.get("peft-qalora", {}).get("tokens_per_second")
+    print("| contender | tokens/s | ratio | CPU s / 1,000 tokens | peak MB | of it imports | held-out loss |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        ratio = f"{row['tokens_per_second'] / reference:.2f}" if reference else "-"
+        print(
+            f"| {name} | {row['tokens_per_second']:.0f} | {ratio} | {row['processor']:.2f} | {row['peak'] / 1e6:.0f}"
+            f" | {row['imported'] / 1e6:.0f} | {row['before']:.3f} -> {row['after']:.3f} |"
+        )
+    for name in ("float32", "bfloat16"):
+        print(f"products alone, {name}: {bound[f'{name} GFLOPS']:.0f} GFLOPS, {bound[f'{name} tokens/s']:.0f} tokens/s")
+    if given.json:
+        record = {"rows": rows, "limit": bound, "runs": runs, "rank": given.rank, "threads": given.threads}
+        given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
