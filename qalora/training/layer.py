@@ -18,7 +18,7 @@ W' is the base W = scale * codes + min plus what the fold added to each group, a
     grad_x = grad_y @ bf16(W) + unpool(grad_y @ bf16(min' - min))
 
 pool(x) is here over the groups after the fold, unpool repeats a group's number for its columns. bfloat16 has 8 bits, so
-that a number moves by 2^-9 of itself at most when it is rounded; sums are float32 in the kernels, and y is rounded at
+that a number moves by 2^-8 of itself at most when it is rounded; sums are float32 in the kernels, and y is rounded at
 the end. So the trained model is the folded model with base weights that are rounded to bfloat16, as in any training in
 bfloat16, and not what the fold adds: the change is rounded by itself, and not lost beside a larger number. grad_M,
 grad_A and grad_B are float32 products of bfloat16 numbers. [W | min' - min] is made once after `keep_weights`, and its
@@ -212,8 +212,8 @@ class _Wide(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ layer.wide_weight()
             if layer.trained:
-                change = grad_x[:, layer.in_features :, None]
-                grad_x = grad_x[:, : layer.in_features].unflatten(1, (-1, layer.group_size)) + change
+                columns = grad_x[:, : layer.in_features].view(grad_y.shape[0], -1, layer.group_size)
+                grad_x = columns + grad_x[:, layer.in_features :, None]
             grad_x = grad_x.reshape(*grads[0].shape[:-1], layer.in_features)
         if layer.trained:
             pooled, a, b = ctx.saved_tensors

@@ -22,6 +22,7 @@ from qalora.formats.safetensors import read_header
 from qalora.quantization.model import quantize
 from qalora.testing import random_tensor
 from qalora.training import StepReport, TrainOptions, train
+from qalora.training.compute import dtype_of, find_device
 from qalora.training.loop import _data, _order, _Run, _targets
 
 
@@ -46,13 +47,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("minima", ["float16", "float32"])
 @pytest.mark.parametrize("pool_size", [None, 16, 64])
 def test_the_trained_model_is_the_folded_model(
-    base: Checkpoint, text: Path, tmp_path: Path, minima: Any, pool_size: int | None
+    base: Checkpoint, text: Path, tmp_path: Path, minima: Any, pool_size: int | None, compute: str
 ) -> None:
-    """Written, read again, folded, and run: the very logits of the model that was being trained."""
-    chosen = options(text, tmp_path / "adapter", minima=minima, pool_size=pool_size)
+    """Written, read again, folded, and run: the very minima and, in float32, logits of the model that was trained."""
+    chosen = options(text, tmp_path / "adapter", minima=minima, pool_size=pool_size, compute=compute)
     run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
     from qalora.training.state import State
 
@@ -64,6 +66,11 @@ def test_the_trained_model_is_the_folded_model(
         trained = run._module(input_ids=tokens).logits
     assert torch.equal(build(folded)(input_ids=tokens).logits, trained)
     assert not torch.equal(build(base)(input_ids=tokens).logits, trained)
+    for path, layer in run._layers.items():
+        minimum = folded.tensors[f"{path}.weight"].load_quantized().min
+        assert torch.equal(layer.folded(), minimum)
+        change = minimum - base.tensors[f"{path}.weight"].load_quantized().regrouped(layer.group_size).min
+        assert torch.equal(layer.wide_weight()[:, layer.in_features :], change.bfloat16())
 
 
 def test_the_loss_falls_and_is_logged(base: Checkpoint, text: Path, tmp_path: Path) -> None:
@@ -93,9 +100,8 @@ def test_a_step_is_adamw_on_the_mean_loss(base: Checkpoint, text: Path, tmp_path
     """Gradient accumulation in two parts gives what one larger batch gives, up to the order of sums."""
     parts = []
     for name, batch, accumulation in (("a", 4, 1), ("b", 2, 2)):
-        chosen = options(
-            text, tmp_path / name, steps=1, batch_size=batch, gradient_accumulation=accumulation, warmup=0.0
-        )
+        parts_of = {"batch_size": batch, "gradient_accumulation": accumulation}
+        chosen = options(text, tmp_path / name, steps=1, warmup=0.0, compute="float32", **parts_of)
         run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
         run._optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
         run._optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
@@ -108,9 +114,47 @@ def test_a_step_is_adamw_on_the_mean_loss(base: Checkpoint, text: Path, tmp_path
         assert float((grad - grads_b[name]).abs().max()) <= 2**-14 * norm, name  # float32 noise through two layers
 
 
+def test_bfloat16_learns_what_float32_does(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    """Held-out losses are of the same model before, and after 20 steps within a twentieth of what was learned."""
+    held = {}
+    for compute in ("float32", "bfloat16"):
+        train(base, options(text, tmp_path / compute, steps=20, learning_rate=0.01, compute=compute))
+        log = json.loads((tmp_path / compute / "training.json").read_text("utf-8"))
+        assert log["options"]["compute"] == compute
+        held[compute] = [entry["loss"] for entry in log["held_out"]]
+    assert held["bfloat16"][0] == held["float32"][0]
+    assert abs(held["bfloat16"][1] - held["float32"][1]) <= 0.05 * (held["float32"][0] - held["float32"][1])
+    weights = [(tmp_path / compute / "adapter_model.safetensors").read_bytes() for compute in held]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ways", [{"gradient_checkpointing": True}, {"weights": "packed"}])
+def test_other_ways_to_the_same_adapter(
+    base: Checkpoint, text: Path, tmp_path: Path, compute: str, ways: dict[str, Any]
+) -> None:
+    train(base, options(text, tmp_path / "plain", compute=compute))
+    train(base, options(text, tmp_path / "other", compute=compute, **ways))
+    plain, other = files(tmp_path / "plain"), files(tmp_path / "other")
+    logs = [json.loads(found.pop("training.json")) for found in (plain, other)]
+    assert plain == other
+    assert {**logs[0]["options"], **ways} == logs[1]["options"] != logs[0]["options"]
+    assert logs[0]["losses"] == logs[1]["losses"]
+
+
+def test_what_was_chosen_automatically_is_recorded(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    train(base, options(text, tmp_path / "adapter", steps=1))
+    found = json.loads((tmp_path / "adapter" / "training.json").read_text("utf-8"))["options"]
+    device = find_device("auto")
+    assert found["device"] == str(device)
+    assert found["compute"] == str(dtype_of("auto", device)).removeprefix("torch.")
+    assert (found["weights"], found["gradient_checkpointing"]) == ("kept", False)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stop", [2, 4])
-def test_resuming_gives_the_same_bits(base: Checkpoint, text: Path, tmp_path: Path, stop: int) -> None:
-    train(base, options(text, tmp_path / "whole"))
+def test_resuming_gives_the_same_bits(base: Checkpoint, text: Path, tmp_path: Path, stop: int, compute: str) -> None:
+    train(base, options(text, tmp_path / "whole", compute=compute))
     torch.manual_seed(999)  # nothing may hang on the global generator
 
     class Interrupted(Exception):
@@ -120,7 +164,7 @@ def test_resuming_gives_the_same_bits(base: Checkpoint, text: Path, tmp_path: Pa
         if report.step == stop + 1:
             raise Interrupted
 
-    chosen = options(text, tmp_path / "parts", save_every=2)
+    chosen = options(text, tmp_path / "parts", save_every=2, compute=compute)
     with pytest.raises(Interrupted):
         train(base, chosen, interrupt)
     assert not (tmp_path / "parts").exists()
@@ -172,6 +216,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "held out": ({"held_out": 1.0}, "held_out: expected above 0, at most 0.9"),
     "alpha": ({"alpha": -1.0}, "alpha: expected above 0"),
     "convention": ({"convention": "mine"}, "convention: expected one of paper, official, peft"),
+    "compute": ({"compute": "int8"}, "compute: expected auto or float32 or bfloat16, got 'int8'"),
+    "weights": ({"weights": "lost"}, "weights: expected kept or packed"),
     "minima": ({"minima": "int8"}, "minima: expected float16 or float32"),
     "context": ({"sequence_length": 1024}, "at most 512, the model's context"),
     "target modules": ({"target_modules": ("query",)}, "--target-modules: expected some of down_proj, .* got 'query'"),
