@@ -6,7 +6,8 @@ SmolLM2-135M, 4 bits in groups of 32 with integer zeros, is written as GPTQ once
 or on its weights as floats, with the same blocks in the same order, the same AdamW and the same schedule. Each runs in
 a process of its own, `--rounds` times in turn, so that what else the machine does meets all of them:
 
-    qalora-float32, qalora-bfloat16     qalora.train; -checkpointing: with gradient checkpointing
+    qalora-float32, qalora-bfloat16     qalora.train; -checkpointing: with gradient checkpointing; -packed: without
+                                        weights kept in bfloat16
     peft-qalora                         PEFT's QA-LoRA over GPTQModel's torch kernel, which dequantizes at every call
     peft-qalora-kept                    the same with GPTQModel's switch that keeps the dequantized weights
     peft-lora-float32, -bfloat16        PEFT's LoRA on float weights
@@ -34,6 +35,7 @@ CONTENDERS = (
     "qalora-float32",
     "qalora-bfloat16",
     "qalora-bfloat16-checkpointing",
+    "qalora-bfloat16-checkpointing-packed",
     "peft-qalora",
     "peft-qalora-kept",
     "peft-lora-float32",
@@ -89,13 +91,11 @@ def prepare(work: Path, steps: int) -> None:
     (work / "text.txt").write_text(text[:end], encoding="utf-8")
 
 
-def with_qalora(work: Path, steps: int, rank: int, compute: str, *, checkpointing: bool) -> dict[str, Any]:
+def with_qalora(work: Path, steps: int, rank: int, compute: Any, ways: list[str]) -> dict[str, Any]:
     """Train with qalora's own loop, through its public function."""
     from qalora.converters import load
     from qalora.training import StepReport, TrainOptions, train
 
-    options: dict[str, Any] = {"compute": compute, "gradient_checkpointing": checkpointing}
-    known = TrainOptions.__dataclass_fields__
     chosen = TrainOptions(
         data=str(work / "text.txt"),
         out=work / "adapter",
@@ -107,7 +107,9 @@ def with_qalora(work: Path, steps: int, rank: int, compute: str, *, checkpointin
         held_out=(HELD + 0.5) / (steps * BATCH + HELD),
         save_every=0,
         force=True,
-        **{key: value for key, value in options.items() if key in known},
+        compute=compute,
+        weights="packed" if "packed" in ways else "kept",
+        gradient_checkpointing="checkpointing" in ways,
     )
     import transformers.models.llama.modeling_llama  # noqa: F401  (part of the imports, not of the training)
 
@@ -226,8 +228,8 @@ def child(name: str, work: Path, steps: int, rank: int) -> None:
         print(json.dumps(limit(work, rank)))
         return
     if name.startswith("qalora-"):
-        _, compute, *more = name.split("-")
-        found = with_qalora(work, steps, rank, compute, checkpointing=bool(more))
+        _, compute, *ways = name.split("-")
+        found = with_qalora(work, steps, rank, compute, ways)
     else:
         found = with_peft(work, steps, rank, name.removeprefix("peft-"))
     clock = found.pop("clock")

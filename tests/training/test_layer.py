@@ -83,7 +83,7 @@ def test_pools_that_cannot_be_folded(pool_size: int, words: str) -> None:
 
 
 ROUNDED = 2.0**-8
-"""bfloat16 has 8 bits: what rounding moves a number by, of itself, at most. A tenth more covers float32's own errors."""
+"""bfloat16 has 8 bits: what rounding moves a number by, of itself, at most. A tenth more is for float32's errors."""
 
 
 @pytest.mark.parametrize("kept", [True, False])
