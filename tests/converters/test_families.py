@@ -443,13 +443,15 @@ def test_the_tokenizer_comes_back_from_gguf(form: str, tiny_of: Any, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", MAIN)
-def test_training_minimises_the_loss_of_its_logits(form: str, tiny_of: Any, tmp_path: Path) -> None:
+def test_training_minimises_the_loss_of_its_logits(form: str, compute: Any, tiny_of: Any, tmp_path: Path) -> None:
     """The held-out loss before the first step is that of transformers' logits; a step lowers it."""
     base = quantize(tiny_of(form).model, bits=4, group_size=32)
     (tmp_path / "text.txt").write_text(demo_text()[:4000], encoding="utf-8")
     out, data = tmp_path / "adapter", str(tmp_path / "text.txt")
-    train(base, TrainOptions(data=data, out=out, steps=5, rank=4, batch_size=4, sequence_length=32, learning_rate=0.01))
+    settings: dict[str, Any] = {"steps": 5, "rank": 4, "batch_size": 4, "sequence_length": 32, "learning_rate": 0.01}
+    train(base, TrainOptions(data=data, out=out, compute=compute, **settings))
     log = json.loads((out / "training.json").read_text("utf-8"))["held_out"]
     tokenizer = load_tokenizer(base)
     _, held = make_blocks(read_documents(data, tokenizer), tokenizer, 32).split(0.05)
