@@ -41,7 +41,7 @@ CONTENDERS = (
     "peft-lora-float32",
     "peft-lora-bfloat16",
 )
-BATCH, LENGTH, HELD, RATE, GROUP = 4, 128, 16, 1e-3, 32
+BATCH, LENGTH, HELD, RATE, GROUP = 4, 128, 8, 1e-3, 32
 SKIPPED = 2
 """Steps at the start that are not timed."""
 
@@ -240,9 +240,14 @@ def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """A contender in a process of its own."""
     threads = str(given.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits for another takes no processor time
     arguments = ["--child", name, "--work", str(given.work), "--steps", str(given.steps), "--rank", str(given.rank)]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, *arguments], check=True, stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-W", "ignore", __file__, *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # foreign libraries' banners
+        env=environment,
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -284,6 +289,7 @@ def main() -> None:
     for _ in range(given.rounds):
         for name in given.only:
             runs[name].append(start(name, given))
+            print(f"{name}: {summary(runs[name][-1:])}", file=sys.stderr)
         bounds.append(start("limit", given))
     rows = {name: summary(found) for name, found in runs.items()}
     bound = {key: max(found[key] for found in bounds) for key in bounds[0]}
