@@ -13,7 +13,8 @@ a process of its own, `--rounds` times in turn, so that what else the machine do
     peft-lora-float32, -bfloat16        PEFT's LoRA on float weights
 
 A row: the median over all steps but the first two of tokens a second (wall clock), and its ratio to peft-qalora; the
-processor time of 1,000 tokens, which other jobs on the machine disturb less; peak resident memory of the process, and
+processor time of 1,000 tokens and the ratio of it, which other jobs on the machine disturb less, with --threads 1 least
+(threads that wait for one that was sent away spin in some kernels, which counts); peak resident memory of the process, and
 what of it was there once the libraries were imported; the loss on the same held-out blocks before and after. At the
 end, the matrix products of a step are run alone: what they take is the limit of a machine that does nothing else.
 """
@@ -193,8 +194,8 @@ def _module(folder: Path, kind: str) -> Any:
     return module
 
 
-def limit(work: Path, rank: int) -> dict[str, float]:
-    """Tokens a second that the matrix products of a step would allow, and GFLOPS, by dtype."""
+def limit(work: Path) -> dict[str, float]:
+    """What the matrix products of a step take alone, by dtype: tokens a second, processor seconds, GFLOPS."""
     import torch
 
     from qalora.converters import load
@@ -202,30 +203,30 @@ def limit(work: Path, rank: int) -> dict[str, float]:
     model = load(work / "gptq")
     shapes = [model.tensors[name].shape for name in model.linears]
     shapes += [model.tensors["model.embed_tokens.weight"].shape]  # the output layer is tied to it
-    counts = {shape: shapes.count(shape) for shape in shapes}
-    found = {}
+    found, tokens = {}, BATCH * LENGTH
     for dtype in (torch.float32, torch.bfloat16):
-        seconds = work_done = 0.0
-        for (out, columns), count in counts.items():
-            x, w = torch.ones(BATCH * LENGTH, columns, dtype=dtype), torch.ones(out, columns, dtype=dtype)
-            g = torch.ones(BATCH * LENGTH, out, dtype=dtype)
-            times = []
-            for _ in range(5):
-                begin = time.perf_counter()
+        wall = processor = operations = 0.0
+        for shape in set(shapes):
+            (out, columns), count, clock = shape, shapes.count(shape), Clock()
+            x, w, g = (torch.ones(*size, dtype=dtype) for size in ((tokens, columns), shape, (tokens, out)))
+            for _ in range(6):
+                clock.tick()
                 _ = x @ w.t(), g @ w
-                times.append(time.perf_counter() - begin)
-            seconds += count * min(times)
-            work_done += count * 4 * BATCH * LENGTH * out * columns
+            clock.tick()
+            wall += count * min(clock.wall[1:])
+            processor += count * min(clock.processor[1:])
+            operations += count * 4 * tokens * out * columns
         name = str(dtype).removeprefix("torch.")
-        found[f"{name} GFLOPS"] = work_done / seconds / 1e9
-        found[f"{name} tokens/s"] = BATCH * LENGTH / seconds
+        found[f"{name} tokens_per_second"] = tokens / wall
+        found[f"{name} processor"] = 1000 * processor / tokens
+        found[f"{name} GFLOPS"] = operations / wall / 1e9
     return found
 
 
 def child(name: str, work: Path, steps: int, rank: int) -> None:
     """Run one contender and print what it took as JSON."""
     if name == "limit":
-        print(json.dumps(limit(work, rank)))
+        print(json.dumps(limit(work)))
         return
     if name.startswith("qalora-"):
         _, compute, *ways = name.split("-")
@@ -267,6 +268,28 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def table(rows: dict[str, dict[str, float]], bound: dict[str, float]) -> None:
+    """Print what came out, in Markdown."""
+    reference = rows.get("peft-qalora")
+    print("| contender | tokens/s | ratio | CPU s / 1,000 tokens | ratio | peak MB | imports | held-out loss |")
+    print("|---|---|---|---|---|---|---|---|")
+
+    def line(name: str, row: dict[str, float], rest: str) -> None:
+        ratios = ("-", "-")
+        if reference is not None:
+            faster = row["tokens_per_second"] / reference["tokens_per_second"]
+            ratios = (f"{faster:.2f}", f"{reference['processor'] / row['processor']:.2f}")
+        speed = f"{row['tokens_per_second']:.0f} | {ratios[0]} | {row['processor']:.2f} | {ratios[1]}"
+        print(f"| {name} | {speed} | {rest} |")
+
+    for name, row in rows.items():
+        memory = f"{row['peak'] / 1e6:.0f} | {row['imported'] / 1e6:.0f}"
+        line(name, row, f"{memory} | {row['before']:.3f} -> {row['after']:.3f}")
+    for name in ("float32", "bfloat16"):
+        row = {key.split()[1]: value for key, value in bound.items() if key.startswith(f"{name} ")}
+        line(f"products alone, {name}, {row['GFLOPS']:.0f} GFLOPS", row, "- | - | -")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -292,18 +315,9 @@ def main() -> None:
             print(f"{name}: {summary(runs[name][-1:])}", file=sys.stderr)
         bounds.append(start("limit", given))
     rows = {name: summary(found) for name, found in runs.items()}
-    bound = {key: max(found[key] for found in bounds) for key in bounds[0]}
-    reference = rows.get("peft-qalora", {}).get("tokens_per_second")
-    print("| contender | tokens/s | ratio | CPU s / 1,000 tokens | peak MB | of it imports | held-out loss |")
-    print("|---|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        ratio = f"{row['tokens_per_second'] / reference:.2f}" if reference else "-"
-        print(
-            f"| {name} | {row['tokens_per_second']:.0f} | {ratio} | {row['processor']:.2f} | {row['peak'] / 1e6:.0f}"
-            f" | {row['imported'] / 1e6:.0f} | {row['before']:.3f} -> {row['after']:.3f} |"
-        )
-    for name in ("float32", "bfloat16"):
-        print(f"products alone, {name}: {bound[f'{name} GFLOPS']:.0f} GFLOPS, {bound[f'{name} tokens/s']:.0f} tokens/s")
+    best = {"processor": min}
+    bound = {key: best.get(key.split()[1], max)(found[key] for found in bounds) for key in bounds[0]}
+    table(rows, bound)
     if given.json:
         record = {"rows": rows, "limit": bound, "runs": runs, "rank": given.rank, "threads": given.threads}
         given.json.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")

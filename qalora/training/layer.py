@@ -197,7 +197,7 @@ class _Wide(torch.autograd.Function):
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         if layer.trained:
-            pooled = rows.view(rows.shape[0], -1, layer.group_size).sum(dim=2, dtype=torch.float32)
+            pooled = rows.reshape(rows.shape[0], -1, layer.group_size).sum(dim=2, dtype=torch.float32)
             rows = torch.cat((rows, pooled.to(x.dtype)), dim=1)
             if layer.pool_size != layer.group_size:
                 pooled = pooled.view(pooled.shape[0], a.shape[1], -1).sum(dim=2)

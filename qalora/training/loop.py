@@ -194,7 +194,7 @@ class _Run:
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=options.weight_decay,
-            fused=False,  # fused, it would not count a parameter's versions, by which layers know that it changed
+            foreach=self._device.type == "cuda",  # never fused: it would not count versions, which layers watch
         )
         self._each = options.batch_size * options.gradient_accumulation
         self._steps = options.steps or max(1, len(kept) // self._each)
