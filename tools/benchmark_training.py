@@ -13,8 +13,8 @@ a process of its own, `--rounds` times in turn, so that what else the machine do
     peft-lora-float32, -bfloat16        PEFT's LoRA on float weights
 
 A row: the median over all steps but the first two of tokens a second (wall clock), and its ratio to peft-qalora; the
-processor time of 1,000 tokens and the ratio of it, which other jobs on the machine disturb less, with --threads 1 least
-(threads that wait for one that was sent away spin in some kernels, which counts); peak resident memory of the process, and
+processor time of 1,000 tokens and its ratio, which other jobs on the machine disturb less, least with --threads 1
+(a thread that waits for one that is not running spins in some kernels); peak resident memory of the process, and
 what of it was there once the libraries were imported; the loss on the same held-out blocks before and after. At the
 end, the matrix products of a step are run alone: what they take is the limit of a machine that does nothing else.
 """
