@@ -15,7 +15,7 @@ FLOORS = [
     {"cli", "__main__"},
     {"release", "demo", "inspection", "testing"},
     {"parity"},
-    {"integrations", "training"},
+    {"calibration", "integrations", "training"},
     {"converters"},
     {"folding", "adapter", "quantization", "residual", "checkpoint"},
     {"formats"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +21,11 @@ from qalora.cli.options import (
     print_json,
     print_plans,
 )
-from qalora.cli.progress import log_format_option
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
-    from qalora.quantization.rounding import Zeros
-
-__all__ = ["command", "quantized_model"]
+    from qalora.quantization import QuantizeOptions
 
 
 @click.command(
@@ -34,7 +34,14 @@ __all__ = ["command", "quantized_model"]
 )
 @click.argument("model")
 @output_option("The folder to write.")
-@click.option("--bits", type=int, default=4, show_default=True, help="2, 3, 4, 5, 6 or 8.")
+@click.option("--bits", default="4", show_default=True, help="2, 3, 4, 5, 6, 8, or `auto` for widths by --budget.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(0, min_open=True),
+    metavar="BITS",
+    help="--bits auto: bits per weight of the linear layers at most, scale and min counted.",
+)
+@click.option("--widths", type=int, multiple=True, metavar="BITS", help="--bits auto: one to choose from. Repeatable.")
 @click.option("--group-size", default="32", show_default=True, help="Columns that share a scale, or `row`.")
 @click.option(
     "--zeros",
@@ -43,14 +50,26 @@ __all__ = ["command", "quantized_model"]
     show_default=True,
     help="Real zero points, whole ones, or the middle one everywhere.",
 )
-@click.option("--method", type=click.Choice(["rtn"]), default="rtn", show_default=True, help="Rounding to nearest.")
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "clip", "hqq", "gptq"]),
+    default="rtn",
+    show_default=True,
+    help="Rounding to nearest; searched clipping; searched scale and min; GPTQ, which wants --calibration.",
+)
+@click.option("--calibration", metavar="FILE", help="A text to compute the layers' inputs on; text or JSONL.")
+@click.option("--calibration-tokens", type=click.IntRange(1), default=8192, show_default=True)
+@click.option("--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Of the calibration.")
+@click.option("--fit-minima", is_flag=True, help="Fit the minima to the layers' inputs; wants --calibration.")
+@click.option("--act-order", is_flag=True, help="gptq: the columns that matter most first; groups stay as they are.")
+@click.option("--damping", type=float, default=0.01, show_default=True, help="gptq: added to the inputs' moments.")
+@click.option("--passes", type=int, default=2, show_default=True, help="gptq: further passes over all codes.")
 @click.option("--requantize", is_flag=True, help="Round a model that holds integers already.")
 @max_shard_size_option
 @checkpoint_format_option
 @force_option
 @dry_run_option
 @json_flag
-@log_format_option
 def command(
     model: str,
     out: Path,
@@ -63,12 +82,20 @@ def command(
 ) -> None:
     """Round the linear weights of MODEL to integer groups and write a qalora folder.
 
-    Scale and minimum are chosen among the values that float16 holds before the codes are, so that every later export
-    holds the result exactly.
+    Scale and minimum are chosen among the values that float16 holds, so that every later export holds the result
+    exactly. With --calibration, a text like what the model will be used for, each layer is quantized on the inputs that
+    the quantized layers before it give.
     """
     from qalora.cli.writing import write_native
+    from qalora.formats.output import check_output
 
-    quantized = quantized_model(open_model(model, checkpoint_format), **settings)
+    check_output(out, force=force, names=["config.json"])
+    chosen, automatic = _options(settings)
+    source = open_model(model, checkpoint_format)
+    with _layers(source) as tick:
+        quantized = _quantized(source, chosen, automatic, settings, tick)
+        if settings["calibration"] is not None and not dry_run:
+            quantized.tensors[quantized.linears[0]].rows(0, 1)  # this does the work
     plan = write_native(quantized, out, max_shard_size=max_shard_size, force=force, dry_run=dry_run)
     if as_json:
         print_json(plan.to_json())
@@ -76,13 +103,71 @@ def command(
         print_plans([plan], details=dry_run)
 
 
-def quantized_model(
-    model: Checkpoint, *, bits: int, group_size: str, zeros: Zeros, method: str, requantize: bool
+def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
+    """The options, and whether each layer's width is to be chosen; InputError for what does not go together."""
+    from qalora.quantization import QuantizeOptions
+
+    bits, size, automatic = settings["bits"], settings["group_size"], settings["bits"] == "auto"
+    if not automatic and not bits.isdigit():
+        raise InputError("--bits", expected="a whole number or `auto`", got=repr(bits))
+    if size != "row" and not size.isdigit():
+        raise InputError("--group-size", expected="a whole number or `row`", got=repr(size))
+    if automatic != (settings["budget"] is not None):
+        raise InputError("--bits auto and --budget go together, and one is missing")
+    if settings["widths"] and not automatic:
+        raise InputError("--widths goes with --bits auto")
+    keys = ("zeros", "method", "fit_minima", "act_order", "damping", "passes")
+    chosen = QuantizeOptions(
+        bits=4 if automatic else int(bits),
+        group_size=None if size == "row" else int(size),
+        **{key: settings[key] for key in keys},
+    )
+    needs = "--bits auto" if automatic else "--fit-minima" if chosen.fit_minima else f"--method {chosen.method}"
+    if settings["calibration"] is None and (automatic or chosen.needs_inputs):
+        raise InputError(f"{needs} needs the layers' inputs on a text", todo="give one: --calibration FILE")
+    return chosen, automatic
+
+
+def _quantized(
+    source: Checkpoint,
+    chosen: QuantizeOptions,
+    automatic: bool,
+    settings: dict[str, Any],
+    tick: Callable[[], None],
 ) -> Checkpoint:
-    """The model that the command's settings make of one; nothing is read yet."""
+    from dataclasses import asdict
+
+    from qalora.calibration import WIDTHS, Calibration, quantize_on_text
     from qalora.quantization import quantize
 
-    if group_size != "row" and not group_size.isdigit():
-        raise InputError("--group-size", expected="a whole number or `row`", got=repr(group_size))
-    size = None if group_size == "row" else int(group_size)
-    return quantize(model, bits=bits, group_size=size, zeros=zeros, requantize=requantize)
+    if settings["calibration"] is None:
+        return quantize(source, requantize=settings["requantize"], **asdict(chosen))
+    return quantize_on_text(
+        source,
+        Calibration(
+            data=settings["calibration"], tokens=settings["calibration_tokens"], length=settings["sequence_length"]
+        ),
+        chosen,
+        budget=settings["budget"] if automatic else None,
+        widths=sorted(settings["widths"]) or WIDTHS,
+        requantize=settings["requantize"],
+        tick=tick,
+    )
+
+
+@contextmanager
+def _layers(model: Checkpoint) -> Iterator[Callable[[], None]]:
+    """A count of decoder layers on stderr, where that is a terminal; gives the function to call after each."""
+    shown, done = sys.stderr.isatty(), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if shown:
+            click.echo(
+                f"\rcalibrating: {done} layers of {model.config.get('num_hidden_layers', '?')}", nl=False, err=True
+            )
+
+    yield tick
+    if shown and done:
+        click.echo(err=True)

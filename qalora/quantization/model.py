@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import InputError
-from qalora.quantization.rounding import ZEROS, Zeros, quantize_tensor, spec_of
-from qalora.tensor import BITS, GroupQuantTensor, check_group_size
+from qalora.quantization.options import QuantizeOptions, quantize_weight
+from qalora.tensor import GroupQuantTensor, QuantSpec
 
-__all__ = ["quantize"]
+__all__ = ["planned", "quantize"]
 
 
-def quantize(
-    model: Checkpoint,
-    *,
-    bits: int = 4,
-    group_size: int | None = 32,
-    zeros: Zeros = "real",
-    requantize: bool = False,
-) -> Checkpoint:
-    """The model with its linear weights quantized by rounding; embedding, norms and output layer stay as they are.
+def quantize(model: Checkpoint, *, requantize: bool = False, **options: Any) -> Checkpoint:
+    """The model with its linear weights quantized; embedding, norms and output layer stay as they are.
 
-    group_size None makes one group of each row. Raises InputError, before anything is read, for bits outside BITS, for
-    a layer that the group size does not divide, and for a model that holds integers already unless `requantize` is set
-    (rounding what was rounded before loses more).
+    options are those of `QuantizeOptions`. Raises InputError, before anything is read, for an option out of range, for
+    one that needs the layers' inputs (see `qalora.calibration`), for a layer that the group size does not divide, and
+    for a model that holds integers already unless `requantize` is set (rounding what was rounded before loses more).
     """
-    if bits not in BITS:
-        raise InputError("bits", expected=f"one of {', '.join(map(str, BITS))}", got=str(bits))
-    if zeros not in ZEROS:
-        raise InputError("zeros", expected=f"one of {', '.join(ZEROS)}", got=repr(zeros))
+    chosen = QuantizeOptions(**options)
+    if chosen.needs_inputs:
+        what = "fitted minima" if chosen.fit_minima else chosen.method
+        raise InputError(f"{what} needs the layers' inputs", todo="give a text: --calibration FILE")
+    specs = planned(model, dict.fromkeys(model.linears, chosen), requantize=requantize)
+    lazily = {name: _lazily(model.tensors[name], chosen, spec) for name, spec in specs.items()}
+    return replace(model, tensors={**model.tensors, **lazily})
+
+
+def planned(model: Checkpoint, options: Mapping[str, QuantizeOptions], *, requantize: bool) -> dict[str, QuantSpec]:
+    """What each linear weight will be. Raises InputError for a group size that does not divide a layer, and for a model
+    that holds integers already unless `requantize` is set.
+    """
     if any(model.tensors[name].spec for name in model.linears) and not requantize:
         raise InputError(
             f"{model.path} holds integers already, and rounding them again loses more",
             todo="use it as it is, or give --requantize",
         )
-    tensors = dict(model.tensors)
+    specs = {}
     for name in model.linears:
         try:
-            tensors[name] = _lazily(tensors[name], bits, group_size, zeros)
+            specs[name] = options[name].spec(model.tensors[name].shape[1])
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-    return replace(model, tensors=tensors)
+    return specs
 
 
-def _lazily(source: LazyTensor, bits: int, group_size: int | None, zeros: Zeros) -> LazyTensor:
-    columns = source.shape[1]
-    size = columns if group_size is None else group_size
-    check_group_size(columns, size)
-
+def _lazily(source: LazyTensor, options: QuantizeOptions, spec: QuantSpec) -> LazyTensor:
     def read(start: int, stop: int) -> GroupQuantTensor:
         rows = source.rows(start, stop)
         weight = rows if isinstance(rows, torch.Tensor) else rows.dequantize()
-        return quantize_tensor(weight, bits=bits, group_size=size, zeros=zeros)
+        return quantize_weight(weight, options)
 
-    return LazyTensor(name=source.name, shape=source.shape, spec=spec_of(bits, size, zeros), read=read)
+    return LazyTensor(name=source.name, shape=source.shape, spec=spec, read=read)

@@ -24,7 +24,7 @@ from torch import Tensor
 from qalora.errors import InputError
 from qalora.tensor import GroupQuantTensor, QuantSpec, check_group_size, pack_codes, packed_row_bytes
 
-__all__ = ["ZEROS", "Zeros", "quantize_tensor", "spec_of"]
+__all__ = ["ZEROS", "Zeros", "quantize_tensor", "spec_of", "to_float16"]
 
 Zeros = Literal["real", "integer", "symmetric"]
 ZEROS: tuple[Zeros, ...] = ("real", "integer", "symmetric")
@@ -71,23 +71,23 @@ def quantize_tensor(weight: Tensor, *, bits: int, group_size: int, zeros: Zeros 
 
 def _real(w: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     lo, hi = w.amin(dim=2), w.amax(dim=2)
-    scale = _float16((hi - lo) / top)
-    minimum = _float16(torch.where(scale == 0, lo + (hi - lo) / 2, lo))
+    scale = to_float16((hi - lo) / top)
+    minimum = to_float16(torch.where(scale == 0, lo + (hi - lo) / 2, lo))
     steps = (w - minimum[..., None]) / _divisor(scale)[..., None]
     return _codes(torch.where(scale[..., None] == 0, 0.0, steps), top), scale, minimum
 
 
 def _integer(w: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     lo, hi = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
-    scale = _float16((hi - lo) / top)
+    scale = to_float16((hi - lo) / top)
     zero = torch.round(-lo / _divisor(scale)).clamp(0, top)
     zero = torch.where(scale == 0, float(top // 2 + 1), zero)
     return _around(w, scale, zero, top)
 
 
 def _symmetric(w: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    scale = _float16(2 * w.abs().amax(dim=2) / top)
-    _float16(scale * (top // 2 + 1))  # the min must be in range too
+    scale = to_float16(2 * w.abs().amax(dim=2) / top)
+    to_float16(scale * (top // 2 + 1))  # the min must be in range too
     return _around(w, scale, torch.full_like(scale, top // 2 + 1), top)
 
 
@@ -107,7 +107,8 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _float16(values: Tensor) -> Tensor:
+def to_float16(values: Tensor) -> Tensor:
+    """The nearest float16 values, as float32; InputError beyond 65504."""
     rounded = values.to(torch.float16).float()
     if not bool(torch.isfinite(rounded).all()):
         raise InputError(

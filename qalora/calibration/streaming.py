@@ -1,0 +1,174 @@
+"""A model's layers one after another, each seen with the inputs that the layers before it give once they are changed.
+
+The module is built without its linear weights. For each decoder layer they are read; linear layers that share an input
+make a stage (q, k and v; o; gate and up; down); for each stage the second moments of its input are gathered over all
+windows, the visitor replaces the weights, and the next stage sees what they do. Then the windows go through the changed
+layer and its weights are let go. So memory is bounded by a decoder layer, the embedding, and the windows' activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.torch_module import build
+
+__all__ = ["Seen", "Visitor", "stream"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A linear layer at its turn.
+
+    name    of its weight
+    weight  float32 [out, in], as the model has it
+    moments float32 [in, in], mean(x x^T) over every token of the windows, x the layer's input now
+    """
+
+    name: str
+    weight: Tensor
+    moments: Tensor
+
+
+Visitor = Callable[[Seen], Tensor | None]
+"""Gives the weight that takes the old one's place, float32 [out, in]; None leaves it."""
+
+
+class _Streamed(nn.Module):
+    """A linear layer whose weight comes and goes."""
+
+    def __init__(self, source: LazyTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.source, self.bias = source, bias
+        self.in_features, self.out_features = source.shape[1], source.shape[0]
+        self.held: Tensor | None = None
+        self.watch: Callable[[Tensor], None] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, where it is held; a placeholder of no memory otherwise."""
+        return torch.empty(self.source.shape, device="meta") if self.held is None else self.held
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.watch is not None:
+            self.watch(x)
+        return functional.linear(x, self.weight, self.bias)
+
+
+class _Reached(Exception):
+    """Enough of a layer was computed."""
+
+
+@torch.no_grad()
+def stream(model: Checkpoint, windows: Tensor, visitor: Visitor, tick: Callable[[], None] = lambda: None) -> None:
+    """Visit the decoder's linear layers in the order of computation.
+
+    windows  int64 [windows, tokens], token ids, each a sequence of its own
+    tick     called after each decoder layer
+    """
+    module = build(model, lambda path, weight, bias: _Streamed(weight, bias))
+    names = {module.get_submodule(module_of(name)): name for name in model.linears}
+    layers: Sequence[nn.Module] = module.model.layers
+    hidden, settings = _entry(module, layers, windows)
+    for n, layer in enumerate(layers):
+        inside = [part for part in layer.modules() if isinstance(part, _Streamed)]
+        for part in inside:
+            part.held = part.source.load_float().float()
+
+        def run(x: Tensor, layer: nn.Module = layer, n: int = n) -> Tensor:
+            found: Tensor | tuple[Tensor, ...] = layer(x, **settings[n])
+            return found[0] if isinstance(found, tuple) else found
+
+        for stage in _stages(inside, run, hidden[0]):
+            moments = _moments(stage[0], run, hidden)
+            for part in stage:
+                changed = visitor(Seen(name=names[part], weight=part.weight, moments=moments))
+                part.held = part.held if changed is None else changed
+        hidden = [run(x) for x in hidden]
+        for part in inside:
+            part.held = None
+        tick()
+
+
+def _entry(module: Any, layers: Sequence[nn.Module], windows: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What the first layer is given for each window, and what each layer is given beside: masks and positions, which
+    are the same for all windows, as they are of one length.
+    """
+    hidden: list[Tensor] = []
+    settings: list[dict[str, Any]] = [{} for _ in layers]
+
+    def recorder(n: int) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, **given: Any) -> Tensor:
+            if n == 0:
+                hidden.append(hidden_states)
+            settings[n] = {**given, "past_key_values": None, "use_cache": False}
+            return hidden_states
+
+        return forward
+
+    for n, layer in enumerate(layers):
+        layer.forward = recorder(n)
+    try:
+        for window in windows:
+            module.model(input_ids=window[None], use_cache=False)
+    finally:
+        for layer in layers:
+            del layer.forward
+    return hidden, settings
+
+
+def _stages(parts: Sequence[_Streamed], run: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[list[_Streamed]]:
+    """The linear layers in the order of computation, those that are given the very same input together."""
+    calls: list[tuple[_Streamed, Tensor]] = []
+
+    def watcher(part: _Streamed) -> Callable[[Tensor], None]:
+        return lambda seen: calls.append((part, seen))
+
+    with _watched({part: watcher(part) for part in parts}):
+        run(x)
+    stages: list[tuple[Tensor, list[_Streamed]]] = []
+    for part, seen in calls:
+        if stages and stages[-1][0] is seen:
+            stages[-1][1].append(part)
+        else:
+            stages.append((seen, [part]))
+    return iter([stage for _, stage in stages])
+
+
+def _moments(part: _Streamed, run: Callable[[Tensor], Tensor], hidden: Sequence[Tensor]) -> Tensor:
+    """mean(x x^T) of a layer's input over all windows; what comes after it is not computed."""
+    total = torch.zeros(part.in_features, part.in_features)
+    count = 0
+
+    def add(x: Tensor) -> None:
+        nonlocal count
+        rows = x.reshape(-1, x.shape[-1])
+        total.addmm_(rows.t(), rows)
+        count += rows.shape[0]
+        raise _Reached
+
+    with _watched({part: add}):
+        for x in hidden:
+            try:
+                run(x)
+            except _Reached:
+                continue
+    return total.div_(count)
+
+
+@contextmanager
+def _watched(watchers: dict[_Streamed, Callable[[Tensor], None]]) -> Iterator[None]:
+    for part, watch in watchers.items():
+        part.watch = watch
+    try:
+        yield
+    finally:
+        for part in watchers:
+            part.watch = None

@@ -1,0 +1,56 @@
+"""A width for each layer under one budget: the least sum of errors that fits, found by dynamic programming.
+
+best[n][s] is the least sum of errors of the first n layers in s units of size; a layer of each width is tried on every
+size. A unit is the greatest common divisor of all sizes, so that the result is the optimum; where that would make more
+than MOST_UNITS units, a unit is larger and sizes are rounded up: the budget still holds, and the optimum is missed by
+a layer's width at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from qalora.errors import InputError
+
+__all__ = ["allocate"]
+
+MOST_UNITS = 1 << 14
+
+
+def allocate(
+    sizes: Mapping[str, Mapping[int, int]], errors: Mapping[str, Mapping[int, float]], budget: int
+) -> dict[str, int]:
+    """The width of each layer.
+
+    sizes   for each layer, its size at each width that it may have, in bits
+    errors  for each layer, its error at the same widths
+    budget  the sizes' sum at most; InputError where the smallest sizes are larger than that
+    """
+    least = {name: min(size.values()) for name, size in sizes.items()}
+    spare = budget - sum(least.values())
+    if spare < 0:
+        raise InputError("the budget", expected=f"{sum(least.values()):,} bits or more", got=f"{budget:,}")
+    more = {name: {bits: size - least[name] for bits, size in found.items()} for name, found in sizes.items()}
+    spare = min(spare, sum(max(found.values()) for found in more.values()))
+    unit = max(1, math.gcd(*(size for found in more.values() for size in found.values())), -(-spare // MOST_UNITS))
+    units = spare // unit
+    best, choices = np.zeros(units + 1), []
+    for name, found in more.items():
+        widths = sorted(found)
+        tried = np.full((len(widths), units + 1), np.inf)
+        for n, bits in enumerate(widths):
+            taken = -(-found[bits] // unit)
+            if taken <= units:
+                tried[n, taken:] = best[: units + 1 - taken] + errors[name][bits]
+        chosen = tried.argmin(axis=0)
+        choices.append((name, widths, chosen))
+        best = tried[chosen, np.arange(units + 1)]
+    at, widths_of = units, {}
+    for name, widths, chosen in reversed(choices):
+        bits = widths[chosen[at]]
+        widths_of[name] = bits
+        at -= -(-more[name][bits] // unit)
+    return {name: widths_of[name] for name in sizes}

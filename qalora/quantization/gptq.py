@@ -1,0 +1,235 @@
+"""GPTQ: codes chosen a column at a time, what rounding leaves pushed onto the columns that are still to come.
+
+With W [out, in], H = mean(x x^T) over a layer's inputs, and U the upper Cholesky factor of H^-1 (H = damped), for each
+column i in order of quantisation:
+
+    q = nearest code of W[:, i];   e = (W[:, i] - value(q)) / U[i, i];   W[:, j] -= e * U[i, j]   for j > i
+
+(Frantar et al. 2022, arXiv 2210.17323.) Groups are runs of columns always, so that no g_idx arises and adapters fold.
+Without act-order a group's grid is searched when the group is reached, on the weights as they are then. With act-order
+the columns of the largest second moments come first, and every grid is searched beforehand ("static groups").
+
+`refined` improves what GPTQ found on the same H, by coordinate descent on tr((W - V) H (W - V)^T), V the quantized
+weight: each column's codes become the best ones given all the others, again and again; between two such passes scale
+and min of all groups of a row are fitted together, by least squares, to the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qalora.quantization.grid import Grid, Search, search, zero_points
+from qalora.quantization.minima import pooled_covariance, round_with_feedback
+from qalora.quantization.rounding import Zeros, to_float16
+from qalora.quantization.searching import ALTERNATING, finite
+from qalora.tensor import GroupQuantTensor, check_group_size
+
+__all__ = ["GptqOptions", "damped", "gptq_tensor", "output_error"]
+
+TILE_FLOATS = 1 << 22
+"""Numbers of the rows whose grids are fitted at a time."""
+
+BLOCK = 128
+"""Columns whose corrections are carried to the rest of the matrix together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqOptions:
+    """damping: share of H's mean diagonal that is added to it; act_order: see the module; passes: of `refined`."""
+
+    damping: float = 0.01
+    act_order: bool = False
+    passes: int = 0
+    grids: Search = ALTERNATING
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """float64 [in, in]: H with a share of its mean diagonal added, positive definite even where an input is dead."""
+    found = hessian.double()
+    mean = float(found.diagonal().mean())
+    found.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return found
+
+
+def output_error(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
+    """mean over inputs of |(W - V) x|^2, summed over the rows."""
+    left = (weight.float() - other.float()).double()
+    return float(((left @ hessian.double()) * left).sum())
+
+
+def gptq_tensor(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    zeros: Zeros = "real",
+    options: GptqOptions | None = None,
+) -> GroupQuantTensor:
+    """Quantize a float weight [out, in] given H [in, in]; computed in float32, its factor in float64.
+
+    Raises InputError as `search_tensor` does.
+    """
+    chosen = options or GptqOptions()
+    w = finite(weight)
+    columns = w.shape[1]
+    check_group_size(columns, group_size)
+    h = damped(hessian, chosen.damping)
+    order = torch.argsort(h.diagonal(), descending=True, stable=True) if chosen.act_order else torch.arange(columns)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    top = (1 << bits) - 1
+    run = _Columns(w, factor, order, group_size, top, zeros, chosen.grids)
+    if chosen.act_order:
+        moments = h.diagonal().float().view(-1, group_size)
+        run.grid = search(w.view(w.shape[0], -1, group_size), top, zeros, chosen.grids, moments)
+    run.all()
+    codes, grid = run.codes.t().contiguous(), run.grid
+    if chosen.passes:
+        codes, grid = refined(w, codes, grid, h.float(), top, zeros, chosen.passes)
+    return GroupQuantTensor.from_codes(codes.to(torch.uint8), grid.scale, grid.min, bits, group_size)
+
+
+class _Columns:
+    """A pass over the columns. Everything is kept transposed, [in, out], so that a column is a run of memory."""
+
+    def __init__(
+        self, w: Tensor, factor: Tensor, order: Tensor, group_size: int, top: int, zeros: Zeros, grids: Search
+    ) -> None:
+        out, columns = w.shape
+        self._left = w.t()[order].contiguous()
+        self._factor, self._order, self._size, self._top, self._zeros = factor, order, group_size, top, zeros
+        self._search = grids
+        groups = columns // group_size
+        self.grid = Grid(scale=torch.zeros(out, groups), min=torch.zeros(out, groups))
+        self.codes = torch.empty(columns, out)
+        self._static = bool((order != torch.arange(columns)).any())
+
+    def all(self) -> None:
+        columns, size = self._left.shape[0], self._size
+        block = max(1, BLOCK // size) * size if size < BLOCK else (BLOCK if size % BLOCK == 0 else size)
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            errors = torch.stack([self._column(i, stop) for i in range(start, stop)])
+            self._left[stop:].addmm_(self._factor[start:stop, stop:].t(), errors, alpha=-1)
+
+    def _column(self, i: int, stop: int) -> Tensor:
+        """Choose the codes of column i, correct columns i+1 .. stop-1; gives the error, over U[i, i]."""
+        at = int(self._order[i])
+        group = at // self._size
+        if not self._static and i % self._size == 0:
+            self._begin(i, group)
+        scale, minimum = self.grid.scale[:, group], self.grid.min[:, group]
+        column = self._left[i]
+        safe = torch.where(scale == 0, torch.inf, scale)
+        codes = ((column - minimum) / safe).round_().clamp_(0, self._top)
+        self.codes[at] = codes
+        error = (column - torch.addcmul(minimum, scale, codes)) / self._factor[i, i]
+        self._left[i + 1 : stop].addr_(self._factor[i, i + 1 : stop], error, alpha=-1)
+        return error
+
+    def _begin(self, i: int, group: int) -> None:
+        """Search the grid of the group that begins at column i, on the weights as they are now."""
+        rows = slice(i, i + self._size)
+        importance = self._factor.diagonal()[rows].square().reciprocal()[None]
+        found = search(self._left[rows].t().contiguous()[:, None], self._top, self._zeros, self._search, importance)
+        self.grid.scale[:, group], self.grid.min[:, group] = found.scale[:, 0], found.min[:, 0]
+
+
+def refined(
+    w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int, zeros: Zeros, passes: int
+) -> tuple[Tensor, Grid]:
+    """Codes (floats [out, in]) and grid after `passes` passes over all columns, each after a fit of the grid."""
+    for _ in range(passes):
+        grid = _fitted(w, codes, grid, h, top, zeros)
+        codes = _descended(w, codes, grid, h, top)
+    return codes, _fitted(w, codes, grid, h, top, zeros)
+
+
+def _descended(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int) -> Tensor:
+    """Each column's codes in turn the best ones, given all the others."""
+    out, columns = w.shape
+    size = columns // grid.scale.shape[1]
+    left = (w - grid.values(codes.view(out, -1, size)).view(out, columns)).t().contiguous()
+    found = codes.t().contiguous()
+    step = min(size, BLOCK)
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        pull = h[start:stop] @ left  # (H E^T) of these columns
+        for i in range(start, stop):
+            group = i // size
+            scale, minimum = grid.scale[:, group], grid.min[:, group]
+            now = torch.addcmul(minimum, scale, found[i])
+            wanted = now + pull[i - start] / h[i, i]
+            better = ((wanted - minimum) / torch.where(scale == 0, torch.inf, scale)).round_().clamp_(0, top)
+            moved = scale * (found[i] - better)
+            found[i] = better
+            left[i] += moved
+            pull[i - start + 1 :].addr_(h[i + 1 : stop, i], moved)
+    return found.t().contiguous()
+
+
+def _fitted(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int, zeros: Zeros) -> Grid:
+    """Scale and min (or scale alone) of all groups of a row, by least squares in H, codes untouched.
+
+    A row keeps its grid where the fit is no better, or has a scale that is not positive.
+    """
+    out, columns = w.shape
+    groups = grid.scale.shape[1]
+    size = columns // groups
+    zero = torch.full_like(grid.scale, (top + 1) / 2) if zeros == "real" else zero_points(grid, top)
+    steps = codes - zero.repeat_interleave(size, dim=1)
+    pooled = pooled_covariance(h, size) if zeros == "real" else None
+    scale, minimum = grid.scale.clone(), grid.min.clone()
+    tile = max(1, TILE_FLOATS // (columns + 4 * groups * groups))
+    for start in range(0, out, tile):
+        rows = slice(start, start + tile)
+        normal, right = _normal(steps[rows], w[rows] @ h, h, size, minima=pooled is not None)
+        solution = torch.linalg.solve(normal, right)
+        good = torch.isfinite(solution).all(dim=1) & ((solution[:, :groups] > 0) & (solution[:, :groups] < 6e4)).all(1)
+        new = to_float16(torch.where(good[:, None], solution[:, :groups].float(), scale[rows]))
+        scale[rows], minimum[rows] = new, -new * zero[rows]
+        if pooled is not None:
+            # the best minima for the scales as they were rounded, the rounding of each pushed onto the next
+            rest = right[:, groups:] - torch.einsum("ogk,ok->og", normal[:, groups:, :groups], new.double())
+            exact = torch.linalg.solve(pooled, rest.t()).t() - new.double() * zero[rows]
+            minimum[rows] = round_with_feedback(exact, pooled)
+    return _kept(w, codes, Grid(scale=scale, min=minimum), grid, h)
+
+
+def _normal(steps: Tensor, target: Tensor, h: Tensor, size: int, *, minima: bool) -> tuple[Tensor, Tensor]:
+    """The normal equations of rows [rows, in]: float64 [rows, n, n] and [rows, n]; n: scales, then minima if wanted."""
+    groups = steps.shape[1] // size
+    count = groups * (2 if minima else 1)
+    normal = torch.empty(steps.shape[0], count, count)
+    for g in range(groups):
+        within = slice(g * size, (g + 1) * size)
+        mixed = steps[:, within] @ h[within]
+        normal[:, g, :groups] = _pooled(mixed * steps, size)
+        if minima:
+            normal[:, g, groups:] = normal[:, groups:, g] = _pooled(mixed, size)
+    right = [_pooled(target * steps, size)]
+    wide = normal.double()
+    if minima:
+        wide[:, groups:, groups:] = pooled_covariance(h, size)
+        right.append(_pooled(target, size))
+    wide.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12)
+    return wide, torch.cat(right, dim=1).double()
+
+
+def _kept(w: Tensor, codes: Tensor, new: Grid, old: Grid, h: Tensor) -> Grid:
+    """The new grid in the rows where it is better."""
+    errors = []
+    for grid in (new, old):
+        left = w - grid.values(codes.view(w.shape[0], grid.scale.shape[1], -1)).view(w.shape)
+        errors.append(((left @ h) * left).sum(dim=1))
+    better = (errors[0] < errors[1])[:, None]
+    return Grid(scale=torch.where(better, new.scale, old.scale), min=torch.where(better, new.min, old.min))
+
+
+def _pooled(values: Tensor, size: int) -> Tensor:
+    """Sums over runs of `size` columns."""
+    return values.view(values.shape[0], -1, size).sum(dim=2)

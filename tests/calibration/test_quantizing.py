@@ -1,0 +1,179 @@
+"""Whole models quantized with inputs: contracts, the same bits again, closer to the float model than without."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+from qalora.calibration import bits_per_weight, calibration_windows, choose_widths, quantize_calibrated
+from qalora.checkpoint import Checkpoint
+from qalora.cli import main
+from qalora.converters import load
+from qalora.converters.torch_module import build
+from qalora.demo import demo_text
+from qalora.errors import InputError
+from qalora.quantization import QuantizeOptions, quantize
+from qalora.testing import assert_same_model, byte_tokenizer, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """float: a tiny model of bytes; text.txt."""
+    root = tmp_path_factory.mktemp("calibrated")
+    tiny_llama(root / "float", tokenizer=byte_tokenizer())
+    (root / "text.txt").write_text(demo_text()[:6000], encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> Checkpoint:
+    return load(place / "float")
+
+
+@pytest.fixture(scope="module")
+def windows(model: Checkpoint, place: Path) -> Tensor:
+    return calibration_windows(model, str(place / "text.txt"), tokens=2048, length=64)
+
+
+@torch.no_grad()
+def distance(model: Checkpoint, other: Checkpoint, windows: Tensor) -> float:
+    """Mean squared difference of the logits."""
+    return float((build(model)(input_ids=windows).logits - build(other)(input_ids=windows).logits).square().mean())
+
+
+def test_windows_are_spread_over_the_text(model: Checkpoint, place: Path) -> None:
+    text = (place / "text.txt").read_bytes()
+    found = calibration_windows(model, str(place / "text.txt"), tokens=300, length=100)
+    assert [bytes(byte_tokenizer().decode(row.tolist()), "utf-8") for row in found] == [
+        text[n * 2000 : n * 2000 + 100] for n in range(3)
+    ]
+    with pytest.raises(InputError, match="the model's context"):
+        calibration_windows(model, str(place / "text.txt"), length=1024)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_inputs_help(model: Checkpoint, windows: Tensor, bits: int) -> None:
+    def error(**options: Any) -> float:
+        chosen = QuantizeOptions(bits=bits, group_size=32, **options)
+        return distance(model, quantize_calibrated(model, windows, chosen), windows)
+
+    plain = distance(model, quantize(model, bits=bits), windows)
+    assert error(fit_minima=True) < plain
+    assert error(method="gptq", passes=0) < 0.8 * plain
+    assert error(method="gptq", passes=2) < 0.8 * plain
+
+
+def test_the_same_again_and_in_any_order(model: Checkpoint, windows: Tensor) -> None:
+    chosen = QuantizeOptions(bits=3, method="gptq", group_size=16)
+    one, two = (quantize_calibrated(model, windows, chosen) for _ in range(2))
+    for name in reversed(model.linears):
+        two.tensors[name].rows(1, 3)
+    assert_same_model(one, two)
+    whole = one.tensors[model.linears[3]].load_quantized()
+    assert torch.equal(one.tensors[model.linears[3]].rows(4, 9).codes(), whole.codes()[4:9])  # type: ignore[union-attr]
+
+
+def test_nothing_is_computed_before_a_weight_is_read(model: Checkpoint, windows: Tensor) -> None:
+    ticks: list[int] = []
+    found = quantize_calibrated(model, windows, QuantizeOptions(method="gptq"), tick=lambda: ticks.append(1))
+    assert found.quantized
+    assert ticks == []
+    found.tensors[model.linears[-1]].rows(0, 1)
+    found.tensors[model.linears[0]].rows(0, 1)
+    assert len(ticks) == 2
+
+
+def test_integers_want_requantize(model: Checkpoint, windows: Tensor) -> None:
+    base = quantize(model, bits=8)
+    with pytest.raises(InputError, match="--requantize"):
+        quantize_calibrated(base, windows, QuantizeOptions(method="gptq"))
+    assert quantize_calibrated(base, windows, QuantizeOptions(bits=3, method="gptq"), requantize=True).quantized
+
+
+@pytest.mark.parametrize("zeros", ["real", "integer", "symmetric"])
+@pytest.mark.parametrize("budget", [3.3, 4.0, 5.5])
+def test_mixed_widths_keep_the_budget_and_are_better(
+    model: Checkpoint, windows: Tensor, zeros: Any, budget: float
+) -> None:
+    options = QuantizeOptions(zeros=zeros, method="hqq")
+    found = choose_widths(model, windows, options, budget)
+    mixed = quantize_calibrated(model, windows, found.options)
+    assert bits_per_weight(mixed) == pytest.approx(found.bits_per_weight)
+    assert found.bits_per_weight <= budget
+    errors = {name: found.errors[name][chosen.bits] for name, chosen in found.options.items()}
+    uniform = max(bits for bits in (2, 3, 4, 5) if bits_per_weight(quantize(model, bits=bits, zeros=zeros)) <= budget)
+    assert sum(errors.values()) <= sum(found.errors[name][uniform] for name in errors)
+
+
+def test_a_budget_below_the_narrowest_is_refused(model: Checkpoint, windows: Tensor) -> None:
+    with pytest.raises(InputError, match=r"--budget: expected at least 3 bits per weight, got 2\.5"):
+        choose_widths(model, windows, QuantizeOptions(), 2.5)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--method", "gptq", "--bits", 3),
+        ("--method", "gptq", "--zeros", "integer", "--act-order", "--passes", 0),
+        ("--fit-minima", "--bits", 2),
+        ("--method", "clip", "--group-size", "row"),
+        ("--bits", "auto", "--budget", 3.6, "--method", "gptq"),
+    ],
+)
+def test_the_command(place: Path, tmp_path: Path, words: tuple[object, ...]) -> None:
+    given = ("quantize", place / "float", *words, "--calibration", place / "text.txt", "--calibration-tokens", 512)
+    for out in ("one", "two"):
+        result = run(*given, "-o", tmp_path / out)
+        assert result.exit_code == 0, result.output
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+    found = load(tmp_path / "one")
+    assert found.quantized
+    if "auto" in words:
+        assert bits_per_weight(found) <= 3.6
+        assert len({lazy.spec.bits for lazy in found.tensors.values() if lazy.spec is not None}) > 1
+    if "gptq" in words:
+        assert not any(lazy.spec.act_order for lazy in found.tensors.values() if lazy.spec is not None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "gptq"), "--method gptq needs the layers' inputs on a text; give one: --calibration FILE"),
+        (("--fit-minima",), "--fit-minima needs the layers' inputs"),
+        (("--bits", "auto", "--budget", 4), "--bits auto needs the layers' inputs"),
+        (("--bits", "auto"), "--bits auto and --budget go together"),
+        (("--budget", 4), "--bits auto and --budget go together"),
+        (("--bits", "four"), "--bits: expected a whole number or `auto`"),
+        (("--bits", "7"), "bits: expected one of"),
+        (("--method", "gptq", "--calibration", "nowhere.txt"), "no such file"),
+        (("--fit-minima", "--zeros", "integer"), "real zero points"),
+    ],
+)
+def test_bad_usage_is_one_sentence(
+    place: Path, tmp_path: Path, words: tuple[object, ...], message: str, one_sentence: Callable[[Result], str]
+) -> None:
+    result = run("quantize", place / "float", "-o", tmp_path / "out", *words)
+    assert message in one_sentence(result)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def one_sentence() -> Callable[[Result], str]:
+    """The error of a command that ended with status 2 and one line."""
+
+    def sentence(result: Result) -> str:
+        assert result.exit_code == 2, result.output
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1, result.stderr
+        return lines[0]
+
+    return sentence

@@ -1,0 +1,89 @@
+"""Layers seen one after another against the whole model run at once, for every family."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qalora.calibration.streaming import Seen, stream
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters import load
+from qalora.converters.torch_module import build
+from qalora.testing import TINY, tiny_model
+
+WINDOWS = torch.arange(60).view(3, 20) * 7 % 250
+
+
+def inputs_of(model: Checkpoint) -> dict[str, Tensor]:
+    """Every linear layer's input, of the whole model in one forward of all windows."""
+    module, found = build(model), {}
+
+    def keep(name: str) -> object:
+        def hook(part: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] = given[0].reshape(-1, given[0].shape[-1]).double()
+
+        return hook
+
+    for name in model.linears:
+        module.get_submodule(name.removesuffix(".weight")).register_forward_hook(keep(name))
+    with torch.no_grad():
+        module(input_ids=WINDOWS, use_cache=False)
+    return found
+
+
+def assert_moments(seen: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+    assert set(seen) == set(inputs)
+    for name, x in inputs.items():
+        expected = x.t() @ x / len(x)
+        assert torch.allclose(seen[name].double(), expected, rtol=1e-3, atol=1e-4 * float(expected.max())), name
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_it_sees_what_the_whole_model_computes(tmp_path: Path, family: str) -> None:
+    model = load(tiny_model(tmp_path, family))
+    seen: dict[str, Tensor] = {}
+    ticks: list[int] = []
+
+    def visit(layer: Seen) -> None:
+        assert torch.equal(layer.weight, model.tensors[layer.name].load_float().float())
+        seen[layer.name] = layer.moments
+
+    stream(model, WINDOWS, visit, lambda: ticks.append(1))
+    assert_moments(seen, inputs_of(model))
+    assert len(ticks) == model.config["num_hidden_layers"]
+
+
+def test_later_layers_see_what_was_changed(tmp_path: Path) -> None:
+    model = load(tiny_model(tmp_path, "llama"))
+    seen: dict[str, Tensor] = {}
+
+    def visit(layer: Seen) -> Tensor:
+        seen[layer.name] = layer.moments
+        return layer.weight * 0.5
+
+    stream(model, WINDOWS, visit)
+    halves = {name: model.tensors[name].load_float() * 0.5 for name in model.linears}
+    tensors = {
+        name: LazyTensor(name=name, shape=tuple(half.shape), dtype=half.dtype, read=lambda a, b, half=half: half[a:b])
+        for name, half in halves.items()
+    }
+    assert_moments(seen, inputs_of(replace(model, tensors={**model.tensors, **tensors})))
+
+
+def test_one_decoder_layer_is_held_at_a_time(tmp_path: Path) -> None:
+    """Weights are read in the order of computation, each once, and none before its layer is reached."""
+    model = load(tiny_model(tmp_path, "llama"))
+    log: list[str] = []
+
+    def logged(lazy: LazyTensor) -> LazyTensor:
+        def read(start: int, stop: int) -> object:
+            log.append(f"read {lazy.name.split('.')[2]}")
+            return lazy.read(start, stop)
+
+        return replace(lazy, read=read)
+
+    tensors = {name: logged(lazy) if name in model.linears else lazy for name, lazy in model.tensors.items()}
+    stream(replace(model, tensors=tensors), WINDOWS, lambda layer: log.append(f"saw {layer.name.split('.')[2]}"))
+    assert log == ["read 0"] * 7 + ["saw 0"] * 7 + ["read 1"] * 7 + ["saw 1"] * 7

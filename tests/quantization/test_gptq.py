@@ -1,0 +1,184 @@
+"""GPTQ against a slow obvious loop; what it promises; and that it beats rounding on the inputs it was given."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qalora.errors import InputError
+from qalora.quantization import METHODS, ZEROS, QuantizeOptions, quantize_weight
+from qalora.quantization.gptq import GptqOptions, _descended, damped, gptq_tensor, output_error
+from qalora.quantization.grid import Grid, search
+from qalora.quantization.searching import ALTERNATING
+from qalora.tensor import BITS, holds_float16, integer_zeros
+
+
+def layer(out: int = 24, columns: int = 96, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the moments of inputs that depend on one another."""
+    rng = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=rng) * torch.logspace(0, -2, columns)[:, None]
+    x = torch.randn(2000, columns, generator=rng) @ mixing + 0.3
+    return torch.randn(out, columns, generator=rng) * 0.05, x.t() @ x / len(x)
+
+
+def slow_gptq(w: Tensor, h: Tensor, bits: int, size: int, order: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Optimal brain quantization with the inverse of H of the columns that are left, taken anew for each column."""
+    w, h = w.double().clone(), damped(h, 0.01)
+    top = (1 << bits) - 1
+    codes = torch.zeros(w.shape)
+    groups = w.shape[1] // size
+    scale, minimum = torch.zeros(len(w), groups), torch.zeros(len(w), groups)
+    if order is not None:
+        moments = h.diagonal().float().view(groups, size)
+        grid = search(w.float().view(len(w), groups, size), top, "real", ALTERNATING, moments)
+        scale, minimum = grid.scale, grid.min
+    left = list(range(w.shape[1])) if order is None else list(order)
+    while left:
+        inverse = torch.linalg.inv(h[left][:, left])
+        i, g = left[0], left[0] // size
+        if order is None and i % size == 0:
+            within = torch.linalg.inv(h[left][:, left])
+            importance = []
+            for _ in range(size):  # 1 / the variance that each column adds, given those after it
+                importance.append(1 / within[0, 0])
+                within = (within - torch.outer(within[:, 0], within[0]) / within[0, 0])[1:, 1:]
+            grid = search(
+                w[:, i : i + size].float()[:, None], top, "real", ALTERNATING, torch.stack(importance).float()[None]
+            )
+            scale[:, g], minimum[:, g] = grid.scale[:, 0], grid.min[:, 0]
+        safe = torch.where(scale[:, g] == 0, torch.inf, scale[:, g])
+        codes[:, i] = ((w[:, i] - minimum[:, g]) / safe).round().clamp(0, top)
+        error = w[:, i] - (scale[:, g] * codes[:, i] + minimum[:, g])
+        w[:, left] -= torch.outer(error, inverse[0] / inverse[0, 0])
+        left = left[1:]
+    return codes.to(torch.uint8), scale, minimum
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("bits", "size"), [(2, 32), (3, 16), (4, 96), (8, 48)])
+def test_it_is_what_the_slow_loop_gives(bits: int, size: int, act_order: bool) -> None:
+    w, h = layer()
+    order = torch.argsort(h.diagonal(), descending=True, stable=True).tolist() if act_order else None
+    codes, scale, minimum = slow_gptq(w, h, bits, size, order)
+    got = gptq_tensor(w, h, bits=bits, group_size=size, options=GptqOptions(act_order=act_order))
+    # a tie that falls the other way in float32 changes the columns after it in that row
+    same = (got.codes() == codes).all(dim=1) & (got.scale == scale).all(dim=1) & (got.min == minimum).all(dim=1)
+    assert int((~same).sum()) <= 2
+
+
+def test_columns_beyond_a_block_are_corrected_too() -> None:
+    w, h = layer(columns=288)
+    codes, *_ = slow_gptq(w[:4], h, 4, 32, None)
+    assert float((gptq_tensor(w[:4], h, bits=4, group_size=32).codes() == codes).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_step_is_better_on_the_inputs(bits: int) -> None:
+    w, h = layer()
+    errors = []
+    for settings in (
+        {"method": "rtn"},
+        {"method": "clip"},
+        {"method": "hqq"},
+        {"method": "gptq", "passes": 0},
+        {"method": "gptq", "passes": 1},
+        {"method": "gptq", "passes": 4},
+    ):
+        tensor = quantize_weight(w, QuantizeOptions(bits=bits, **settings), h)  # type: ignore[arg-type]
+        errors.append(output_error(w, tensor.dequantize(), h))
+    assert errors[3:] == sorted(errors[3:], reverse=True)
+    assert errors[3] < 0.6 * min(errors[:3])
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "rtn"])
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_spec_is_kept(bits: int, zeros: str, method: str) -> None:
+    w, h = layer(out=5)
+    options = QuantizeOptions(bits=bits, zeros=zeros, method=method)  # type: ignore[arg-type]
+    tensor, spec = quantize_weight(w, options, h), options.spec(96)
+    assert (tensor.bits, tensor.group_size) == (spec.bits, spec.group_size)
+    assert holds_float16(tensor.scale)
+    assert spec.min_dtype == torch.float32 or holds_float16(tensor.min)
+    whole = integer_zeros(tensor)
+    assert (whole is not None) == (spec.zeros == "integer")
+    if spec.zero is not None and whole is not None:
+        assert bool((whole == spec.zero).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_hard_groups_and_dead_inputs(method: str, zeros: str) -> None:
+    w, h = layer(out=5, columns=64)
+    w[0], w[1], w[2], w[3, ::2] = 0, 0.75, -3e-9, 1e-9
+    h[3], h[:, 3] = 0, 0
+    for moments in (h, torch.zeros_like(h)):
+        options = QuantizeOptions(bits=3, zeros=zeros, method=method)  # type: ignore[arg-type]
+        got = quantize_weight(w, options, moments).dequantize()
+        assert bool(torch.isfinite(got).all())
+        assert torch.equal(got[0], torch.zeros(64))
+        if zeros == "real":
+            assert float((got[1] - 0.75).abs().max()) < 1e-3
+
+
+def test_a_descent_leaves_each_column_the_best() -> None:
+    """After enough passes on a fixed grid, no single code can be changed for a smaller error."""
+    w, h = layer(out=6, columns=32)
+    h = damped(h, 0.01).float()
+    grid = search(w.view(6, 2, 16), 3, "real", ALTERNATING)
+    codes = grid.codes(w.view(6, 2, 16), 3).view(6, 32)
+    for _ in range(30):
+        codes = _descended(w, codes, grid, h, 3)
+
+    def error(codes: Tensor) -> Tensor:
+        left = (w - grid.values(codes.view(6, 2, 16)).view(6, 32)).double()
+        return ((left @ h.double()) * left).sum(dim=1)
+
+    best = error(codes)
+    for i in range(32):
+        for code in range(4):
+            other = codes.clone()
+            other[:, i] = code
+            assert bool((error(other) >= best * (1 - 1e-5)).all())
+
+
+def test_a_grid_is_as_good_as_a_dense_search() -> None:
+    w = torch.randn(8, 1, 16, generator=torch.Generator().manual_seed(1))
+    found = search(w, 3, "real", ALTERNATING)
+    error = (found.values(found.codes(w, 3)) - w).square().sum(dim=(1, 2))
+    lo, hi = w.amin(dim=2), w.amax(dim=2)
+    best = torch.full((8,), torch.inf)
+    for a in torch.linspace(0, 1, 60):
+        for b in torch.linspace(0, 1, 60):
+            grid = Grid(scale=(hi * b - lo * a) / 3, min=lo * a)
+            best = torch.minimum(best, (grid.values(grid.codes(w, 3)) - w).square().sum(dim=(1, 2)))
+    assert float((error / best).max()) < 1.05
+    assert float((error / best).mean()) < 1.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_that_are_no_numbers_are_refused(method: str) -> None:
+    w, h = layer(out=3)
+    w[1, 3] = torch.nan
+    with pytest.raises(InputError, match="expected finite values"):
+        quantize_weight(w, QuantizeOptions(method=method), h)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 7}, "bits: expected one of"),
+        ({"method": "awq"}, "method: expected one of rtn, clip, hqq, gptq"),
+        ({"fit_minima": True, "zeros": "integer"}, "real zero points"),
+        ({"damping": 0.0}, "damping"),
+        ({"passes": -1}, "passes"),
+    ],
+)
+def test_options_are_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        QuantizeOptions(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"method": "gptq"}, {"fit_minima": True}])
+def test_what_needs_inputs_says_so(settings: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="inputs"):
+        quantize_weight(torch.ones(2, 32), QuantizeOptions(**settings))  # type: ignore[arg-type]
