@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora._version import __version__
-from qalora.errors import QaloraError
+from qalora.errors import InputError, QaloraError
 from qalora.integrations.hook import install as _install_hook
 
 if TYPE_CHECKING:
@@ -43,11 +43,32 @@ def load(path: str | Path, **options: Any) -> Checkpoint:
     return load_model(path, **options)
 
 
-def quantize(model: str | Path | Checkpoint, **options: Any) -> Checkpoint:
-    """Quantize a float model by rounding, lazily; see `qalora.quantization.quantize` for bits, group_size and zeros."""
+def quantize(
+    model: str | Path | Checkpoint,
+    *,
+    calibration: str | Path | None = None,
+    budget: float | None = None,
+    **options: Any,
+) -> Checkpoint:
+    """Quantize a float model, lazily; see `qalora.quantization.QuantizeOptions` for bits, group_size, zeros, method.
+
+    calibration  a text to compute the layers' inputs on, which gptq and fit_minima need
+    budget       bits per weight at most, a width chosen for each layer; see `qalora.calibration`
+    requantize   among the options: of a model that holds integers already
+    """
     from qalora.quantization.model import quantize as quantize_model
 
-    return quantize_model(_opened(model), **options)
+    opened = _opened(model)
+    if calibration is None:
+        if budget is not None:
+            raise InputError("a budget needs the layers' inputs", todo="give a text: calibration=FILE")
+        return quantize_model(opened, **options)
+    from qalora.calibration import Calibration, quantize_on_text
+    from qalora.quantization import QuantizeOptions
+
+    again = options.pop("requantize", False)
+    text = Calibration(data=str(calibration))
+    return quantize_on_text(opened, text, QuantizeOptions(**options), budget=budget, requantize=again)
 
 
 def train(model: str | Path | Checkpoint, data: str | Path, out: str | Path, **options: Any) -> Adapter:

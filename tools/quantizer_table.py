@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qalora.calibration import calibration_windows, quantize_calibrated
+from qalora.calibration import Calibration, calibration_windows, choose_widths, quantize_calibrated
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import load
 from qalora.converters.tokenizer import load_tokenizer
@@ -85,6 +85,13 @@ def hqq_library(model: Checkpoint, windows: Tensor, bits: int) -> tuple[Checkpoi
     return weights_of(model, change), bits + 32 / GROUP
 
 
+def mixed(model: Checkpoint, windows: Tensor, bits: int) -> tuple[Checkpoint, float]:
+    """A width for each layer, at the size of `bits` bits everywhere, by the best method."""
+    options = QuantizeOptions(group_size=GROUP, method="gptq")
+    found = choose_widths(model, windows, options, bits + 32 / GROUP, widths=(2, 3, 4, 5))
+    return quantize_calibrated(model, windows, found.options, requantize=True), found.bits_per_weight
+
+
 def unchanged(model: Checkpoint, windows: Tensor, bits: int) -> tuple[Checkpoint, float]:
     """The float model."""
     return model, 32.0
@@ -99,6 +106,7 @@ ROWS = {
     "gptq": Row(label="`gptq`, no passes", made=ours(method="gptq", passes=0)),
     "gptqorder": Row(label="`gptq`, no passes, act-order", made=ours(method="gptq", passes=0, act_order=True)),
     "gptq2": Row(label="`gptq`, 2 passes", made=ours(method="gptq", passes=2)),
+    "mixed": Row(label="`gptq`, 2 passes, `--bits auto`", made=mixed, widths=(4, 3)),
     "rtnfit": Row(label="`rtn`, minima fitted", made=ours(method="rtn", fit_minima=True)),
     "clipfit": Row(label="`clip`, minima fitted", made=ours(method="clip", fit_minima=True)),
     "hqqfit": Row(label="`hqq`, minima fitted", made=ours(method="hqq", fit_minima=True)),
@@ -125,7 +133,7 @@ def texts(model: Checkpoint, work: Path) -> tuple[Tensor, Tensor]:
     head.write_text(text[:cut], encoding="utf-8")
     ids = load_tokenizer(model)(text[cut:], add_special_tokens=False)["input_ids"]
     held = torch.tensor(ids[:HELD_OUT]).view(-1, WINDOW)
-    return calibration_windows(model, str(head), tokens=CALIBRATION, length=WINDOW), held
+    return calibration_windows(model, Calibration(data=str(head), tokens=CALIBRATION, length=WINDOW)), held
 
 
 def run(model: Checkpoint, calibration: Tensor, held: Tensor, name: str, bits: int, work: Path) -> None:

@@ -1,7 +1,16 @@
 """What needs the inputs of a model's layers: quantizing with them, widths for each layer, minima that make up."""
 
 from qalora.calibration.quantizing import quantize_calibrated
-from qalora.calibration.text import calibration_windows
-from qalora.calibration.widths import Widths, bits_per_weight, choose_widths
+from qalora.calibration.text import Calibration, calibration_windows, quantize_on_text
+from qalora.calibration.widths import WIDTHS, Widths, bits_per_weight, choose_widths
 
-__all__ = ["Widths", "bits_per_weight", "calibration_windows", "choose_widths", "quantize_calibrated"]
+__all__ = [
+    "WIDTHS",
+    "Calibration",
+    "Widths",
+    "bits_per_weight",
+    "calibration_windows",
+    "choose_widths",
+    "quantize_calibrated",
+    "quantize_on_text",
+]

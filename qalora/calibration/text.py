@@ -1,30 +1,74 @@
-"""The text that layers' inputs are computed on."""
+"""The text that layers' inputs are computed on, and whole models quantized on a text."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qalora.calibration.quantizing import quantize_calibrated
+from qalora.calibration.widths import WIDTHS, choose_widths
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
+from qalora.quantization.model import planned
+from qalora.quantization.options import QuantizeOptions
 from qalora.training.data import make_blocks, read_documents
 
-__all__ = ["calibration_windows"]
+__all__ = ["Calibration", "calibration_windows", "quantize_on_text"]
 
 
-def calibration_windows(model: Checkpoint, data: str, *, tokens: int = 8192, length: int = 256) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """data: a text or JSONL file, or a dataset of the Hub; tokens of it, in windows of `length`."""
+
+    data: str
+    tokens: int = 8192
+    length: int = 256
+
+
+def calibration_windows(model: Checkpoint, text: Calibration) -> Tensor:
     """int64 [windows, length]: token ids, `tokens` of them or as many as there are, spread over the whole text.
 
-    data  a text or JSONL file, or a dataset of the Hub, as `qalora.training.data` reads it
-
-    InputError for data that is too short or not as it should be, and for more tokens than the model's context holds.
+    InputError for data that is too short or not as `qalora.training.data` says, for a model without tokenizer, and for
+    windows that are longer than its context.
     """
     from qalora.converters.tokenizer import load_tokenizer
 
     context = model.config.get("max_position_embeddings")
-    if isinstance(context, int) and length > context:
-        raise InputError("--sequence-length", expected=f"at most {context}, the model's context", got=str(length))
+    if isinstance(context, int) and text.length > context:
+        raise InputError("--sequence-length", expected=f"at most {context}, the model's context", got=str(text.length))
     tokenizer = load_tokenizer(model)
-    found = make_blocks(read_documents(data, tokenizer), tokenizer, length).tokens
-    count = min(len(found), max(1, tokens // length))
+    found = make_blocks(read_documents(text.data, tokenizer), tokenizer, text.length).tokens
+    count = min(len(found), max(1, text.tokens // text.length))
     return found[torch.arange(count) * len(found) // count]
+
+
+def quantize_on_text(
+    model: Checkpoint,
+    text: Calibration,
+    options: QuantizeOptions,
+    *,
+    budget: float | None = None,
+    widths: Sequence[int] = WIDTHS,
+    requantize: bool = False,
+    tick: Callable[[], None] = lambda: None,
+) -> Checkpoint:
+    """The model with its linear weights quantized on the inputs that its layers see on a text.
+
+    budget  None for options.bits everywhere; else bits per weight at most, the width of each layer one of `widths`
+    tick    called after each decoder layer, of both rounds where widths are chosen
+
+    The widths are chosen here and now; the rest is done when the first weight is read: see `quantize_calibrated`.
+    """
+    planned(model, dict.fromkeys(model.linears, options), requantize=requantize)
+    windows = calibration_windows(model, text)
+    if budget is None:
+        return quantize_calibrated(model, windows, options, requantize=requantize, tick=tick)
+    chosen = choose_widths(model, windows, options, budget, widths=widths, tick=tick)
+    counts = sorted(Counter(each.bits for each in chosen.options.values()).items())
+    found = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts)
+    made = quantize_calibrated(model, windows, chosen.options, requantize=requantize, tick=tick)
+    return replace(made, notes=(*made.notes, f"{found}: {chosen.bits_per_weight:.4g} bits per weight"))

@@ -24,7 +24,7 @@ from torch import Tensor
 from qalora.quantization.grid import Grid, Search, search, zero_points
 from qalora.quantization.minima import pooled_covariance, round_with_feedback
 from qalora.quantization.rounding import Zeros, to_float16
-from qalora.quantization.searching import ALTERNATING, finite
+from qalora.quantization.searching import QUICK, finite
 from qalora.tensor import GroupQuantTensor, check_group_size
 
 __all__ = ["GptqOptions", "damped", "gptq_tensor", "output_error"]
@@ -43,7 +43,7 @@ class GptqOptions:
     damping: float = 0.01
     act_order: bool = False
     passes: int = 0
-    grids: Search = ALTERNATING
+    grids: Search = QUICK
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -187,7 +187,7 @@ def _fitted(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int, zeros: Ze
     tile = max(1, TILE_FLOATS // (columns + 4 * groups * groups))
     for start in range(0, out, tile):
         rows = slice(start, start + tile)
-        normal, right = _normal(steps[rows], w[rows] @ h, h, size, minima=pooled is not None)
+        normal, right = _normal(steps[rows], w[rows] @ h, h, size, pooled)
         solution = torch.linalg.solve(normal, right)
         good = torch.isfinite(solution).all(dim=1) & ((solution[:, :groups] > 0) & (solution[:, :groups] < 6e4)).all(1)
         new = to_float16(torch.where(good[:, None], solution[:, :groups].float(), scale[rows]))
@@ -200,21 +200,23 @@ def _fitted(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int, zeros: Ze
     return _kept(w, codes, Grid(scale=scale, min=minimum), grid, h)
 
 
-def _normal(steps: Tensor, target: Tensor, h: Tensor, size: int, *, minima: bool) -> tuple[Tensor, Tensor]:
-    """The normal equations of rows [rows, in]: float64 [rows, n, n] and [rows, n]; n: scales, then minima if wanted."""
+def _normal(steps: Tensor, target: Tensor, h: Tensor, size: int, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The normal equations of rows [rows, in]: float64 [rows, n, n] and [rows, n]; n: scales, then minima if `pooled`,
+    the pooled covariance, is given.
+    """
     groups = steps.shape[1] // size
-    count = groups * (2 if minima else 1)
+    count = groups * (1 if pooled is None else 2)
     normal = torch.empty(steps.shape[0], count, count)
     for g in range(groups):
         within = slice(g * size, (g + 1) * size)
         mixed = steps[:, within] @ h[within]
         normal[:, g, :groups] = _pooled(mixed * steps, size)
-        if minima:
+        if pooled is not None:
             normal[:, g, groups:] = normal[:, groups:, g] = _pooled(mixed, size)
     right = [_pooled(target * steps, size)]
     wide = normal.double()
-    if minima:
-        wide[:, groups:, groups:] = pooled_covariance(h, size)
+    if pooled is not None:
+        wide[:, groups:, groups:] = pooled
         right.append(_pooled(target, size))
     wide.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12)
     return wide, torch.cat(right, dim=1).double()

@@ -15,10 +15,12 @@ from qalora.quantization.grid import Search, search
 from qalora.quantization.rounding import TILE, Zeros
 from qalora.tensor import GroupQuantTensor, check_group_size, pack_codes, packed_row_bytes
 
-__all__ = ["ALTERNATING", "CLIPPED", "SEARCHES", "search_tensor"]
+__all__ = ["ALTERNATING", "CLIPPED", "QUICK", "SEARCHES", "search_tensor"]
 
 CLIPPED = Search(clips=[(1 - n / 20, 1 - n / 20) for n in range(13)], rounds=0, last=0)
 ALTERNATING = Search(clips=[(1 - n / 6, 1 - m / 6) for n in range(4) for m in range(4)], rounds=2, last=6)
+QUICK = Search(clips=[(1 - n / 6, 1 - m / 6) for n in range(3) for m in range(3)], rounds=1, last=4)
+"""What GPTQ searches when it reaches a group: no worse there, at less than half the time."""
 
 SEARCHES = {"clip": CLIPPED, "hqq": ALTERNATING}
 

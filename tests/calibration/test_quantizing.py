@@ -9,13 +9,16 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from qalora.calibration import bits_per_weight, calibration_windows, choose_widths, quantize_calibrated
+import qalora
+from qalora.calibration import Calibration, bits_per_weight, calibration_windows, choose_widths, quantize_calibrated
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
+from qalora.converters.exports import export
 from qalora.converters.torch_module import build
 from qalora.demo import demo_text
 from qalora.errors import InputError
+from qalora.parity import verify
 from qalora.quantization import QuantizeOptions, quantize
 from qalora.testing import assert_same_model, byte_tokenizer, tiny_llama
 
@@ -36,7 +39,7 @@ def model(place: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def windows(model: Checkpoint, place: Path) -> Tensor:
-    return calibration_windows(model, str(place / "text.txt"), tokens=2048, length=64)
+    return calibration_windows(model, Calibration(data=str(place / "text.txt"), tokens=1024, length=64))
 
 
 @torch.no_grad()
@@ -47,12 +50,12 @@ def distance(model: Checkpoint, other: Checkpoint, windows: Tensor) -> float:
 
 def test_windows_are_spread_over_the_text(model: Checkpoint, place: Path) -> None:
     text = (place / "text.txt").read_bytes()
-    found = calibration_windows(model, str(place / "text.txt"), tokens=300, length=100)
+    found = calibration_windows(model, Calibration(data=str(place / "text.txt"), tokens=300, length=100))
     assert [bytes(byte_tokenizer().decode(row.tolist()), "utf-8") for row in found] == [
         text[n * 2000 : n * 2000 + 100] for n in range(3)
     ]
     with pytest.raises(InputError, match="the model's context"):
-        calibration_windows(model, str(place / "text.txt"), length=1024)
+        calibration_windows(model, Calibration(data=str(place / "text.txt"), length=1024))
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -114,6 +117,31 @@ def test_a_budget_below_the_narrowest_is_refused(model: Checkpoint, windows: Ten
         choose_widths(model, windows, QuantizeOptions(), 2.5)
 
 
+def test_from_python(place: Path) -> None:
+    found = qalora.quantize(place / "float", calibration=place / "text.txt", method="gptq", bits=3, passes=0)
+    assert found.quantized
+    mixed = qalora.quantize(place / "float", calibration=place / "text.txt", budget=4.2)
+    assert bits_per_weight(mixed) <= 4.2
+    assert "bits per weight" in mixed.notes[-1]
+    with pytest.raises(InputError, match="a budget needs the layers' inputs"):
+        qalora.quantize(place / "float", budget=4.0)
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx", "mlx", "hqq"])
+def test_mixed_widths_are_exported_exactly(model: Checkpoint, tmp_path: Path, target: str) -> None:
+    widths = [(2, 3, 4)[n % 3] for n in range(len(model.linears))]
+    options = {name: QuantizeOptions(bits=bits) for name, bits in zip(model.linears, widths, strict=True)}
+    mixed = quantize_calibrated(model, torch.arange(32)[None], options)
+    export(mixed, [target], tmp_path)
+    assert verify(mixed, [tmp_path / target], level="weights").passed()
+
+
+def test_gptq_folders_have_one_width(model: Checkpoint, tmp_path: Path) -> None:
+    options = {name: QuantizeOptions(bits=3 + n % 2) for n, name in enumerate(model.linears)}
+    with pytest.raises(InputError, match="gptq"):
+        export(quantize_calibrated(model, torch.arange(32)[None], options), ["gptq"], tmp_path)
+
+
 def run(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
@@ -125,7 +153,7 @@ def run(*words: object) -> Result:
         ("--method", "gptq", "--zeros", "integer", "--act-order", "--passes", 0),
         ("--fit-minima", "--bits", 2),
         ("--method", "clip", "--group-size", "row"),
-        ("--bits", "auto", "--budget", 3.6, "--method", "gptq"),
+        ("--bits", "auto", "--budget", 3.6, "--method", "gptq", "--widths", 2, "--widths", 3),
     ],
 )
 def test_the_command(place: Path, tmp_path: Path, words: tuple[object, ...]) -> None:
@@ -152,6 +180,7 @@ def test_the_command(place: Path, tmp_path: Path, words: tuple[object, ...]) -> 
         (("--bits", "auto", "--budget", 4), "--bits auto needs the layers' inputs"),
         (("--bits", "auto"), "--bits auto and --budget go together"),
         (("--budget", 4), "--bits auto and --budget go together"),
+        (("--widths", 4), "--widths goes with --bits auto"),
         (("--bits", "four"), "--bits: expected a whole number or `auto`"),
         (("--bits", "7"), "bits: expected one of"),
         (("--method", "gptq", "--calibration", "nowhere.txt"), "no such file"),

@@ -8,7 +8,7 @@ from qalora.errors import InputError
 from qalora.quantization import METHODS, ZEROS, QuantizeOptions, quantize_weight
 from qalora.quantization.gptq import GptqOptions, _descended, damped, gptq_tensor, output_error
 from qalora.quantization.grid import Grid, search
-from qalora.quantization.searching import ALTERNATING
+from qalora.quantization.searching import ALTERNATING, QUICK
 from qalora.tensor import BITS, holds_float16, integer_zeros
 
 
@@ -29,7 +29,7 @@ def slow_gptq(w: Tensor, h: Tensor, bits: int, size: int, order: list[int] | Non
     scale, minimum = torch.zeros(len(w), groups), torch.zeros(len(w), groups)
     if order is not None:
         moments = h.diagonal().float().view(groups, size)
-        grid = search(w.float().view(len(w), groups, size), top, "real", ALTERNATING, moments)
+        grid = search(w.float().view(len(w), groups, size), top, "real", QUICK, moments)
         scale, minimum = grid.scale, grid.min
     left = list(range(w.shape[1])) if order is None else list(order)
     while left:
@@ -42,7 +42,7 @@ def slow_gptq(w: Tensor, h: Tensor, bits: int, size: int, order: list[int] | Non
                 importance.append(1 / within[0, 0])
                 within = (within - torch.outer(within[:, 0], within[0]) / within[0, 0])[1:, 1:]
             grid = search(
-                w[:, i : i + size].float()[:, None], top, "real", ALTERNATING, torch.stack(importance).float()[None]
+                w[:, i : i + size].float()[:, None], top, "real", QUICK, torch.stack(importance).float()[None]
             )
             scale[:, g], minimum[:, g] = grid.scale[:, 0], grid.min[:, 0]
         safe = torch.where(scale[:, g] == 0, torch.inf, scale[:, g])
