@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.torch_module import build
+from qalora.tensor import check_finite
 
 __all__ = ["Seen", "Visitor", "stream"]
 
@@ -72,6 +73,8 @@ def stream(model: Checkpoint, windows: Tensor, visitor: Visitor, tick: Callable[
 
     windows  int64 [windows, tokens], token ids, each a sequence of its own
     tick     called after each decoder layer
+
+    Raises NotFiniteError, an InputError, where the inputs of a layer are no numbers.
     """
     module = build(model, lambda path, weight, bias: _Streamed(weight, bias))
     names = {module.get_submodule(module_of(name)): name for name in model.linears}
@@ -88,6 +91,7 @@ def stream(model: Checkpoint, windows: Tensor, visitor: Visitor, tick: Callable[
 
         for stage in _stages(inside, run, hidden[0]):
             moments = _moments(stage[0], run, hidden)
+            check_finite(f"the inputs of {names[stage[0]]}", moments)
             for part in stage:
                 changed = visitor(Seen(name=names[part], weight=part.weight, moments=moments))
                 part.held = part.held if changed is None else changed

@@ -25,6 +25,7 @@ __all__ = [
     "EVENTS",
     "asks_for_json",
     "json_log",
+    "layers_bar",
     "log_event",
     "log_format_option",
     "log_gates",
@@ -173,6 +174,35 @@ def verification_bar() -> Iterator[Callable[[str, float], None]]:
             said = stage
 
         yield show
+
+
+@contextmanager
+def layers_bar(layers: int) -> Iterator[Callable[[], None]]:
+    """A bar of decoder layers, silent where stderr is no terminal; gives the function to call after each."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if json_log():
+        percents, done = _Percents(), 0
+
+        def count() -> None:
+            nonlocal done
+            done = done % layers + 1  # from the beginning where there is another round
+            percents.show("calibrating", done / layers)
+
+        yield count
+        return
+    console = Console(stderr=True)
+    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=layers, visible=False)
+
+        def advance() -> None:
+            if bar.tasks[task].finished:
+                bar.reset(task)
+            bar.update(task, advance=1, visible=True)
+
+        yield advance
 
 
 @contextmanager

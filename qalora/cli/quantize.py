@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +19,14 @@ from qalora.cli.options import (
     print_json,
     print_plans,
 )
+from qalora.cli.progress import layers_bar, log_format_option
 from qalora.errors import InputError
 
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
     from qalora.quantization import QuantizeOptions
+
+__all__ = ["command", "quantized_model"]
 
 
 @click.command(
@@ -57,7 +58,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Rounding to nearest; searched clipping; searched scale and min; GPTQ, which wants --calibration.",
 )
-@click.option("--calibration", metavar="FILE", help="A text to compute the layers' inputs on; text or JSONL.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A text to compute the layers' inputs on; text or JSONL.",
+)
 @click.option("--calibration-tokens", type=click.IntRange(1), default=8192, show_default=True)
 @click.option("--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Of the calibration.")
 @click.option("--fit-minima", is_flag=True, help="Fit the minima to the layers' inputs; wants --calibration.")
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
 @force_option
 @dry_run_option
 @json_flag
+@log_format_option
 def command(
     model: str,
     out: Path,
@@ -90,10 +97,9 @@ def command(
     from qalora.formats.output import check_output
 
     check_output(out, force=force, names=["config.json"])
-    chosen, automatic = _options(settings)
     source = open_model(model, checkpoint_format)
-    with _layers(source) as tick:
-        quantized = _quantized(source, chosen, automatic, settings, tick)
+    with layers_bar(int(source.config.get("num_hidden_layers") or 1)) as tick:
+        quantized = quantized_model(source, tick=tick, **settings)
         if settings["calibration"] is not None and not dry_run:
             quantized.tensors[quantized.linears[0]].rows(0, 1)  # this does the work
     plan = write_native(quantized, out, max_shard_size=max_shard_size, force=force, dry_run=dry_run)
@@ -101,6 +107,31 @@ def command(
         print_json(plan.to_json())
     else:
         print_plans([plan], details=dry_run)
+
+
+def quantized_model(model: Checkpoint, *, tick: Callable[[], None] = lambda: None, **settings: Any) -> Checkpoint:
+    """The model that the command's settings make of one; nothing is read yet, unless widths are to be chosen.
+
+    tick  called after each decoder layer, where inputs are computed
+    """
+    from dataclasses import asdict
+
+    from qalora.calibration import WIDTHS, Calibration, quantize_on_text
+    from qalora.quantization import quantize
+
+    chosen, automatic = _options(settings)
+    text = settings["calibration"]
+    if text is None:
+        return quantize(model, requantize=settings["requantize"], **asdict(chosen))
+    return quantize_on_text(
+        model,
+        Calibration(data=str(text), tokens=settings["calibration_tokens"], length=settings["sequence_length"]),
+        chosen,
+        budget=settings["budget"] if automatic else None,
+        widths=sorted(settings["widths"]) or WIDTHS,
+        requantize=settings["requantize"],
+        tick=tick,
+    )
 
 
 def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
@@ -126,48 +157,3 @@ def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
     if settings["calibration"] is None and (automatic or chosen.needs_inputs):
         raise InputError(f"{needs} needs the layers' inputs on a text", todo="give one: --calibration FILE")
     return chosen, automatic
-
-
-def _quantized(
-    source: Checkpoint,
-    chosen: QuantizeOptions,
-    automatic: bool,
-    settings: dict[str, Any],
-    tick: Callable[[], None],
-) -> Checkpoint:
-    from dataclasses import asdict
-
-    from qalora.calibration import WIDTHS, Calibration, quantize_on_text
-    from qalora.quantization import quantize
-
-    if settings["calibration"] is None:
-        return quantize(source, requantize=settings["requantize"], **asdict(chosen))
-    return quantize_on_text(
-        source,
-        Calibration(
-            data=settings["calibration"], tokens=settings["calibration_tokens"], length=settings["sequence_length"]
-        ),
-        chosen,
-        budget=settings["budget"] if automatic else None,
-        widths=sorted(settings["widths"]) or WIDTHS,
-        requantize=settings["requantize"],
-        tick=tick,
-    )
-
-
-@contextmanager
-def _layers(model: Checkpoint) -> Iterator[Callable[[], None]]:
-    """A count of decoder layers on stderr, where that is a terminal; gives the function to call after each."""
-    shown, done = sys.stderr.isatty(), 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if shown:
-            click.echo(
-                f"\rcalibrating: {done} layers of {model.config.get('num_hidden_layers', '?')}", nl=False, err=True
-            )
-
-    yield tick
-    if shown and done:
-        click.echo(err=True)

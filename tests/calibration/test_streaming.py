@@ -11,6 +11,7 @@ from qalora.calibration.streaming import Seen, stream
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import load
 from qalora.converters.torch_module import build
+from qalora.errors import InputError
 from qalora.testing import TINY, tiny_model
 
 WINDOWS = torch.arange(60).view(3, 20) * 7 % 250
@@ -87,3 +88,9 @@ def test_one_decoder_layer_is_held_at_a_time(tmp_path: Path) -> None:
     tensors = {name: logged(lazy) if name in model.linears else lazy for name, lazy in model.tensors.items()}
     stream(replace(model, tensors=tensors), WINDOWS, lambda layer: log.append(f"saw {layer.name.split('.')[2]}"))
     assert log == ["read 0"] * 7 + ["saw 0"] * 7 + ["read 1"] * 7 + ["saw 1"] * 7
+
+
+def test_inputs_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = load(tiny_model(tmp_path, "llama"))
+    with pytest.raises(InputError, match=r"the inputs of model\.layers\.0\.self_attn\.o_proj\.weight: expected finite"):
+        stream(model, WINDOWS, lambda layer: layer.weight * torch.inf if "v_proj" in layer.name else None)

@@ -152,10 +152,14 @@ class Pipeline:
     def _planned_model(self, base: Checkpoint, row: Row) -> Checkpoint:
         from qalora.converters import native
         from qalora.converters.plan import ExportOptions
+        from qalora.tensor import BITS
 
         settings = self._settings(quantize.command, "quantize", ["--output=-", "--", "-"])
         size = settings.pop("max_shard_size")
-        own = {key: settings[key] for key in ("bits", "group_size", "zeros", "method", "requantize")}
+        own = {key: value for key, value in settings.items() if key not in (*LEFT_OUT, "model", "checkpoint_format")}
+        if own["bits"] == "auto" and own["budget"] is not None:  # choosing widths takes long: planned as one width
+            width = max((bits for bits in BITS if bits < own["budget"]), default=BITS[0])
+            own |= {"bits": str(width), "budget": None, "widths": ()}
         with self._blaming("quantize"):
             model = quantize.quantized_model(base, **own)
             plan = native.plan(model, ExportOptions(max_shard_size=size))
