@@ -64,7 +64,7 @@ __all__ = ["command", "quantized_model"]
     metavar="FILE",
     help="A text to compute the layers' inputs on; text or JSONL.",
 )
-@click.option("--calibration-tokens", type=click.IntRange(1), default=8192, show_default=True)
+@click.option("--calibration-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Of that text.")
 @click.option("--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Of the calibration.")
 @click.option("--fit-minima", is_flag=True, help="Fit the minima to the layers' inputs; wants --calibration.")
 @click.option("--act-order", is_flag=True, help="gptq: the columns that matter most first; groups stay as they are.")

@@ -149,6 +149,12 @@ def test_nothing_is_done_twice(place: Path) -> None:
 
 CHANGES: list[tuple[str, str, set[str]]] = [
     ("bits = 4", "bits = 3", set(STEPS)),
+    ("bits = 4", "bits = 3\nmethod = 'gptq'\ncalibration = 'text.txt'\nsequence-length = 32", set(STEPS)),
+    (
+        "bits = 4",
+        "bits = 'auto'\nbudget = 4\nwidths = [2, 3, 4]\ncalibration = 'text.txt'\nsequence-length = 32",
+        set(STEPS),
+    ),
     ("rank = 2", "rank = 3", set(STEPS) - {"quantize"}),
     ("save-every = 1", "save_every = 2", {"release"}),
     ("[export]", "[export]\ngguf-form = 'wide'", {"export gguf", "release"}),
