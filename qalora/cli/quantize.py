@@ -156,4 +156,6 @@ def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
     needs = "--bits auto" if automatic else "--fit-minima" if chosen.fit_minima else f"--method {chosen.method}"
     if settings["calibration"] is None and (automatic or chosen.needs_inputs):
         raise InputError(f"{needs} needs the layers' inputs on a text", todo="give one: --calibration FILE")
+    if settings["calibration"] is not None and not automatic and not chosen.fit_minima and chosen.method == "rtn":
+        raise InputError("--method rtn makes no use of --calibration", todo="give --fit-minima, or another method")
     return chosen, automatic

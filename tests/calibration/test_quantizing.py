@@ -176,6 +176,7 @@ def test_the_command(place: Path, tmp_path: Path, words: tuple[object, ...]) -> 
     ("words", "message"),
     [
         (("--method", "gptq"), "--method gptq needs the layers' inputs on a text; give one: --calibration FILE"),
+        (("--calibration", "text.txt"), "--method rtn makes no use of --calibration"),
         (("--fit-minima",), "--fit-minima needs the layers' inputs"),
         (("--bits", "auto", "--budget", 4), "--bits auto needs the layers' inputs"),
         (("--bits", "auto"), "--bits auto and --budget go together"),
