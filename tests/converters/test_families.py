@@ -246,7 +246,7 @@ def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, slice]:
 def written(model: Checkpoint, target: str, folder: Path, **options: Any) -> Path:
     """The file or folder of an export."""
     export(model, target, folder, **options)
-    return next((folder / target).iterdir()) if target == "gguf" else folder / target
+    return next((folder / target).glob("*.gguf")) if target == "gguf" else folder / target
 
 
 def made_adapter(model: Checkpoint) -> Adapter:
@@ -425,7 +425,7 @@ def test_from_the_folder_to_a_proof(form: str, tiny_of: Any, tmp_path: Path) -> 
     export(folded, ["gguf", "onnx", "qalora", "mlx", "hqq"], tmp_path)
     for place in ("onnx", "onnx/portable", "qalora", "mlx", "hqq"):
         assert_same_model(read_onnx(tmp_path / place) if "onnx" in place else load(tmp_path / place), folded)
-    (file,) = (tmp_path / "gguf").iterdir()
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
     assert_same_model(load(file), folded)
     tokens = TOKENS[0, : 12 if form in ("mistral", "phi3", "gemma2") else 40].tolist()
     artefacts = [file, tmp_path / "onnx", tmp_path / "onnx" / "portable", tmp_path / "mlx"]
@@ -592,7 +592,7 @@ def test_a_window_that_llama_cpp_has_not_bounds_the_context(
 ) -> None:
     (plan,) = export(tiny_of(form).model, "gguf", tmp_path)
     assert any("context_length is the window, 12" in note for note in plan.notes) == noted
-    reader = gguf.GGUFReader(next((tmp_path / "gguf").iterdir()))
+    reader = gguf.GGUFReader(next((tmp_path / "gguf").glob("*.gguf")))
     assert reader.fields["llama.context_length"].contents() == (12 if noted else 512)
-    again = load(next((tmp_path / "gguf").iterdir()))
+    again = load(next((tmp_path / "gguf").glob("*.gguf")))
     assert replace(again).config["max_position_embeddings"] == 512

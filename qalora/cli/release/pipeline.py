@@ -160,6 +160,8 @@ class Pipeline:
         if own["bits"] == "auto" and own["budget"] is not None:  # choosing widths takes long: planned as one width
             width = max((bits for bits in BITS if bits < own["budget"]), default=BITS[0])
             own |= {"bits": str(width), "budget": None, "widths": ()}
+            if own["method"] == "rtn" and not own["fit_minima"]:
+                own["calibration"] = None  # which is for the choice alone
         with self._blaming("quantize"):
             model = quantize.quantized_model(base, **own)
             plan = native.plan(model, ExportOptions(max_shard_size=size))
