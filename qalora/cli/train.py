@@ -78,7 +78,7 @@ __all__ = ["command", "train_options"]
 @click.option(
     "--compute",
     type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
+    default="float32",
     show_default=True,
     help="What layers multiply; auto is bfloat16 where the device is faster with it.",
 )

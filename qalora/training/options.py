@@ -63,7 +63,7 @@ class TrainOptions:
     save_every: int = 100
     seed: int = 0
     device: str = "auto"
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["auto", "float32", "bfloat16"] = "float32"
     weights: Literal["kept", "packed"] = "kept"
     gradient_checkpointing: bool = False
     resume: bool = False

@@ -143,7 +143,7 @@ def test_other_ways_to_the_same_adapter(
 
 
 def test_what_was_chosen_automatically_is_recorded(base: Checkpoint, text: Path, tmp_path: Path) -> None:
-    train(base, options(text, tmp_path / "adapter", steps=1))
+    train(base, options(text, tmp_path / "adapter", steps=1, compute="auto"))
     found = json.loads((tmp_path / "adapter" / "training.json").read_text("utf-8"))["options"]
     device = find_device("auto")
     assert found["device"] == str(device)
