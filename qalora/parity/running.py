@@ -46,8 +46,9 @@ __all__ = ["Runner", "rounding_of"]
 STEPS = 32
 """Tokens of the first window that each runtime computes one at a time as well."""
 
-BATCH = ((0, 32), (3, 23), (5, 12))
-"""Parts of the first window that make a batch of several lengths."""
+BATCH = ((1, 32), (3, 23), (5, 12))
+"""Parts of the first window that make a batch of several lengths, each after the window's first token: a word in the
+place of BOS gets activations, and with them rounding, of a size that no token has in use."""
 
 SAMPLED = 300
 """Logits of the first window that the report keeps for a plot."""
@@ -303,7 +304,7 @@ def _through_the_cache(runtime: Runtime, tokens: Sequence[int], whole: Tensor) -
 
 def _in_a_batch(runtime: Runtime, window: Sequence[int]) -> LogitMetrics:
     """Parts of a window in one batch against the runtime's own pass over each of them."""
-    parts = [part for start, stop in BATCH if (part := window[start:stop])]
+    parts = [[window[0], *window[start:stop]] for start, stop in BATCH]
     together = runtime.batch(parts)
     found = [compare_tokens(y, runtime.logits(part), part[1:]) for y, part in zip(together, parts, strict=True)]
     return summarize(concatenate(found))
