@@ -6,6 +6,7 @@ It lists every file of the folder but itself and the signature, which is made af
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from qalora.errors import FormatError, InputError
@@ -25,10 +26,12 @@ HUBS = (".gitattributes/", ".git/", ".cache/huggingface/")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def write_sums(folder: Path) -> None:
-    """Write `folder/SHA256SUMS` over every other file below it."""
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write `folder/SHA256SUMS` over every other file below it. known: digests by name, of files read just now."""
+    held = known or {}
     names = [name for name in release_files(folder) if name not in UNLISTED]
-    lines = [f"{file_digest(folder / name).removeprefix('sha256:')}  {name}\n" for name in names]
+    digests = {name: held.get(name) or file_digest(folder / name) for name in names}
+    lines = [f"{digest.removeprefix('sha256:')}  {name}\n" for name, digest in digests.items()]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 

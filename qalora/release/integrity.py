@@ -9,7 +9,7 @@ from typing import Any
 from qalora.errors import InputError
 from qalora.formats.files import contained
 from qalora.release.checksums import compare_sums
-from qalora.release.digests import file_digest, range_digest
+from qalora.release.digests import file_digest, files_below, range_digest
 from qalora.release.findings import Finding
 
 __all__ = ["check_files", "check_sums_stage", "differing_tensor"]
@@ -48,7 +48,7 @@ def _check_listed(folder: Path, root: str, files: Mapping[str, Mapping[str, Any]
             findings.append(Finding(where=name, problem="manifest.json lists it, and it is not there"))
         elif path.stat().st_size != said["bytes"] or file_digest(path) != said["sha256"]:
             findings.append(Finding(where=name, problem=SAID))
-    there = {path.relative_to(folder).as_posix() for path in (folder / root).rglob("*") if path.is_file()}
+    there = {f"{root}/{name}" for name in files_below(folder / root)}
     findings += [Finding(where=name, problem="manifest.json does not list it") for name in sorted(there - set(files))]
     return findings
 

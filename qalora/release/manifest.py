@@ -43,6 +43,7 @@ from qalora.release.digests import (
     combined_digest,
     content_digest,
     file_digest,
+    files_below,
     model_digests,
     range_digest,
 )
@@ -110,7 +111,7 @@ def provenance(base: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> di
 def artifact_part(plan: Plan, folder: Path, parameters: int) -> dict[str, Any]:
     """What the manifest says of one target's folder, `folder/<target>`, which has been written."""
     root = folder / plan.target
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    files = files_below(root)
     nbytes = sum((root / name).stat().st_size for name in files)
     planned = plan.to_json()
     tensors = [

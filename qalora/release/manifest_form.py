@@ -26,17 +26,7 @@ _ARTIFACT = {
     "longest": (int, None),
     "notes": [str],
     "files": {str: _FILE},
-    "tensors": [
-        {
-            "name": str,
-            "carrier": str,
-            "file": str,
-            "offset": int,
-            "bytes": int,
-            "loss": (_LOSS, None),
-            "sha256": _DIGEST,
-        }
-    ],
+    "tensors": [_TENSOR],
 }
 _BASE = {
     "name": str,

@@ -110,13 +110,7 @@ def plan_release(
     model: Checkpoint, options: ReleaseOptions, out: Path, *, adapter: Adapter | None = None, force: bool = False
 ) -> ReleasePlan:
     """Check everything that can be refused: the output, and each target's plan. Reads the model for its digests."""
-    check_output(out, force=force, names=[SUMS])
-    if options.template is not None:
-        check_template(options.template)
-    early = options.with_provenance({})
-    export_jobs(
-        model, options.targets, early, adapter=adapter, minima=options.minima
-    )  # refuses before the long reading
+    preview(model, options, out, adapter=adapter, force=force)  # refuses before the long reading
     base, told = base_part(model), adapter_part(adapter)
     export = options.with_provenance(provenance(base, told))
     jobs = export_jobs(model, options.targets, export, adapter=adapter, minima=options.minima)
@@ -208,15 +202,16 @@ def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
     licences = [name for name in LICENCES if name in planned.model.files]
     for name in licences:
         shutil.copyfile(planned.model.files[name], folder / name)
+    artifacts = [artifact_part(job.plan, folder, planned.base["parameters"]) for job in planned.jobs]
     manifest = make_manifest(
         base=planned.base,
         adapter=planned.told,
         options=planned.options,
-        artifacts=[artifact_part(job.plan, folder, planned.base["parameters"]) for job in planned.jobs],
+        artifacts=artifacts,
         report=report,
         licences=licences,
     )
     write_json(folder / MANIFEST, manifest)
     (folder / SBOM).write_bytes(sbom_bytes(manifest))
     (folder / CARD).write_text(card_text(manifest, found, template=planned.options.template), encoding="utf-8")
-    write_sums(folder)
+    write_sums(folder, {name: file["sha256"] for part in artifacts for name, file in part["files"].items()})

@@ -21,7 +21,7 @@ from qalora.adapter.writing import write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters.exports import ExportJob, export_jobs, run_jobs
 from qalora.errors import InputError
-from qalora.release.digests import content_digest
+from qalora.release.digests import content_digest, files_below
 from qalora.release.findings import Finding, Stage
 from qalora.release.integrity import differing_tensor
 from qalora.release.manifest import MANIFEST, adapter_part, artifact_part, base_part, make_manifest, provenance
@@ -154,7 +154,7 @@ def _compare_target(folder: Path, manifest: Mapping[str, Any], job: ExportJob, a
     with tempfile.TemporaryDirectory(prefix="qalora-check-") as temporary:
         run_jobs([job], Path(temporary))
         made = Path(temporary) / target
-        names, there = _files_below(made), _files_below(folder / target)
+        names, there = {*files_below(made)}, {*files_below(folder / target)}
         for name in sorted(names | there):
             if name not in names or name not in there:
                 problem = "base and adapter give no such file" if name in there else "it is not there"
@@ -164,10 +164,6 @@ def _compare_target(folder: Path, manifest: Mapping[str, Any], job: ExportJob, a
             differs = differing_tensor(made / name, folder / target / name, rows)
             if differs is not None:
                 again.add(f"{target}/{name}: {differs}", "not what base and adapter give")
-
-
-def _files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def _compare_adapter(folder: Path, planned: ReleasePlan, again: _Again) -> None:

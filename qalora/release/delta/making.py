@@ -37,6 +37,7 @@ from qalora.release.delta.records import (
 )
 from qalora.release.delta.regions import Region, head_bytes, tensor_regions
 from qalora.release.delta.tiles import sha256, tiles
+from qalora.release.digests import files_below
 
 __all__ = ["WrittenDelta", "check_base", "write_delta"]
 
@@ -68,7 +69,7 @@ def check_base(base_release: Path, out: Path, *, force: bool = False) -> None:
     check_output(out, force=force, names=[INDEX])
     if not base_release.is_dir():
         raise InputError(f"{base_release}", expected="the folder of the base release", got="no folder")
-    if not _files(base_release):
+    if not files_below(base_release):
         raise InputError(f"{base_release}", expected="the folder of the base release", got="an empty folder")
 
 
@@ -86,7 +87,7 @@ def write_delta(
     exists without `force`.
     """
     check_base(base_release, out, force=force)
-    matched = match_files(_files(base_release), _files(release))
+    matched = match_files(files_below(base_release), files_below(release))
     files = []
     with new_folder(out, force=force, names=[INDEX]) as folder:
         with (folder / DATA).open("xb") as data:
@@ -103,10 +104,6 @@ def write_delta(
         nbytes = sum(path.stat().st_size for path in folder.iterdir())
     made = sum(file.nbytes for file in files)
     return WrittenDelta(folder=out, files=tuple(files), nbytes=nbytes, release_bytes=made)
-
-
-def _files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 class _Maker:
