@@ -40,7 +40,7 @@ def test_a_right_artefact_passes_in_every_way_of_running_it(
     assert sorted(run.kind for run in runs) == sorted(RUNS[form] + cuda)
     for run in runs:
         assert run.stepwise is not None and run.stepwise.tokens == 32
-        assert run.batch is not None and run.batch.tokens == 32 + 20 + 7
+        assert run.batch is not None and run.batch.tokens == 32 + 21 + 8
         assert {"cache", "batch"} <= {result.gate for result in run.gates}
         assert len(run.layers) == 2
         assert all(0 <= layer.error <= layer.bound < 0.1 for layer in run.layers)
