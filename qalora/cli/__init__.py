@@ -76,11 +76,10 @@ class LazyGroup(click.Group):
                 raise
             log_event("error", status=error.exit_code, message=error.format_message())
             ctx.exit(error.exit_code)
-        except (KeyboardInterrupt, click.Abort):
-            if not json_log():
+        except (KeyboardInterrupt, click.Abort) as error:
+            if not json_log() and not str(error):
                 raise
-            log_event("error", status=1, message="interrupted")
-            ctx.exit(1)
+            _fail(ctx, str(error) or "interrupted", 1)
         if json_log():
             log_event("done", status=0)
         return result

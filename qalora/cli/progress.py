@@ -212,6 +212,8 @@ def training_bar() -> Iterator[TrainingProgress]:
         percents = _Percents()
 
         def log(report: StepReport) -> None:
+            if report.note:
+                say(report.note)
             shown = {key: _number(getattr(report, key)) for key in ("loss", "held_out", "tokens_per_second")}
             percents.show("training", report.step / report.steps, step=report.step, steps=report.steps, **shown)
 
@@ -234,6 +236,8 @@ def training_bar() -> Iterator[TrainingProgress]:
         def show(report: StepReport) -> None:
             text = f"loss {report.loss:.3f}  held-out {report.held_out:.3f}  {report.tokens_per_second:.0f} tokens/s"
             bar.update(task, total=report.steps, completed=report.step, description=text)
+            if report.note:
+                say(report.note)
             if not console.is_terminal and (
                 report.step % max(1, report.steps // 6) == 0 or report.step == report.steps
             ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,11 @@ from qalora.cli.options import (
     print_json,
 )
 from qalora.cli.progress import log_format_option, training_bar
+from qalora.errors import QaloraError
 
 if TYPE_CHECKING:
     from qalora.training import TrainOptions
+    from qalora.training.distributed import Processes
     from qalora.training.loop import StepReport
 
 __all__ = ["command", "train_options"]
@@ -102,18 +106,24 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
     for bit. With --compute bfloat16 the steps round the base's weights to bfloat16, beside what the fold adds to them;
     held-out losses are those of the folded model in float32.
     """
+    from qalora.converters import load
     from qalora.training import train
+    from qalora.training.distributed import joined
 
-    options = train_options(out=out, **settings)
-    base = open_model(model, checkpoint_format)
-    seen: list[StepReport] = []
-    with training_bar() as show:
+    with joined(settings["device"]) as processes, _one_voice(processes):
+        options = train_options(out=out, **settings)
+        if not processes.first:
+            train(load(model, checkpoint_format=checkpoint_format), options)
+            click.get_current_context().exit()
+        base = open_model(model, checkpoint_format)
+        seen: list[StepReport] = []
+        with training_bar() as show:
 
-        def step(report: StepReport) -> None:
-            seen.append(report)
-            show(report)
+            def step(report: StepReport) -> None:
+                seen.append(report)
+                show(report)
 
-        adapter = train(base, options, step)
+            adapter = train(base, options, step)
     if not seen:
         return
     found = {"steps": seen[-1].steps, "loss": seen[-1].loss, "held_out_loss": seen[-1].held_out}
@@ -122,6 +132,17 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
     else:
         loss = seen[-1].held_out
         click.echo(f"held-out loss {loss:.4f} (perplexity {math.exp(loss):.2f}) after {seen[-1].steps} steps: {out}")
+
+
+@contextmanager
+def _one_voice(processes: Processes) -> Iterator[None]:
+    """Of an error that ends all processes one of them speaks; the others leave quietly with its exit status."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, click.exceptions.Exit) or processes.size == 1 or processes.speaks():
+            raise
+        click.get_current_context().exit(2 if isinstance(error, QaloraError) else 1)
 
 
 def train_options(*, minima: str, **settings: Any) -> TrainOptions:

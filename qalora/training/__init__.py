@@ -5,6 +5,8 @@ data     documents, tokens, blocks
 layer    the linear layer that computes with folded, rounded minima
 loss     cross entropy without the whole logits
 state    checkpoints
+distributed  a run in several processes
+interrupt    Ctrl-C waits for the step
 loop     steps, held-out loss, the adapter's folder
 """
 

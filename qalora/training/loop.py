@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,18 @@ from torch import Tensor, nn
 from qalora.adapter import ADAPTER_FILES, Adapter, AdapterLayer, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
-from qalora.errors import InputError
+from qalora.errors import InputError, OutputError
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_output, new_folder, write_json
 from qalora.training.compute import dtype_of, find_device
 from qalora.training.data import Blocks, check_data, make_blocks, read_documents
+from qalora.training.distributed import ALONE, Processes, joined
+from qalora.training.interrupt import Interrupted, deferred
 from qalora.training.layer import FoldedLinear, check_pool, keep_weights
 from qalora.training.lean import checkpoint_layers, fit
 from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.options import TrainOptions
-from qalora.training.state import State, checkpoint_of, read_state, write_state
+from qalora.training.state import State, checkpoint_of, forget_state, read_state, write_state
 
 __all__ = ["LOG", "Progress", "StepReport", "train", "untrained"]
 
@@ -42,13 +43,17 @@ LOG = "training.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """Where a run is: step of steps, the loss of the step, the latest held-out loss, tokens a second so far."""
+    """Where a run is: step of steps, the loss of the step, the latest held-out loss, tokens a second so far.
+
+    note  what the user should know: that a checkpoint could not be written, and why
+    """
 
     step: int
     steps: int
     loss: float
     held_out: float
     tokens_per_second: float
+    note: str = ""
 
 
 Progress = Callable[[StepReport], None]
@@ -60,20 +65,25 @@ def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda 
     The folder holds an adapter that PEFT can read, and training.json: options, losses by step, held-out losses, in nats
     per token. Raises InputError for a float or act-order model, one without tokenizer, target modules that match
     nothing, data that is too short or not as `qalora.training.data` says, an output that exists, and a loss that is no
-    number.
+    number; and Interrupted, a KeyboardInterrupt, after Ctrl-C or SIGTERM, with a checkpoint of the step that was under
+    way if there are checkpoints. In a process that a launcher started it is that process's part of one run, see
+    `qalora.training.distributed`: each gets the adapter, the first writes it and is told the progress.
     """
-    check_output(options.out, force=options.force, names=ADAPTER_FILES)
-    check_data(options.data)
-    targets = _targets(model, options)
-    kept, held = _data(model, options)
-    run = _Run(model, options, targets, kept, held)
-    state = run.resumed() if options.resume else State()
-    run.to_the_end(state, progress)
-    adapter = convert(run.adapter(), options.convention)
-    with new_folder(options.out, force=options.force, names=ADAPTER_FILES) as folder:
-        write_adapter(adapter, folder)
-        write_json(folder / LOG, run.log(state))
-    shutil.rmtree(checkpoint_of(options.out), ignore_errors=True)
+    with joined(options.device) as processes:
+        with processes.together():
+            check_output(options.out, force=options.force, names=ADAPTER_FILES)
+            check_data(options.data)
+            targets = _targets(model, options)
+            kept, held = _data(model, options)
+            run = _Run(model, options, targets, kept, held, processes)
+            state = run.resumed() if options.resume else State()
+        run.check_same(state)
+        with deferred(options.save_every > 0) as asked:
+            run.to_the_end(state, progress if processes.first else lambda report: None, asked)
+            adapter = convert(run.adapter(), options.convention)
+            with processes.together():
+                if processes.first:
+                    run.write(adapter, state)
     return adapter
 
 
@@ -145,11 +155,17 @@ class _Run:
     """A model that is being trained."""
 
     def __init__(
-        self, model: Checkpoint, options: TrainOptions, targets: frozenset[str], kept: Blocks, held: Blocks
+        self,
+        model: Checkpoint,
+        options: TrainOptions,
+        targets: frozenset[str],
+        kept: Blocks,
+        held: Blocks,
+        processes: Processes = ALONE,
     ) -> None:
         from qalora.converters.torch_module import build
 
-        self._options, self._kept, self._held = options, kept, held
+        self._options, self._kept, self._held, self._processes = options, kept, held, processes
         self._device = find_device(options.device)
         self._dtype = dtype_of(options.compute, self._device)
         self._layers: dict[str, FoldedLinear] = {}
@@ -214,8 +230,12 @@ class _Run:
         """The state of the checkpoint, after it was put into the model."""
         return read_state(self._options.out, self._identity, self._parameters, self._optimizer)
 
-    def to_the_end(self, state: State, progress: Progress) -> None:
-        """Every step that is left."""
+    def check_same(self, state: State) -> None:
+        """InputError where the processes are not of one run: other options, data, model, or step."""
+        self._processes.check_same({**self._identity, "step": state.step})
+
+    def to_the_end(self, state: State, progress: Progress, asked: Callable[[], bool] = lambda: False) -> None:
+        """Every step that is left; Interrupted after the step in which `asked` to stop, in whichever process."""
         options = self._options
         if not state.held_out:
             state.held_out.append((0, self.evaluate()))
@@ -225,8 +245,9 @@ class _Run:
             state.step += 1
             if state.step == self._steps or (options.evaluate_every and state.step % options.evaluate_every == 0):
                 state.held_out.append((state.step, self.evaluate()))
-            if options.save_every and state.step % options.save_every == 0 and state.step < self._steps:
-                write_state(options.out, state, self._identity, self._parameters, self._optimizer)
+            stop = self._processes.sum(asked()) > 0
+            due = options.save_every and state.step % options.save_every == 0 and state.step < self._steps
+            note = self._saved(state) if stop or due else ""
             done = (state.step - first) * self._each * options.sequence_length
             progress(
                 StepReport(
@@ -235,8 +256,37 @@ class _Run:
                     loss=state.losses[-1],
                     held_out=state.held_out[-1][1],
                     tokens_per_second=done / max(1e-9, time.monotonic() - started),
+                    note="" if stop else note,
                 )
             )
+            if stop:
+                where = note or f"continue from {checkpoint_of(options.out)} with --resume"
+                raise Interrupted(f"interrupted after step {state.step} of {self._steps}; {where}")
+
+    def _saved(self, state: State) -> str:
+        """Write a checkpoint; gives what is to be said where that failed, which ends no run."""
+        if not self._processes.first:
+            return ""
+        try:
+            write_state(self._options.out, state, self._identity, self._parameters, self._optimizer)
+        except OutputError as error:
+            kept = "; an earlier one stays" if checkpoint_of(self._options.out).exists() else ""
+            return f"no checkpoint of step {state.step}: {error}{kept}"
+        return ""
+
+    def write(self, adapter: Adapter, state: State) -> None:
+        """Write the adapter's folder and remove the checkpoint; where it fails, a checkpoint of the end stays."""
+        options = self._options
+        try:
+            with new_folder(options.out, force=options.force, names=ADAPTER_FILES) as folder:
+                write_adapter(adapter, folder)
+                write_json(folder / LOG, self.log(state))
+        except (OutputError, KeyboardInterrupt) as error:
+            if not options.save_every:
+                raise
+            left = self._saved(state) or f"everything that was trained is in {checkpoint_of(options.out)}: use --resume"
+            raise type(error)(f"{str(error) or 'interrupted'}; {left}") from error
+        forget_state(options.out)
 
     def _step(self, step: int) -> float:
         """One optimizer step; gives the mean loss of its tokens before it."""
@@ -244,11 +294,12 @@ class _Run:
         tokens, targets = self._kept.take(_order(len(self._kept), options.seed, step * self._each, self._each))
         count = max(1, int((targets != IGNORED).sum()))
         total = 0.0
-        for rows in torch.split(torch.arange(len(tokens)), options.batch_size):
+        for rows in self._forwards(len(tokens)):
             loss = self._loss(tokens[rows], targets[rows], self._dtype)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        mean = total / count
+        self._processes.sum_gradients(self._parameters.values())
+        mean = self._processes.sum(total) / count
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), options.max_gradient_norm)
         if not math.isfinite(mean) or not bool(torch.isfinite(norm)):
             raise InputError(
@@ -261,6 +312,11 @@ class _Run:
         self._optimizer.zero_grad(set_to_none=True)
         return mean
 
+    def _forwards(self, sequences: int) -> Iterator[Tensor]:
+        """This process's share of some sequences, in runs of a forward's size."""
+        share = self._processes.share(sequences)
+        return (rows for rows in torch.split(share, self._options.batch_size) if len(rows))
+
     def _loss(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         embedded = self._module.model.embed_tokens(tokens.to(self._device)).to(dtype)
         out = self._module.model(inputs_embeds=embedded, use_cache=False)
@@ -272,9 +328,9 @@ class _Run:
     def evaluate(self) -> float:
         """The held-out loss in nats per token, of the folded model in float32."""
         total = 0.0
-        for rows in torch.split(torch.arange(len(self._held)), self._options.batch_size):
+        for rows in self._forwards(len(self._held)):
             total += self._loss(*self._held.take(rows), torch.float32).item()
-        return total / int((self._held.targets != IGNORED).sum())
+        return self._processes.sum(total) / int((self._held.targets != IGNORED).sum())
 
     def adapter(self) -> Adapter:
         """What was learned, in the paper's convention. InputError for minima that float16 does not reach."""
@@ -301,6 +357,7 @@ class _Run:
                 "data": Path(self._options.data).name,
                 "weights": self._options.weights,
                 "gradient_checkpointing": self._options.gradient_checkpointing,
+                **({"processes": self._processes.size} if self._processes.size > 1 else {}),
             },
             "data_sha256": self._identity["data_sha256"],
             "trained_tokens": self._steps * self._each * self._options.sequence_length,

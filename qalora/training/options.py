@@ -25,7 +25,8 @@ class TrainOptions:
     minima          what the folded minima are rounded to, in training and in the fold
     target_modules  ends of module paths, such as q_proj or mlp.up_proj; empty means every linear layer
     steps           optimiser steps; None is one pass over the data
-    batch_size      sequences of a forward; gradient_accumulation forwards make a step
+    batch_size      sequences of a forward, at most; batch_size * gradient_accumulation sequences make a step, which
+                    the processes share, where there are several: the step is the same for any number of them
     sequence_length tokens of a sequence
     learning_rate   AdamW's highest: it rises over `warmup` of the steps and falls linearly to 0
     held_out        share of the data, its end, that is not trained on

@@ -1,17 +1,22 @@
 """Checkpoints of a training run: what is needed to continue to the very same weights, in safetensors and JSON.
 
-state.safetensors  <module>.a, .b             the adapter
-                   <module>.a.mean, .a.square, .b.mean, .b.square     AdamW's moments
-state.json         {"version": 1, "step", "losses", "held_out", "run"}
+state.json         {"version": 2, "step", "losses", "held_out", "run"}
                    run: options, and digests of data and model; a checkpoint of another run is refused
+state-STEP.safetensors
+                   <module>.a, .b             the adapter after that step
+                   <module>.a.mean, .a.square, .b.mean, .b.square     AdamW's moments
 
-The order of the data follows from the seed and the step, so there is no other state.
+The order of the data follows from the seed and the step, so there is no other state. A checkpoint is replaced in one
+moment, when a new state.json takes the place of the old one: whenever a run is killed, or the disk is full, the folder
+holds a whole checkpoint, the old or the new.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, OutputError
 from qalora.formats.files import InputFile, read_limited
-from qalora.formats.output import new_folder, write_json
+from qalora.formats.output import new_file, new_folder, write_json
 from qalora.formats.safetensors import SafetensorsWriter, plan_layout, read_header, read_tensor
 
-__all__ = ["State", "checkpoint_of", "read_state", "write_state"]
+__all__ = ["State", "checkpoint_of", "forget_state", "read_state", "write_state"]
 
-VERSION = 1
-WEIGHTS = "state.safetensors"
+VERSION = 2
 RECORD = "state.json"
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}
 
@@ -49,26 +53,73 @@ def checkpoint_of(out: Path) -> Path:
 def write_state(
     out: Path, state: State, run: Mapping[str, Any], parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Replace the checkpoint of `out`; the earlier one stays until the new one is whole."""
+    """Replace the checkpoint of `out`; the earlier one stays until the new one is whole, and where this fails.
+
+    Raises OutputError with the room that it takes.
+    """
     tensors = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for key, word in MOMENTS.items():
             tensors[f"{name}.{word}"] = optimizer.state[parameter][key].cpu()
     layout = plan_layout([(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()], {})
-    with new_folder(checkpoint_of(out), force=True, names=[RECORD]) as folder:
-        with SafetensorsWriter(folder / WEIGHTS, layout) as file:
+    record = {
+        "version": VERSION,
+        "step": state.step,
+        "losses": state.losses,
+        "held_out": [list(pair) for pair in state.held_out],
+        "run": dict(run),
+    }
+
+    def write(weights: Path) -> None:
+        with SafetensorsWriter(weights, layout) as file:
             for name, value in tensors.items():
                 file.write(name, value)
-        write_json(
-            folder / RECORD,
-            {
-                "version": VERSION,
-                "step": state.step,
-                "losses": state.losses,
-                "held_out": [list(pair) for pair in state.held_out],
-                "run": dict(run),
-            },
-        )
+
+    place = checkpoint_of(out)
+    try:
+        if (place / RECORD).is_file() and not place.is_symlink():
+            _replace(place, state.step, write, record)
+        else:
+            with new_folder(place, force=True, names=[RECORD]) as folder:
+                write(folder / _weights(state.step))
+                write_json(folder / RECORD, record)
+    except OutputError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        reason = error.__cause__.strerror or str(error.__cause__)
+        raise OutputError(f"{place}", expected=f"room for {layout.size} bytes", got=reason) from error
+
+
+def _weights(step: int) -> str:
+    return f"state-{step}.safetensors"
+
+
+def _replace(place: Path, step: int, write: Callable[[Path], None], record: Mapping[str, Any]) -> None:
+    """Put the files of a new checkpoint beside the old one's, then let state.json name them, then remove the others."""
+    weights = place / _weights(step)
+    known = weights.exists()
+    with new_file(weights, force=True) as path:
+        write(path)
+    try:
+        with new_file(place / RECORD, force=True) as path:
+            write_json(path, record)
+    except BaseException:
+        if not known:
+            weights.unlink(missing_ok=True)
+        raise
+    for other in place.iterdir():
+        if other != weights and re.fullmatch(r"state-\d+\.safetensors|\.state\S+\.\d+", other.name):
+            other.unlink(missing_ok=True)  # the old one's, or of a run that was killed while it wrote
+
+
+def forget_state(out: Path) -> None:
+    """Remove the checkpoint of `out`, and what runs that were killed while they wrote a first one left beside it."""
+    place = checkpoint_of(out)
+    shutil.rmtree(place, ignore_errors=True)
+    for left in place.parent.iterdir():
+        ours = re.fullmatch(re.escape(f".{place.name}.") + r"[a-z0-9_]{8}", left.name)
+        if ours and left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def read_state(
@@ -99,7 +150,7 @@ def read_state(
             got=repr(got),
             todo="it is another run's; start without --resume",
         )
-    _load(folder / WEIGHTS, parameters, optimizer, state.step)
+    _load(folder / _weights(state.step), parameters, optimizer, state.step)
     return state
 
 

@@ -271,16 +271,16 @@ def _state(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
 
 
 def _cut(folder: Path) -> None:
-    data = (folder / "state.safetensors").read_bytes()
-    (folder / "state.safetensors").write_bytes(data[:-8])
+    data = (folder / "state-2.safetensors").read_bytes()
+    (folder / "state-2.safetensors").write_bytes(data[:-8])
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "other seed": (_state(lambda record: record["run"].update(seed=5)), "seed: expected 0, got 5; it is another run's"),
     "other data": (_state(lambda record: record["run"].update(data_sha256="0")), "data_sha256"),
-    "other version": (_state(lambda record: record.update(version=2)), "version"),
+    "other version": (_state(lambda record: record.update(version=1)), "version"),
     "no step": (_state(lambda record: record.pop("step")), "expected a training state"),
-    "cut": (_cut, "state.safetensors"),
+    "cut": (_cut, "state-2.safetensors"),
 }
 
 

@@ -1,0 +1,195 @@
+"""A run in several processes: `torchrun --nproc-per-node N -m qalora train ...`, or `accelerate launch` the same.
+
+Both launchers tell each process its place in the environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+Processes talk through torch.distributed: gloo between CPUs, NCCL between GPUs, of which each process takes the one of
+its LOCAL_RANK.
+
+Every process reads the model and the data itself and holds the same adapter. The sequences of a step, and of an
+evaluation, are shared out; the gradients of the summed loss, each divided by the tokens of the whole step, are summed
+over all processes, and each makes the same optimizer step. So the number of processes is like the number of threads: it
+decides how long a run takes, and in which order numbers are summed, and not what is trained. The first process alone
+writes.
+
+torch's DistributedDataParallel is not used. Its worth is to send gradients while others are still computed, and here
+there are few: the adapter's alone, two million numbers of a model of 135 million, which go in one flat piece. It would
+give the mean of the processes' means, which is not the mean over tokens where processes have different numbers of them,
+wants a forward in every process in every step, which a share of no sequences does not have, and wraps the module, whose
+parts the loop calls itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from qalora.errors import InputError
+
+__all__ = ["ALONE", "Processes", "joined"]
+
+SENTENCE = 1000
+"""Bytes of a text that processes tell each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """The processes of a run, as one of them sees them: its number `rank`, from 0, of `size`."""
+
+    rank: int = 0
+    size: int = 1
+    store: Any = field(default=None, repr=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> Tensor:
+        """Which of `count` sequences are this process's, int64: runs of equal length up to one, perhaps none."""
+        return torch.tensor_split(torch.arange(count), self.size)[self.rank]
+
+    def sum(self, value: float) -> float:
+        """The sum of each process's number, in float64; the same in all."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=_device())
+        _call(dist.all_reduce, total)
+        return float(total)
+
+    def sum_gradients(self, parameters: Collection[Tensor]) -> None:
+        """Make each gradient the sum of all processes', in one float32 piece; one that is None counts as zeros."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        _call(dist.all_reduce, flat)
+        for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that every process runs, and none leaves before all are through it.
+
+        An error in one of them is raised in all: its own there, an InputError of the same sentence elsewhere.
+        """
+        if self.size == 1:
+            yield
+            return
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        said = self._gather("" if failed is None else str(failed) or type(failed).__name__)
+        if failed is not None:
+            raise failed
+        for sentence in said:
+            if sentence:
+                raise InputError(sentence)
+
+    def check_same(self, facts: Mapping[str, object]) -> None:
+        """InputError that names the first of some facts (their text, shortened) that is not the same in all."""
+        if self.size == 1:
+            return
+        for name, value in facts.items():
+            found = self._gather(str(value))
+            other = next((text for text in found if text != found[0]), None)
+            if other is not None:
+                raise InputError(f"{name}: expected the same in every process, got {found[0]} and {other}")
+
+    def speaks(self) -> bool:
+        """Whether this process is the first to ask: it says what went wrong, and the others nothing."""
+        if self.store is None:
+            return self.first
+        try:
+            return bool(self.store.add("qalora/told", 1) == 1)
+        except RuntimeError:  # who kept the store has ended
+            return False
+
+    def _gather(self, text: str) -> list[str]:
+        data = text.encode("utf-8")[:SENTENCE]
+        mine = torch.zeros(SENTENCE, dtype=torch.uint8)
+        mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+        mine = mine.to(_device())
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        _call(dist.all_gather, found, mine)
+        return [bytes(part.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for part in found]
+
+
+ALONE = Processes()
+"""The one process of a run without a launcher."""
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[Processes]:
+    """The processes that a launcher started, or ALONE; those of torch.distributed where a caller has set it up.
+
+    device  of TrainOptions: on "auto" or "cuda" each process takes the GPU of its LOCAL_RANK.
+
+    Raises InputError for an environment that is not as launchers make it, too few GPUs, and processes that do not meet.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Processes(rank=dist.get_rank(), size=dist.get_world_size())
+        return
+    size = _number("WORLD_SIZE", 1)
+    if size <= 1:
+        yield ALONE
+        return
+    if not dist.is_available():
+        raise InputError(f"WORLD_SIZE is {size}, and this build of torch has no torch.distributed")
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        _take_gpu(device, _number("LOCAL_RANK", 0))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    try:
+        store, rank, size = next(rendezvous("env://"))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the {size} processes of this run did not meet: {reason}") from error
+    try:
+        yield Processes(rank=rank, size=size, store=store)
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(name: str, least: int) -> int:
+    found = os.environ.get(name, str(least))
+    if not found.isdecimal():
+        raise InputError(f"{name} in the environment", expected="a number", got=repr(found))
+    return int(found)
+
+
+def _take_gpu(device: str, local: int) -> None:
+    if ":" in device:
+        raise InputError("--device", expected="cuda, of which each process takes one", got=repr(device))
+    count = torch.cuda.device_count()
+    if local >= count:
+        raise InputError("processes of this machine", expected=f"{count} at most, one a GPU", got=f"number {local + 1}")
+    torch.cuda.set_device(local)
+
+
+def _device() -> torch.device:
+    """Where what processes send must lie."""
+    gpus_alone = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if gpus_alone else torch.device("cpu")
+
+
+def _call(collective: Callable[..., object], *tensors: object) -> None:
+    try:
+        collective(*tensors)
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"another process of this run has ended ({reason[:200]})", todo="continue with --resume"
+        ) from error
