@@ -127,15 +127,14 @@ def with_qalora(work: Path, steps: int, rank: int, compute: Any, ways: list[str]
 
 def with_peft(work: Path, steps: int, rank: int, kind: str) -> dict[str, Any]:
     """Train with PEFT on the same blocks, in a plain loop like qalora's."""
-    import peft
+    import peft  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from training_peers import loss_of, run_steps, with_lora
 
     from qalora.converters import load
     from qalora.converters.tokenizer import load_tokenizer
     from qalora.training.data import make_blocks, read_documents
-    from qalora.training.loop import _order, _schedule
-    from qalora.training.loss import IGNORED
 
     if kind.startswith("qalora"):
         import gptqmodel  # noqa: F401
@@ -144,45 +143,30 @@ def with_peft(work: Path, steps: int, rank: int, kind: str) -> dict[str, Any]:
     blocks = make_blocks(read_documents(str(work / "text.txt"), tokenizer), tokenizer, LENGTH)
     kept, held = blocks.split((HELD + 0.5) / (steps * BATCH + HELD))
     torch.manual_seed(0)
-    module, quantized = _module(work / "gptq", kind), kind.startswith("qalora")
-    extra = {"use_qalora": True, "qalora_group_size": GROUP} if quantized else {}
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", **extra)
-    model = peft.get_peft_model(module, config)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-
-    def loss_of(rows: Any, part: Any) -> Any:
-        tokens, targets = part.take(rows)
-        logits = model(input_ids=tokens, use_cache=False).logits.float().flatten(0, 1)
-        return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+    extra = {"use_qalora": True, "qalora_group_size": GROUP} if kind.startswith("qalora") else {}
+    model = with_lora(_module(work / "gptq", kind), rank, **extra)
 
     @torch.no_grad()
     def evaluate() -> float:
-        parts = [float(loss_of(list(range(at, at + BATCH)), held)) for at in range(0, len(held), BATCH)]
+        parts = [float(loss_of(model, *held.take(range(at, at + BATCH)))) for at in range(0, len(held), BATCH)]
         return sum(parts) / len(parts)
 
     before, clock = evaluate(), Clock()
-    for step in range(steps):
-        loss_of(_order(len(kept), 0, step * BATCH, BATCH), kept).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * _schedule(step, steps, 0.05)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        clock.tick()
+    run_steps(model, kept, rate=RATE, steps=steps, batch=BATCH, tick=clock.tick)
     return {"clock": clock, "imported": imported, "before": before, "after": evaluate()}
 
 
 def _module(folder: Path, kind: str) -> Any:
     """The base that PEFT trains on: GPTQModel's layers, or float ones of the same weights."""
     import torch
+    from training_peers import in_bfloat16
 
     if not kind.startswith("qalora"):
         from qalora.converters import load
         from qalora.converters.torch_module import build
 
-        return build(load(folder)).to(torch.float32 if kind == "lora-float32" else torch.bfloat16)
+        module = build(load(folder))
+        return module if kind == "lora-float32" else in_bfloat16(module)
     from transformers import AutoModelForCausalLM, GPTQConfig
 
     os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1" if kind == "qalora-kept" else "0"

@@ -1,0 +1,232 @@
+"""tools/compare_training.py: what is run next, the tables of given cells, and every kind of cell on a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qalora.converters import load
+from qalora.demo import demo_text
+from qalora.quantization import quantize
+from qalora.testing import byte_tokenizer, tiny_llama
+
+TOOLS = Path(__file__).parents[2] / "tools"
+PAGE = "Before\n\n<!-- table:begin -->\nold\n<!-- table:end -->\n\nafter\n"
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A module of tools/ by name, as a script there imports it."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return importlib.import_module
+
+
+def answer(name: str, worth: Callable[[str, str], float | None]) -> dict[str, Any]:
+    """A cell as if it had been run; worth: of a training's kind and rate."""
+    kind, *rest = name.split("-")
+    if kind not in ("qalora", "qlora", "peqa"):
+        return {"perplexity": 20.0, "rounded": 30.0, "codes_differ": 0}
+    seed = int(rest[-1])
+    value = worth(kind, rest[-2])
+    extra = {"unfolded": value, "parameters": 2_400_000, "seconds": 90.0 + seed, "codes_differ": 0}
+    return {"perplexity": None if value is None else value + seed, "peak_bytes": 2e9, "processor_seconds": 80.0} | extra
+
+
+def everything(plan: Any, worth: Callable[[str, str], float | None]) -> dict[str, Any]:
+    """All cells, made in the order of the plan; each is ready when its turn has come."""
+    done: dict[str, Any] = {}
+    while names := plan.wanted(done):
+        able = [name for name in names if plan.ready(done, plan.parse(name))]
+        assert able[0] == names[0]
+        done[able[0]] = answer(able[0], worth)
+    return done
+
+
+def middle(kind: str, rate: str) -> float:
+    best = {"qalora": 0.003, "qlora": 0.001, "peqa": 0.0003}[kind]
+    return 13 + abs(math.log(float(rate) / best))
+
+
+def test_the_order_of_work(tool: Callable[[str], Any]) -> None:
+    plan = tool("comparison_plan")
+    names = list(everything(plan, middle))
+    assert names[:5] == ["float", "base-3", "base-2", "base-4", "qalora-3-0.001-0"]
+    assert names[4:13] == [f"{kind}-3-{rate}-0" for kind, rates in plan.GRIDS.items() for rate in rates]
+    assert names[31:33] == ["qalora-3-0.003-1", "qalora-3-0.003-2"]
+    assert names[-1] == "exported-4-2"
+    # 4 bases, 3 methods at 3 widths: 3 rates and 2 more seeds each; 2 derived at 3 widths with 3 seeds
+    assert len(names) == 4 + 9 * 5 + 18
+    assert all(plan.parse(name).name == name for name in names)
+
+
+def test_a_search_goes_on_at_the_end_of_its_grid(tool: Callable[[str], Any]) -> None:
+    plan = tool("comparison_plan")
+
+    def worth(kind: str, rate: str) -> float | None:
+        if kind == "qalora":
+            return 1 / float(rate)  # the larger the better, as far as one looks
+        if kind == "qlora":
+            return None if rate in ("0.003", "0.001") else 13 - float(rate)
+        return 13 + float(rate)  # the smaller the better
+
+    done = everything(plan, worth)
+    tried = {kind: {name.split("-")[2] for name in done if name.startswith(f"{kind}-3")} for kind in plan.GRIDS}
+    assert tried["qalora"] == {"0.001", "0.003", "0.01", "0.03", "0.1"}
+    assert tried["qlora"] == {"0.0001", "0.0003", "0.001", "0.003"}
+    assert tried["peqa"] == {"0.0001", "0.0003", "0.001", "0.00003", "0.00001"}
+    assert plan.search(done, "qalora", "3") == ([], "0.1")
+    assert plan.search(done, "qlora", "3") == ([], "0.0003")
+    assert "qlora-3-0.0003-2" in done
+
+
+def test_what_failed_at_every_rate_is_left(tool: Callable[[str], Any]) -> None:
+    plan, page = tool("comparison_plan"), tool("comparison_page")
+    done = everything(plan, lambda kind, rate: None if kind == "qlora" else middle(kind, rate))
+    assert not any(name.startswith("requantized") for name in done)
+    assert "diverged" in page.written(done)
+
+
+def test_names_that_are_none(tool: Callable[[str], Any]) -> None:
+    plan = tool("comparison_plan")
+    for name in ("", "protocol", "held_out", "base", "qalora-3-1e-3-0", "qalora-3-0.001", "requantized-3-0.1-0"):
+        assert plan.parse(name) is None, name
+    cell = plan.parse("qlora-rtn-3-0.001-2")
+    assert (cell.kind, cell.base, cell.bits, cell.rate, cell.seed) == ("qlora", "rtn-3", 3, "0.001", 2)
+
+
+def test_the_tables_of_given_cells(tool: Callable[[str], Any], tmp_path: Path) -> None:
+    plan, page = tool("comparison_plan"), tool("comparison_page")
+    done = everything(plan, middle)
+    del done["base-2"]
+    text = page.written(done)
+    assert "| base, before training |  | 20.00 | 20.00 |  |" in text
+    three = " | ".join(["14.00 (13.00..15.00)"] * 3)
+    assert f"| **QA-LoRA folded** | 2.40 M | {three} |" in text
+    assert f"| QLoRA, float adapter kept | 2.40 M | {three} |" in text
+    assert "| QLoRA merged, rounded again |  | 30.00 (30.00..30.00) |" in text
+    assert "| QA-LoRA | 3 | 0.003 | 3 | 91 | 80 | 2.0 | 0 |" in text
+    assert "| seed 0 at rate | bits | 0.0001 | 0.0003 | 0.001 | 0.003 | 0.01 |" in text
+    assert "| QLoRA | 2 |  | 14.20 | 13.00 | 14.10 |  |" in text
+    (tmp_path / "page.md").write_text(PAGE, encoding="utf-8")
+    page.write_page(tmp_path / "page.md", done)
+    assert (tmp_path / "page.md").read_text("utf-8") == PAGE.replace("old", text)
+    drawn = ElementTree.fromstring((tmp_path / "page.svg").read_text("utf-8"))
+    marks = [part for part in drawn if part.tag.endswith("circle")]
+    assert len(marks) == 5 + 5 * 3 - 1, "the legend, and methods by widths without the base that is missing"
+
+
+def test_nothing_run_is_an_empty_table(tool: Callable[[str], Any]) -> None:
+    page = tool("comparison_page")
+    assert "| **QA-LoRA folded** |  |  |  |  |" in page.written({})
+    ElementTree.fromstring(page.plot({}))
+
+
+@pytest.fixture
+def work(tool: Callable[[str], Any], tmp_path: Path) -> Path:
+    """A folder of cells of a tiny model on a short text."""
+    cells = tool("comparison_cells")
+    model = tiny_llama(tmp_path / "tiny", tokenizer=byte_tokenizer())
+    (tmp_path / "text.txt").write_text(demo_text()[:4000], encoding="utf-8")
+    settings = {"steps": 6, "batch": 2, "length": 32, "held_out": 256, "calibration": 128, "window": 32, "rank": 3}
+    chosen = cells.Protocol(model=str(model), text=str(tmp_path / "text.txt"), peer_rank=2, **settings)
+    cells.prepare(tmp_path / "work", chosen)
+    return tmp_path / "work"
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft
+def test_every_kind_of_cell(tool: Callable[[str], Any], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, compare, cells = tool("comparison_plan"), tool("compare_training"), tool("comparison_cells")
+    monkeypatch.setattr(plan, "GRIDS", {"qalora": ("0.03",), "qlora": ("0.01",), "peqa": ("0.003",)})
+    monkeypatch.setattr(plan, "FURTHER", 0)
+    names = [
+        "float",
+        "base-3",
+        "qalora-3-0.03-0",
+        "qlora-3-0.01-0",
+        "peqa-3-0.003-0",
+        "requantized-3-0",
+        "exported-3-0",
+    ]
+    assert set(names) <= {*plan.wanted({}), *names}
+    found = {name: compare.run_cell(work, name) for name in names}
+    assert compare.read_cells(work) == json.loads(json.dumps(found))
+    base = found["base-3"]["perplexity"]
+    for kind in ("qalora-3-0.03-0", "qlora-3-0.01-0", "peqa-3-0.003-0"):
+        assert len(found[kind]["losses"]) == 6
+        assert found[kind]["perplexity"] < base, kind
+    assert found["qalora-3-0.03-0"]["codes_differ"] == found["exported-3-0"]["codes_differ"] == 0
+    opened = cells.Work(work)
+    linears = [opened.float_model().tensors[name].shape for name in opened.float_model().linears]
+    sizes = {"qalora-3-0.03-0": [(3 * (columns // 32), 3 * out) for out, columns in linears]}
+    sizes["qlora-3-0.01-0"] = [(2 * columns, 2 * out) for out, columns in linears]
+    sizes["peqa-3-0.003-0"] = [(out * columns // 32,) for out, columns in linears]
+    for name, parts in sizes.items():
+        assert found[name]["parameters"] == sum(map(sum, parts))
+    ours = found["qalora-3-0.03-0"]
+    assert ours["perplexity"] == pytest.approx(ours["unfolded"], rel=5e-3)
+    assert ours["perplexity"] != ours["unfolded"]
+    exported = found["exported-3-0"]
+    assert exported["folded"] == pytest.approx(ours["perplexity"], rel=1e-5)
+    assert exported["perplexity"] == pytest.approx(exported["folded"], rel=2e-2)
+    again = found["requantized-3-0"]
+    assert again["merged"] == pytest.approx(found["qlora-3-0.01-0"]["perplexity"], rel=1e-4)
+    assert again["source"] == "qlora-3-0.01-0"
+
+
+def test_the_windows_are_the_tail_and_training_does_not_reach_it(tool: Callable[[str], Any], work: Path) -> None:
+    cells = tool("comparison_cells")
+    opened = cells.Work(work)
+    text, tokenizer = demo_text()[:4000], byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert opened.held.flatten().tolist() == ids[-256:]
+    blocks = opened.blocks(opened.float_model())
+    assert blocks.tokens.flatten().tolist() == ids[: 6 * 2 * 32]
+    assert opened.calibration(opened.float_model()).shape == (4, 32)
+
+
+def test_cells_of_another_protocol_are_refused(tool: Callable[[str], Any], work: Path) -> None:
+    cells = tool("comparison_cells")
+    given = cells.Work(work).protocol
+    cells.prepare(work, given)
+    with pytest.raises(ValueError, match="expected cells of the same protocol"):
+        cells.prepare(work, cells.replace(given, steps=7))
+
+
+def test_trained_scales_have_the_gradient_of_the_formula(tool: Callable[[str], Any], tmp_path: Path) -> None:
+    peers = tool("training_peers")
+    model = quantize(load(tiny_llama(tmp_path / "tiny")), bits=3, group_size=32)
+    tensor = model.tensors[model.linears[0]].load_quantized()
+    layer = peers.ScaledLinear(tensor, None)
+    assert torch.allclose(layer.weight(), tensor.dequantize(), atol=1e-6)
+    x = torch.randn(5, tensor.shape[1], generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scale = tensor.scale.clone().requires_grad_()
+    weight = (scale[..., None] * layer.centred()).view(tensor.shape)
+    wanted = torch.autograd.grad((x @ weight.t()).square().sum(), (x, scale))
+    got = torch.autograd.grad(layer(x).square().sum(), (x, layer.scale))
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_where_it_stopped(
+    tool: Callable[[str], Any], work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare, cells = tool("compare_training"), tool("comparison_cells")
+    protocol = json.dumps(cells.asdict(cells.Work(work).protocol))
+    (tmp_path / "page.md").write_text(PAGE, encoding="utf-8")
+    options = ["--work", str(work), "--protocol", protocol, "--jobs", "2", "--write", str(tmp_path / "page.md")]
+    compare.main([*options, "--cells", "float,peqa-4-0.003-0"])
+    first = capsys.readouterr().out
+    assert all(f"{name}: " in first for name in ("float", "base-4", "peqa-4-0.003-0"))
+    compare.main([*options, "--cells", "float,peqa-4-0.003-0,base-4"])
+    assert "base-4: " not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="what they are made of is missing: exported-4-0"):
+        compare.main([*options, "--cells", "exported-4-0"])

@@ -1,0 +1,412 @@
+"""One cell of `compare_training.py`: what is done, and what is measured.
+
+Perplexity is always of the same held-out windows, in float32, whatever training multiplied. Wall and processor seconds
+are of the training call, from the base's folder to the adapter, model building included and evaluation not; peak memory
+is that of the process until then.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison_plan import Cell, Done, source
+from torch import Tensor, nn
+from training_peers import ScaledLinear, in_bfloat16, run_steps, scales_of, trainable, with_lora
+
+from qalora.adapter import Adapter, AdapterLayer, read_adapter
+from qalora.calibration import Calibration, calibration_windows, quantize_calibrated
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters import load
+from qalora.converters.exports import export
+from qalora.converters.plan import ExportOptions
+from qalora.converters.tokenizer import load_tokenizer
+from qalora.converters.torch_module import build, float_linear
+from qalora.demo import demo_text, smollm2_file
+from qalora.errors import InputError
+from qalora.folding import fold, prove_fold
+from qalora.parity.runtimes import open_runtime
+from qalora.quantization import QuantizeOptions, quantize
+from qalora.tensor import GroupQuantTensor
+from qalora.training import TrainOptions, train
+from qalora.training.data import Blocks, make_blocks, read_documents
+
+PASSES = {4: 0, 3: 0, 2: 2}
+"""Passes of gptq at each width, as docs/quantize.md found them best."""
+
+TRAIN, WINDOWS, PROTOCOL = "train.txt", "held_out.json", "protocol.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """What all cells of a folder share; it stands in protocol.json, and other runs are refused there.
+
+    model, text    files, or empty for SmolLM2-135M-Instruct and the language reference
+    steps          of batch * length tokens: one pass over that much of the text's head
+    held_out       tokens of its tail, in windows of `length`
+    calibration    tokens of what is trained on, in windows of `window`
+    rank           of QA-LoRA; peer_rank of LoRA
+    """
+
+    model: str = ""
+    text: str = ""
+    steps: int = 61
+    batch: int = 4
+    length: int = 128
+    held_out: int = 8192
+    calibration: int = 4096
+    window: int = 256
+    group: int = 32
+    rank: int = 15
+    peer_rank: int = 8
+
+
+def prepare(work: Path, protocol: Protocol) -> None:
+    """Write protocol, the text to train on and the held-out windows, once. InputError for another run's folder."""
+    stored = work / PROTOCOL
+    if stored.exists():
+        if json.loads(stored.read_text("utf-8")) != asdict(protocol):
+            raise InputError(f"{work}", expected="cells of the same protocol", got="another", todo="use another --work")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    text = Path(protocol.text).read_text("utf-8") if protocol.text else demo_text()
+    tokenizer = load_tokenizer(load(protocol.model or smollm2_file()))
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = found["input_ids"], found["offset_mapping"]
+    # a block more than is trained on, for the held-out part that `train` wants, and half of one that is dropped
+    head = (protocol.steps * protocol.batch + 1) * protocol.length + protocol.length // 2
+    if len(ids) < head + protocol.held_out:
+        raise InputError("text", expected=f"{head + protocol.held_out} tokens", got=f"{len(ids)}")
+    (work / TRAIN).write_text(text[: places[head][0]], encoding="utf-8")
+    held = torch.tensor(ids[-protocol.held_out :]).view(-1, protocol.length)
+    write_whole(work / WINDOWS, held.tolist())
+    write_whole(stored, asdict(protocol))
+
+
+def write_whole(path: Path, content: object) -> None:
+    """Write JSON so that the file is there as a whole or not at all."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(content, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+class Work:
+    """A folder of cells, opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.protocol = Protocol(**json.loads((folder / PROTOCOL).read_text("utf-8")))
+        self.held = torch.tensor(json.loads((folder / WINDOWS).read_text("utf-8")))
+
+    def float_model(self) -> Checkpoint:
+        """The model before anything."""
+        return load(self.protocol.model or smollm2_file())
+
+    def base(self, cell: Cell) -> Checkpoint:
+        """The integers that a cell trains on."""
+        return load(self.folder / "bases" / cell.base)
+
+    def calibration(self, model: Checkpoint) -> Tensor:
+        """int64 [windows, tokens] of the text that is trained on."""
+        chosen, text = self.protocol, str(self.folder / TRAIN)
+        return calibration_windows(model, Calibration(data=text, tokens=chosen.calibration, length=chosen.window))
+
+    def blocks(self, model: Checkpoint) -> Blocks:
+        """What is trained on, as `train` cuts it."""
+        tokenizer = load_tokenizer(model)
+        documents = read_documents(str(self.folder / TRAIN), tokenizer)
+        return make_blocks(documents, tokenizer, self.protocol.length).split(self.share)[0]
+
+    @property
+    def share(self) -> float:
+        """The share of the text that makes one block held out."""
+        return 0.5 / (self.protocol.steps * self.protocol.batch + 1)
+
+    def adapter(self, name: str) -> Path:
+        """Where a cell's adapter lies."""
+        return self.folder / "adapters" / name
+
+    def perplexity(self, model: Any) -> float | None:
+        """exp of the mean held-out loss over every token but the first of each window, of a module or a Checkpoint."""
+        module = build(model) if isinstance(model, Checkpoint) else model
+        return perplexity_of(lambda rows: module(input_ids=rows, use_cache=False).logits, self.held)
+
+
+@torch.no_grad()
+def perplexity_of(logits: Callable[[Tensor], Tensor], windows: Tensor, batch: int = 4) -> float | None:
+    """exp of the mean loss; logits gives float32 [batch, tokens, vocabulary]. None where that is no number."""
+    total = 0.0
+    for rows in torch.split(windows, batch):
+        found = logits(rows)[:, :-1].flatten(0, 1)
+        total += nn.functional.cross_entropy(found, rows[:, 1:].flatten(), reduction="sum").item()
+    mean = total / (windows.numel() - len(windows))
+    return math.exp(mean) if mean < 700 else None
+
+
+class Clock:
+    """Wall and processor seconds, and peak memory, from when it is made to when it is read."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, Any]:
+        """What has passed."""
+        from resource import RUSAGE_SELF, getrusage
+
+        return {
+            "seconds": round(time.perf_counter() - self._wall, 1),
+            "processor_seconds": round(time.process_time() - self._processor, 1),
+            "peak_bytes": getrusage(RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+def make(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """Do what a cell is, and give what is stored of it."""
+    found = KINDS[cell.kind](work, cell, done)
+    threads = {"threads": torch.get_num_threads(), "protocol": asdict(work.protocol)}
+    return (
+        {"cell": cell.name, "kind": cell.kind, "bits": cell.bits, "rate": cell.rate, "seed": cell.seed}
+        | found
+        | threads
+    )
+
+
+def make_float(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """The model before anything."""
+    return {"perplexity": work.perplexity(work.float_model())}
+
+
+def options_of(work: Work, cell: Cell, method: str) -> QuantizeOptions:
+    """How a base is quantized, and QLoRA's result again."""
+    return QuantizeOptions(
+        bits=cell.bits, group_size=work.protocol.group, zeros="real", method=method, passes=PASSES.get(cell.bits, 2)
+    )
+
+
+def make_base(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """Quantize, and save as a folder of ours."""
+    clock, model = Clock(), work.float_model()
+    method = "rtn" if cell.base.startswith("rtn") else "gptq"
+    options = options_of(work, cell, method)
+    if method == "gptq":
+        made = quantize_calibrated(model, work.calibration(model), options, requantize=True)
+    else:
+        made = quantize(model, bits=cell.bits, group_size=work.protocol.group, zeros="real", requantize=True)
+    place = work.folder / "bases" / cell.base
+    if not place.exists():
+        with tempfile.TemporaryDirectory(dir=work.folder) as folder:
+            export(made, ["qalora"], Path(folder))
+            place.parent.mkdir(exist_ok=True)
+            (Path(folder) / "qalora").rename(place)
+    taken = clock.read()
+    return {"perplexity": work.perplexity(work.base(cell)), "options": asdict(options), **taken}
+
+
+def make_qalora(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """QA-LoRA with the fold in the loop: perplexity of the folded model, and unfolded in float32."""
+    chosen, base, losses = work.protocol, work.base(cell), []
+    options = TrainOptions(
+        data=str(work.folder / TRAIN),
+        out=work.adapter(cell.name),
+        rank=chosen.rank,
+        steps=chosen.steps,
+        batch_size=chosen.batch,
+        sequence_length=chosen.length,
+        learning_rate=float(cell.rate),
+        held_out=work.share,
+        save_every=0,
+        seed=cell.seed,
+        device="cpu",
+        compute="bfloat16",
+        force=True,
+    )
+    clock = Clock()
+    try:
+        adapter = train(base, options, lambda report: losses.append(report.loss))
+    except InputError as error:
+        return {"perplexity": None, "failed": str(error), "losses": losses, "options": options.to_json()}
+    taken = clock.read()
+    folded = fold(base, adapter)
+    proofs = [
+        prove_fold(base.tensors[name].load_quantized(), layer, folded.tensors[name].load_quantized())
+        for name, layer in ((f"{path}.weight", layer) for path, layer in adapter.layers.items())
+    ]
+    return {
+        "perplexity": work.perplexity(folded),
+        "unfolded": work.perplexity(beside(base, adapter)),
+        "codes_differ": sum(proof.codes_differ for proof in proofs),
+        "scales_differ": sum(proof.scales_differ for proof in proofs),
+        "parameters": sum(layer.a.numel() + layer.b.numel() for layer in adapter.layers.values()),
+        "losses": losses,
+        "options": options.to_json(),
+        **taken,
+    }
+
+
+class Beside(nn.Module):
+    """A float layer with an adapter beside it: y = linear(x) + factor * pool(x) @ A^T @ B^T."""
+
+    def __init__(self, linear: nn.Module, layer: AdapterLayer) -> None:
+        super().__init__()
+        self.linear, self.layer = linear, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        pooled = x.view(*x.shape[:-1], -1, self.layer.pool_size).sum(dim=-1)
+        return self.linear(x) + self.layer.factor * (pooled @ self.layer.a.t() @ self.layer.b.t())
+
+
+def beside(base: Checkpoint, adapter: Adapter) -> Any:
+    """The base in float32 with an adapter in side branches: nothing is folded, nothing rounded."""
+
+    def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
+        made = float_linear(path, weight, bias)
+        return Beside(made, adapter.layers[path]) if path in adapter.layers else made
+
+    return build(base, linear)
+
+
+def make_qlora(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """PEFT's LoRA on the base's weights in bfloat16; perplexity with the adapter kept, in float32."""
+    chosen, base = work.protocol, work.base(cell)
+    clock = Clock()
+    torch.manual_seed(cell.seed)
+    model = with_lora(in_bfloat16(build(base)), chosen.peer_rank)
+    return _trained(work, cell, model, clock, lambda: _kept_lora(work, cell, model, base))
+
+
+def _kept_lora(work: Work, cell: Cell, model: Any, base: Checkpoint) -> float | None:
+    model.save_pretrained(str(work.adapter(cell.name)), save_embedding_layers=False)
+    return work.perplexity(beside(base, read_adapter(work.adapter(cell.name), base)))
+
+
+def _trained(work: Work, cell: Cell, model: Any, clock: Clock, kept: Callable[[], float | None]) -> dict[str, Any]:
+    """Run the plain loop over a peer's model, then keep what was learned and give its perplexity."""
+    chosen = work.protocol
+    options = {"learning_rate": float(cell.rate), "steps": chosen.steps, "batch": chosen.batch, "compute": "bfloat16"}
+    blocks = work.blocks(work.base(cell))
+    try:
+        losses = run_steps(model, blocks, rate=float(cell.rate), steps=chosen.steps, batch=chosen.batch, seed=cell.seed)
+    except ArithmeticError as error:
+        return {"perplexity": None, "failed": str(error), "options": options}
+    taken = clock.read()
+    found = {"parameters": trainable(model.parameters()), "losses": losses, "options": options, **taken}
+    return {"perplexity": kept(), **found}
+
+
+def make_peqa(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """The scales alone trained; perplexity of the result with scales and minima in float16."""
+    base = work.base(cell)
+    clock = Clock()
+
+    def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
+        return ScaledLinear(weight.load_quantized(), bias)
+
+    model = in_bfloat16(build(base, linear))
+    return _trained(work, cell, model, clock, lambda: _kept_scales(work, cell, model, base))
+
+
+def _kept_scales(work: Work, cell: Cell, model: Any, base: Checkpoint) -> float | None:
+    from safetensors.torch import save_file
+
+    made = {f"{path}.weight": layer.trained() for path, layer in scales_of(model).items()}
+    place = work.adapter(cell.name)
+    place.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.scale.half() for name, tensor in made.items()}, place / "scales.safetensors")
+    return work.perplexity(with_tensors(base, made))
+
+
+def with_tensors(model: Checkpoint, made: dict[str, GroupQuantTensor]) -> Checkpoint:
+    """The model with some of its quantized weights replaced."""
+    lazily = {name: replace(model.tensors[name], read=tensor.rows) for name, tensor in made.items()}
+    return replace(model, tensors={**model.tensors, **lazily})
+
+
+def merged(base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The base as floats with an ordinary LoRA added to them."""
+
+    def lazily(old: LazyTensor, layer: AdapterLayer) -> LazyTensor:
+        def read(start: int, stop: int) -> Tensor:
+            rows = old.rows(start, stop)
+            weight = rows.dequantize() if isinstance(rows, GroupQuantTensor) else rows.float()
+            return weight + layer.factor * (layer.b[start:stop] @ layer.a)
+
+        return LazyTensor(name=old.name, shape=old.shape, dtype=torch.float32, read=read)
+
+    changed = {f"{path}.weight": lazily(base.tensors[f"{path}.weight"], of) for path, of in adapter.layers.items()}
+    return replace(base, tensors={**base.tensors, **changed})
+
+
+def make_requantized(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """QLoRA merged and quantized again: by gptq as the base was (perplexity), and by rounding."""
+    base, name = work.base(cell), source(done, cell) or ""
+    model = merged(base, read_adapter(work.adapter(name), base))
+    options = options_of(work, cell, "gptq")
+    again = quantize_calibrated(model, work.calibration(model), options, requantize=True)
+    rounded = quantize(model, bits=cell.bits, group_size=work.protocol.group, zeros="real", requantize=True)
+    return {
+        "perplexity": work.perplexity(again),
+        "rounded": work.perplexity(rounded),
+        "merged": work.perplexity(model),
+        "source": name,
+        "options": asdict(options),
+    }
+
+
+@torch.no_grad()
+def make_exported(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """QA-LoRA folded, written as GGUF, and measured in llama.cpp on the same windows."""
+    base, name = work.base(cell), source(done, cell) or ""
+    folded = fold(base, read_adapter(work.adapter(name), base))
+    with tempfile.TemporaryDirectory(dir=work.folder) as folder:
+        export(folded, ["gguf"], Path(folder), ExportOptions(name="folded"))
+        (file,) = Path(folder).rglob("*.gguf")
+        stored = load(file)
+        differing = [_codes_differ(base, stored, weight) for weight in base.linears]
+        runtime = open_runtime("llama.cpp", file, threads=torch.get_num_threads())
+        theirs = [runtime.logits(window) for window in work.held.tolist()]
+        info = runtime.info
+        runtime.close()
+    module = build(folded)
+    ours = [module(input_ids=window[None], use_cache=False).logits[0] for window in work.held]
+    return {
+        "perplexity": _of_list(theirs, work.held),
+        "folded": _of_list(ours, work.held),
+        "same_first_token": _mean(
+            [float((a.argmax(1) == b.argmax(1)).float().mean()) for a, b in zip(ours, theirs, strict=True)]
+        ),
+        "codes_differ": sum(differing),
+        "runtime": f"{info.name} {info.version}, {info.dtype}",
+        "source": name,
+    }
+
+
+def _codes_differ(base: Checkpoint, stored: Checkpoint, name: str) -> int:
+    return int((base.tensors[name].load_quantized().codes() != stored.tensors[name].load_quantized().codes()).sum())
+
+
+def _of_list(logits: Sequence[Tensor], windows: Tensor) -> float | None:
+    given = iter(logits)
+    return perplexity_of(lambda rows: next(given)[None], windows, batch=1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+KINDS: dict[str, Callable[[Work, Cell, Done], dict[str, Any]]] = {
+    "float": make_float,
+    "base": make_base,
+    "qalora": make_qalora,
+    "qlora": make_qlora,
+    "peqa": make_peqa,
+    "requantized": make_requantized,
+    "exported": make_exported,
+}

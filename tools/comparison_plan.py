@@ -1,0 +1,129 @@
+"""Which cells `compare_training.py` makes, and in what order: decided by those that are there.
+
+float
+base-BASE                               BASE is bits (gptq), or rtn-bits
+qalora-BASE-RATE-SEED, qlora-..., peqa-...
+requantized-BASE-SEED, exported-BASE-SEED   of the best rate of QLoRA, of QA-LoRA
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LADDER = ("0.00001", "0.00003", "0.0001", "0.0003", "0.001", "0.003", "0.01", "0.03", "0.1", "0.3")
+"""Every rate there is; a search that ends at the end of its grid goes one further here."""
+
+GRIDS = {
+    "qalora": ("0.001", "0.003", "0.01"),
+    "qlora": ("0.0003", "0.001", "0.003"),
+    "peqa": ("0.0001", "0.0003", "0.001"),
+}
+FURTHER = 2
+"""Rates that a search adds to its grid at most."""
+
+SEEDS = (0, 1, 2)
+BITS = (3, 2, 4)
+"""In the order of work."""
+
+DERIVED = {"requantized": "qlora", "exported": "qalora"}
+"""Cells that are made of a trained one, and of whose best rate."""
+
+NAME = re.compile(
+    r"float|base-(?P<base>(?:rtn-)?[2-8])"
+    r"|(?P<kind>qalora|qlora|peqa)-(?P<on>(?:rtn-)?[2-8])-(?P<rate>0\.\d+)-(?P<seed>\d+)"
+    r"|(?P<derived>requantized|exported)-(?P<of>(?:rtn-)?[2-8])-(?P<its_seed>\d+)"
+)
+
+Done = Mapping[str, Mapping[str, Any]]
+"""The cells that are there, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A name, taken apart; base, rate and seed are empty where the kind has none."""
+
+    name: str
+    kind: str
+    base: str = ""
+    rate: str = ""
+    seed: int = 0
+
+    @property
+    def bits(self) -> int:
+        """The base's width; 0 for the float model."""
+        return int(self.base.rpartition("-")[2] or 0)
+
+
+def parse(name: str) -> Cell | None:
+    """A cell's name taken apart; None for what is none."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        return None
+    found = match.groupdict()
+    if found["kind"]:
+        return Cell(name=name, kind=found["kind"], base=found["on"], rate=found["rate"], seed=int(found["seed"]))
+    if found["derived"]:
+        return Cell(name=name, kind=found["derived"], base=found["of"], seed=int(found["its_seed"]))
+    return Cell(name=name, kind="base" if found["base"] else "float", base=found["base"] or "")
+
+
+def trained_name(kind: str, base: str, rate: str, seed: int) -> str:
+    """The name of a training."""
+    return f"{kind}-{base}-{rate}-{seed}"
+
+
+def worth(cell: Mapping[str, Any]) -> float:
+    """A cell's held-out perplexity; infinite where training failed."""
+    return math.inf if cell["perplexity"] is None else float(cell["perplexity"])
+
+
+def search(done: Done, kind: str, base: str) -> tuple[list[str], str | None]:
+    """(rates that seed 0 is still to be run at, the best rate once there are none)."""
+    rates, added = list(GRIDS[kind]), 0
+    while True:
+        missing = [rate for rate in rates if trained_name(kind, base, rate, 0) not in done]
+        if missing:
+            return missing, None
+        best = min(rates, key=lambda rate: worth(done[trained_name(kind, base, rate, 0)]))
+        at = LADDER.index(best)
+        further = at - 1 if best == rates[0] else at + 1 if best == rates[-1] else None
+        if further is None or added == FURTHER or not 0 <= further < len(LADDER):
+            return [], best
+        rates, added = sorted([*rates, LADDER[further]], key=float), added + 1
+
+
+def source(done: Done, cell: Cell) -> str | None:
+    """The trained cell that a derived one is made of, if it is there."""
+    best = search(done, DERIVED[cell.kind], cell.base)[1]
+    name = trained_name(DERIVED[cell.kind], cell.base, best or "", cell.seed)
+    return name if best is not None and name in done and done[name]["perplexity"] is not None else None
+
+
+def ready(done: Done, cell: Cell) -> bool:
+    """Whether what a cell is made of is there."""
+    if cell.kind in ("float", "base"):
+        return True
+    return f"base-{cell.base}" in done and (cell.kind not in DERIVED or source(done, cell) is not None)
+
+
+def wanted(done: Done, method: str = "gptq") -> list[str]:
+    """The cells that are missing, as far as they are known by now, in the order of work."""
+    bases = [f"{'' if method == 'gptq' else f'{method}-'}{bits}" for bits in BITS]
+    names = ["float", *(f"base-{base}" for base in bases)]
+    for base in bases:
+        for kind in GRIDS:
+            names += [trained_name(kind, base, rate, 0) for rate in search(done, kind, base)[0]]
+    for base in bases:
+        for kind in GRIDS:
+            best = search(done, kind, base)[1]
+            if best is not None and worth(done[trained_name(kind, base, best, 0)]) < math.inf:
+                names += [trained_name(kind, base, best, seed) for seed in SEEDS[1:]]
+    for kind in DERIVED:
+        for base in bases:
+            cells = [parse(f"{kind}-{base}-{seed}") for seed in SEEDS]
+            names += [cell.name for cell in cells if cell is not None and source(done, cell) is not None]
+    return [name for name in names if name not in done]
