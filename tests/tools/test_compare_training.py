@@ -141,6 +141,7 @@ def work(tool: Callable[[str], Any], tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
+@pytest.mark.slow  # peft and all that it imports
 @pytest.mark.filterwarnings("ignore")  # of peft
 def test_every_kind_of_cell(tool: Callable[[str], Any], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, compare, cells = tool("comparison_plan"), tool("compare_training"), tool("comparison_cells")
