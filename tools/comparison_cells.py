@@ -1,8 +1,8 @@
 """One cell of `compare_training.py`: what is done, and what is measured.
 
 Perplexity is always of the same held-out windows, in float32, whatever training multiplied. Wall and processor seconds
-are of the training call, from the base's folder to the adapter, model building included and evaluation not; peak memory
-is that of the process until then.
+are of the training call, from the base's folder to the adapter, model building included, imports and evaluation not;
+peak memory is that of the process until then.
 """
 
 from __future__ import annotations
@@ -150,6 +150,12 @@ def perplexity_of(logits: Callable[[Tensor], Tensor], windows: Tensor, batch: in
     return math.exp(mean) if mean < 700 else None
 
 
+def import_all() -> None:
+    """Import what a training would import while the clock runs; PEFT alone takes seconds. The same for every method."""
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+
 class Clock:
     """Wall and processor seconds, and peak memory, from when it is made to when it is read."""
 
@@ -212,6 +218,7 @@ def make_base(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
 def make_qalora(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     """QA-LoRA with the fold in the loop: perplexity of the folded model, and unfolded in float32."""
     chosen, base, losses = work.protocol, work.base(cell), []
+    import_all()
     options = TrainOptions(
         data=str(work.folder / TRAIN),
         out=work.adapter(cell.name),
@@ -276,6 +283,7 @@ def beside(base: Checkpoint, adapter: Adapter) -> Any:
 def make_qlora(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     """PEFT's LoRA on the base's weights in bfloat16; perplexity with the adapter kept, in float32."""
     chosen, base = work.protocol, work.base(cell)
+    import_all()
     clock = Clock()
     torch.manual_seed(cell.seed)
     model = with_lora(in_bfloat16(build(base)), chosen.peer_rank)
@@ -304,6 +312,7 @@ def _trained(work: Work, cell: Cell, model: Any, clock: Clock, kept: Callable[[]
 def make_peqa(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     """The scales alone trained; perplexity of the result with scales and minima in float16."""
     base = work.base(cell)
+    import_all()
     clock = Clock()
 
     def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
