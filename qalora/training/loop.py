@@ -240,6 +240,8 @@ class _Run:
         if not state.held_out:
             state.held_out.append((0, self.evaluate()))
         started, first = time.monotonic(), state.step
+        if state.step == self._steps:
+            progress(self._report(state, 0.0, ""))
         while state.step < self._steps:
             state.losses.append(self._step(state.step))
             state.step += 1
@@ -249,19 +251,20 @@ class _Run:
             due = options.save_every and state.step % options.save_every == 0 and state.step < self._steps
             note = self._saved(state) if stop or due else ""
             done = (state.step - first) * self._each * options.sequence_length
-            progress(
-                StepReport(
-                    step=state.step,
-                    steps=self._steps,
-                    loss=state.losses[-1],
-                    held_out=state.held_out[-1][1],
-                    tokens_per_second=done / max(1e-9, time.monotonic() - started),
-                    note="" if stop else note,
-                )
-            )
+            progress(self._report(state, done / max(1e-9, time.monotonic() - started), "" if stop else note))
             if stop:
-                where = note or f"continue from {checkpoint_of(options.out)} with --resume"
+                where = self._processes.heard(note) or f"continue from {checkpoint_of(options.out)} with --resume"
                 raise Interrupted(f"interrupted after step {state.step} of {self._steps}; {where}")
+
+    def _report(self, state: State, speed: float, note: str) -> StepReport:
+        return StepReport(
+            step=state.step,
+            steps=self._steps,
+            loss=state.losses[-1],
+            held_out=state.held_out[-1][1],
+            tokens_per_second=speed,
+            note=note,
+        )
 
     def _saved(self, state: State) -> str:
         """Write a checkpoint; gives what is to be said where that failed, which ends no run."""
