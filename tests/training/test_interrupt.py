@@ -16,6 +16,8 @@ from qalora.demo import demo_text
 from qalora.formats.safetensors import read_header
 from qalora.testing import byte_tokenizer, tiny_llama
 
+pytestmark = pytest.mark.slow  # two processes a test, each of which imports torch and transformers
+
 STEPS = 8
 ADAPTER = 60_000
 """Bytes, above those of the adapter's files here and below those of a checkpoint, which has AdamW's moments too."""

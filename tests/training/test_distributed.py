@@ -1,0 +1,200 @@
+"""Several processes, started by the launchers themselves: the loss curve and the adapter of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qalora.demo import demo_text
+from qalora.errors import InputError
+from qalora.testing import byte_tokenizer, tiny_llama
+from qalora.training.distributed import ALONE, Processes, joined
+
+STEPS = 4
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("distributed")
+    tiny_llama(root / "float", tokenizer=byte_tokenizer())
+    (root / "text.txt").write_text(demo_text()[:6_000], encoding="utf-8")
+    for words in (["quantize", root / "float", "-o", root / "base"], train(root, root / "one")):
+        assert python("-m", "qalora", *words).returncode == 0
+    return root
+
+
+def train(place: Path, out: Path, *more: object) -> list[object]:
+    """Steps of 5 sequences in forwards of 5 at most: two processes have 3 and 2 of them, six have one, or none."""
+    settings = f"--steps {STEPS} --rank 4 --batch-size 5 --sequence-length 32 --held-out 0.1 --evaluate-every 2"
+    return ["train", place / "base", "--data", place / "text.txt", "-o", out, *settings.split(), *more]
+
+
+def python(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=500,
+        check=False,
+    )
+
+
+def launched(launcher: tuple[str, ...], count: int, *words: object) -> subprocess.CompletedProcess[str]:
+    return python("-m", *launcher, count, *words)
+
+
+def ours(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith(("qalora: ", "note: "))]
+
+
+def assert_same_training(one: Path, other: Path, processes: int) -> None:
+    """The same up to the order of float32 sums.
+
+    A loss of 160 tokens: each token's is of logits from 64-term sums in a dozen products, 12 * 64 * 2^-24 of the
+    largest loss; as in test_loop, gradients differ by 2^-14 of their norm at most. AdamW's first steps move a number by the
+    rate whatever the gradient's size, and by up to twice the rate, 3e-3, where a gradient of noise changes sign: 1 in
+    1,000 numbers may, the others stay within a hundredth of what the steps can move them.
+    """
+    logs = [json.loads((folder / "training.json").read_text("utf-8")) for folder in (one, other)]
+    assert "processes" not in logs[0]["options"]
+    assert logs[1]["options"].pop("processes") == processes
+    curves = [log.pop("losses") + [entry["loss"] for entry in log["held_out"]] for log in logs]
+    for log in logs:
+        for entry in log["held_out"]:
+            del entry["loss"]
+    assert logs[0] == logs[1]
+    bound = 12 * 64 * 2.0**-24 * max(curves[0]) + 1e-5  # and the six digits that are written
+    assert len(curves[0]) == STEPS + 3
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= bound
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (one, other)]
+    far = [((weights[1][name] - value).abs() > 0.01 * STEPS * 3e-3).flatten() for name, value in weights[0].items()]
+    assert float(torch.cat(far).float().mean()) <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "count"),
+    [(TORCHRUN, 2), (TORCHRUN, 6), (ACCELERATE, 2)],
+    ids=["two", "more than sequences", "accelerate"],
+)
+def test_the_loss_curve_of_one_process(place: Path, tmp_path: Path, launcher: tuple[str, ...], count: int) -> None:
+    done = launched(launcher, count, "-m", "qalora", *train(place, tmp_path / "adapter"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss") == 1
+    assert done.stderr.count(f"step {STEPS} of {STEPS}") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert_same_training(place / "one", tmp_path / "adapter", count)
+
+
+PATCHED = """
+import os, signal
+import qalora.training.loop as loop
+held, steps = loop._schedule, 0
+def schedule(*given):
+    global steps
+    steps += 1
+    if os.environ.get("RANK", "0") == "1" and steps == 2:
+        {what}
+    return held(*given)
+loop._schedule = schedule
+from qalora.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_one_goes_on(place: Path, tmp_path: Path) -> None:
+    """Two processes are left after step 2; one process goes on from there."""
+    script = tmp_path / "script.py"
+    script.write_text(PATCHED.format(what="os.kill(os.getpid(), signal.SIGINT)"), encoding="utf-8")
+    out = tmp_path / "adapter"
+    left = launched(TORCHRUN, 2, script, *train(place, out))
+    assert left.returncode != 0
+    assert ours(left.stderr) == [
+        f"qalora: interrupted after step 2 of {STEPS}; continue from {out}.checkpoint with --resume"
+    ]
+    done = python("-m", "qalora", *train(place, out, "--resume"))
+    assert done.returncode == 0, done.stderr
+    log = json.loads((out / "training.json").read_text("utf-8"))
+    whole = json.loads((place / "one" / "training.json").read_text("utf-8"))
+    # six digits are written, and the bound of assert_same_training
+    assert max(abs(a - b) for a, b in zip(log["losses"], whole["losses"], strict=True)) <= 3e-4
+
+
+FAILURES: dict[str, tuple[str, str]] = {
+    "all": ("import sys; sys.argv += ['--target-modules', 'nothing']", "qalora: --target-modules: expected some of"),
+    "one": (
+        "import os, sys\nif os.environ['RANK'] == '1': sys.argv = [a.replace('text.txt', 'no.txt') for a in sys.argv]",
+        "no.txt: no such file",
+    ),
+    "other data": (
+        "import os, sys\nif os.environ['RANK'] == '1': sys.argv = [a.replace('text.txt', 'float/config.json') "
+        "if a.endswith('text.txt') else a for a in sys.argv]",
+        "expected",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAILURES)
+def test_an_error_is_said_once(place: Path, tmp_path: Path, kind: str) -> None:
+    before, words = FAILURES[kind]
+    script = tmp_path / "script.py"
+    script.write_text(f"{before}\nfrom qalora.cli import main\nmain()\n", encoding="utf-8")
+    left = launched(TORCHRUN, 2, script, *train(place, tmp_path / "adapter"))
+    (sentence,) = ours(left.stderr)
+    assert words in sentence
+    assert left.stderr.count("(exitcode: 2)") + left.stderr.count("exitcode  : 2") >= 2
+    assert "qalora/training" not in left.stderr  # the launcher's own traceback is the only one
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_run(place: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PATCHED.format(what="os.kill(os.getpid(), signal.SIGKILL)"), encoding="utf-8")
+    left = launched(TORCHRUN, 2, script, *train(place, tmp_path / "adapter", "--save-every", 1))
+    assert left.returncode != 0
+    assert len(ours(left.stderr)) <= 1  # the launcher may end the other before it has noticed
+    assert (tmp_path / "adapter.checkpoint" / "state.json").is_file()
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_even_and_miss_nothing(count: int, size: int) -> None:
+    shares = [Processes(rank=rank, size=size).share(count) for rank in range(size)]
+    assert torch.cat(shares).tolist() == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for environment in ({}, {"WORLD_SIZE": "1", "RANK": "0"}):
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with joined("cpu") as processes:
+            assert processes is ALONE
+            assert processes.sum(3.5) == 3.5
+            assert processes.heard("a") == "a"
+
+
+def test_an_environment_that_no_launcher_makes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="WORLD_SIZE in the environment: expected a number, got 'two'"), joined("cpu"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match=r"the 2 processes of this run did not meet: .*RANK"), joined("cpu"):
+        pass
