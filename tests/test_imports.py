@@ -19,6 +19,7 @@ FLOORS = [
     {"converters"},
     {"folding", "adapter", "quantization", "residual", "checkpoint"},
     {"formats"},
+    {"fused"},
     {"tensor"},
     {"errors", "_version"},
 ]

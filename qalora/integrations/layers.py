@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qalora.errors import InputError
-from qalora.tensor import dequantize, unpack_codes
+from qalora.fused import dequantize
+from qalora.tensor import unpack_codes
 
 __all__ = ["MadeWeight", "QuantizedEmbedding", "QuantizedLinear", "TiedHead", "float_weight"]
 
@@ -30,15 +31,23 @@ Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def float_weight(
-    codes: Tensor, scale: Tensor, minimum: Tensor | None, zero: Tensor | int | None, bits: int, g_idx: Tensor | None
+    codes: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    zero: Tensor | int | None,
+    bits: int,
+    g_idx: Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weight in float32 from the stored parts: min, or -scale * zero where `minimum` is None."""
+    """The weight from the stored parts: min, or -scale * zero where `minimum` is None. float32, rounded to `dtype`."""
     wide = scale.float()
     low = minimum.float() if minimum is not None else -wide * (0 if zero is None else zero)
     if g_idx is None:
-        return dequantize(codes, wide, low, bits)
+        shape = (codes.shape[0], codes.shape[1] * 8 // bits)
+        out = None if dtype == torch.float32 else torch.empty(shape, dtype=dtype, device=codes.device)
+        return dequantize(codes, wide, low, bits, out=out)
     index = g_idx.long()
-    return wide[:, index] * unpack_codes(codes, bits) + low[:, index]
+    return (wide[:, index] * unpack_codes(codes, bits) + low[:, index]).to(dtype)
 
 
 class MadeWeight(Tensor):
@@ -88,10 +97,10 @@ class QuantizedLinear(nn.Linear):
         """The weight in float32 [out, in], made anew."""
         return self.made().as_subclass(MadeWeight)
 
-    def made(self) -> Tensor:
-        """The weight in float32 [out, in], as a plain tensor."""
+    def made(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight in float32 [out, in], rounded to `dtype`, as a plain tensor."""
         zero = self.zero if self.zero is not None else self.zero_point
-        return float_weight(self.codes, self.scale, self.min, zero, self.bits, self.g_idx)
+        return float_weight(self.codes, self.scale, self.min, zero, self.bits, self.g_idx, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of the input."""
@@ -110,12 +119,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear | TiedHead) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x, layer.made().to(x.dtype))
+        return functional.linear(x, layer.made(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.layer.made().to(grad.dtype), None
+        return grad @ ctx.layer.made(grad.dtype), None
 
 
 class QuantizedEmbedding(nn.Embedding):
@@ -153,18 +162,18 @@ class QuantizedEmbedding(nn.Embedding):
         """The whole table in float32, made anew."""
         return self.made().as_subclass(MadeWeight)
 
-    def made(self) -> Tensor:
-        """The whole table in float32, as a plain tensor."""
+    def made(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole table in float32, rounded to `dtype`, as a plain tensor."""
         zero = self.zero if self.zero is not None else self.zero_point
-        return float_weight(self.codes, self.scale, self.min, zero, self.bits, None)
+        return float_weight(self.codes, self.scale, self.min, zero, self.bits, None, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids [...] -> [..., hidden]."""
         ids = input.reshape(-1)
         minimum = None if self.min is None else self.min[ids]
         zero = self.zero[ids] if self.zero is not None else self.zero_point
-        rows = float_weight(self.codes[ids], self.scale[ids], minimum, zero, self.bits, None)
-        found = rows.to(self.dtype).view(*input.shape, self.embedding_dim)
+        rows = float_weight(self.codes[ids], self.scale[ids], minimum, zero, self.bits, None, self.dtype)
+        found = rows.view(*input.shape, self.embedding_dim)
         return found if self.factor is None else found * torch.tensor(self.factor).to(self.dtype)
 
     def extra_repr(self) -> str:
@@ -187,9 +196,9 @@ class TiedHead(nn.Linear):
         """The embedding's table in float32, made anew."""
         return self._embedding[0].weight
 
-    def made(self) -> Tensor:
-        """The embedding's table in float32, as a plain tensor."""
-        return self._embedding[0].made()
+    def made(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The embedding's table in float32, rounded to `dtype`, as a plain tensor."""
+        return self._embedding[0].made(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary], in the dtype of the input."""

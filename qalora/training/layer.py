@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from qalora.adapter import AdapterLayer
 from qalora.errors import AdapterError
 from qalora.folding import folded_group_size, folded_minima
-from qalora.tensor import GroupQuantTensor, dequantize
+from qalora.fused import dequantize
+from qalora.tensor import GroupQuantTensor
 
 __all__ = ["FoldedLinear", "check_pool", "keep_weights"]
 
@@ -123,7 +124,7 @@ class FoldedLinear(nn.Module):
         return self._fill(wide)
 
     def _fill(self, wide: Tensor) -> Tensor:
-        wide[:, : self.in_features] = dequantize(self.packed, self.scale, self.minimum, self.bits)
+        dequantize(self.packed, self.scale, self.minimum, self.bits, out=wide[:, : self.in_features])
         return wide
 
     def _new_change(self) -> Tensor:
