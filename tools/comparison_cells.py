@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison_plan import Cell, Done, source
+from comparison_plan import VARIANTS, Cell, Done, parse, source
 from torch import Tensor, nn
 from training_peers import ScaledLinear, in_bfloat16, run_steps, scales_of, trainable, with_lora
 
@@ -217,23 +217,43 @@ def make_base(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
 
 def make_qalora(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     """QA-LoRA with the fold in the loop: perplexity of the folded model, and unfolded in float32."""
+    return train_qalora(work, cell, {"learning_rate": float(cell.rate)})
+
+
+def make_variant(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
+    """QA-LoRA at its best rate with one thing changed."""
+    of = parse(source(done, cell) or "")
+    if of is None:
+        raise ValueError(f"{cell.name} needs QA-LoRA's best rate")
+    rank, rate = work.protocol.rank, float(of.rate)
+    changes: dict[str, dict[str, Any]] = {
+        "uniform": {"start": "uniform"},
+        "auto": {"rank": "auto", "budget": done[of.name]["parameters"]},
+        "plus": {"alpha": 4.0 * rank, "learning_rate": rate / 4},
+        "mean": {"alpha": rank / work.protocol.group},
+    }
+    return train_qalora(work, cell, {"learning_rate": rate, **changes[cell.kind]})
+
+
+def train_qalora(work: Work, cell: Cell, changes: dict[str, Any]) -> dict[str, Any]:
+    """Train with some options changed, fold, and measure."""
     chosen, base, losses = work.protocol, work.base(cell), []
     import_all()
-    options = TrainOptions(
-        data=str(work.folder / TRAIN),
-        out=work.adapter(cell.name),
-        rank=chosen.rank,
-        steps=chosen.steps,
-        batch_size=chosen.batch,
-        sequence_length=chosen.length,
-        learning_rate=float(cell.rate),
-        held_out=work.share,
-        save_every=0,
-        seed=cell.seed,
-        device="cpu",
-        compute="bfloat16",
-        force=True,
-    )
+    settings: dict[str, Any] = {
+        "data": str(work.folder / TRAIN),
+        "out": work.adapter(cell.name),
+        "rank": chosen.rank,
+        "steps": chosen.steps,
+        "batch_size": chosen.batch,
+        "sequence_length": chosen.length,
+        "held_out": work.share,
+        "save_every": 0,
+        "seed": cell.seed,
+        "device": "cpu",
+        "compute": "bfloat16",
+        "force": True,
+    }
+    options = TrainOptions(**{**settings, **changes})
     clock = Clock()
     try:
         adapter = train(base, options, lambda report: losses.append(report.loss))
@@ -409,6 +429,7 @@ KINDS: dict[str, Callable[[Work, Cell, Done], dict[str, Any]]] = {
     "float": make_float,
     "base": make_base,
     "qalora": make_qalora,
+    **dict.fromkeys(VARIANTS, make_variant),
     "qlora": make_qlora,
     "peqa": make_peqa,
     "requantized": make_requantized,

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from comparison_plan import GRIDS, LADDER, SEEDS, Done, search, trained_name
+from comparison_plan import GRIDS, LADDER, SEEDS, VARIANTS, VARIED, Done, search, trained_name
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 WIDTHS = (4, 3, 2)
@@ -149,9 +149,19 @@ def searches(done: Done, method: str) -> list[str]:
     return lines_of(["seed 0 at rate", "bits", *rates], rows) if rows else []
 
 
+def variants(done: Done, method: str) -> list[str]:
+    """What each change of QA-LoRA does, at one width."""
+    base = f"{'' if method == 'gptq' else f'{method}-'}{VARIED}"
+    rows = [["as above", shown(values_of(done, Row(label="", kind="qalora"), base))]]
+    for kind, label in VARIANTS.items():
+        if values := values_of(done, Row(label="", kind=kind), base):
+            rows.append([label, shown(values)])
+    return lines_of(["QA-LoRA folded with one thing changed", f"{VARIED} bits"], rows) if len(rows) > 1 else []
+
+
 def written(done: Done, method: str = "gptq") -> str:
     """All tables as Markdown."""
-    parts = [perplexities(done, method), costs(done, method), searches(done, method)]
+    parts = [perplexities(done, method), costs(done, method), searches(done, method), variants(done, method)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 

@@ -4,6 +4,7 @@ float
 base-BASE                               BASE is bits (gptq), or rtn-bits
 qalora-BASE-RATE-SEED, qlora-..., peqa-...
 requantized-BASE-SEED, exported-BASE-SEED   of the best rate of QLoRA, of QA-LoRA
+uniform-BASE-SEED, auto-.., plus-.., mean-..  QA-LoRA at its best rate with one thing changed, see VARIANTS
 """
 
 from __future__ import annotations
@@ -29,13 +30,24 @@ SEEDS = (0, 1, 2)
 BITS = (3, 2, 4)
 """In the order of work."""
 
-DERIVED = {"requantized": "qlora", "exported": "qalora"}
-"""Cells that are made of a trained one, and of whose best rate."""
+VARIANTS = {
+    "uniform": "LoRA's start in place of the gradient's",
+    "auto": "`--rank auto` with the same number of parameters",
+    "plus": "LoRA+: B's rate 4 times A's (`--alpha` 4 times the rank, a quarter of the rate)",
+    "mean": "mean pooling at sum pooling's rate (`--alpha` of rank/group)",
+}
+"""What is changed in QA-LoRA, and trained again at the best rate."""
+
+VARIED = 3
+"""The width at which variants are trained."""
+
+DERIVED = {"requantized": "qlora", "exported": "qalora", **dict.fromkeys(VARIANTS, "qalora")}
+"""Cells that are made of a trained one, or after it, and of whose best rate."""
 
 NAME = re.compile(
     r"float|base-(?P<base>(?:rtn-)?[2-8])"
     r"|(?P<kind>qalora|qlora|peqa)-(?P<on>(?:rtn-)?[2-8])-(?P<rate>0\.\d+)-(?P<seed>\d+)"
-    r"|(?P<derived>requantized|exported)-(?P<of>(?:rtn-)?[2-8])-(?P<its_seed>\d+)"
+    rf"|(?P<derived>requantized|exported|{'|'.join(VARIANTS)})-(?P<of>(?:rtn-)?[2-8])-(?P<its_seed>\d+)"
 )
 
 Done = Mapping[str, Mapping[str, Any]]
@@ -124,6 +136,8 @@ def wanted(done: Done, method: str = "gptq") -> list[str]:
                 names += [trained_name(kind, base, best, seed) for seed in SEEDS[1:]]
     for kind in DERIVED:
         for base in bases:
+            if kind in VARIANTS and not base.endswith(str(VARIED)):
+                continue
             cells = [parse(f"{kind}-{base}-{seed}") for seed in SEEDS]
             names += [cell.name for cell in cells if cell is not None and source(done, cell) is not None]
     return [name for name in names if name not in done]

@@ -20,7 +20,7 @@ from qalora.cli.options import (
     print_json,
 )
 from qalora.cli.progress import log_format_option, training_bar
-from qalora.errors import QaloraError
+from qalora.errors import InputError, QaloraError
 
 if TYPE_CHECKING:
     from qalora.training import TrainOptions
@@ -39,7 +39,22 @@ __all__ = ["command", "train_options"]
     help="A text file; JSONL with text, prompt and completion, or messages; or a dataset of the Hub.",
 )
 @output_option("The folder of the adapter; PEFT's files and qalora's record.")
-@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of the adapter.")
+@click.option(
+    "--rank", default="16", show_default=True, help="Rank of the adapter; `auto` finds each layer's own, by --budget."
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(1),
+    metavar="N",
+    help="--rank auto: numbers in A and B of all layers at most; what a rank of 16 takes by default.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(["gradient", "uniform"]),
+    default="gradient",
+    show_default=True,
+    help="A's first rows: main directions of the first sequences' gradient, or LoRA's.",
+)
 @click.option("--alpha", type=float, help="alpha/rank scales the adapter, in the paper's sense; rank by default.")
 @click.option(
     "--convention",
@@ -145,8 +160,10 @@ def _one_voice(processes: Processes) -> Iterator[None]:
         click.get_current_context().exit(2 if isinstance(error, QaloraError) else 1)
 
 
-def train_options(*, minima: str, **settings: Any) -> TrainOptions:
+def train_options(*, minima: str, rank: str, **settings: Any) -> TrainOptions:
     """What the command's settings say of the training."""
     from qalora.training import TrainOptions
 
-    return TrainOptions(minima=MINIMA[minima], **settings)  # type: ignore[arg-type]
+    if rank != "auto" and not rank.isdecimal():
+        raise InputError("--rank", expected="a whole number or `auto`", got=repr(rank))
+    return TrainOptions(minima=MINIMA[minima], rank=rank if rank == "auto" else int(rank), **settings)  # type: ignore[arg-type]

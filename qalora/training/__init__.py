@@ -3,6 +3,7 @@
 options  what a user may choose
 data     documents, tokens, blocks
 layer    the linear layer that computes with folded, rounded minima
+starting the rows that A starts with, and the rank of each layer
 loss     cross entropy without the whole logits
 state    checkpoints
 distributed  a run in several processes

@@ -70,11 +70,16 @@ class Processes:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
+        self.sum_tensors([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def sum_tensors(self, tensors: Collection[Tensor]) -> None:
+        """Make each of some float32 tensors the sum of all processes', in one piece."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         _call(dist.all_reduce, flat)
-        for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     @contextmanager
     def together(self) -> Iterator[None]:

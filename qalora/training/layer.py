@@ -39,13 +39,13 @@ from qalora.folding import folded_group_size, folded_minima
 from qalora.fused import dequantize
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["FoldedLinear", "check_pool", "keep_weights"]
+__all__ = ["FoldedLinear", "check_pool", "keep_weights", "uniform_rows"]
 
 
 class FoldedLinear(nn.Module):
     """A quantized linear layer with an adapter in its minima.
 
-    a  float32 [rank, in/pool_size], uniform in +-1/sqrt(in/pool_size), as LoRA's is
+    a  float32 [rank, in/pool_size], uniform in +-1/sqrt(in/pool_size), as LoRA's is; `start_from` gives others
     b  float32 [out, rank], zeros; without `trained` both are zeros of rank 1, frozen: the base's layer, packed
 
     Raises AdapterError for a pool that neither divides the group nor is a multiple of it.
@@ -76,13 +76,26 @@ class FoldedLinear(nn.Module):
         for key, value in (("packed", tensor.packed), ("scale", tensor.scale), ("minimum", tensor.min)):
             self.register_buffer(key, value, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        a = (torch.rand(rank, pools, generator=rng) * 2 - 1) / pools**0.5 if trained else torch.zeros(1, pools)
+        a = uniform_rows(rank, pools, rng) if trained else torch.zeros(1, pools)
         self.a = nn.Parameter(a, requires_grad=trained)
         self.b = nn.Parameter(torch.zeros(out, a.shape[0]), requires_grad=trained)
         self.in_features, self.out_features = columns, out
         self.trained = trained
+        self.gathered: Tensor | None = None
         self._wide: Tensor | None = None
         self._change: tuple[tuple[int, int], Tensor] | None = None
+
+    def start_from(self, a: Tensor) -> None:
+        """New parameters, of A's rank: this A [rank, in/pool_size], and B of zeros."""
+        device = self.packed.device
+        self.a = nn.Parameter(a.to(device))
+        self.b = nn.Parameter(torch.zeros(self.out_features, a.shape[0], device=device))
+        self._change = None
+
+    def gather(self) -> Tensor:
+        """Zeros [out, in/pool_size] to which backwards from now on add the gradient of B @ A, as `gathered`."""
+        self.gathered = found = torch.zeros(self.out_features, self.a.shape[1], device=self.packed.device)
+        return found
 
     def folded(self) -> Tensor:
         """min' in float32 [out, in/group_size], rounded."""
@@ -150,6 +163,12 @@ class FoldedLinear(nn.Module):
         )
 
 
+def uniform_rows(rank: int, pools: int, rng: torch.Generator) -> Tensor:
+    """A as LoRA starts it: float32 [rank, pools], uniform in +-1/sqrt(pools)."""
+    spread: float = pools**-0.5
+    return (torch.rand(rank, pools, generator=rng) * 2 - 1) * spread
+
+
 def keep_weights(layers: Sequence[FoldedLinear]) -> None:
     """Make the bfloat16 weights of all layers once, in one piece of memory: among others' they would leave gaps."""
     sizes = [layer._wide_size() for layer in layers]
@@ -185,6 +204,8 @@ class _Folded(torch.autograd.Function):
         pooled, a, b = ctx.saved_tensors
         layer: FoldedLinear = ctx.layer
         grad_m = layer.factor * (grad_y.reshape(-1, b.shape[0]).t() @ pooled)
+        if layer.gathered is not None:
+            layer.gathered += grad_m
         grad_x = grad_y @ layer.weight() if ctx.needs_input_grad[0] else None
         return grad_x, b.t() @ grad_m, grad_m @ a.t(), None
 
@@ -219,5 +240,7 @@ class _Wide(torch.autograd.Function):
         if layer.trained:
             pooled, a, b = ctx.saved_tensors
             grad_m = (pooled.t() @ grad_y.float()).mul_(layer.factor)  # [in/pool_size, out], the transposed
+            if layer.gathered is not None:
+                layer.gathered += grad_m.t()
             grad_a, grad_b = (grad_m @ b).t(), grad_m.t() @ a.t()
         return grad_x, grad_a, grad_b, None

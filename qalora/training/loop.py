@@ -34,7 +34,8 @@ from qalora.training.layer import FoldedLinear, check_pool, keep_weights
 from qalora.training.lean import checkpoint_layers, fit
 from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.options import TrainOptions
-from qalora.training.state import State, checkpoint_of, forget_state, read_state, write_state
+from qalora.training.starting import SEQUENCES, first_rows
+from qalora.training.state import State, checkpoint_of, forget_state, read_ranks, read_state, write_state
 
 __all__ = ["LOG", "Progress", "StepReport", "train", "untrained"]
 
@@ -94,8 +95,8 @@ def untrained(model: Checkpoint, options: TrainOptions) -> Adapter:
         lazy = model.tensors[f"{path}.weight"]
         pool = options.pool_size or (1 if lazy.spec is None else lazy.spec.group_size)
         layers[path] = AdapterLayer(
-            a=torch.zeros(options.rank, lazy.shape[1] // pool),
-            b=torch.zeros(lazy.shape[0], options.rank),
+            a=torch.zeros(options.first_rank, lazy.shape[1] // pool),
+            b=torch.zeros(lazy.shape[0], options.first_rank),
             pool_size=pool,
             scaling=options.scaling,
             factor=options.scaling,
@@ -169,7 +170,7 @@ class _Run:
         self._device = find_device(options.device)
         self._dtype = dtype_of(options.compute, self._device)
         self._layers: dict[str, FoldedLinear] = {}
-        rng = torch.Generator().manual_seed(options.seed)
+        self._rng = torch.Generator().manual_seed(options.seed)
 
         def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
             trained = path in targets
@@ -181,11 +182,11 @@ class _Run:
                 weight.load_quantized(),
                 bias,
                 name=f"{path}.weight",
-                rank=options.rank,
+                rank=options.first_rank,
                 factor=options.scaling,
                 pool_size=options.pool_size or weight.spec.group_size,
                 minima=options.minima,
-                rng=rng,
+                rng=self._rng,
                 trained=trained,
             )
             if trained:
@@ -201,17 +202,7 @@ class _Run:
                 keep_weights([layer for layer in self._module.modules() if isinstance(layer, FoldedLinear)])
         if options.gradient_checkpointing:
             checkpoint_layers(self._module)
-        self._parameters = {
-            f"{path}.{part}": getattr(layer, part) for path, layer in self._layers.items() for part in ("a", "b")
-        }
-        self._optimizer = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=options.learning_rate,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=options.weight_decay,
-            foreach=self._device.type == "cuda",  # never fused: it would not count versions, which layers watch
-        )
+        self._take_parameters()
         self._each = options.batch_size * options.gradient_accumulation
         self._steps = options.steps or max(1, len(kept) // self._each)
         self._chosen = {
@@ -226,8 +217,56 @@ class _Run:
             "model_sha256": _fingerprint(model),
         }
 
+    def _take_parameters(self) -> None:
+        """The layers' A and B by name, and a new optimizer for them."""
+        options = self._options
+        self._parameters = {
+            f"{path}.{part}": getattr(layer, part) for path, layer in self._layers.items() for part in ("a", "b")
+        }
+        self._optimizer = torch.optim.AdamW(
+            list(self._parameters.values()),
+            lr=options.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=options.weight_decay,
+            foreach=self._device.type == "cuda",  # never fused: it would not count versions, which layers watch
+        )
+
+    def start(self) -> None:
+        """Rows of A, and ranks, from the first gradient, where options ask for them."""
+        if self._options.start == "uniform" and self._options.rank != "auto":
+            return
+        for path, a in first_rows(self._first_gradients(), self._options, self._rng).items():
+            self._layers[path].start_from(a)
+        self._take_parameters()
+
+    def _first_gradients(self) -> dict[str, Tensor]:
+        """The gradient of each layer's B @ A, float32 [out, in/pool_size], over the first sequences of the run."""
+        found = {path: layer.gather() for path, layer in self._layers.items()}
+        count = min(SEQUENCES, len(self._kept))
+        tokens, targets = self._kept.take(_order(len(self._kept), self._options.seed, 0, count))
+        learned = max(1, int((targets != IGNORED).sum()))
+        total = 0.0
+        for rows in self._forwards(count):
+            loss = self._loss(tokens[rows], targets[rows], self._dtype) / learned
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        for layer in self._layers.values():
+            layer.gathered = None
+        self._optimizer.zero_grad(set_to_none=True)
+        self._processes.sum_tensors(list(found.values()))
+        if not math.isfinite(self._processes.sum(total)):
+            raise InputError(
+                "the model's loss on the first sequences", expected="a number", got=f"{total}", todo="look at the base"
+            )
+        return {path: gradient.cpu() for path, gradient in found.items()}
+
     def resumed(self) -> State:
         """The state of the checkpoint, after it was put into the model."""
+        if self._options.rank == "auto":
+            for path, rank in read_ranks(self._options.out, list(self._layers)).items():
+                self._layers[path].start_from(torch.zeros(rank, self._layers[path].a.shape[1]))
+            self._take_parameters()
         return read_state(self._options.out, self._identity, self._parameters, self._optimizer)
 
     def check_same(self, state: State) -> None:
@@ -237,6 +276,8 @@ class _Run:
     def to_the_end(self, state: State, progress: Progress, asked: Callable[[], bool] = lambda: False) -> None:
         """Every step that is left; Interrupted after the step in which `asked` to stop, in whichever process."""
         options = self._options
+        if state.step == 0:
+            self.start()
         if not state.held_out:
             state.held_out.append((0, self.evaluate()))
         started, first = time.monotonic(), state.step
@@ -363,6 +404,7 @@ class _Run:
                 **({"processes": self._processes.size} if self._processes.size > 1 else {}),
             },
             "data_sha256": self._identity["data_sha256"],
+            "trained_parameters": sum(parameter.numel() for parameter in self._parameters.values()),
             "trained_tokens": self._steps * self._each * self._options.sequence_length,
             "held_out_tokens": int((self._held.targets != IGNORED).sum()),
             "losses": [_short(loss) for loss in state.losses],

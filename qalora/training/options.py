@@ -12,6 +12,10 @@ from qalora.errors import InputError
 __all__ = ["TrainOptions"]
 
 
+BUDGET_RANK = 16
+"""The rank everywhere whose parameters are the budget of rank "auto", if none is given."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
     """Options of `qalora.training.train`; raises InputError for one out of range.
@@ -19,7 +23,10 @@ class TrainOptions:
     data            a text or JSONL file, or a dataset of the Hub; see `qalora.training.data`
     out             the folder to write
     rank, alpha     of the adapter; s = alpha/rank scales it as in the paper (sum pooling), whichever convention it is
-                    written in, so that the learning rate means the same; alpha None is rank
+                    written in, so that the learning rate means the same; alpha None is rank. Rank "auto" gives each
+                    layer its own from what its gradient holds (see `qalora.training.starting`); alpha is not for it
+    budget          with rank "auto": parameters of the whole adapter at most; None is what `BUDGET_RANK` takes
+    start           rows of A: "gradient" takes the directions of the first sequences' gradient, "uniform" is LoRA's
     convention      what the files are written in: converted exactly at the end
     pool_size       columns that share an input; None is each layer's group size
     minima          what the folded minima are rounded to, in training and in the fold
@@ -45,8 +52,10 @@ class TrainOptions:
 
     data: str
     out: Path
-    rank: int = 16
+    rank: int | Literal["auto"] = 16
     alpha: float | None = None
+    budget: int | None = None
+    start: Literal["gradient", "uniform"] = "gradient"
     convention: Convention = "paper"
     pool_size: int | None = None
     minima: Literal["float16", "float32"] = "float16"
@@ -71,8 +80,8 @@ class TrainOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
+        self._check_rank()
         for name, least in (
-            ("rank", 1),
             ("batch_size", 1),
             ("gradient_accumulation", 1),
             ("sequence_length", 2),
@@ -101,14 +110,32 @@ class TrainOptions:
             ("minima", ("float16", "float32")),
             ("compute", ("auto", "float32", "bfloat16")),
             ("weights", ("kept", "packed")),
+            ("start", ("gradient", "uniform")),
         ):
             if getattr(self, name) not in known:
                 raise InputError(name, expected=" or ".join(known), got=repr(getattr(self, name)))
 
+    def _check_rank(self) -> None:
+        if self.rank == "auto":
+            if self.alpha is not None:
+                raise InputError("alpha goes with one rank, not with rank auto, whose scaling is 1")
+            if self.budget is not None and self.budget < 1:
+                raise InputError("budget", expected="at least 1 parameter", got=str(self.budget))
+            return
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError("rank", expected="at least 1, or auto", got=str(self.rank))
+        if self.budget is not None:
+            raise InputError("budget goes with rank auto, and the rank is a number", todo="leave one of them out")
+
     @property
     def scaling(self) -> float:
         """s = alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        return 1.0 if self.alpha is None or self.rank == "auto" else self.alpha / self.rank
+
+    @property
+    def first_rank(self) -> int:
+        """The rank of every layer, before `auto` has found its own."""
+        return BUDGET_RANK if self.rank == "auto" else self.rank
 
     def to_json(self) -> dict[str, Any]:
         """What decides the weights, for a checkpoint and the log; places, and ways to the same, are left out."""

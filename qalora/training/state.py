@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,13 @@ from qalora.formats.files import InputFile, read_limited
 from qalora.formats.output import new_file, new_folder, write_json
 from qalora.formats.safetensors import SafetensorsWriter, plan_layout, read_header, read_tensor
 
-__all__ = ["State", "checkpoint_of", "forget_state", "read_state", "write_state"]
+__all__ = ["State", "checkpoint_of", "forget_state", "read_ranks", "read_state", "write_state"]
 
 VERSION = 2
 RECORD = "state.json"
+HIGHEST_RANK = 1 << 20
+"""A checkpoint with a higher one is none of ours."""
+
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}
 
 
@@ -122,11 +125,41 @@ def forget_state(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def read_ranks(out: Path, modules: Sequence[str]) -> dict[str, int]:
+    """The rank of each module in the checkpoint of `out`. Raises as `read_state` does."""
+    folder = checkpoint_of(out)
+    _, step = _record(folder)
+    header = read_header(folder / _weights(step.step))
+    found = {}
+    for module in modules:
+        entry = header.entries.get(f"{module}.a")
+        if entry is None or len(entry.shape) != 2 or not 1 <= entry.shape[0] <= HIGHEST_RANK:
+            raise FormatError(f"{folder}: {module}.a", expected="[rank, in/pool_size]", got="none or another")
+        found[module] = entry.shape[0]
+    return found
+
+
 def read_state(
     out: Path, run: Mapping[str, Any], parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> State:
     """Put a checkpoint into parameters and optimizer. InputError where there is none, or it is of another run."""
     folder = checkpoint_of(out)
+    found, state = _record(folder)
+    wanted = {"version": VERSION, **run}
+    for key in sorted({*found, *wanted}, key=lambda key: (key != "version", key)):
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{folder}: {key}",
+                expected=repr(wanted.get(key)),
+                got=repr(found.get(key)),
+                todo="it is another run's; start without --resume",
+            )
+    _load(folder / _weights(state.step), parameters, optimizer, state.step)
+    return state
+
+
+def _record(folder: Path) -> tuple[dict[str, Any], State]:
+    """What the run was, with the version, and where it is."""
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder}", expected="a checkpoint to resume", got="none", todo="start without --resume")
     try:
@@ -136,22 +169,9 @@ def read_state(
             losses=[float(loss) for loss in record["losses"]],
             held_out=[(int(step), float(loss)) for step, loss in record["held_out"]],
         )
-        same = record["version"] == VERSION
-        found: dict[str, Any] = dict(record["run"])
+        return {**record["run"], "version": record["version"]}, state
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{folder / RECORD}", expected="a training state", got=type(error).__name__) from error
-    differing = [key for key in sorted({*found, *run}) if found.get(key) != run.get(key)]
-    if differing or not same:
-        what = "version" if not same else differing[0]
-        got, wanted = found.get(what), run.get(what)
-        raise InputError(
-            f"{folder}: {what}",
-            expected=repr(wanted),
-            got=repr(got),
-            todo="it is another run's; start without --resume",
-        )
-    _load(folder / _weights(state.step), parameters, optimizer, state.step)
-    return state
 
 
 @torch.no_grad()

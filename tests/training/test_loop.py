@@ -210,7 +210,7 @@ def test_every_epoch_is_a_permutation() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"rank": 0}, "rank: expected at least 1, got 0"),
+    "rank": ({"rank": 0}, "rank: expected at least 1, or auto, got 0"),
     "steps": ({"steps": 0}, "steps: expected at least 1"),
     "learning rate": ({"learning_rate": 0.0}, "learning_rate: expected above 0"),
     "held out": ({"held_out": 1.0}, "held_out: expected above 0, at most 0.9"),
@@ -256,8 +256,12 @@ def test_a_loss_that_is_no_number_says_what_to_do(base: Checkpoint, text: Path, 
     huge = replace(broken, scale=torch.full_like(broken.scale, 3e38))
     name = next(name for name in base.linears if base.tensors[name].shape == (64, 64))
     tensors = {**base.tensors, name: replace(base.tensors[name], read=huge.rows)}
-    with pytest.raises(InputError, match="lower --learning-rate"):
-        train(replace(base, tensors=tensors), options(text, tmp_path / "adapter"))
+    for start, words in (
+        ("uniform", "step 1: the loss is nan.*lower --learning-rate"),
+        ("gradient", "first sequences"),
+    ):
+        with pytest.raises(InputError, match=words):
+            train(replace(base, tensors=tensors), options(text, tmp_path / "adapter", start=start))
     assert not list(tmp_path.iterdir())
 
 
