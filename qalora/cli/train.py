@@ -20,7 +20,7 @@ from qalora.cli.options import (
     print_json,
 )
 from qalora.cli.progress import log_format_option, training_bar
-from qalora.errors import InputError, QaloraError
+from qalora.errors import QaloraError
 
 if TYPE_CHECKING:
     from qalora.training import TrainOptions
@@ -40,7 +40,11 @@ __all__ = ["command", "train_options"]
 )
 @output_option("The folder of the adapter; PEFT's files and qalora's record.")
 @click.option(
-    "--rank", default="16", show_default=True, help="Rank of the adapter; `auto` finds each layer's own, by --budget."
+    "--rank",
+    default="16",
+    show_default=True,
+    callback=lambda context, option, value: _rank(value),
+    help="Rank of the adapter; `auto` finds each layer's own, by --budget.",
 )
 @click.option(
     "--budget",
@@ -160,10 +164,16 @@ def _one_voice(processes: Processes) -> Iterator[None]:
         click.get_current_context().exit(2 if isinstance(error, QaloraError) else 1)
 
 
-def train_options(*, minima: str, rank: str, **settings: Any) -> TrainOptions:
+def _rank(value: str) -> int | str:
+    if value == "auto":
+        return value
+    if not value.isdecimal() or not 1 <= int(value) < 1 << 31:
+        raise click.BadParameter(f"expected an integer >= 1 or `auto`, got {value!r}")
+    return int(value)
+
+
+def train_options(*, minima: str, **settings: Any) -> TrainOptions:
     """What the command's settings say of the training."""
     from qalora.training import TrainOptions
 
-    if rank != "auto" and not rank.isdecimal():
-        raise InputError("--rank", expected="a whole number or `auto`", got=repr(rank))
-    return TrainOptions(minima=MINIMA[minima], rank=rank if rank == "auto" else int(rank), **settings)  # type: ignore[arg-type]
+    return TrainOptions(minima=MINIMA[minima], **settings)  # type: ignore[arg-type]

@@ -61,9 +61,9 @@ def test_the_order_of_work(tool: Callable[[str], Any]) -> None:
     assert names[:5] == ["float", "base-3", "base-2", "base-4", "qalora-3-0.001-0"]
     assert names[4:13] == [f"{kind}-3-{rate}-0" for kind, rates in plan.GRIDS.items() for rate in rates]
     assert names[31:33] == ["qalora-3-0.003-1", "qalora-3-0.003-2"]
-    assert names[-1] == "exported-4-2"
+    assert names[-13:] == ["exported-4-2", *(f"{kind}-3-{seed}" for kind in plan.VARIANTS for seed in plan.SEEDS)]
     # 4 bases, 3 methods at 3 widths: 3 rates and 2 more seeds each; 2 derived at 3 widths with 3 seeds
-    assert len(names) == 4 + 9 * 5 + 18
+    assert len(names) == 4 + 9 * 5 + 18 + 12
     assert all(plan.parse(name).name == name for name in names)
 
 

@@ -36,7 +36,7 @@ def test_the_recipe_that_is_shown_is_one(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "recipe.toml").write_text(shown, encoding="utf-8")
     found = check_recipe(read_recipe(tmp_path / "recipe.toml"), sections(tmp_path))
-    assert found["train"]["rank"] == 16
+    assert found["train"]["rank"] == "16"
     assert set(found) == {"", "base", "quantize", "train", "export", "verify", "release"}
 
 
