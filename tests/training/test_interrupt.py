@@ -44,6 +44,7 @@ def qalora(*given: object, before: str = "", limit: int | None = None) -> subpro
     """`python -m qalora` in a process of its own, after the Python of `before`; `limit` is bytes of a file."""
 
     def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # where a shell had these tests ignore it
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
