@@ -19,8 +19,8 @@ from qalora.testing import byte_tokenizer, tiny_llama
 pytestmark = pytest.mark.slow  # two processes a test, each of which imports torch and transformers
 
 STEPS = 8
-ADAPTER = 60_000
-"""Bytes, above those of the adapter's files here and below those of a checkpoint, which has AdamW's moments too."""
+ADAPTER, TOKENIZER = 60_000, 20_000
+"""Bytes of a file: room for the adapter and not for a checkpoint, with AdamW's moments; and not for the adapter."""
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +72,20 @@ def said(stderr: str) -> str:
 AT_A_CALL = """
 import os, signal
 import qalora.training.{module} as module
-held, count = module.{name}, 0
-def {plain}(*given, **named):
-    global count
-    count += 1
-    if count == {call}:
-        os.kill(os.getpid(), signal.{number})
-    return held(*given, **named)
-module.{name} = {plain}
+def counted(held, calls=0):
+    def counting(*given, **named):
+        nonlocal calls
+        calls += 1
+        if calls == {call}:
+            os.kill(os.getpid(), signal.{number})
+        return held(*given, **named)
+    return counting
+module.{name} = counted(module.{name})
 """
 
 
 def at(module: str, name: str, call: int, number: str) -> str:
-    return AT_A_CALL.format(module=module, name=name, plain=name.rpartition(".")[2], call=call, number=number)
+    return AT_A_CALL.format(module=module, name=name, call=call, number=number)
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
@@ -213,7 +214,7 @@ def test_no_room_for_the_adapter_leaves_its_checkpoint(place: Path, tmp_path: Pa
 
 def test_no_room_at_all_keeps_what_there_is(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    left = qalora(*words(place, out), limit=2_000)
+    left = qalora(*words(place, out), limit=TOKENIZER)
     assert left.returncode == 2
     assert f"; no checkpoint of step {STEPS}: " in said(left.stderr).splitlines()[-1]
     assert "Traceback" not in left.stderr
