@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from qalora.converters.exports import export
 from qalora.converters.plan import ExportOptions
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build, float_linear
-from qalora.demo import demo_text, smollm2_file
+from qalora.demo import smollm2_file
 from qalora.errors import InputError
 from qalora.folding import fold, prove_fold
 from qalora.parity.runtimes import open_runtime
@@ -76,7 +77,7 @@ def prepare(work: Path, protocol: Protocol) -> None:
             raise InputError(f"{work}", expected="cells of the same protocol", got="another", todo="use another --work")
         return
     work.mkdir(parents=True, exist_ok=True)
-    text = Path(protocol.text).read_text("utf-8") if protocol.text else demo_text()
+    text = Path(protocol.text).read_text("utf-8") if protocol.text else shuffled_topics()
     tokenizer = load_tokenizer(load(protocol.model or smollm2_file()))
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = found["input_ids"], found["offset_mapping"]
@@ -88,6 +89,17 @@ def prepare(work: Path, protocol: Protocol) -> None:
     held = torch.tensor(ids[-protocol.held_out :]).view(-1, protocol.length)
     write_whole(work / WINDOWS, held.tolist())
     write_whole(stored, asdict(protocol))
+
+
+def shuffled_topics() -> str:
+    """The language reference with its topics in an order of chance: in their own, which is the alphabet's, what is held
+    out would be of other subjects than what is trained on.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    random.Random(0).shuffle(names)
+    return "\n\n".join(topics[name] for name in names)
 
 
 def write_whole(path: Path, content: object) -> None:

@@ -289,9 +289,13 @@ WRONG: list[tuple[Callable[[str], str], str, str]] = [
     (
         lambda text: text.replace("rank = 2", 'rank = "many"'),
         "rank",
-        '[train] rank: expected an integer >= 1 or `auto`, got',
+        "[train] rank: expected an integer >= 1 or `auto`, got",
     ),
-    (lambda text: text.replace("rank = 2", "rank = 0"), "rank", "[train] rank: expected an integer >= 1 or `auto`, got"),
+    (
+        lambda text: text.replace("rank = 2", "rank = 0"),
+        "rank",
+        "[train] rank: expected an integer >= 1 or `auto`, got",
+    ),
     (lambda text: text.replace("rank = 2", "rank = true"), "rank", "expected an integer, or text in quotes, got true"),
     (
         lambda text: text.replace("rank", "ranc"),
