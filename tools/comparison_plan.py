@@ -20,9 +20,12 @@ LADDER = ("0.00001", "0.00003", "0.0001", "0.0003", "0.001", "0.003", "0.01", "0
 
 GRIDS = {
     "qalora": ("0.001", "0.003", "0.01"),
-    "qlora": ("0.0003", "0.001", "0.003"),
+    "qlora": ("0.001", "0.003", "0.01"),
     "peqa": ("0.0001", "0.0003", "0.001"),
 }
+FIRST = ("qalora", "qlora")
+"""Whose rates and seeds are run before the others'."""
+
 FURTHER = 2
 """Rates that a search adds to its grid at most."""
 
@@ -126,14 +129,15 @@ def wanted(done: Done, method: str = "gptq") -> list[str]:
     """The cells that are missing, as far as they are known by now, in the order of work."""
     bases = [f"{'' if method == 'gptq' else f'{method}-'}{bits}" for bits in BITS]
     names = ["float", *(f"base-{base}" for base in bases)]
-    for base in bases:
-        for kind in GRIDS:
-            names += [trained_name(kind, base, rate, 0) for rate in search(done, kind, base)[0]]
-    for base in bases:
-        for kind in GRIDS:
-            best = search(done, kind, base)[1]
-            if best is not None and worth(done[trained_name(kind, base, best, 0)]) < math.inf:
-                names += [trained_name(kind, base, best, seed) for seed in SEEDS[1:]]
+    for kinds in FIRST, [kind for kind in GRIDS if kind not in FIRST]:
+        for base in bases:
+            for kind in kinds:
+                names += [trained_name(kind, base, rate, 0) for rate in search(done, kind, base)[0]]
+        for base in bases:
+            for kind in kinds:
+                best = search(done, kind, base)[1]
+                if best is not None and worth(done[trained_name(kind, base, best, 0)]) < math.inf:
+                    names += [trained_name(kind, base, best, seed) for seed in SEEDS[1:]]
     for kind in DERIVED:
         for base in bases:
             if kind in VARIANTS and not base.endswith(str(VARIED)):

@@ -51,7 +51,7 @@ def everything(plan: Any, worth: Callable[[str, str], float | None]) -> dict[str
 
 
 def middle(kind: str, rate: str) -> float:
-    best = {"qalora": 0.003, "qlora": 0.001, "peqa": 0.0003}[kind]
+    best = {"qalora": 0.003, "qlora": 0.003, "peqa": 0.0003}[kind]
     return 13 + abs(math.log(float(rate) / best))
 
 
@@ -59,8 +59,9 @@ def test_the_order_of_work(tool: Callable[[str], Any]) -> None:
     plan = tool("comparison_plan")
     names = list(everything(plan, middle))
     assert names[:5] == ["float", "base-3", "base-2", "base-4", "qalora-3-0.001-0"]
-    assert names[4:13] == [f"{kind}-3-{rate}-0" for kind, rates in plan.GRIDS.items() for rate in rates]
-    assert names[31:33] == ["qalora-3-0.003-1", "qalora-3-0.003-2"]
+    assert names[4:10] == [f"{kind}-3-{rate}-0" for kind in plan.FIRST for rate in plan.GRIDS[kind]]
+    assert names[22:26] == [f"{kind}-3-0.003-{seed}" for kind in plan.FIRST for seed in (1, 2)]
+    assert names[34:37] == [f"peqa-3-{rate}-0" for rate in plan.GRIDS["peqa"]]
     assert names[-13:] == ["exported-4-2", *(f"{kind}-3-{seed}" for kind in plan.VARIANTS for seed in plan.SEEDS)]
     # 4 bases, 3 methods at 3 widths: 3 rates and 2 more seeds each; 2 derived at 3 widths with 3 seeds
     assert len(names) == 4 + 9 * 5 + 18 + 12
