@@ -1,14 +1,14 @@
 """Training QA-LoRA adapters on integer weights, with the fold in the loop: what is trained is what ships.
 
-options  what a user may choose
-data     documents, tokens, blocks
-layer    the linear layer that computes with folded, rounded minima
-starting the rows that A starts with, and the rank of each layer
-loss     cross entropy without the whole logits
-state    checkpoints
+options      what a user may choose
+data         documents, tokens, blocks
+layer        the linear layer that computes with folded, rounded minima
+starting     the rows that A starts with, and the rank of each layer
+loss         cross entropy without the whole logits
+state        checkpoints
 distributed  a run in several processes
 interrupt    Ctrl-C waits for the step
-loop     steps, held-out loss, the adapter's folder
+loop         steps, held-out loss, the adapter's folder
 """
 
 from qalora.training.loop import StepReport, train

@@ -165,8 +165,8 @@ class FoldedLinear(nn.Module):
 
 def uniform_rows(rank: int, pools: int, rng: torch.Generator) -> Tensor:
     """A as LoRA starts it: float32 [rank, pools], uniform in +-1/sqrt(pools)."""
-    spread: float = pools**-0.5
-    return (torch.rand(rank, pools, generator=rng) * 2 - 1) * spread
+    rows = torch.rand(rank, pools, generator=rng) * 2 - 1
+    return rows.div_(pools**0.5)
 
 
 def keep_weights(layers: Sequence[FoldedLinear]) -> None:

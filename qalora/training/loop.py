@@ -243,21 +243,14 @@ class _Run:
     def _first_gradients(self) -> dict[str, Tensor]:
         """The gradient of each layer's B @ A, float32 [out, in/pool_size], over the first sequences of the run."""
         found = {path: layer.gather() for path, layer in self._layers.items()}
-        count = min(SEQUENCES, len(self._kept))
-        tokens, targets = self._kept.take(_order(len(self._kept), self._options.seed, 0, count))
-        learned = max(1, int((targets != IGNORED).sum()))
-        total = 0.0
-        for rows in self._forwards(count):
-            loss = self._loss(tokens[rows], targets[rows], self._dtype) / learned
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+        mean = self._backward(0, min(SEQUENCES, len(self._kept)))
         for layer in self._layers.values():
             layer.gathered = None
         self._optimizer.zero_grad(set_to_none=True)
         self._processes.sum_tensors(list(found.values()))
-        if not math.isfinite(self._processes.sum(total)):
+        if not math.isfinite(mean):
             raise InputError(
-                "the model's loss on the first sequences", expected="a number", got=f"{total}", todo="look at the base"
+                "the model's loss on the first sequences", expected="a number", got=f"{mean}", todo="look at the base"
             )
         return {path: gradient.cpu() for path, gradient in found.items()}
 
@@ -335,15 +328,8 @@ class _Run:
     def _step(self, step: int) -> float:
         """One optimizer step; gives the mean loss of its tokens before it."""
         options = self._options
-        tokens, targets = self._kept.take(_order(len(self._kept), options.seed, step * self._each, self._each))
-        count = max(1, int((targets != IGNORED).sum()))
-        total = 0.0
-        for rows in self._forwards(len(tokens)):
-            loss = self._loss(tokens[rows], targets[rows], self._dtype)
-            (loss / count).backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+        mean = self._backward(step * self._each, self._each)
         self._processes.sum_gradients(self._parameters.values())
-        mean = self._processes.sum(total) / count
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), options.max_gradient_norm)
         if not math.isfinite(mean) or not bool(torch.isfinite(norm)):
             raise InputError(
@@ -355,6 +341,19 @@ class _Run:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return mean
+
+    def _backward(self, first: int, sequences: int) -> float:
+        """Forward and backward over this process's share of the run's sequences number first, first+1, ...; gives the
+        mean loss of all their tokens, which is what the processes' gradients add up to the gradient of.
+        """
+        tokens, targets = self._kept.take(_order(len(self._kept), self._options.seed, first, sequences))
+        count = max(1, int((targets != IGNORED).sum()))
+        total = 0.0
+        for rows in self._forwards(sequences):
+            loss = self._loss(tokens[rows], targets[rows], self._dtype)
+            (loss / count).backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return self._processes.sum(total) / count
 
     def _forwards(self, sequences: int) -> Iterator[Tensor]:
         """This process's share of some sequences, in runs of a forward's size."""

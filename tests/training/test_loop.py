@@ -16,26 +16,12 @@ from qalora.adapter import read_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.torch_module import build
-from qalora.demo import demo_text
 from qalora.errors import FormatError, InputError
 from qalora.formats.safetensors import read_header
-from qalora.quantization.model import quantize
 from qalora.testing import random_tensor
 from qalora.training import StepReport, TrainOptions, train
 from qalora.training.compute import dtype_of, find_device
 from qalora.training.loop import _data, _order, _Run, _targets
-
-
-@pytest.fixture(scope="module")
-def base(tiny: Path) -> Checkpoint:
-    return quantize(load(tiny), bits=4, group_size=32)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(demo_text()[:12_000], encoding="utf-8")
-    return path
 
 
 def options(text: Path, out: Path, **changes: Any) -> TrainOptions:

@@ -10,26 +10,11 @@ import torch
 import qalora
 from qalora.adapter import read_adapter
 from qalora.checkpoint import Checkpoint
-from qalora.converters import load
-from qalora.demo import demo_text
 from qalora.errors import InputError
 from qalora.folding import prove_fold
-from qalora.quantization.model import quantize
 from qalora.training import StepReport, TrainOptions, train
 from qalora.training.loop import _data, _Run, _targets
 from qalora.training.starting import SEQUENCES, allocate, first_rows, principal_rows
-
-
-@pytest.fixture(scope="module")
-def base(tiny: Path) -> Checkpoint:
-    return quantize(load(tiny), bits=4, group_size=32)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(demo_text()[:12_000], encoding="utf-8")
-    return path
 
 
 def options(text: Path, out: Path, **changes: Any) -> TrainOptions:
