@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from comparison_plan import GRIDS, LADDER, SEEDS, VARIANTS, VARIED, Done, search, trained_name
+from comparison_plan import GRIDS, RATES, SEEDS, VARIANTS, VARIED, Done, search, trained_name
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 WIDTHS = (4, 3, 2)
@@ -134,13 +134,13 @@ def searches(done: Done, method: str) -> list[str]:
     found: dict[tuple[str, int], dict[str, str]] = {}
     for kind in GRIDS:
         for bits, base in zip(WIDTHS, base_names(method), strict=True):
-            tried = {rate: done.get(trained_name(kind, base, rate, 0)) for rate in LADDER}
+            tried = {rate: done.get(trained_name(kind, base, rate, 0)) for rate in RATES}
             found[kind, bits] = {
                 rate: shown([math.inf if cell["perplexity"] is None else cell["perplexity"]])
                 for rate, cell in tried.items()
                 if cell is not None
             }
-    rates = [rate for rate in LADDER if any(rate in values for values in found.values())]
+    rates = [rate for rate in RATES if any(rate in values for values in found.values())]
     rows = [
         [NAMES[kind], f"{bits}", *(values.get(rate, "") for rate in rates)]
         for (kind, bits), values in found.items()

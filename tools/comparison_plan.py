@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LADDER = ("0.00001", "0.00003", "0.0001", "0.0003", "0.001", "0.003", "0.01", "0.03", "0.1", "0.3")
-"""Every rate there is; a search that ends at the end of its grid goes one further here."""
+RATES = tuple(f"0.{'0' * zeros}{digit}" for zeros in (4, 3, 2, 1, 0) for digit in (1, 2, 3, 5))
+"""Every rate there is, from 0.00001 to 0.5."""
+
+LADDER = tuple(rate for rate in RATES if rate[-1] in "13")
+"""The coarse ones; a search that ends at the end of its grid goes one further here."""
 
 GRIDS = {
     "qalora": ("0.001", "0.003", "0.01"),
@@ -27,7 +30,7 @@ FIRST = ("qalora", "qlora")
 """Whose rates and seeds are run before the others'."""
 
 FURTHER = 2
-"""Rates that a search adds to its grid at most."""
+"""Coarse rates that a search adds to its grid at most, before it looks at the best one's neighbours among all rates."""
 
 SEEDS = (0, 1, 2)
 BITS = (3, 2, 4)
@@ -98,17 +101,26 @@ def worth(cell: Mapping[str, Any]) -> float:
 
 def search(done: Done, kind: str, base: str) -> tuple[list[str], str | None]:
     """(rates that seed 0 is still to be run at, the best rate once there are none)."""
+
+    def missing(rates: Sequence[str]) -> list[str]:
+        return [rate for rate in rates if trained_name(kind, base, rate, 0) not in done]
+
+    def best(rates: Sequence[str]) -> str:
+        return min(rates, key=lambda rate: worth(done[trained_name(kind, base, rate, 0)]))
+
     rates, added = list(GRIDS[kind]), 0
     while True:
-        missing = [rate for rate in rates if trained_name(kind, base, rate, 0) not in done]
-        if missing:
-            return missing, None
-        best = min(rates, key=lambda rate: worth(done[trained_name(kind, base, rate, 0)]))
-        at = LADDER.index(best)
-        further = at - 1 if best == rates[0] else at + 1 if best == rates[-1] else None
+        if missing(rates):
+            return missing(rates), None
+        coarse = best(rates)
+        at = LADDER.index(coarse)
+        further = at - 1 if coarse == rates[0] else at + 1 if coarse == rates[-1] else None
         if further is None or added == FURTHER or not 0 <= further < len(LADDER):
-            return [], best
+            break
         rates, added = sorted([*rates, LADDER[further]], key=float), added + 1
+    at = RATES.index(coarse)
+    fine = RATES[max(0, at - 1) : at + 2]
+    return missing(fine), None if missing(fine) else best([*rates, *fine])
 
 
 def source(done: Done, cell: Cell) -> str | None:

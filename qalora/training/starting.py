@@ -42,8 +42,17 @@ def first_rows(gradients: Mapping[str, Tensor], options: TrainOptions, rng: torc
 
     gradients  float32 [out, in/pool_size], of each layer's B @ A
 
-    Rows beyond the smaller of a gradient's sides are uniform. Raises InputError as `allocate` does.
+    Rows beyond the smaller of a gradient's sides are uniform. Raises InputError as `allocate` does, and for a gradient
+    that is no number somewhere.
     """
+    for name, gradient in gradients.items():
+        if not bool(torch.isfinite(gradient).all()):
+            raise InputError(
+                f"the first gradient of {name}",
+                expected="numbers",
+                got="some that are not finite",
+                todo="look at the base, or train with --compute float32",
+            )
     principal = {name: principal_rows(gradient) for name, gradient in gradients.items()}
     shapes = {name: (gradient.shape[0], gradient.shape[1]) for name, gradient in gradients.items()}
     ranks = dict.fromkeys(shapes, options.first_rank)

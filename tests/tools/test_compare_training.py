@@ -59,12 +59,13 @@ def test_the_order_of_work(tool: Callable[[str], Any]) -> None:
     plan = tool("comparison_plan")
     names = list(everything(plan, middle))
     assert names[:5] == ["float", "base-3", "base-2", "base-4", "qalora-3-0.001-0"]
-    assert names[4:10] == [f"{kind}-3-{rate}-0" for kind in plan.FIRST for rate in plan.GRIDS[kind]]
-    assert names[22:26] == [f"{kind}-3-0.003-{seed}" for kind in plan.FIRST for seed in (1, 2)]
-    assert names[34:37] == [f"peqa-3-{rate}-0" for rate in plan.GRIDS["peqa"]]
+    rates = [*plan.GRIDS["qalora"], "0.002", "0.005"]  # the best one's neighbours after the grid
+    assert names[4:14] == [f"{kind}-3-{rate}-0" for kind in plan.FIRST for rate in rates]
+    assert names[34:38] == [f"{kind}-3-0.003-{seed}" for kind in plan.FIRST for seed in (1, 2)]
+    assert names[46:51] == [f"peqa-3-{rate}-0" for rate in [*plan.GRIDS["peqa"], "0.0002", "0.0005"]]
     assert names[-13:] == ["exported-4-2", *(f"{kind}-3-{seed}" for kind in plan.VARIANTS for seed in plan.SEEDS)]
-    # 4 bases, 3 methods at 3 widths: 3 rates and 2 more seeds each; 2 derived at 3 widths with 3 seeds
-    assert len(names) == 4 + 9 * 5 + 18 + 12
+    # 4 bases, 3 methods at 3 widths: 5 rates and 2 more seeds each; 2 derived at 3 widths with 3 seeds
+    assert len(names) == 4 + 9 * 7 + 18 + 12
     assert all(plan.parse(name).name == name for name in names)
 
 
@@ -80,12 +81,12 @@ def test_a_search_goes_on_at_the_end_of_its_grid(tool: Callable[[str], Any]) -> 
 
     done = everything(plan, worth)
     tried = {kind: {name.split("-")[2] for name in done if name.startswith(f"{kind}-3")} for kind in plan.GRIDS}
-    assert tried["qalora"] == {"0.001", "0.003", "0.01", "0.03", "0.1"}
-    assert tried["qlora"] == {"0.0003", "0.001", "0.003", "0.01"}
-    assert tried["peqa"] == {"0.0001", "0.0003", "0.001", "0.00003", "0.00001"}
-    assert plan.search(done, "qalora", "3") == ([], "0.1")
-    assert plan.search(done, "qlora", "3") == ([], "0.001")
-    assert "qlora-3-0.001-2" in done
+    assert tried["qalora"] == {"0.001", "0.003", "0.01", "0.03", "0.05", "0.1", "0.2"}
+    assert tried["qlora"] == {"0.0003", "0.0005", "0.001", "0.002", "0.003", "0.01"}
+    assert tried["peqa"] == {"0.0001", "0.0003", "0.001", "0.00003", "0.00001", "0.00002"}
+    assert plan.search(done, "qalora", "3") == ([], "0.2")
+    assert plan.search(done, "qlora", "3") == ([], "0.002")
+    assert "qlora-3-0.002-2" in done
 
 
 def test_what_failed_at_every_rate_is_left(tool: Callable[[str], Any]) -> None:
@@ -114,8 +115,9 @@ def test_the_tables_of_given_cells(tool: Callable[[str], Any], tmp_path: Path) -
     assert f"| QLoRA, float adapter kept | 2.40 M | {three} |" in text
     assert "| QLoRA merged, rounded again |  | 30.00 (30.00..30.00) |" in text
     assert "| QA-LoRA | 3 | 0.003 | 3 | 91 | 80 | 2.0 | 0 |" in text
-    assert "| seed 0 at rate | bits | 0.0001 | 0.0003 | 0.001 | 0.003 | 0.01 |" in text
-    assert "| QLoRA | 2 |  |  | 14.10 | 13.00 | 14.20 |" in text
+    rates = "0.0001 | 0.0002 | 0.0003 | 0.0005 | 0.001 | 0.002 | 0.003 | 0.005 | 0.01"
+    assert f"| seed 0 at rate | bits | {rates} |" in text
+    assert "| QLoRA | 2 |  |  |  |  | 14.10 | 13.41 | 13.00 | 13.51 | 14.20 |" in text
     (tmp_path / "page.md").write_text(PAGE, encoding="utf-8")
     page.write_page(tmp_path / "page.md", done)
     assert (tmp_path / "page.md").read_text("utf-8") == PAGE.replace("old", text)

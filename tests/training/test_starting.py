@@ -45,6 +45,13 @@ def test_the_gradient_is_that_of_the_loss(base: Checkpoint, text: Path, tmp_path
         assert torch.equal(gathered[path], layer.b.grad)  # the same product, and another with the identity
 
 
+def test_a_gradient_that_is_no_number(tmp_path: Path, text: Path) -> None:
+    gradient = torch.ones(4, 3)
+    gradient[2, 1] = torch.inf
+    with pytest.raises(InputError, match="the first gradient of q: expected numbers, got some that are not finite"):
+        first_rows({"p": torch.ones(4, 3), "q": gradient}, options(text, tmp_path / "a"), torch.Generator())
+
+
 def test_principal_rows_keep_most_of_the_gradient() -> None:
     """No other rows do better than the sum of the largest squared singular values, and random ones do worse."""
     rng = torch.Generator().manual_seed(0)
