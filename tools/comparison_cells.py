@@ -1,8 +1,9 @@
 """One cell of `compare_training.py`: what is done, and what is measured.
 
-Perplexity is always of the same held-out windows, in float32, whatever training multiplied. Wall and processor seconds
-are of the training call, from the base's folder to the adapter, model building included, imports and evaluation not;
-peak memory is that of the process until then.
+Perplexity is always of the same held-out windows, in float32, whatever training multiplied. The rate, and the strength,
+a factor of what was learned, are chosen on validation windows, which are others. Wall and processor seconds are of the
+training call, from the base's folder to the adapter, model building included, imports and evaluation not; peak memory
+is that of the process until then.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ from qalora.training.data import Blocks, make_blocks, read_documents
 PASSES = {4: 0, 3: 0, 2: 2}
 """Passes of gptq at each width, as docs/quantize.md found them best."""
 
-TRAIN, WINDOWS, PROTOCOL = "train.txt", "held_out.json", "protocol.json"
+STRENGTHS = (1.0, 0.85, 0.7, 0.55)
+"""Factors of what was learned, in the order of trial: the next one is tried while it is better."""
+
+TRAIN, WINDOWS, PROTOCOL = "train.txt", "windows.json", "protocol.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,8 @@ class Protocol:
 
     model, text    files, or empty for SmolLM2-135M-Instruct and the language reference
     steps          of batch * length tokens: one pass over that much of the text's head
-    held_out       tokens of its tail, in windows of `length`
+    held_out       tokens of what follows, in windows of `length`, spread over all of it
+    validation     as many more, between those, to choose rates and strengths by
     calibration    tokens of what is trained on, in windows of `window`
     rank           of QA-LoRA; peer_rank of LoRA
     """
@@ -62,6 +67,7 @@ class Protocol:
     batch: int = 4
     length: int = 128
     held_out: int = 8192
+    validation: int = 4096
     calibration: int = 4096
     window: int = 256
     group: int = 32
@@ -83,12 +89,22 @@ def prepare(work: Path, protocol: Protocol) -> None:
     ids, places = found["input_ids"], found["offset_mapping"]
     # a block more than is trained on, for the held-out part that `train` wants, and half of one that is dropped
     head = (protocol.steps * protocol.batch + 1) * protocol.length + protocol.length // 2
-    if len(ids) < head + protocol.held_out:
-        raise InputError("text", expected=f"{head + protocol.held_out} tokens", got=f"{len(ids)}")
+    rest = [ids[at : at + protocol.length] for at in range(head, len(ids) - protocol.length + 1, protocol.length)]
+    wanted = (protocol.held_out + protocol.validation) // protocol.length
+    if len(rest) < wanted:
+        expected = f"{head + protocol.held_out + protocol.validation} tokens"
+        raise InputError("text", expected=expected, got=f"{len(ids)}")
     (work / TRAIN).write_text(text[: places[head][0]], encoding="utf-8")
-    held = torch.tensor(ids[-protocol.held_out :]).view(-1, protocol.length)
-    write_whole(work / WINDOWS, held.tolist())
+    spread = [rest[k * len(rest) // wanted] for k in range(wanted)]
+    held, between = shared_out(spread, protocol.validation // protocol.length)
+    write_whole(work / WINDOWS, {"held_out": held, "validation": between})
     write_whole(stored, asdict(protocol))
+
+
+def shared_out(windows: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """(the others, `count` windows spread over all)."""
+    chosen = {(2 * k + 1) * len(windows) // (2 * count) for k in range(count)}
+    return [w for n, w in enumerate(windows) if n not in chosen], [w for n, w in enumerate(windows) if n in chosen]
 
 
 def shuffled_topics() -> str:
@@ -115,7 +131,8 @@ class Work:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.protocol = Protocol(**json.loads((folder / PROTOCOL).read_text("utf-8")))
-        self.held = torch.tensor(json.loads((folder / WINDOWS).read_text("utf-8")))
+        windows = json.loads((folder / WINDOWS).read_text("utf-8"))
+        self.held, self.validation = (torch.tensor(windows[name]) for name in ("held_out", "validation"))
 
     def float_model(self) -> Checkpoint:
         """The model before anything."""
@@ -145,10 +162,39 @@ class Work:
         """Where a cell's adapter lies."""
         return self.folder / "adapters" / name
 
-    def perplexity(self, model: Any) -> float | None:
-        """exp of the mean held-out loss over every token but the first of each window, of a module or a Checkpoint."""
+    def perplexity(self, model: Any, windows: Tensor | None = None) -> float | None:
+        """exp of the mean loss over every token but the first of each window, of a module or a Checkpoint; held-out
+        windows are what is measured.
+        """
         module = build(model) if isinstance(model, Checkpoint) else model
-        return perplexity_of(lambda rows: module(input_ids=rows, use_cache=False).logits, self.held)
+        chosen = self.held if windows is None else windows
+        return perplexity_of(lambda rows: module(input_ids=rows, use_cache=False).logits, chosen)
+
+    def at_its_strength(self, model: Callable[[float], Any]) -> dict[str, Any]:
+        """What is stored of a training, given the model at each strength: the strength that validation prefers, and
+        held-out perplexity with it, and at full strength.
+        """
+        tried: dict[float, float] = {}
+        for strength in STRENGTHS:
+            found = self.perplexity(model(strength), self.validation)
+            tried[strength] = math.inf if found is None else found
+            if tried[strength] > min(tried.values()):
+                break
+        best = min(tried, key=lambda strength: tried[strength])
+        if not math.isfinite(tried[best]):
+            return {"perplexity": None, "failed": "the loss is no number"}
+        full = self.perplexity(model(1.0))
+        return {
+            "perplexity": full if best == 1 else self.perplexity(model(best)),
+            "full": full,
+            "strength": best,
+            "validation": tried[best],
+            "strengths": {f"{strength:g}": value for strength, value in tried.items() if math.isfinite(value)},
+        }
+
+    def strengthened(self, name: str, base: Checkpoint, done: Done) -> Adapter:
+        """A trained cell's adapter at its strength."""
+        return scaled(read_adapter(self.adapter(name), base), done[name]["strength"])
 
 
 @torch.no_grad()
@@ -186,7 +232,15 @@ class Clock:
 
 
 def make(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
-    """Do what a cell is, and give what is stored of it."""
+    """Do what a cell is, and give what is stored of it.
+
+    Base and adapter that it is made of, and that are not in the folder though their cells are, are made again.
+    """
+    if cell.base and cell.kind != "base" and not (work.folder / "bases" / cell.base).exists():
+        make_base(work, Cell(name=f"base-{cell.base}", kind="base", base=cell.base), done)
+    of = parse(source(done, cell) or "") if cell.kind in ("requantized", "exported") else None
+    if of is not None and not work.adapter(of.name).exists():
+        KINDS[of.kind](work, of, done)
     found = KINDS[cell.kind](work, cell, done)
     threads = {"threads": torch.get_num_threads(), "protocol": asdict(work.protocol)}
     return (
@@ -222,13 +276,17 @@ def make_base(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=work.folder) as folder:
             export(made, ["qalora"], Path(folder))
             place.parent.mkdir(exist_ok=True)
-            (Path(folder) / "qalora").rename(place)
+            try:
+                (Path(folder) / "qalora").rename(place)
+            except OSError:  # another process was faster, with the same bytes
+                if not place.exists():
+                    raise
     taken = clock.read()
     return {"perplexity": work.perplexity(work.base(cell)), "options": asdict(options), **taken}
 
 
 def make_qalora(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
-    """QA-LoRA with the fold in the loop: perplexity of the folded model, and unfolded in float32."""
+    """QA-LoRA with the fold in the loop: perplexity of the folded model."""
     return train_qalora(work, cell, {"learning_rate": float(cell.rate)})
 
 
@@ -278,8 +336,7 @@ def train_qalora(work: Work, cell: Cell, changes: dict[str, Any]) -> dict[str, A
         for name, layer in ((f"{path}.weight", layer) for path, layer in adapter.layers.items())
     ]
     return {
-        "perplexity": work.perplexity(folded),
-        "unfolded": work.perplexity(beside(base, adapter)),
+        **work.at_its_strength(lambda strength: fold(base, scaled(adapter, strength))),
         "codes_differ": sum(proof.codes_differ for proof in proofs),
         "scales_differ": sum(proof.scales_differ for proof in proofs),
         "parameters": sum(layer.a.numel() + layer.b.numel() for layer in adapter.layers.values()),
@@ -287,6 +344,12 @@ def train_qalora(work: Work, cell: Cell, changes: dict[str, Any]) -> dict[str, A
         "options": options.to_json(),
         **taken,
     }
+
+
+def scaled(adapter: Adapter, strength: float) -> Adapter:
+    """The adapter, times a factor."""
+    layers = {path: replace(layer, factor=layer.factor * strength) for path, layer in adapter.layers.items()}
+    return replace(adapter, layers=layers)
 
 
 class Beside(nn.Module):
@@ -322,13 +385,14 @@ def make_qlora(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     return _trained(work, cell, model, clock, lambda: _kept_lora(work, cell, model, base))
 
 
-def _kept_lora(work: Work, cell: Cell, model: Any, base: Checkpoint) -> float | None:
+def _kept_lora(work: Work, cell: Cell, model: Any, base: Checkpoint) -> dict[str, Any]:
     model.save_pretrained(str(work.adapter(cell.name)), save_embedding_layers=False)
-    return work.perplexity(beside(base, read_adapter(work.adapter(cell.name), base)))
+    adapter = read_adapter(work.adapter(cell.name), base)
+    return work.at_its_strength(lambda strength: beside(base, scaled(adapter, strength)))
 
 
-def _trained(work: Work, cell: Cell, model: Any, clock: Clock, kept: Callable[[], float | None]) -> dict[str, Any]:
-    """Run the plain loop over a peer's model, then keep what was learned and give its perplexity."""
+def _trained(work: Work, cell: Cell, model: Any, clock: Clock, kept: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run the plain loop over a peer's model, then keep what was learned and measure it."""
     chosen = work.protocol
     options = {"learning_rate": float(cell.rate), "steps": chosen.steps, "batch": chosen.batch, "compute": "bfloat16"}
     blocks = work.blocks(work.base(cell))
@@ -338,7 +402,7 @@ def _trained(work: Work, cell: Cell, model: Any, clock: Clock, kept: Callable[[]
         return {"perplexity": None, "failed": str(error), "options": options}
     taken = clock.read()
     found = {"parameters": trainable(model.parameters()), "losses": losses, "options": options, **taken}
-    return {"perplexity": kept(), **found}
+    return {**kept(), **found}
 
 
 def make_peqa(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
@@ -354,14 +418,16 @@ def make_peqa(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     return _trained(work, cell, model, clock, lambda: _kept_scales(work, cell, model, base))
 
 
-def _kept_scales(work: Work, cell: Cell, model: Any, base: Checkpoint) -> float | None:
+def _kept_scales(work: Work, cell: Cell, model: Any, base: Checkpoint) -> dict[str, Any]:
     from safetensors.torch import save_file
 
-    made = {f"{path}.weight": layer.trained() for path, layer in scales_of(model).items()}
+    def made(strength: float) -> dict[str, GroupQuantTensor]:
+        return {f"{path}.weight": layer.trained(strength) for path, layer in scales_of(model).items()}
+
     place = work.adapter(cell.name)
     place.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.scale.half() for name, tensor in made.items()}, place / "scales.safetensors")
-    return work.perplexity(with_tensors(base, made))
+    save_file({name: tensor.scale.half() for name, tensor in made(1.0).items()}, place / "scales.safetensors")
+    return work.at_its_strength(lambda strength: with_tensors(base, made(strength)))
 
 
 def with_tensors(model: Checkpoint, made: dict[str, GroupQuantTensor]) -> Checkpoint:
@@ -388,7 +454,7 @@ def merged(base: Checkpoint, adapter: Adapter) -> Checkpoint:
 def make_requantized(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     """QLoRA merged and quantized again: by gptq as the base was (perplexity), and by rounding."""
     base, name = work.base(cell), source(done, cell) or ""
-    model = merged(base, read_adapter(work.adapter(name), base))
+    model = merged(base, work.strengthened(name, base, done))
     options = options_of(work, cell, "gptq")
     again = quantize_calibrated(model, work.calibration(model), options, requantize=True)
     rounded = quantize(model, bits=cell.bits, group_size=work.protocol.group, zeros="real", requantize=True)
@@ -403,9 +469,10 @@ def make_requantized(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
 
 @torch.no_grad()
 def make_exported(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
-    """QA-LoRA folded, written as GGUF, and measured in llama.cpp on the same windows."""
+    """QA-LoRA folded, written as GGUF, and measured in llama.cpp on the same windows; and unfolded, in float32."""
     base, name = work.base(cell), source(done, cell) or ""
-    folded = fold(base, read_adapter(work.adapter(name), base))
+    adapter = work.strengthened(name, base, done)
+    folded = fold(base, adapter)
     with tempfile.TemporaryDirectory(dir=work.folder) as folder:
         export(folded, ["gguf"], Path(folder), ExportOptions(name="folded"))
         (file,) = Path(folder).rglob("*.gguf")
@@ -426,6 +493,7 @@ def make_exported(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     return {
         "perplexity": measured,
         "folded": folded_torch,
+        "unfolded": work.perplexity(beside(base, adapter)),
         "same_first_token": agreement / len(work.held),
         "codes_differ": sum(differing),
         "runtime": f"{info.name} {info.version}, {info.dtype}",

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from comparison_plan import GRIDS, RATES, SEEDS, VARIANTS, VARIED, Done, search, trained_name
+from comparison_plan import GRIDS, RATES, SEEDS, VARIANTS, VARIED, Done, search, trained_name, worth
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 WIDTHS = (4, 3, 2)
@@ -33,10 +33,12 @@ class Row:
 ROWS = (
     Row(label="float model", kind="float"),
     Row(label="base, before training", kind="base", name="base", color="#999999"),
-    Row(label="QA-LoRA unfolded, minima not rounded", kind="qalora", field="unfolded"),
+    Row(label="QA-LoRA unfolded, minima not rounded", kind="exported", field="unfolded"),
     Row(label="**QA-LoRA folded**", kind="qalora", name="QA-LoRA folded", color="#0072b2"),
+    Row(label="QA-LoRA folded, at full strength", kind="qalora", field="full"),
     Row(label="QA-LoRA folded, GGUF in llama.cpp", kind="exported"),
     Row(label="QLoRA, float adapter kept", kind="qlora", name="QLoRA kept", color="#d55e00"),
+    Row(label="QLoRA, float adapter kept, at full strength", kind="qlora", field="full"),
     Row(label="QLoRA merged, GPTQ again", kind="requantized", name="QLoRA, GPTQ again", color="#e69f00"),
     Row(label="QLoRA merged, rounded again", kind="requantized", field="rounded"),
     Row(label="PEQA: scales trained", kind="peqa", name="PEQA", color="#009e73"),
@@ -103,7 +105,7 @@ def perplexities(done: Done, method: str) -> list[str]:
 
 
 def costs(done: Done, method: str) -> list[str]:
-    """Best rate, time and memory of each training; of QA-LoRA the codes that the fold changed."""
+    """Best rate and strengths, time and memory of each training; of QA-LoRA the codes that the fold changed."""
     rows = []
     for kind in GRIDS:
         for bits, base in zip(WIDTHS, base_names(method), strict=True):
@@ -118,6 +120,7 @@ def costs(done: Done, method: str) -> list[str]:
                     NAMES[kind],
                     f"{bits}",
                     search(done, kind, base)[1] or "",
+                    ", ".join(f"{cell['strength']:g}" for cell in cells if "strength" in cell),
                     str(len(cells)),
                     f"{wall:.0f}" if wall != "" else "",
                     f"{processor:.0f}" if processor != "" else "",
@@ -125,28 +128,24 @@ def costs(done: Done, method: str) -> list[str]:
                     "" if codes is None else f"{codes:g}",
                 ]
             )
-    header = ["trained", "bits", "best rate", "seeds", "wall s", "processor s", "peak GB", "codes changed"]
+    header = ["trained", "bits", "best rate", "strength", "seeds", "wall s", "processor s", "peak GB", "codes changed"]
     return lines_of(header, rows) if rows else []
 
 
 def searches(done: Done, method: str) -> list[str]:
-    """The perplexity of seed 0 at every rate that was tried."""
+    """The perplexity of seed 0 on the validation windows, at every rate that was tried."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     for kind in GRIDS:
         for bits, base in zip(WIDTHS, base_names(method), strict=True):
             tried = {rate: done.get(trained_name(kind, base, rate, 0)) for rate in RATES}
-            found[kind, bits] = {
-                rate: shown([math.inf if cell["perplexity"] is None else cell["perplexity"]])
-                for rate, cell in tried.items()
-                if cell is not None
-            }
+            found[kind, bits] = {rate: shown([worth(cell)]) for rate, cell in tried.items() if cell is not None}
     rates = [rate for rate in RATES if any(rate in values for values in found.values())]
     rows = [
         [NAMES[kind], f"{bits}", *(values.get(rate, "") for rate in rates)]
         for (kind, bits), values in found.items()
         if values
     ]
-    return lines_of(["seed 0 at rate", "bits", *rates], rows) if rows else []
+    return lines_of(["validation, seed 0 at rate", "bits", *rates], rows) if rows else []
 
 
 def variants(done: Done, method: str) -> list[str]:

@@ -30,7 +30,10 @@ FIRST = ("qalora", "qlora")
 """Whose rates and seeds are run before the others'."""
 
 FURTHER = 2
-"""Coarse rates that a search adds to its grid at most, before it looks at the best one's neighbours among all rates."""
+"""Coarse rates that a search adds to its grid at most."""
+
+NEIGHBOURS = 1
+"""Then it looks at that many of the best one's neighbours among all rates, on either side."""
 
 SEEDS = (0, 1, 2)
 BITS = (3, 2, 4)
@@ -95,8 +98,8 @@ def trained_name(kind: str, base: str, rate: str, seed: int) -> str:
 
 
 def worth(cell: Mapping[str, Any]) -> float:
-    """A cell's held-out perplexity; infinite where training failed."""
-    return math.inf if cell["perplexity"] is None else float(cell["perplexity"])
+    """A training's perplexity on the validation windows, which rates are chosen by; infinite where it failed."""
+    return math.inf if cell["perplexity"] is None else float(cell["validation"])
 
 
 def search(done: Done, kind: str, base: str) -> tuple[list[str], str | None]:
@@ -119,7 +122,7 @@ def search(done: Done, kind: str, base: str) -> tuple[list[str], str | None]:
             break
         rates, added = sorted([*rates, LADDER[further]], key=float), added + 1
     at = RATES.index(coarse)
-    fine = RATES[max(0, at - 1) : at + 2]
+    fine = RATES[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
     return missing(fine), None if missing(fine) else best([*rates, *fine])
 
 

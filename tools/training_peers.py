@@ -105,9 +105,9 @@ class ScaledLinear(nn.Module):
         kept = torch.where(self.fixed, self.tensor.min, 0.0)
         return self.centred().mul_(self.scale.detach()[..., None]).add_(kept[..., None]).view(self.codes.shape)
 
-    def trained(self) -> GroupQuantTensor:
-        """The layer with what was learned; scale and min are rounded to float16."""
-        scale = self.scale.detach().half().float()
+    def trained(self, strength: float = 1.0) -> GroupQuantTensor:
+        """The layer with what was learned, times a factor; scale and min are rounded to float16."""
+        scale = torch.lerp(self.tensor.scale, self.scale.detach(), strength).half().float()
         minimum = torch.where(self.fixed, self.tensor.min, -scale * self.zero).half().float()
         return GroupQuantTensor(
             packed=self.tensor.packed,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,8 +39,13 @@ def answer(name: str, worth: Callable[[str, str], float | None]) -> dict[str, An
         return {"perplexity": 20.0, "rounded": 30.0, "codes_differ": 0}
     seed = int(rest[-1])
     value = worth(kind, rest[-2])
-    extra = {"unfolded": value, "parameters": 2_400_000, "seconds": 90.0 + seed, "codes_differ": 0}
-    return {"perplexity": None if value is None else value + seed, "peak_bytes": 2e9, "processor_seconds": 80.0} | extra
+    extra = {"parameters": 2_400_000, "seconds": 90.0 + seed, "codes_differ": 0, "strength": 0.85, "validation": value}
+    return {
+        "perplexity": None if value is None else value + seed,
+        "full": value,
+        "peak_bytes": 2e9,
+        "processor_seconds": 80.0,
+    } | extra
 
 
 def everything(plan: Any, worth: Callable[[str, str], float | None]) -> dict[str, Any]:
@@ -114,9 +122,9 @@ def test_the_tables_of_given_cells(tool: Callable[[str], Any], tmp_path: Path) -
     assert f"| **QA-LoRA folded** | 2.40 M | {three} |" in text
     assert f"| QLoRA, float adapter kept | 2.40 M | {three} |" in text
     assert "| QLoRA merged, rounded again |  | 30.00 (30.00..30.00) |" in text
-    assert "| QA-LoRA | 3 | 0.003 | 3 | 91 | 80 | 2.0 | 0 |" in text
+    assert "| QA-LoRA | 3 | 0.003 | 0.85, 0.85, 0.85 | 3 | 91 | 80 | 2.0 | 0 |" in text
     rates = "0.0001 | 0.0002 | 0.0003 | 0.0005 | 0.001 | 0.002 | 0.003 | 0.005 | 0.01"
-    assert f"| seed 0 at rate | bits | {rates} |" in text
+    assert f"| validation, seed 0 at rate | bits | {rates} |" in text
     assert "| QLoRA | 2 |  |  |  |  | 14.10 | 13.41 | 13.00 | 13.51 | 14.20 |" in text
     (tmp_path / "page.md").write_text(PAGE, encoding="utf-8")
     page.write_page(tmp_path / "page.md", done)
@@ -138,7 +146,16 @@ def work(tool: Callable[[str], Any], tmp_path: Path) -> Path:
     cells = tool("comparison_cells")
     model = tiny_llama(tmp_path / "tiny", tokenizer=byte_tokenizer())
     (tmp_path / "text.txt").write_text(demo_text()[:4000], encoding="utf-8")
-    settings = {"steps": 6, "batch": 2, "length": 32, "held_out": 256, "calibration": 128, "window": 32, "rank": 3}
+    settings = {
+        "steps": 6,
+        "batch": 2,
+        "length": 32,
+        "held_out": 256,
+        "validation": 128,
+        "calibration": 128,
+        "window": 32,
+        "rank": 3,
+    }
     chosen = cells.Protocol(model=str(model), text=str(tmp_path / "text.txt"), peer_rank=2, **settings)
     cells.prepare(tmp_path / "work", chosen)
     return tmp_path / "work"
@@ -150,6 +167,7 @@ def test_every_kind_of_cell(tool: Callable[[str], Any], work: Path, monkeypatch:
     plan, compare, cells = tool("comparison_plan"), tool("compare_training"), tool("comparison_cells")
     monkeypatch.setattr(plan, "GRIDS", {"qalora": ("0.03",), "qlora": ("0.01",), "peqa": ("0.003",)})
     monkeypatch.setattr(plan, "FURTHER", 0)
+    monkeypatch.setattr(plan, "NEIGHBOURS", 0)
     names = [
         "float",
         "base-3",
@@ -175,25 +193,64 @@ def test_every_kind_of_cell(tool: Callable[[str], Any], work: Path, monkeypatch:
     for name, parts in sizes.items():
         assert found[name]["parameters"] == sum(map(sum, parts))
     ours = found["qalora-3-0.03-0"]
-    assert ours["perplexity"] == pytest.approx(ours["unfolded"], rel=5e-3)
-    assert ours["perplexity"] != ours["unfolded"]
     exported = found["exported-3-0"]
+    assert ours["perplexity"] == pytest.approx(exported["unfolded"], rel=5e-3)
+    assert ours["perplexity"] != exported["unfolded"]
     assert exported["folded"] == pytest.approx(ours["perplexity"], rel=1e-5)
     assert exported["perplexity"] == pytest.approx(exported["folded"], rel=2e-2)
     again = found["requantized-3-0"]
     assert again["merged"] == pytest.approx(found["qlora-3-0.01-0"]["perplexity"], rel=1e-4)
     assert again["source"] == "qlora-3-0.01-0"
+    shutil.rmtree(work / "bases")
+    shutil.rmtree(work / "adapters")
+    assert compare.run_cell(work, "exported-3-0") == exported, (
+        "base and adapter are made again where only cells are left"
+    )
 
 
-def test_the_windows_are_the_tail_and_training_does_not_reach_it(tool: Callable[[str], Any], work: Path) -> None:
+def test_the_windows_are_of_what_follows_the_training(tool: Callable[[str], Any], work: Path) -> None:
     cells = tool("comparison_cells")
     opened = cells.Work(work)
     text, tokenizer = demo_text()[:4000], byte_tokenizer()
     ids = tokenizer(text)["input_ids"]
-    assert opened.held.flatten().tolist() == ids[-256:]
+    trained = ids[: 6 * 2 * 32]
     blocks = opened.blocks(opened.float_model())
-    assert blocks.tokens.flatten().tolist() == ids[: 6 * 2 * 32]
+    assert blocks.tokens.flatten().tolist() == trained
     assert opened.calibration(opened.float_model()).shape == (4, 32)
+    after = [tuple(ids[at : at + 32]) for at in range((6 * 2 + 1) * 32 + 16, len(ids) - 31, 32)]
+    held, validation = ([after.index(tuple(row)) for row in rows.tolist()] for rows in (opened.held, opened.validation))
+    assert (len(held), len(validation)) == (8, 4)
+    assert not set(held) & set(validation)
+    gaps = [b - a for a, b in itertools.pairwise(sorted(held + validation))]
+    assert max(gaps) - min(gaps) <= 1, "spread over all of it"
+    assert [sorted(held + validation).index(n) for n in validation] == [1, 4, 7, 10]
+
+
+def test_the_strength_is_the_one_that_validation_prefers(tool: Callable[[str], Any], work: Path) -> None:
+    """A module that gives every next token the same probability but for what its strength adds."""
+    cells = tool("comparison_cells")
+    opened = cells.Work(work)
+
+    def model(best: float, seen: list[float]) -> Callable[[float], Any]:
+        def at(strength: float) -> Any:
+            seen.append(strength)
+
+            def module(input_ids: torch.Tensor, use_cache: bool) -> Any:
+                right = torch.nn.functional.one_hot(input_ids.roll(-1, dims=1), 300).float()
+                return SimpleNamespace(logits=right * (5 - abs(strength - best)))
+
+            return module
+
+        return at
+
+    for best, tried in ((1.0, [1.0, 0.85]), (0.85, [1.0, 0.85, 0.7]), (0.1, [1.0, 0.85, 0.7, 0.55])):
+        seen: list[float] = []
+        found = opened.at_its_strength(model(best, seen))
+        assert found["strength"] == max(best, 0.55)
+        assert seen[: len(tried)] == tried
+        assert found["validation"] == min(found["strengths"].values())
+        assert found["perplexity"] <= found["full"]
+    assert opened.at_its_strength(model(math.nan, []))["perplexity"] is None
 
 
 def test_cells_of_another_protocol_are_refused(tool: Callable[[str], Any], work: Path) -> None:
