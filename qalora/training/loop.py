@@ -36,6 +36,7 @@ from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.options import TrainOptions
 from qalora.training.starting import SEQUENCES, first_rows
 from qalora.training.state import State, checkpoint_of, forget_state, read_ranks, read_state, write_state
+from qalora.training.strength import Tried, at_strength, best_of, try_strengths
 
 __all__ = ["LOG", "Progress", "StepReport", "train", "untrained"]
 
@@ -46,7 +47,8 @@ LOG = "training.json"
 class StepReport:
     """Where a run is: step of steps, the loss of the step, the latest held-out loss, tokens a second so far.
 
-    note  what the user should know: that a checkpoint could not be written, and why
+    strength  the factor of what was learned that is kept, in the last report; its held-out loss is at that strength
+    note      what the user should know: that a checkpoint could not be written, and why
     """
 
     step: int
@@ -54,6 +56,7 @@ class StepReport:
     loss: float
     held_out: float
     tokens_per_second: float
+    strength: float = 1.0
     note: str = ""
 
 
@@ -170,6 +173,7 @@ class _Run:
         self._device = find_device(options.device)
         self._dtype = dtype_of(options.compute, self._device)
         self._layers: dict[str, FoldedLinear] = {}
+        self._tried: Tried = ()
         self._rng = torch.Generator().manual_seed(options.seed)
 
         def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
@@ -275,12 +279,15 @@ class _Run:
             state.held_out.append((0, self.evaluate()))
         started, first = time.monotonic(), state.step
         if state.step == self._steps:
+            self._try_strengths(state)
             progress(self._report(state, 0.0, ""))
         while state.step < self._steps:
             state.losses.append(self._step(state.step))
             state.step += 1
             if state.step == self._steps or (options.evaluate_every and state.step % options.evaluate_every == 0):
                 state.held_out.append((state.step, self.evaluate()))
+            if state.step == self._steps:
+                self._try_strengths(state)
             stop = self._processes.sum(asked()) > 0
             due = options.save_every and state.step % options.save_every == 0 and state.step < self._steps
             note = self._saved(state) if stop or due else ""
@@ -290,13 +297,31 @@ class _Run:
                 where = self._processes.heard(note) or f"continue from {checkpoint_of(options.out)} with --resume"
                 raise Interrupted(f"interrupted after step {state.step} of {self._steps}; {where}")
 
+    def _try_strengths(self, state: State) -> None:
+        """Held-out losses after the last step, at the strength that was asked for, or at those that are to be tried."""
+        wanted, full = self._options.strength, state.held_out[-1][1]
+        if wanted == "auto":
+            self._tried = try_strengths(full, self._loss_at)
+        else:
+            self._tried = ((wanted, full if wanted == 1 else self._loss_at(wanted)),)
+
+    def _loss_at(self, strength: float) -> float:
+        with at_strength(list(self._layers.values()), strength):
+            return self.evaluate()
+
+    def _strength(self, state: State) -> tuple[float, float]:
+        """(the strength at which the adapter is written, the latest held-out loss)."""
+        return best_of(self._tried) if self._tried else (1.0, state.held_out[-1][1])
+
     def _report(self, state: State, speed: float, note: str) -> StepReport:
+        strength, held_out = self._strength(state)
         return StepReport(
             step=state.step,
             steps=self._steps,
             loss=state.losses[-1],
-            held_out=state.held_out[-1][1],
+            held_out=held_out,
             tokens_per_second=speed,
+            strength=strength,
             note=note,
         )
 
@@ -376,24 +401,31 @@ class _Run:
         return self._processes.sum(total) / int((self._held.targets != IGNORED).sum())
 
     def adapter(self) -> Adapter:
-        """What was learned, in the paper's convention. InputError for minima that float16 does not reach."""
-        for path, layer in self._layers.items():
-            largest = float(layer.folded().abs().max())
-            if self._options.minima == "float16" and not largest <= FLOAT16_MAX:
-                raise InputError(
-                    f"the minima of {path}",
-                    expected="values that float16 reaches",
-                    got=f"{largest:g}",
-                    todo="train with --minima float32 or a lower --learning-rate",
-                )
-        return Adapter(
-            layers={path: layer.adapter_layer() for path, layer in self._layers.items()},
-            convention="paper",
-            minima=self._options.minima,
-        )
+        """What was learned, at its strength, in the paper's convention.
+
+        InputError for minima that float16 does not reach.
+        """
+        strength = best_of(self._tried)[0] if self._tried else 1.0
+        with at_strength(list(self._layers.values()), strength):
+            for path, layer in self._layers.items():
+                largest = float(layer.folded().abs().max())
+                if self._options.minima == "float16" and not largest <= FLOAT16_MAX:
+                    raise InputError(
+                        f"the minima of {path}",
+                        expected="values that float16 reaches",
+                        got=f"{largest:g}",
+                        todo="train with --minima float32 or a lower --learning-rate",
+                    )
+            return Adapter(
+                layers={path: layer.adapter_layer() for path, layer in self._layers.items()},
+                convention="paper",
+                minima=self._options.minima,
+            )
 
     def log(self, state: State) -> dict[str, Any]:
-        """What training.json holds."""
+        """What training.json holds. The last held-out loss is that of the adapter that is written."""
+        strength, last = self._strength(state)
+        held_out = [*state.held_out[:-1], (state.held_out[-1][0], last)]
         return {
             "options": {
                 **self._chosen,
@@ -407,7 +439,9 @@ class _Run:
             "trained_tokens": self._steps * self._each * self._options.sequence_length,
             "held_out_tokens": int((self._held.targets != IGNORED).sum()),
             "losses": [_short(loss) for loss in state.losses],
-            "held_out": [{"step": step, "loss": _short(loss)} for step, loss in state.held_out],
+            "held_out": [{"step": step, "loss": _short(loss)} for step, loss in held_out],
+            "strength": strength,
+            "strengths": [{"strength": tried, "held_out_loss": _short(loss)} for tried, loss in self._tried],
         }
 
 

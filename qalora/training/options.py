@@ -37,6 +37,8 @@ class TrainOptions:
     sequence_length tokens of a sequence
     learning_rate   AdamW's highest: it rises over `warmup` of the steps and falls linearly to 0
     held_out        share of the data, its end, that is not trained on
+    strength        a factor of what was learned, applied to B after the last step; "auto" is the one of
+                    `qalora.training.strength.STRENGTHS` that the held-out loss prefers
     evaluate_every  steps between held-out losses, beside the first and last; 0 is never
     save_every      steps between checkpoints, in `<out>.checkpoint`; 0 is never
     device          cpu, cuda, ...; auto is a GPU where torch has one
@@ -69,6 +71,7 @@ class TrainOptions:
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
     held_out: float = 0.05
+    strength: float | Literal["auto"] = 1.0
     evaluate_every: int = 0
     save_every: int = 100
     seed: int = 0
@@ -100,6 +103,8 @@ class TrainOptions:
         ):
             if not low < getattr(self, name) <= high:
                 raise InputError(name, expected=f"above {low:g}, at most {high:g}", got=str(getattr(self, name)))
+        if self.strength != "auto" and not (isinstance(self.strength, int | float) and 0 < self.strength <= 1):
+            raise InputError("strength", expected="above 0, at most 1, or auto", got=str(self.strength))
         if not 0 <= self.warmup < 1 or not 0 <= self.weight_decay < 1:
             raise InputError("warmup and weight_decay", expected="0 to 1", got=f"{self.warmup} and {self.weight_decay}")
         if self.alpha is not None and not 0 < self.alpha < 1e6:
