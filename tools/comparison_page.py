@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from comparison_plan import GRIDS, RATES, SEEDS, VARIANTS, VARIED, Done, search, trained_name, worth
+from comparison_plan import RATES, SEEDS, START, VARIANTS, VARIED, Done, search, trained_name, worth
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 WIDTHS = (4, 3, 2)
@@ -51,7 +51,7 @@ def cells_of(done: Done, kind: str, base: str) -> list[Mapping[str, Any]]:
         names = ["float"]
     elif kind == "base":
         names = [f"base-{base}"]
-    elif kind in GRIDS:
+    elif kind in START:
         best = search(done, kind, base)[1]
         names = [] if best is None else [trained_name(kind, base, best, seed) for seed in SEEDS]
     else:
@@ -107,7 +107,7 @@ def perplexities(done: Done, method: str) -> list[str]:
 def costs(done: Done, method: str) -> list[str]:
     """Best rate and strengths, time and memory of each training; of QA-LoRA the codes that the fold changed."""
     rows = []
-    for kind in GRIDS:
+    for kind in START:
         for bits, base in zip(WIDTHS, base_names(method), strict=True):
             cells = cells_of(done, kind, base)
             if not cells:
@@ -135,7 +135,7 @@ def costs(done: Done, method: str) -> list[str]:
 def searches(done: Done, method: str) -> list[str]:
     """The perplexity of seed 0 on the validation windows, at every rate that was tried."""
     found: dict[tuple[str, int], dict[str, str]] = {}
-    for kind in GRIDS:
+    for kind in START:
         for bits, base in zip(WIDTHS, base_names(method), strict=True):
             tried = {rate: done.get(trained_name(kind, base, rate, 0)) for rate in RATES}
             found[kind, bits] = {rate: shown([worth(cell)]) for rate, cell in tried.items() if cell is not None}

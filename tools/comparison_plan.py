@@ -11,29 +11,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 RATES = tuple(f"0.{'0' * zeros}{digit}" for zeros in (4, 3, 2, 1, 0) for digit in (1, 2, 3, 5))
 """Every rate there is, from 0.00001 to 0.5."""
 
-LADDER = tuple(rate for rate in RATES if rate[-1] in "13")
-"""The coarse ones; a search that ends at the end of its grid goes one further here."""
-
-GRIDS = {
-    "qalora": ("0.001", "0.003", "0.01"),
-    "qlora": ("0.001", "0.003", "0.01"),
-    "peqa": ("0.0001", "0.0003", "0.001"),
-}
-FIRST = ("qalora", "qlora")
-"""Whose rates and seeds are run before the others'."""
-
-FURTHER = 2
-"""Coarse rates that a search adds to its grid at most."""
+START = {"qalora": "0.003", "qlora": "0.005", "peqa": "0.0003"}
+"""Where the search of each method's rate begins."""
 
 NEIGHBOURS = 1
-"""Then it looks at that many of the best one's neighbours among all rates, on either side."""
+"""A rate is the best when so many on either side are worse."""
+
+FIRST = ("qalora", "qlora")
+"""What is run, with what is made of it, before the others."""
 
 SEEDS = (0, 1, 2)
 BITS = (3, 2, 4)
@@ -103,27 +95,16 @@ def worth(cell: Mapping[str, Any]) -> float:
 
 
 def search(done: Done, kind: str, base: str) -> tuple[list[str], str | None]:
-    """(rates that seed 0 is still to be run at, the best rate once there are none)."""
-
-    def missing(rates: Sequence[str]) -> list[str]:
-        return [rate for rate in rates if trained_name(kind, base, rate, 0) not in done]
-
-    def best(rates: Sequence[str]) -> str:
-        return min(rates, key=lambda rate: worth(done[trained_name(kind, base, rate, 0)]))
-
-    rates, added = list(GRIDS[kind]), 0
-    while True:
-        if missing(rates):
-            return missing(rates), None
-        coarse = best(rates)
-        at = LADDER.index(coarse)
-        further = at - 1 if coarse == rates[0] else at + 1 if coarse == rates[-1] else None
-        if further is None or added == FURTHER or not 0 <= further < len(LADDER):
-            break
-        rates, added = sorted([*rates, LADDER[further]], key=float), added + 1
-    at = RATES.index(coarse)
-    fine = RATES[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
-    return missing(fine), None if missing(fine) else best([*rates, *fine])
+    """(rates that seed 0 is still to be run at, the best rate once there are none): downhill from the start, until the
+    neighbours are worse.
+    """
+    tried = {rate: done.get(trained_name(kind, base, rate, 0)) for rate in RATES}
+    if tried[START[kind]] is None:
+        return [START[kind]], None
+    best = min((rate for rate in RATES if tried[rate]), key=lambda rate: worth(tried[rate] or {}))
+    at = RATES.index(best)
+    missing = [rate for rate in RATES[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1] if tried[rate] is None]
+    return missing, None if missing else best
 
 
 def source(done: Done, cell: Cell) -> str | None:
@@ -144,7 +125,8 @@ def wanted(done: Done, method: str = "gptq") -> list[str]:
     """The cells that are missing, as far as they are known by now, in the order of work."""
     bases = [f"{'' if method == 'gptq' else f'{method}-'}{bits}" for bits in BITS]
     names = ["float", *(f"base-{base}" for base in bases)]
-    for kinds in FIRST, [kind for kind in GRIDS if kind not in FIRST]:
+    others = [kind for kind in START if kind not in FIRST]
+    for kinds, after in ((FIRST, [kind for kind in DERIVED if kind not in VARIANTS]), (others, list(VARIANTS))):
         for base in bases:
             for kind in kinds:
                 names += [trained_name(kind, base, rate, 0) for rate in search(done, kind, base)[0]]
@@ -153,10 +135,10 @@ def wanted(done: Done, method: str = "gptq") -> list[str]:
                 best = search(done, kind, base)[1]
                 if best is not None and worth(done[trained_name(kind, base, best, 0)]) < math.inf:
                     names += [trained_name(kind, base, best, seed) for seed in SEEDS[1:]]
-    for kind in DERIVED:
-        for base in bases:
-            if kind in VARIANTS and not base.endswith(str(VARIED)):
-                continue
-            cells = [parse(f"{kind}-{base}-{seed}") for seed in SEEDS]
-            names += [cell.name for cell in cells if cell is not None and source(done, cell) is not None]
+        for kind in after:
+            for base in bases:
+                if kind in VARIANTS and not base.endswith(str(VARIED)):
+                    continue
+                cells = [parse(f"{kind}-{base}-{seed}") for seed in SEEDS]
+                names += [cell.name for cell in cells if cell is not None and source(done, cell) is not None]
     return [name for name in names if name not in done]

@@ -66,35 +66,39 @@ def middle(kind: str, rate: str) -> float:
 def test_the_order_of_work(tool: Callable[[str], Any]) -> None:
     plan = tool("comparison_plan")
     names = list(everything(plan, middle))
-    assert names[:5] == ["float", "base-3", "base-2", "base-4", "qalora-3-0.001-0"]
-    rates = [*plan.GRIDS["qalora"], "0.002", "0.005"]  # the best one's neighbours after the grid
-    assert names[4:14] == [f"{kind}-3-{rate}-0" for kind in plan.FIRST for rate in rates]
-    assert names[34:38] == [f"{kind}-3-0.003-{seed}" for kind in plan.FIRST for seed in (1, 2)]
-    assert names[46:51] == [f"peqa-3-{rate}-0" for rate in [*plan.GRIDS["peqa"], "0.0002", "0.0005"]]
-    assert names[-13:] == ["exported-4-2", *(f"{kind}-3-{seed}" for kind in plan.VARIANTS for seed in plan.SEEDS)]
-    # 4 bases, 3 methods at 3 widths: 5 rates and 2 more seeds each; 2 derived at 3 widths with 3 seeds
-    assert len(names) == 4 + 9 * 7 + 18 + 12
+    assert names[:4] == ["float", "base-3", "base-2", "base-4"]
+    # from the start downhill: the best, which is the start of one and a neighbour of the other's, and its neighbours
+    assert names[4:7] == [f"qalora-3-{rate}-0" for rate in ("0.003", "0.002", "0.005")]
+    assert names[7:11] == [f"qlora-3-{rate}-0" for rate in ("0.005", "0.003", "0.01", "0.002")]
+    assert names[25:29] == [f"{kind}-3-0.003-{seed}" for kind in plan.FIRST for seed in (1, 2)]
+    assert names[37:40] == [f"requantized-3-{seed}" for seed in plan.SEEDS]
+    assert names[55:58] == [f"peqa-3-{rate}-0" for rate in ("0.0003", "0.0002", "0.0005")]
+    assert names[-12:] == [f"{kind}-3-{seed}" for kind in plan.VARIANTS for seed in plan.SEEDS]
+    # bases; rates at 3 widths; 2 more seeds of 3 methods; 2 derived at 3 widths with 3 seeds
+    assert len(names) == 4 + 3 * (3 + 4 + 3) + 3 * 3 * 2 + 18 + 12
     assert all(plan.parse(name).name == name for name in names)
 
 
-def test_a_search_goes_on_at_the_end_of_its_grid(tool: Callable[[str], Any]) -> None:
+def test_a_search_goes_downhill_until_the_neighbours_are_worse(tool: Callable[[str], Any]) -> None:
     plan = tool("comparison_plan")
 
     def worth(kind: str, rate: str) -> float | None:
         if kind == "qalora":
-            return 1 / float(rate)  # the larger the better, as far as one looks
+            return 1 / float(rate)  # the larger the better, to the end of the rates
         if kind == "qlora":
-            return None if rate in ("0.01", "0.003") else 13 - float(rate)
+            return None if float(rate) > 0.002 else 13 - float(rate)
         return 13 + float(rate)  # the smaller the better
 
     done = everything(plan, worth)
-    tried = {kind: {name.split("-")[2] for name in done if name.startswith(f"{kind}-3")} for kind in plan.GRIDS}
-    assert tried["qalora"] == {"0.001", "0.003", "0.01", "0.03", "0.05", "0.1", "0.2"}
-    assert tried["qlora"] == {"0.0003", "0.0005", "0.001", "0.002", "0.003", "0.01"}
-    assert tried["peqa"] == {"0.0001", "0.0003", "0.001", "0.00003", "0.00001", "0.00002"}
-    assert plan.search(done, "qalora", "3") == ([], "0.2")
+    tried = {kind: [rate for rate in plan.RATES if f"{kind}-3-{rate}-0" in done] for kind in plan.START}
+    start = plan.RATES.index("0.003")
+    assert tried["qalora"] == list(plan.RATES[start - 1 :])
+    assert tried["qlora"] == ["0.001", "0.002", "0.003", "0.005"]
+    assert tried["peqa"] == list(plan.RATES[: plan.RATES.index("0.0005") + 1])
+    assert plan.search(done, "qalora", "3") == ([], plan.RATES[-1])
     assert plan.search(done, "qlora", "3") == ([], "0.002")
     assert "qlora-3-0.002-2" in done
+    assert "qlora-3-0.003-2" not in done
 
 
 def test_what_failed_at_every_rate_is_left(tool: Callable[[str], Any]) -> None:
@@ -123,9 +127,9 @@ def test_the_tables_of_given_cells(tool: Callable[[str], Any], tmp_path: Path) -
     assert f"| QLoRA, float adapter kept | 2.40 M | {three} |" in text
     assert "| QLoRA merged, rounded again |  | 30.00 (30.00..30.00) |" in text
     assert "| QA-LoRA | 3 | 0.003 | 0.85, 0.85, 0.85 | 3 | 91 | 80 | 2.0 | 0 |" in text
-    rates = "0.0001 | 0.0002 | 0.0003 | 0.0005 | 0.001 | 0.002 | 0.003 | 0.005 | 0.01"
+    rates = "0.0002 | 0.0003 | 0.0005 | 0.002 | 0.003 | 0.005 | 0.01"
     assert f"| validation, seed 0 at rate | bits | {rates} |" in text
-    assert "| QLoRA | 2 |  |  |  |  | 14.10 | 13.41 | 13.00 | 13.51 | 14.20 |" in text
+    assert "| QLoRA | 2 |  |  |  | 13.41 | 13.00 | 13.51 | 14.20 |" in text
     (tmp_path / "page.md").write_text(PAGE, encoding="utf-8")
     page.write_page(tmp_path / "page.md", done)
     assert (tmp_path / "page.md").read_text("utf-8") == PAGE.replace("old", text)
@@ -165,8 +169,7 @@ def work(tool: Callable[[str], Any], tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore")  # of peft
 def test_every_kind_of_cell(tool: Callable[[str], Any], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, compare, cells = tool("comparison_plan"), tool("compare_training"), tool("comparison_cells")
-    monkeypatch.setattr(plan, "GRIDS", {"qalora": ("0.03",), "qlora": ("0.01",), "peqa": ("0.003",)})
-    monkeypatch.setattr(plan, "FURTHER", 0)
+    monkeypatch.setattr(plan, "START", {"qalora": "0.03", "qlora": "0.01", "peqa": "0.003"})
     monkeypatch.setattr(plan, "NEIGHBOURS", 0)
     names = [
         "float",
