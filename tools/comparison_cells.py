@@ -301,13 +301,22 @@ def make_variant(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
         "auto": {"rank": "auto", "budget": done[of.name]["parameters"]},
         "plus": {"alpha": 4.0 * rank, "learning_rate": rate / 4},
         "mean": {"alpha": rank / work.protocol.group},
+        "fitted": {},
+        "decay": {"weight_decay": 0.9},
     }
-    return train_qalora(work, cell, {"learning_rate": rate, **changes[cell.kind]})
+    base = fitted(work, cell) if cell.kind == "fitted" else None
+    return train_qalora(work, cell, {"learning_rate": rate, **changes[cell.kind]}, base)
 
 
-def train_qalora(work: Work, cell: Cell, changes: dict[str, Any]) -> dict[str, Any]:
-    """Train with some options changed, fold, and measure."""
-    chosen, base, losses = work.protocol, work.base(cell), []
+def fitted(work: Work, cell: Cell) -> Checkpoint:
+    """The base, its minima fitted to the inputs that the calibration gives each layer."""
+    model, options = work.float_model(), replace(options_of(work, cell, "gptq"), fit_minima=True)
+    return quantize_calibrated(model, work.calibration(model), options, requantize=True)
+
+
+def train_qalora(work: Work, cell: Cell, changes: dict[str, Any], base: Checkpoint | None = None) -> dict[str, Any]:
+    """Train with some options changed, or on another base, fold, and measure."""
+    chosen, base, losses = work.protocol, base or work.base(cell), []
     import_all()
     settings: dict[str, Any] = {
         "data": str(work.folder / TRAIN),

@@ -36,6 +36,8 @@ VARIANTS = {
     "auto": "`--rank auto` with the same number of parameters",
     "plus": "LoRA+: B's rate 4 times A's (`--alpha` 4 times the rank, a quarter of the rate)",
     "mean": "mean pooling at sum pooling's rate (`--alpha` of rank/group)",
+    "fitted": "on minima fitted to the calibration's inputs (`quantize --fit-minima`)",
+    "decay": "weight decay of 0.9",
 }
 """What is changed in QA-LoRA, and trained again at the best rate."""
 
