@@ -8,6 +8,7 @@ is that of the process until then.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -76,12 +77,25 @@ class Protocol:
 
 
 def prepare(work: Path, protocol: Protocol) -> None:
-    """Write protocol, the text to train on and the held-out windows, once. InputError for another run's folder."""
+    """Write protocol, the text to train on and the windows, once. InputError for a folder, or a cell in it, of another
+    protocol or text.
+    """
     stored = work / PROTOCOL
-    if stored.exists():
-        if json.loads(stored.read_text("utf-8")) != asdict(protocol):
-            raise InputError(f"{work}", expected="cells of the same protocol", got="another", todo="use another --work")
-        return
+    if not stored.exists():
+        cut(work, protocol)
+    elif json.loads(stored.read_text("utf-8")) != asdict(protocol):
+        raise InputError(f"{work}", expected="cells of the same protocol", got="another", todo="use another --work")
+    shared = Work(work).shared
+    for path in filter(lambda path: parse(path.stem), sorted(work.glob("*.json"))):
+        cell = json.loads(path.read_text("utf-8"))
+        if any(cell.get(name) != value for name, value in shared.items()):
+            raise InputError(
+                f"{path}", expected="a cell of the same protocol and text", got="another's", todo="use another --work"
+            )
+
+
+def cut(work: Path, protocol: Protocol) -> None:
+    """Cut the text into what is trained on and windows."""
     work.mkdir(parents=True, exist_ok=True)
     text = Path(protocol.text).read_text("utf-8") if protocol.text else shuffled_topics()
     tokenizer = load_tokenizer(load(protocol.model or smollm2_file()))
@@ -98,7 +112,7 @@ def prepare(work: Path, protocol: Protocol) -> None:
     spread = [rest[k * len(rest) // wanted] for k in range(wanted)]
     held, between = shared_out(spread, protocol.validation // protocol.length)
     write_whole(work / WINDOWS, {"held_out": held, "validation": between})
-    write_whole(stored, asdict(protocol))
+    write_whole(work / PROTOCOL, asdict(protocol))
 
 
 def shared_out(windows: list[list[int]], count: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -133,6 +147,12 @@ class Work:
         self.protocol = Protocol(**json.loads((folder / PROTOCOL).read_text("utf-8")))
         windows = json.loads((folder / WINDOWS).read_text("utf-8"))
         self.held, self.validation = (torch.tensor(windows[name]) for name in ("held_out", "validation"))
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What stands in every cell: the protocol, and a digest of the text, which differs between Pythons."""
+        found = hashlib.sha256((self.folder / TRAIN).read_bytes() + (self.folder / WINDOWS).read_bytes())
+        return {"protocol": asdict(self.protocol), "text_sha256": found.hexdigest()}
 
     def float_model(self) -> Checkpoint:
         """The model before anything."""
@@ -242,11 +262,9 @@ def make(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
     if of is not None and not work.adapter(of.name).exists():
         KINDS[of.kind](work, of, done)
     found = KINDS[cell.kind](work, cell, done)
-    threads = {"threads": torch.get_num_threads(), "protocol": asdict(work.protocol)}
+    shared = {"threads": torch.get_num_threads(), **work.shared}
     return (
-        {"cell": cell.name, "kind": cell.kind, "bits": cell.bits, "rate": cell.rate, "seed": cell.seed}
-        | found
-        | threads
+        {"cell": cell.name, "kind": cell.kind, "bits": cell.bits, "rate": cell.rate, "seed": cell.seed} | found | shared
     )
 
 

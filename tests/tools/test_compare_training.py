@@ -268,6 +268,19 @@ def test_cells_of_another_protocol_are_refused(tool: Callable[[str], Any], work:
         cells.prepare(work, cells.replace(given, steps=7))
 
 
+def test_a_cell_of_another_text_is_refused(tool: Callable[[str], Any], work: Path) -> None:
+    cells, compare = tool("comparison_cells"), tool("compare_training")
+    given = cells.Work(work).protocol
+    compare.run_cell(work, "float")
+    cells.prepare(work, given)
+    for name, other in (("text_sha256", "0" * 64), ("protocol", {})):
+        cell = json.loads((work / "float.json").read_text("utf-8"))
+        cells.write_whole(work / "float.json", {**cell, name: other})
+        with pytest.raises(ValueError, match=r"float.json: expected a cell of the same protocol and text"):
+            cells.prepare(work, given)
+        cells.write_whole(work / "float.json", cell)
+
+
 def test_trained_scales_have_the_gradient_of_the_formula(tool: Callable[[str], Any], tmp_path: Path) -> None:
     peers = tool("training_peers")
     model = quantize(load(tiny_llama(tmp_path / "tiny")), bits=3, group_size=32)
