@@ -40,12 +40,10 @@ from qalora.quantization import QuantizeOptions, quantize
 from qalora.tensor import GroupQuantTensor
 from qalora.training import TrainOptions, train
 from qalora.training.data import Blocks, make_blocks, read_documents
+from qalora.training.strength import best_of, try_strengths
 
 PASSES = {4: 0, 3: 0, 2: 2}
 """Passes of gptq at each width, as docs/quantize.md found them best."""
-
-STRENGTHS = (1.0, 0.85, 0.7, 0.55)
-"""Factors of what was learned, in the order of trial: the next one is tried while it is better."""
 
 TRAIN, WINDOWS, PROTOCOL = "train.txt", "windows.json", "protocol.json"
 
@@ -194,22 +192,22 @@ class Work:
         """What is stored of a training, given the model at each strength: the strength that validation prefers, and
         held-out perplexity with it, and at full strength.
         """
-        tried: dict[float, float] = {}
-        for strength in STRENGTHS:
+
+        def at(strength: float) -> float:
             found = self.perplexity(model(strength), self.validation)
-            tried[strength] = math.inf if found is None else found
-            if tried[strength] > min(tried.values()):
-                break
-        best = min(tried, key=lambda strength: tried[strength])
-        if not math.isfinite(tried[best]):
+            return math.inf if found is None else found
+
+        tried = try_strengths(at(1.0), at)
+        best, validation = best_of(tried)
+        if not math.isfinite(validation):
             return {"perplexity": None, "failed": "the loss is no number"}
         full = self.perplexity(model(1.0))
         return {
             "perplexity": full if best == 1 else self.perplexity(model(best)),
             "full": full,
             "strength": best,
-            "validation": tried[best],
-            "strengths": {f"{strength:g}": value for strength, value in tried.items() if math.isfinite(value)},
+            "validation": validation,
+            "strengths": {f"{strength:g}": value for strength, value in tried if math.isfinite(value)},
         }
 
     def strengthened(self, name: str, base: Checkpoint, done: Done) -> Adapter:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from comparison_plan import RATES, SEEDS, START, VARIANTS, VARIED, Done, search, trained_name, worth
+from comparison_plan import RATES, SEEDS, START, VARIANTS, VARIED, Done, search, trained_name, tried_rates, worth
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 WIDTHS = (4, 3, 2)
@@ -137,8 +137,8 @@ def searches(done: Done, method: str) -> list[str]:
     found: dict[tuple[str, int], dict[str, str]] = {}
     for kind in START:
         for bits, base in zip(WIDTHS, base_names(method), strict=True):
-            tried = {rate: done.get(trained_name(kind, base, rate, 0)) for rate in RATES}
-            found[kind, bits] = {rate: shown([worth(cell)]) for rate, cell in tried.items() if cell is not None}
+            tried = tried_rates(done, kind, base)
+            found[kind, bits] = {rate: shown([worth(cell)]) for rate, cell in tried.items()}
     rates = [rate for rate in RATES if any(rate in values for values in found.values())]
     rows = [
         [NAMES[kind], f"{bits}", *(values.get(rate, "") for rate in rates)]

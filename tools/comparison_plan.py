@@ -100,13 +100,19 @@ def search(done: Done, kind: str, base: str) -> tuple[list[str], str | None]:
     """(rates that seed 0 is still to be run at, the best rate once there are none): downhill from the start, until the
     neighbours are worse.
     """
-    tried = {rate: done.get(trained_name(kind, base, rate, 0)) for rate in RATES}
-    if tried[START[kind]] is None:
+    tried = tried_rates(done, kind, base)
+    if START[kind] not in tried:
         return [START[kind]], None
-    best = min((rate for rate in RATES if tried[rate]), key=lambda rate: worth(tried[rate] or {}))
+    best = min(tried, key=lambda rate: worth(tried[rate]))
     at = RATES.index(best)
-    missing = [rate for rate in RATES[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1] if tried[rate] is None]
+    missing = [rate for rate in RATES[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1] if rate not in tried]
     return missing, None if missing else best
+
+
+def tried_rates(done: Done, kind: str, base: str) -> dict[str, Mapping[str, Any]]:
+    """The cells of seed 0 by rate, rising."""
+    names = {rate: trained_name(kind, base, rate, 0) for rate in RATES}
+    return {rate: done[name] for rate, name in names.items() if name in done}
 
 
 def source(done: Done, cell: Cell) -> str | None:

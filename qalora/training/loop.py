@@ -309,12 +309,8 @@ class _Run:
         with at_strength(list(self._layers.values()), strength):
             return self.evaluate()
 
-    def _strength(self, state: State) -> tuple[float, float]:
-        """(the strength at which the adapter is written, the latest held-out loss)."""
-        return best_of(self._tried) if self._tried else (1.0, state.held_out[-1][1])
-
     def _report(self, state: State, speed: float, note: str) -> StepReport:
-        strength, held_out = self._strength(state)
+        strength, held_out = best_of(self._tried) if self._tried else (1.0, state.held_out[-1][1])
         return StepReport(
             step=state.step,
             steps=self._steps,
@@ -405,8 +401,7 @@ class _Run:
 
         InputError for minima that float16 does not reach.
         """
-        strength = best_of(self._tried)[0] if self._tried else 1.0
-        with at_strength(list(self._layers.values()), strength):
+        with at_strength(list(self._layers.values()), best_of(self._tried)[0]):
             for path, layer in self._layers.items():
                 largest = float(layer.folded().abs().max())
                 if self._options.minima == "float16" and not largest <= FLOAT16_MAX:
@@ -424,7 +419,7 @@ class _Run:
 
     def log(self, state: State) -> dict[str, Any]:
         """What training.json holds. The last held-out loss is that of the adapter that is written."""
-        strength, last = self._strength(state)
+        strength, last = best_of(self._tried)
         held_out = [*state.held_out[:-1], (state.held_out[-1][0], last)]
         return {
             "options": {
