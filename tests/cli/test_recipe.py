@@ -106,6 +106,30 @@ def test_every_option_has_its_key() -> None:
     assert all(CALLS.values())
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value", "word"),
+    [
+        ("train", "strength", 0.85, "0.85"),
+        ("train", "strength", 1, "1"),
+        ("train", "strength", "auto", "auto"),
+        ("train", "rank", 8, "8"),
+        ("quantize", "group-size", 64, "64"),
+        ("export", "max-shard-size", 5_000_000, "5000000"),
+    ],
+)
+def test_numbers_need_no_quotes(section: str, name: str, value: object, word: str) -> None:
+    """Where an option takes a number or a word, TOML's number is the same as its text."""
+    (key,) = [key for one in sections(Path()) if one.name == section for key in one.keys if key.name == name]
+    assert key.check(value) == word
+
+
+@pytest.mark.parametrize("name", ["rank", "start"])
+def test_a_fraction_is_no_integer_and_no_text(name: str) -> None:
+    (key,) = [key for one in sections(Path()) if one.name == "train" for key in one.keys if key.name == name]
+    with pytest.raises(ValueError, match=r"^$"):
+        key.check(0.5)
+
+
 def test_every_key_has_its_help() -> None:
     assert [
         f"[{section.name}] {key.name}" for section in sections(Path()) for key in section.keys if not key.help

@@ -217,7 +217,7 @@ def _one(option: click.Option, folder: Path) -> Callable[[Any], Any]:
         return lambda value: _path(value, folder, here=option.name != "out")
     if option.name == "data":
         return lambda value: _data(value, folder)
-    return _text_or_integer if _countable(option) else _text
+    return _BESIDE_TEXT[_number_beside_text(option)][1]
 
 
 def _flag(value: Any) -> bool:
@@ -249,6 +249,11 @@ def _text(value: Any) -> str:
 def _text_or_integer(value: Any) -> str:
     """`group-size = 32` as well as "row", `max-shard-size = 5000000` as well as "5MB"."""
     return str(_integer(value)) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+
+
+def _text_or_number(value: Any) -> str:
+    """`strength = 0.85` as well as "auto"."""
+    return str(_number(value)) if isinstance(value, float) else _text_or_integer(value)
 
 
 def _path(value: Any, folder: Path, *, here: bool) -> str:
@@ -289,12 +294,22 @@ def _expected(option: click.Option) -> str:
         return f"one of {', '.join(toml_value(choice) for choice in kind.choices)}"
     if isinstance(kind, click.Path):
         return "a path in quotes"
-    return "an integer, or text in quotes" if _countable(option) else "text in quotes"
+    return _BESIDE_TEXT[_number_beside_text(option)][0]
 
 
-def _countable(option: click.Option) -> bool:
-    """Whether an option of text may be a number: a group size, or bytes."""
-    return option.metavar == "SIZE" or (isinstance(option.default, str) and option.default.isdigit())
+def _number_beside_text(option: click.Option) -> type | None:
+    """What an option of text may be instead: float for a factor, int for a group size or bytes, else None."""
+    if str(option.metavar).startswith("FACTOR"):
+        return float
+    return int if option.metavar == "SIZE" or (isinstance(option.default, str) and option.default.isdigit()) else None
+
+
+_BESIDE_TEXT: dict[type | None, tuple[str, Callable[[Any], str]]] = {
+    None: ("text in quotes", _text),
+    int: ("an integer, or text in quotes", _text_or_integer),
+    float: ("a number, or text in quotes", _text_or_number),
+}
+"""What is expected of an option of text, and its check, by the number that it may be instead."""
 
 
 def _example(option: click.Option) -> Any:
