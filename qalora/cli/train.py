@@ -19,7 +19,7 @@ from qalora.cli.options import (
     output_option,
     print_json,
 )
-from qalora.cli.progress import log_format_option, training_bar
+from qalora.cli.progress import log_format_option, say, training_bar
 from qalora.errors import QaloraError
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
     """
     from qalora.converters import load
     from qalora.training import train
+    from qalora.training.compute import find_device, slowness
     from qalora.training.distributed import joined
 
     with joined(settings["device"]) as processes, _one_voice(processes):
@@ -143,6 +144,8 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
             train(load(model, checkpoint_format=checkpoint_format), options)
             click.get_current_context().exit()
         base = open_model(model, checkpoint_format)
+        if slow := slowness(options.compute, find_device(options.device)):
+            say(slow)
         seen: list[StepReport] = []
         with training_bar() as show:
 
