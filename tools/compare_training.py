@@ -5,7 +5,8 @@
 SmolLM2-135M-Instruct as its package carries it is quantized by gptq once for each width; every method trains on those
 integers, on the same blocks in the same order, each at its best rate of a search with one seed, then with three seeds.
 Each cell is a JSON file in DIR, so that a run goes on where it stopped; tables and plot are made of those files.
-docs/training_comparison.md says what a cell is; `comparison_plan.py` has the names, `comparison_cells.py` what is done.
+docs/training_comparison.md says what a cell is; `comparison_plan.py` has the names, `comparison_cells.py` what is
+done, `comparison_work.py` how it is measured.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def run_cell(work: Path, name: str) -> dict[str, Any]:
     """Make one cell here, and write its file."""
     import warnings
 
-    from comparison_cells import Work, make, write_whole
+    from comparison_cells import make
+    from comparison_work import Work, write_whole
 
     warnings.simplefilter("ignore")  # foreign libraries' own
     cell, done = parse(name), read_cells(work)
@@ -121,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     chosen = None if given.cells is None else [name for name in given.cells.split(",") if name]
     if chosen is None or chosen:
-        from comparison_cells import Protocol, prepare
+        from comparison_work import Protocol, prepare
 
         protocol = replace(Protocol(), **given.protocol, **({"steps": given.steps} if given.steps else {}))
         prepare(given.work, protocol)

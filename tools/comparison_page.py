@@ -149,13 +149,21 @@ def searches(done: Done, method: str) -> list[str]:
 
 
 def variants(done: Done, method: str) -> list[str]:
-    """What each change of QA-LoRA does, at one width."""
+    """What each change of QA-LoRA does, at one width: with seed 0, and with all where there are others."""
     base = f"{'' if method == 'gptq' else f'{method}-'}{VARIED}"
-    rows = [["as above", shown(values_of(done, Row(label="", kind="qalora"), base))]]
-    for kind, label in VARIANTS.items():
-        if values := values_of(done, Row(label="", kind=kind), base):
-            rows.append([label, shown(values)])
-    return lines_of(["QA-LoRA folded with one thing changed", f"{VARIED} bits"], rows) if len(rows) > 1 else []
+    rows = []
+    for kind, label in {"qalora": "as above", **VARIANTS}.items():
+        if cells := cells_of(done, kind, base):
+            values = values_of(done, Row(label="", kind=kind), base)
+            every = shown(values) if len(values) > 1 else ""
+            rows.append([label, shown([worth(cells[0])]), shown(values[:1]), every])
+    header = [
+        f"QA-LoRA folded with one thing changed, {VARIED} bits",
+        "validation, seed 0",
+        "held-out, seed 0",
+        "all seeds",
+    ]
+    return lines_of(header, rows) if len(rows) > 1 else []
 
 
 def written(done: Done, method: str = "gptq") -> str:

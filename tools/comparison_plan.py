@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,18 +39,23 @@ VARIANTS = {
     "fitted": "on minima fitted to the calibration's inputs (`quantize --fit-minima`)",
     "decay": "weight decay of 0.9",
 }
-"""What is changed in QA-LoRA, and trained again at the best rate."""
+"""What is changed in QA-LoRA, and trained again at the best rate: with seed 0, and with the others where that is better
+on the validation windows.
+"""
 
 VARIED = 3
 """The width at which variants are trained."""
 
-DERIVED = {"requantized": "qlora", "exported": "qalora", **dict.fromkeys(VARIANTS, "qalora")}
-"""Cells that are made of a trained one, or after it, and of whose best rate."""
+MADE_OF = {"requantized": "qlora", "exported": "qalora"}
+"""Cells that are made of a trained one's adapter, of its best rate."""
+
+DERIVED = {**MADE_OF, **dict.fromkeys(VARIANTS, "qalora")}
+"""Those, and the variants, which are trained at the best rate."""
 
 NAME = re.compile(
     r"float|base-(?P<base>(?:rtn-)?[2-8])"
     r"|(?P<kind>qalora|qlora|peqa)-(?P<on>(?:rtn-)?[2-8])-(?P<rate>0\.\d+)-(?P<seed>\d+)"
-    rf"|(?P<derived>requantized|exported|{'|'.join(VARIANTS)})-(?P<of>(?:rtn-)?[2-8])-(?P<its_seed>\d+)"
+    rf"|(?P<derived>{'|'.join(DERIVED)})-(?P<of>(?:rtn-)?[2-8])-(?P<its_seed>\d+)"
 )
 
 Done = Mapping[str, Mapping[str, Any]]
@@ -132,21 +137,37 @@ def ready(done: Done, cell: Cell) -> bool:
 def wanted(done: Done, method: str = "gptq") -> list[str]:
     """The cells that are missing, as far as they are known by now, in the order of work."""
     bases = [f"{'' if method == 'gptq' else f'{method}-'}{bits}" for bits in BITS]
+    varied = [base for base in bases if base.endswith(str(VARIED))]
     names = ["float", *(f"base-{base}" for base in bases)]
-    others = [kind for kind in START if kind not in FIRST]
-    for kinds, after in ((FIRST, [kind for kind in DERIVED if kind not in VARIANTS]), (others, list(VARIANTS))):
-        for base in bases:
-            for kind in kinds:
-                names += [trained_name(kind, base, rate, 0) for rate in search(done, kind, base)[0]]
-        for base in bases:
-            for kind in kinds:
-                best = search(done, kind, base)[1]
-                if best is not None and worth(done[trained_name(kind, base, best, 0)]) < math.inf:
-                    names += [trained_name(kind, base, best, seed) for seed in SEEDS[1:]]
-        for kind in after:
-            for base in bases:
-                if kind in VARIANTS and not base.endswith(str(VARIED)):
-                    continue
-                cells = [parse(f"{kind}-{base}-{seed}") for seed in SEEDS]
-                names += [cell.name for cell in cells if cell is not None and source(done, cell) is not None]
+    names += trained_names(done, FIRST, bases) + derived_names(done, MADE_OF, bases)
+    names += trained_names(done, [kind for kind in START if kind not in FIRST], bases)
+    names += variant_names(done, varied)
     return [name for name in names if name not in done]
+
+
+def trained_names(done: Done, kinds: Iterable[str], bases: list[str]) -> list[str]:
+    """What the searches of rates are still to run, and then the other seeds of the best ones."""
+    pairs = [(kind, base) for base in bases for kind in kinds]
+    names = [trained_name(kind, base, rate, 0) for kind, base in pairs for rate in search(done, kind, base)[0]]
+    for kind, base in pairs:
+        best = search(done, kind, base)[1]
+        if best is not None and worth(done[trained_name(kind, base, best, 0)]) < math.inf:
+            names += [trained_name(kind, base, best, seed) for seed in SEEDS[1:]]
+    return names
+
+
+def variant_names(done: Done, bases: list[str]) -> list[str]:
+    """Seed 0 of every variant; the other seeds of those that do better with it than what they vary."""
+    names = derived_names(done, VARIANTS, bases, SEEDS[:1])
+    for first in filter(lambda name: name in done, list(names)):
+        cell = parse(first)
+        of = cell and source(done, cell)
+        if cell is not None and of is not None and worth(done[first]) < worth(done[of]):
+            names += derived_names(done, [cell.kind], [cell.base], SEEDS[1:])
+    return names
+
+
+def derived_names(done: Done, kinds: Iterable[str], bases: list[str], seeds: tuple[int, ...] = SEEDS) -> list[str]:
+    """The cells of these kinds that have what they are made of."""
+    cells = [parse(f"{kind}-{base}-{seed}") for kind in kinds for base in bases for seed in seeds]
+    return [cell.name for cell in cells if cell is not None and source(done, cell) is not None]
