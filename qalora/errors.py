@@ -5,6 +5,7 @@
     │   ├── FormatError            a file is not what its format says it is
     │   │   └── NotFiniteError     a tensor holds NaN or Inf
     │   ├── AdapterError           an adapter does not fit, or cannot be folded
+    │   ├── DivergedError          a training whose numbers left what its dtypes reach
     │   ├── ExactnessError         a target cannot hold a weight exactly, and no loss was asked for by name
     │   ├── OutputError            the output exists, or there is no room for it
     │   └── MissingLibraryError    an optional library is absent; the sentence holds the command that installs it
@@ -19,6 +20,7 @@ that every message has the same form:
 
 __all__ = [
     "AdapterError",
+    "DivergedError",
     "ExactnessError",
     "FormatError",
     "InputError",
@@ -54,6 +56,10 @@ class NotFiniteError(FormatError):
 
 class AdapterError(InputError):
     """An adapter does not fit the model, or cannot be folded into it."""
+
+
+class DivergedError(InputError):
+    """A training's loss is no number, or what it learned is beyond its dtype."""
 
 
 class ExactnessError(InputError):

@@ -26,7 +26,7 @@ from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.converters.plan import ExportOptions
 from qalora.converters.torch_module import build, float_linear
-from qalora.errors import InputError
+from qalora.errors import DivergedError
 from qalora.folding import fold, prove_fold
 from qalora.parity.runtimes import open_runtime
 from qalora.quantization import QuantizeOptions, quantize
@@ -137,7 +137,7 @@ def make_variant(work: Work, cell: Cell, done: Done) -> dict[str, Any]:
         "decay": {"weight_decay": 0.9},
     }
     base = fitted(work, cell) if cell.kind == "fitted" else None
-    return train_qalora(work, cell, {"learning_rate": rate, **changes[cell.kind]}, base)
+    return {**train_qalora(work, cell, {"learning_rate": rate, **changes[cell.kind]}, base), "source": of.name}
 
 
 def fitted(work: Work, cell: Cell) -> Checkpoint:
@@ -168,7 +168,7 @@ def train_qalora(work: Work, cell: Cell, changes: dict[str, Any], base: Checkpoi
     clock = Clock()
     try:
         adapter = train(base, options, lambda report: losses.append(report.loss))
-    except InputError as error:
+    except DivergedError as error:
         return {"perplexity": None, "failed": str(error), "losses": losses, "options": options.to_json()}
     taken = clock.read()
     folded = fold(base, adapter)

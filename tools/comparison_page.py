@@ -9,7 +9,20 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from comparison_plan import RATES, SEEDS, START, VARIANTS, VARIED, Done, search, trained_name, tried_rates, worth
+from comparison_plan import (
+    RATES,
+    SEEDS,
+    START,
+    VARIANTS,
+    VARIED,
+    Done,
+    base_name,
+    search,
+    stale,
+    trained_name,
+    tried_rates,
+    worth,
+)
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 WIDTHS = (4, 3, 2)
@@ -56,7 +69,7 @@ def cells_of(done: Done, kind: str, base: str) -> list[Mapping[str, Any]]:
         names = [] if best is None else [trained_name(kind, base, best, seed) for seed in SEEDS]
     else:
         names = [f"{kind}-{base}-{seed}" for seed in SEEDS]
-    return [done[name] for name in names if name in done]
+    return [done[name] for name in names if name in done and not stale(done, name)]
 
 
 def values_of(done: Done, row: Row, base: str) -> list[float]:
@@ -83,7 +96,7 @@ def mean_of(cells: Sequence[Mapping[str, Any]], field: str) -> float | None:
 
 def base_names(method: str) -> list[str]:
     """The bases by width, in the order of the columns."""
-    return [f"{'' if method == 'gptq' else f'{method}-'}{bits}" for bits in WIDTHS]
+    return [base_name(bits, method) for bits in WIDTHS]
 
 
 def lines_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -150,7 +163,7 @@ def searches(done: Done, method: str) -> list[str]:
 
 def variants(done: Done, method: str) -> list[str]:
     """What each change of QA-LoRA does, at one width: with seed 0, and with all where there are others."""
-    base = f"{'' if method == 'gptq' else f'{method}-'}{VARIED}"
+    base = base_name(VARIED, method)
     rows = []
     for kind, label in {"qalora": "as above", **VARIANTS}.items():
         if cells := cells_of(done, kind, base):
@@ -175,7 +188,9 @@ def written(done: Done, method: str = "gptq") -> str:
 def write_page(page: Path, done: Done, method: str = "gptq") -> None:
     """Put the tables into a page, and the plot beside it, under the page's name."""
     before, _, rest = page.read_text("utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{page} has no lines {BEGIN} and {END}")
     page.write_text(f"{before}{BEGIN}\n{written(done, method)}\n{END}{tail}", encoding="utf-8")
     page.with_suffix(".svg").write_text(plot(done, method), encoding="utf-8")
 

@@ -4,7 +4,7 @@ float
 base-BASE                               BASE is bits (gptq), or rtn-bits
 qalora-BASE-RATE-SEED, qlora-..., peqa-...
 requantized-BASE-SEED, exported-BASE-SEED   of the best rate of QLoRA, of QA-LoRA
-uniform-BASE-SEED, auto-.., plus-.., mean-..  QA-LoRA at its best rate with one thing changed, see VARIANTS
+VARIANT-BASE-SEED                       QA-LoRA at its best rate with one thing changed, see VARIANTS
 """
 
 from __future__ import annotations
@@ -91,6 +91,11 @@ def parse(name: str) -> Cell | None:
     return Cell(name=name, kind="base" if found["base"] else "float", base=found["base"] or "")
 
 
+def base_name(bits: int, method: str) -> str:
+    """The name of a base; `gptq` is left out."""
+    return f"{bits}" if method == "gptq" else f"{method}-{bits}"
+
+
 def trained_name(kind: str, base: str, rate: str, seed: int) -> str:
     """The name of a training."""
     return f"{kind}-{base}-{rate}-{seed}"
@@ -127,6 +132,12 @@ def source(done: Done, cell: Cell) -> str | None:
     return name if best is not None and name in done and done[name]["perplexity"] is not None else None
 
 
+def stale(done: Done, name: str) -> bool:
+    """Whether a cell was made of another training than is the best by now."""
+    cell = parse(name)
+    return cell is not None and cell.kind in DERIVED and done[name].get("source") != source(done, cell)
+
+
 def ready(done: Done, cell: Cell) -> bool:
     """Whether what a cell is made of is there."""
     if cell.kind in ("float", "base"):
@@ -136,13 +147,13 @@ def ready(done: Done, cell: Cell) -> bool:
 
 def wanted(done: Done, method: str = "gptq") -> list[str]:
     """The cells that are missing, as far as they are known by now, in the order of work."""
-    bases = [f"{'' if method == 'gptq' else f'{method}-'}{bits}" for bits in BITS]
+    bases = [base_name(bits, method) for bits in BITS]
     varied = [base for base in bases if base.endswith(str(VARIED))]
     names = ["float", *(f"base-{base}" for base in bases)]
     names += trained_names(done, FIRST, bases) + derived_names(done, MADE_OF, bases)
     names += trained_names(done, [kind for kind in START if kind not in FIRST], bases)
     names += variant_names(done, varied)
-    return [name for name in names if name not in done]
+    return [name for name in names if name not in done or stale(done, name)]
 
 
 def trained_names(done: Done, kinds: Iterable[str], bases: list[str]) -> list[str]:
@@ -159,10 +170,9 @@ def trained_names(done: Done, kinds: Iterable[str], bases: list[str]) -> list[st
 def variant_names(done: Done, bases: list[str]) -> list[str]:
     """Seed 0 of every variant; the other seeds of those that do better with it than what they vary."""
     names = derived_names(done, VARIANTS, bases, SEEDS[:1])
-    for first in filter(lambda name: name in done, list(names)):
-        cell = parse(first)
-        of = cell and source(done, cell)
-        if cell is not None and of is not None and worth(done[first]) < worth(done[of]):
+    for first in [name for name in names if name in done and not stale(done, name)]:
+        cell, of = parse(first), done[done[first]["source"]]
+        if cell is not None and worth(done[first]) < worth(of):
             names += derived_names(done, [cell.kind], [cell.base], SEEDS[1:])
     return names
 

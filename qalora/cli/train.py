@@ -154,8 +154,6 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
                 show(report)
 
             adapter = train(base, options, step)
-    if not seen:
-        return
     last = seen[-1]
     found = {"steps": last.steps, "loss": last.loss, "held_out_loss": last.held_out, "strength": last.strength}
     if as_json:

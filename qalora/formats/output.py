@@ -20,7 +20,11 @@ __all__ = ["check_output", "json_bytes", "new_file", "new_folder", "write_json"]
 
 
 def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> None:
-    """Refuse an output that exists, unless `force` is set and it is an earlier output holding one of `names`."""
+    """Refuse an output that exists, unless `force` is set and it is an earlier output holding one of `names`; and the
+    folder that the process works in, which cannot be replaced.
+    """
+    if path.resolve() == Path.cwd():
+        raise OutputError(f"{path}", expected="a name", got="the folder you are in", todo="name a folder to make")
     if not path.exists() and not path.is_symlink():
         return
     if path.is_dir() and not any(path.iterdir()):
@@ -29,6 +33,18 @@ def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> Non
         raise OutputError(f"{path} exists already; choose another place or give --force")
     if path.is_symlink() or (path.is_dir() and not any((path / name).exists() for name in names)):
         raise OutputError(f"{path} exists and does not look like an earlier output; --force does not replace it")
+
+
+def check_writable(path: Path) -> None:
+    """OutputError where `new_folder` could not make a folder `path`: to know it before long work. Nothing stays."""
+    made = _make_parents(path)
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).rmdir()
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or error}") from error
+    finally:
+        for folder in made:
+            _remove_if_empty(folder)
 
 
 @contextmanager

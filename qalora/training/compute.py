@@ -20,10 +20,12 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device, dtype=torch.float64)  # which minima are folded in
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError("--device", expected="one that torch has here", got=f"{name!r} ({reason})") from error
+        raise InputError(
+            "--device", expected="one that torch has here, with float64", got=f"{name!r} ({reason})"
+        ) from error
     return device
 
 

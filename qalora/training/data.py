@@ -31,6 +31,8 @@ __all__ = ["Blocks", "Document", "check_data", "make_blocks", "read_documents"]
 
 LINE_BYTES = 64 << 20
 TEXT_BYTES = 1 << 30
+FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zip", ".zst")
+"""Ends of names that are files'. A dataset of the Hub may have a point in its name, as in owner/name-2.5."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +59,8 @@ class Blocks:
         return self.tokens[rows], self.targets[rows]
 
     def split(self, held_out: float) -> tuple[Blocks, Blocks]:
-        """(the blocks to train on, the last ones, at least one)."""
-        cut = len(self) - max(1, round(held_out * len(self)))
+        """(the blocks to train on, the last ones), at least one of each of two or more."""
+        cut = max(1, len(self) - max(1, round(held_out * len(self))))
         return (
             Blocks(tokens=self.tokens[:cut], targets=self.targets[:cut]),
             Blocks(tokens=self.tokens[cut:], targets=self.targets[cut:]),
@@ -76,8 +78,13 @@ def check_data(data: str) -> None:
     path = Path(data)
     if path.is_dir():
         raise InputError(data, expected="a text or JSONL file", got="a folder")
-    if not path.exists() and (path.suffix or data.count("/") > 1 or data.startswith((".", "/", "~"))):
+    if not path.exists() and not may_be_of_the_hub(data):
         raise InputError(f"{data}: no such file")
+
+
+def may_be_of_the_hub(data: str) -> bool:
+    """Whether it has the form name, owner/name, or one of them with :configuration."""
+    return not (data.endswith(FILES) or data.count("/") > 1 or data.startswith((".", "/", "~")) or data.endswith("/"))
 
 
 def read_documents(data: str, tokenizer: Any) -> Iterator[Document]:
@@ -178,12 +185,33 @@ def _conversation(where: str, messages: Any, tokenizer: Any) -> Document:
     for n, turn in enumerate(messages):
         if turn["role"] == "assistant":
             before, after = render(messages[:n], ask=True) if n else "", render(messages[: n + 1])
-            if not (whole.startswith(after) and after.startswith(before)):
+            stop = _end_of_turn(whole, before, after, str(turn["content"]).strip())
+            if stop is None:
                 raise InputError(
-                    f"{where}: messages", expected="a chat template that only appends", got="one that does not"
+                    f"{where}: messages",
+                    expected="a chat template that writes a turn in the same way whatever follows",
+                    got="one that does not",
+                    todo="use prompt and completion",
                 )
-            spans.append((len(before), len(after)))
+            spans.append((len(before), stop))
     return Document(text=whole, spans=tuple(spans))
+
+
+def _end_of_turn(whole: str, before: str, after: str, content: str) -> int | None:
+    """Where in a conversation the turn ends that begins after `before`; None where that is not to be told.
+
+    after  the conversation as far as that turn. A template may write a last turn in another way than an earlier one, as
+           Qwen3's does, which gives the last thoughts: then what follows the turn's content has to be the same
+    """
+    if not (whole.startswith(before) and after.startswith(before)):
+        return None
+    if whole.startswith(after):
+        return len(after)
+    tail = after[after.rfind(content) + len(content) :] if content in after[len(before) :] else None
+    at = whole.find(content, len(before))
+    if tail is None or at != len(before) or not whole.startswith(tail, at + len(content)):
+        return None
+    return at + len(content) + len(tail)
 
 
 def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int) -> Blocks:

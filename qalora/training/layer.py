@@ -35,20 +35,21 @@ from torch import Tensor, nn
 
 from qalora.adapter import AdapterLayer
 from qalora.errors import AdapterError
-from qalora.folding import folded_group_size, folded_minima
+from qalora.folding import check_pool, folded_minima
 from qalora.fused import dequantize
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["FoldedLinear", "check_pool", "keep_weights", "uniform_rows"]
+__all__ = ["FoldedLinear", "folded_size", "keep_weights", "uniform_rows"]
 
 
 class FoldedLinear(nn.Module):
     """A quantized linear layer with an adapter in its minima.
 
     a  float32 [rank, in/pool_size], uniform in +-1/sqrt(in/pool_size), as LoRA's is; `start_from` gives others
-    b  float32 [out, rank], zeros; without `trained` both are zeros of rank 1, frozen: the base's layer, packed
+    b  float32 [out, rank], zeros; without `trained` both are zeros of rank 1, frozen, and the minima are not rounded:
+       the base's layer, packed, whatever the pool is
 
-    Raises AdapterError for a pool that neither divides the group nor is a multiple of it.
+    Raises AdapterError for a pool that neither divides the group nor is a multiple of it, or does not divide `in`.
     """
 
     packed: Tensor
@@ -69,8 +70,9 @@ class FoldedLinear(nn.Module):
         trained: bool = True,
     ) -> None:
         super().__init__()
+        pool_size = pool_size if trained else tensor.group_size
         (out, columns), pools = tensor.shape, tensor.shape[1] // pool_size
-        self.group_size = check_pool(name, tensor.shape, tensor.group_size, pool_size)
+        self.group_size = folded_size(name, columns, tensor.group_size, pool_size)
         self.base_group_size, self.pool_size = tensor.group_size, pool_size
         self.bits, self.factor, self.minima = tensor.bits, factor, minima
         for key, value in (("packed", tensor.packed), ("scale", tensor.scale), ("minimum", tensor.min)):
@@ -98,7 +100,9 @@ class FoldedLinear(nn.Module):
         return found
 
     def folded(self) -> Tensor:
-        """min' in float32 [out, in/group_size], rounded."""
+        """min' in float32 [out, in/group_size], rounded; the base's without `trained`."""
+        if not self.trained:
+            return self.minimum
         return folded_minima(
             self.minimum,
             self.a.detach(),
@@ -179,13 +183,11 @@ def keep_weights(layers: Sequence[FoldedLinear]) -> None:
         layer._wide = layer._fill(part.view(size))
 
 
-def check_pool(name: str, shape: tuple[int, ...], group_size: int, pool_size: int) -> int:
+def folded_size(name: str, columns: int, group_size: int, pool_size: int) -> int:
     """The group size after the fold; AdapterError for a pool that cannot be folded into these groups."""
-    if shape[1] % pool_size:
-        raise AdapterError(f"{name}: pool_size", expected=f"a divisor of in = {shape[1]}", got=str(pool_size))
-    a, b = torch.zeros(1, shape[1] // pool_size), torch.zeros(shape[0], 1)
-    probe = AdapterLayer(a=a, b=b, pool_size=pool_size, scaling=1.0, factor=1.0)
-    return folded_group_size(group_size, probe, name)
+    if columns % pool_size:
+        raise AdapterError(f"{name}: pool_size", expected=f"a divisor of in = {columns}", got=str(pool_size))
+    return check_pool(group_size, pool_size, name)
 
 
 class _Folded(torch.autograd.Function):
@@ -193,20 +195,23 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: FoldedLinear) -> Tensor:
-        pooled = x.reshape(-1, a.shape[1], layer.pool_size).sum(dim=2)
-        ctx.save_for_backward(pooled, a, b)
+        if layer.trained:
+            pooled = x.reshape(-1, a.shape[1], layer.pool_size).sum(dim=2)
+            ctx.save_for_backward(pooled, a, b)
         ctx.layer = layer
         return nn.functional.linear(x, layer.weight(), layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad_y,) = grads
-        pooled, a, b = ctx.saved_tensors
         layer: FoldedLinear = ctx.layer
+        grad_x = grad_y @ layer.weight() if ctx.needs_input_grad[0] else None
+        if not layer.trained:
+            return grad_x, None, None, None
+        pooled, a, b = ctx.saved_tensors
         grad_m = layer.factor * (grad_y.reshape(-1, b.shape[0]).t() @ pooled)
         if layer.gathered is not None:
             layer.gathered += grad_m
-        grad_x = grad_y @ layer.weight() if ctx.needs_input_grad[0] else None
         return grad_x, b.t() @ grad_m, grad_m @ a.t(), None
 
 

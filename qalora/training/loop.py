@@ -23,19 +23,28 @@ from torch import Tensor, nn
 from qalora.adapter import ADAPTER_FILES, Adapter, AdapterLayer, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
-from qalora.errors import InputError, OutputError
+from qalora.errors import DivergedError, InputError, OutputError
 from qalora.folding import FLOAT16_MAX
-from qalora.formats.output import check_output, new_folder, write_json
+from qalora.formats.output import check_output, check_writable, new_folder, write_json
 from qalora.training.compute import dtype_of, find_device
 from qalora.training.data import Blocks, check_data, make_blocks, read_documents
 from qalora.training.distributed import ALONE, Processes, joined
 from qalora.training.interrupt import Interrupted, deferred
-from qalora.training.layer import FoldedLinear, check_pool, keep_weights
+from qalora.training.layer import FoldedLinear, folded_size, keep_weights
 from qalora.training.lean import checkpoint_layers, fit
 from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.options import TrainOptions
 from qalora.training.starting import SEQUENCES, first_rows
-from qalora.training.state import State, checkpoint_of, forget_state, read_ranks, read_state, write_state
+from qalora.training.state import (
+    RECORD,
+    State,
+    check_state,
+    checkpoint_of,
+    forget_state,
+    read_ranks,
+    read_state,
+    write_state,
+)
 from qalora.training.strength import Tried, at_strength, best_of, try_strengths
 
 __all__ = ["LOG", "Progress", "StepReport", "train", "untrained"]
@@ -68,14 +77,19 @@ def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda 
 
     The folder holds an adapter that PEFT can read, and training.json: options, losses by step, held-out losses, in nats
     per token. Raises InputError for a float or act-order model, one without tokenizer, target modules that match
-    nothing, data that is too short or not as `qalora.training.data` says, an output that exists, and a loss that is no
-    number; and Interrupted, a KeyboardInterrupt, after Ctrl-C or SIGTERM, with a checkpoint of the step that was under
-    way if there are checkpoints. In a process that a launcher started it is that process's part of one run, see
+    nothing, data that is too short or not as `qalora.training.data` says, an output that exists or cannot be made,
+    and a checkpoint of an earlier run, which only resume or force touch; DivergedError for a loss that is no number;
+    Interrupted, a KeyboardInterrupt, after Ctrl-C or SIGTERM, with a checkpoint of the step that was under way if there
+    are checkpoints. In a process that a launcher started it is that process's part of one run, see
     `qalora.training.distributed`: each gets the adapter, the first writes it and is told the progress.
     """
     with joined(options.device) as processes:
         with processes.together():
             check_output(options.out, force=options.force, names=ADAPTER_FILES)
+            if options.save_every:
+                check_state(options.out, force=options.force or options.resume)
+            if processes.first:
+                check_writable(options.out)
             check_data(options.data)
             targets = _targets(model, options)
             kept, held = _data(model, options)
@@ -125,16 +139,16 @@ def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
     if unmatched:
         kinds = sorted({module.rpartition(".")[2] for module in specs})
         raise InputError("--target-modules", expected=f"some of {', '.join(kinds)}", got=repr(unmatched[0]))
-    for module in sorted(found):
-        spec = specs[module]
+    for module, spec in sorted(specs.items()):
         if spec is not None and spec.act_order:
             raise InputError(
                 f"{module} was quantized with act-order: its groups are not runs of columns, and an adapter over them "
                 "cannot be folded",
                 todo="quantize without act-order",
             )
-        if spec is not None and options.pool_size is not None:
-            check_pool(module, model.tensors[f"{module}.weight"].shape, spec.group_size, options.pool_size)
+        if spec is not None and module in found and options.pool_size is not None:
+            columns = model.tensors[f"{module}.weight"].shape[1]
+            folded_size(module, columns, spec.group_size, options.pool_size)
     return frozenset(found)
 
 
@@ -218,7 +232,7 @@ class _Run:
         self._identity = {
             **self._chosen,
             "data_sha256": kept.digest() + held.digest(),
-            "model_sha256": _fingerprint(model),
+            "model_sha256": _fingerprint(model.config, self._module),
         }
 
     def _take_parameters(self) -> None:
@@ -253,7 +267,7 @@ class _Run:
         self._optimizer.zero_grad(set_to_none=True)
         self._processes.sum_tensors(list(found.values()))
         if not math.isfinite(mean):
-            raise InputError(
+            raise DivergedError(
                 "the model's loss on the first sequences", expected="a number", got=f"{mean}", todo="look at the base"
             )
         return {path: gradient.cpu() for path, gradient in found.items()}
@@ -261,7 +275,7 @@ class _Run:
     def resumed(self) -> State:
         """The state of the checkpoint, after it was put into the model."""
         if self._options.rank == "auto":
-            for path, rank in read_ranks(self._options.out, list(self._layers)).items():
+            for path, rank in read_ranks(self._options.out, self._identity, list(self._layers)).items():
                 self._layers[path].start_from(torch.zeros(rank, self._layers[path].a.shape[1]))
             self._take_parameters()
         return read_state(self._options.out, self._identity, self._parameters, self._optimizer)
@@ -328,7 +342,7 @@ class _Run:
         try:
             write_state(self._options.out, state, self._identity, self._parameters, self._optimizer)
         except OutputError as error:
-            kept = "; an earlier one stays" if checkpoint_of(self._options.out).exists() else ""
+            kept = "; an earlier one stays" if (checkpoint_of(self._options.out) / RECORD).exists() else ""
             return f"no checkpoint of step {state.step}: {error}{kept}"
         return ""
 
@@ -353,7 +367,7 @@ class _Run:
         self._processes.sum_gradients(self._parameters.values())
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), options.max_gradient_norm)
         if not math.isfinite(mean) or not bool(torch.isfinite(norm)):
-            raise InputError(
+            raise DivergedError(
                 f"step {step + 1}: the loss is {mean} and the gradient's norm {float(norm)}",
                 todo="train with a lower --learning-rate",
             )
@@ -399,13 +413,13 @@ class _Run:
     def adapter(self) -> Adapter:
         """What was learned, at its strength, in the paper's convention.
 
-        InputError for minima that float16 does not reach.
+        DivergedError for minima that float16 does not reach.
         """
         with at_strength(list(self._layers.values()), best_of(self._tried)[0]):
             for path, layer in self._layers.items():
                 largest = float(layer.folded().abs().max())
                 if self._options.minima == "float16" and not largest <= FLOAT16_MAX:
-                    raise InputError(
+                    raise DivergedError(
                         f"the minima of {path}",
                         expected="values that float16 reaches",
                         got=f"{largest:g}",
@@ -462,13 +476,16 @@ def _order(blocks: int, seed: int, first: int, count: int) -> Sequence[int]:
     return found
 
 
-def _fingerprint(model: Checkpoint) -> str:
-    """SHA-256 of the config and of the first and last quantized layer; enough to tell one base from another."""
-    config: Mapping[str, Any] = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode("utf-8"))
-    names = [name for name in model.linears if model.tensors[name].spec is not None]
-    for name in (names[0], names[-1]):
-        tensor = model.tensors[name].load_quantized()
-        for part in (tensor.packed, tensor.scale, tensor.min):
-            found.update(part.contiguous().numpy().tobytes())
+def _fingerprint(config: Mapping[str, Any], module: nn.Module) -> str:
+    """SHA-256 of the config, of every quantized layer's scales and minima, and of norms and biases: what tells one base
+    from another.
+    """
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8"))
+    for path, part in module.named_modules():
+        kept = [part.scale, part.minimum] if isinstance(part, FoldedLinear) else []
+        kept += [parameter.detach() for parameter in part.parameters(recurse=False) if parameter.ndim == 1]
+        for value in kept:
+            found.update(path.encode("utf-8"))
+            found.update(value.contiguous().cpu().numpy().tobytes())
     return found.hexdigest()

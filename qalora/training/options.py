@@ -16,6 +16,10 @@ BUDGET_RANK = 16
 """The rank everywhere whose parameters are the budget of rank "auto", if none is given."""
 
 
+SEEDS = 2**32 - 1
+"""The highest seed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
     """Options of `qalora.training.train`; raises InputError for one out of range.
@@ -37,8 +41,8 @@ class TrainOptions:
     sequence_length tokens of a sequence
     learning_rate   AdamW's highest: it rises over `warmup` of the steps and falls linearly to 0
     held_out        share of the data, its end, that is not trained on
-    strength        a factor of what was learned, applied to B after the last step; "auto" is the one of
-                    `qalora.training.strength.STRENGTHS` that the held-out loss prefers
+    strength        a factor of what was learned, applied to B after the last step; "auto" finds one of
+                    `qalora.training.strength.STRENGTHS` by the held-out loss
     evaluate_every  steps between held-out losses, beside the first and last; 0 is never
     save_every      steps between checkpoints, in `<out>.checkpoint`; 0 is never
     device          cpu, cuda, ...; auto is a GPU where torch has one
@@ -90,10 +94,11 @@ class TrainOptions:
             ("sequence_length", 2),
             ("evaluate_every", 0),
             ("save_every", 0),
-            ("seed", 0),
         ):
             if getattr(self, name) < least:
                 raise InputError(name, expected=f"at least {least}", got=str(getattr(self, name)))
+        if not 0 <= self.seed <= SEEDS:
+            raise InputError("seed", expected=f"0 to {SEEDS}", got=str(self.seed))
         if self.steps is not None and self.steps < 1:
             raise InputError("steps", expected="at least 1", got=str(self.steps))
         for name, low, high in (
@@ -108,7 +113,7 @@ class TrainOptions:
         if not 0 <= self.warmup < 1 or not 0 <= self.weight_decay < 1:
             raise InputError("warmup and weight_decay", expected="0 to 1", got=f"{self.warmup} and {self.weight_decay}")
         if self.alpha is not None and not 0 < self.alpha < 1e6:
-            raise InputError("alpha", expected="above 0", got=str(self.alpha))
+            raise InputError("alpha", expected="above 0, below 1e+06", got=str(self.alpha))
         if self.convention not in CONVENTIONS:
             raise InputError("convention", expected=f"one of {', '.join(CONVENTIONS)}", got=repr(self.convention))
         for name, known in (
@@ -130,7 +135,7 @@ class TrainOptions:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise InputError("rank", expected="at least 1, or auto", got=str(self.rank))
         if self.budget is not None:
-            raise InputError("budget goes with rank auto, and the rank is a number", todo="leave one of them out")
+            raise InputError("budget", expected="--rank auto beside it", got=f"--rank {self.rank}")
 
     @property
     def scaling(self) -> float:

@@ -13,10 +13,12 @@ holds a whole checkpoint, the old or the new.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,16 @@ from qalora.formats.files import InputFile, read_limited
 from qalora.formats.output import new_file, new_folder, write_json
 from qalora.formats.safetensors import SafetensorsWriter, plan_layout, read_header, read_tensor
 
-__all__ = ["State", "checkpoint_of", "forget_state", "read_ranks", "read_state", "write_state"]
+__all__ = ["State", "check_state", "checkpoint_of", "forget_state", "read_ranks", "read_state", "write_state"]
 
 VERSION = 2
 RECORD = "state.json"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HIGHEST_RANK = 1 << 20
 """A checkpoint with a higher one is none of ours."""
+
+STATE_FILES = re.compile(r"state\.json|state-\d+\.safetensors|\.state\S+\.\d+")
+"""What a checkpoint's folder holds, the last where a run was killed while it wrote."""
 
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}
 
@@ -51,6 +57,25 @@ class State:
 def checkpoint_of(out: Path) -> Path:
     """Where the checkpoint of a run that writes `out` lies: beside it."""
     return out.parent / f"{out.name}.checkpoint"
+
+
+def check_state(out: Path, *, force: bool) -> None:
+    """OutputError where a checkpoint of `out` would replace another run's, unless `force`, or what is no checkpoint."""
+    place = checkpoint_of(out)
+    if (place / RECORD).is_file() and not force:
+        raise OutputError(
+            f"{place} holds the checkpoint of an earlier run", todo="--resume goes on with it, --force starts anew"
+        )
+    if place.is_symlink() or (place.exists() and not (place / RECORD).is_file() and _any_other(place)):
+        raise OutputError(
+            f"{place}, where checkpoints go, exists and is none",
+            todo="move it, choose another output, or --save-every 0",
+        )
+
+
+def _any_other(place: Path) -> bool:
+    """Whether there is more than what runs that were killed may have left."""
+    return not place.is_dir() or any(not STATE_FILES.fullmatch(path.name) for path in place.iterdir())
 
 
 def write_state(
@@ -90,6 +115,8 @@ def write_state(
         if not isinstance(error.__cause__, OSError):
             raise
         reason = error.__cause__.strerror or str(error.__cause__)
+        if error.__cause__.errno not in NO_ROOM:
+            raise OutputError(f"{place}: {reason}") from error
         raise OutputError(f"{place}", expected=f"room for {layout.size} bytes", got=reason) from error
 
 
@@ -110,25 +137,38 @@ def _replace(place: Path, step: int, write: Callable[[Path], None], record: Mapp
         if not known:
             weights.unlink(missing_ok=True)
         raise
+    _remove_others(place, weights.name)
+
+
+def _remove_others(place: Path, weights: str) -> None:
+    """Remove the old checkpoint's weights, and what a run left that was killed while it wrote."""
     for other in place.iterdir():
-        if other != weights and re.fullmatch(r"state-\d+\.safetensors|\.state\S+\.\d+", other.name):
-            other.unlink(missing_ok=True)  # the old one's, or of a run that was killed while it wrote
+        if other.name not in (weights, RECORD) and STATE_FILES.fullmatch(other.name):
+            other.unlink(missing_ok=True)
 
 
 def forget_state(out: Path) -> None:
-    """Remove the checkpoint of `out`, and what runs that were killed while they wrote a first one left beside it."""
+    """Remove the checkpoint of `out`, and what runs that were killed while they wrote a first one left beside it.
+
+    A folder of that name that is not a checkpoint's, and other files in it, stay.
+    """
     place = checkpoint_of(out)
-    shutil.rmtree(place, ignore_errors=True)
+    if place.is_dir() and not place.is_symlink():
+        for path in place.iterdir():
+            if STATE_FILES.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            place.rmdir()
     for left in place.parent.iterdir():
         ours = re.fullmatch(re.escape(f".{place.name}.") + r"[a-z0-9_]{8}", left.name)
         if ours and left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
 
 
-def read_ranks(out: Path, modules: Sequence[str]) -> dict[str, int]:
+def read_ranks(out: Path, run: Mapping[str, Any], modules: Sequence[str]) -> dict[str, int]:
     """The rank of each module in the checkpoint of `out`. Raises as `read_state` does."""
     folder = checkpoint_of(out)
-    _, step = _record(folder)
+    step = _state(folder, run)
     header = read_header(folder / _weights(step.step))
     found = {}
     for module in modules:
@@ -144,6 +184,13 @@ def read_state(
 ) -> State:
     """Put a checkpoint into parameters and optimizer. InputError where there is none, or it is of another run."""
     folder = checkpoint_of(out)
+    state = _state(folder, run)
+    _load(folder / _weights(state.step), parameters, optimizer, state.step)
+    return state
+
+
+def _state(folder: Path, run: Mapping[str, Any]) -> State:
+    """Where the run is; InputError for another run's."""
     found, state = _record(folder)
     wanted = {"version": VERSION, **run}
     for key in sorted({*found, *wanted}, key=lambda key: (key != "version", key)):
@@ -152,9 +199,8 @@ def read_state(
                 f"{folder}: {key}",
                 expected=repr(wanted.get(key)),
                 got=repr(found.get(key)),
-                todo="it is another run's; start without --resume",
+                todo="it is another run's; start anew with --force in place of --resume",
             )
-    _load(folder / _weights(state.step), parameters, optimizer, state.step)
     return state
 
 

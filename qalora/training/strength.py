@@ -7,6 +7,7 @@ before it is folded and written, so that what is measured is what ships, to the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -38,8 +39,8 @@ def try_strengths(full: float, loss_at: Callable[[float], float]) -> Tried:
 
 
 def best_of(tried: Tried) -> tuple[float, float]:
-    """The pair of the least loss; the highest strength of several."""
-    return min(tried, key=lambda pair: pair[1])
+    """The pair of the least loss, the highest strength of several; one whose loss is no number only if all are so."""
+    return min(tried, key=lambda pair: (math.isnan(pair[1]), pair[1]))
 
 
 @contextmanager

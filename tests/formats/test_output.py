@@ -6,7 +6,7 @@ import pytest
 
 from qalora.errors import InputError, OutputError
 from qalora.formats.files import InputFile, OutputFile
-from qalora.formats.output import new_file, new_folder
+from qalora.formats.output import check_writable, new_file, new_folder
 
 
 def _everything(folder: Path) -> list[str]:
@@ -35,6 +35,23 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
         (work / "file").write_text("x", encoding="utf-8")
         raise OSError(28, "No space left on device")
     assert _everything(tmp_path) == []
+
+
+def test_that_a_folder_cannot_be_made_is_known_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    assert _everything(tmp_path) == []
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for place in (tmp_path / "file" / "a", Path("/proc/a")):
+        with pytest.raises(OutputError, match=f"^{place.parent}|{place}: "):
+            check_writable(place)
+    assert _everything(tmp_path) == ["file"]
+
+
+def test_the_folder_one_is_in_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (Path(), tmp_path, tmp_path / "a" / ".."):
+        with pytest.raises(OutputError, match="expected a name, got the folder you are in"), new_folder(place):
+            pytest.fail("entered")
 
 
 def test_an_output_is_replaced_by_force_only(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def everything(plan: Any, worth: Callable[[str, str], float | None]) -> dict[str
     while names := plan.wanted(done):
         able = [name for name in names if plan.ready(done, plan.parse(name))]
         assert able[0] == names[0]
-        done[able[0]] = answer(able[0], worth)
+        made, cell = answer(able[0], worth), plan.parse(able[0])
+        done[able[0]] = {**made, "source": plan.source(done, cell)} if cell.kind in plan.DERIVED else made
     return done
 
 
@@ -105,6 +106,17 @@ def test_a_search_goes_downhill_until_the_neighbours_are_worse(tool: Callable[[s
     assert plan.search(done, "qlora", "3") == ([], "0.002")
     assert "qlora-3-0.002-2" in done
     assert "qlora-3-0.003-2" not in done
+
+
+def test_what_is_made_of_a_rate_that_is_no_longer_the_best_is_made_again(tool: Callable[[str], Any]) -> None:
+    plan, page = tool("comparison_plan"), tool("comparison_page")
+    done = everything(plan, middle)
+    done["qlora-3-0.03-0"] = {**answer("qlora-3-0.03-0", middle), "validation": 1.0}
+    done |= {f"qlora-3-{rate}-0": answer(f"qlora-3-{rate}-0", middle) for rate in ("0.02", "0.05")}
+    for seed in (1, 2):
+        done[f"qlora-3-0.03-{seed}"] = answer(f"qlora-3-0.03-{seed}", middle)
+    assert plan.wanted(done) == [f"requantized-3-{seed}" for seed in plan.SEEDS]
+    assert "| QLoRA merged, rounded again |  | 30.00 (30.00..30.00) |  | 30.00" in page.written(done)
 
 
 def test_what_failed_at_every_rate_is_left(tool: Callable[[str], Any]) -> None:

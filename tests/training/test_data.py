@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qalora.errors import InputError
-from qalora.training.data import Document, make_blocks, read_documents
+from qalora.training.data import Document, check_data, make_blocks, read_documents
 from qalora.training.loss import IGNORED
 
 
@@ -55,6 +55,39 @@ def test_of_a_conversation_the_assistant_is_learned(tmp_path: Path, smollm2_toke
     assert "Hello" not in text
     assert "Bye" not in text
     assert "user" not in text
+
+
+THINKING = """{%- set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- set content = m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content %}
+{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
+{{- content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+"""As Qwen3's: only an answer to the last question is given (empty) thoughts."""
+
+
+def test_a_template_that_writes_earlier_turns_in_another_way(tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    from copy import copy
+
+    tokenizer = copy(smollm2_tokenizer)
+    tokenizer.chat_template = THINKING
+    turns = [
+        {"role": "user", "content": "Day or good?"},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nGood day."},
+        {"role": "user", "content": "Good day. Bye!"},
+        {"role": "assistant", "content": "Good day."},
+    ]
+    plain = [turns[0], {"role": "assistant", "content": "Good day."}, *turns[2:]]
+    (document,) = read_documents(write(tmp_path / "a.jsonl", {"messages": plain}), tokenizer)
+    assert document.text.count("<think>") == 1
+    assert document.spans is not None
+    spans = [document.text[a:b] for a, b in document.spans]
+    assert spans == ["Good day.<|im_end|>\n", "<think>\n\n</think>\n\nGood day.<|im_end|>\n"]
+    with pytest.raises(InputError, match=r"a.jsonl:1: messages: .* use prompt and completion"):
+        list(read_documents(write(tmp_path / "a.jsonl", {"messages": turns}), tokenizer))
 
 
 def test_rows_of_all_kinds_mix_and_empty_lines_are_skipped(tmp_path: Path, smollm2_tokenizer: Any) -> None:
@@ -120,3 +153,19 @@ def test_the_end_is_held_out(smollm2_tokenizer: Any) -> None:
     assert (len(kept), len(held)) == (90, 10)
     assert torch.equal(torch.cat([kept.tokens, held.tokens]), blocks.tokens)
     assert len(blocks.split(0.0001)[1]) == 1
+    few = make_blocks([Document(text="word " * 30)], smollm2_tokenizer, 10)
+    assert [len(part) for part in few.split(0.9)] == [1, len(few) - 1], "something is left to train on"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["imdb", "teknium/OpenHermes-2.5", "wikimedia/wikipedia:20231101.en", "allenai/c4:en.noblocklist", "a/b.v2:plain"],
+)
+def test_names_of_the_hub(name: str) -> None:
+    check_data(name)
+
+
+@pytest.mark.parametrize("name", ["none.txt", "data/none.jsonl", "./none", "~/none", "/none", "a/b/c", "none.parquet"])
+def test_files_that_are_not_there(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: no such file$"):
+        check_data(name)

@@ -27,6 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("distributed")
     tiny_llama(root / "float", tokenizer=byte_tokenizer())
     (root / "text.txt").write_text(demo_text()[:6_000], encoding="utf-8")
+    (root / "other.txt").write_text(demo_text()[6_000:12_000], encoding="utf-8")
     for words in (["quantize", root / "float", "-o", root / "base"], train(root, root / "one")):
         assert python("-m", "qalora", *words).returncode == 0
     return root
@@ -138,9 +139,9 @@ FAILURES: dict[str, tuple[str, str]] = {
         "no.txt: no such file",
     ),
     "other data": (
-        "import os, sys\nif os.environ['RANK'] == '1': sys.argv = [a.replace('text.txt', 'float/config.json') "
-        "if a.endswith('text.txt') else a for a in sys.argv]",
-        "expected",
+        "import os, sys\n"
+        "if os.environ['RANK'] == '1': sys.argv = [a.replace('text.txt', 'other.txt') for a in sys.argv]",
+        "qalora: data_sha256: expected the same in every process, got ",
     ),
 }
 

@@ -134,7 +134,7 @@ KILLED = {
     "in the first checkpoint's record": (at("state", "write_json", 1, "SIGKILL"), None),
     "in a checkpoint's weights": (at("state", "SafetensorsWriter.__exit__", 2, "SIGKILL"), 2),
     "between a checkpoint's weights and record": (at("state", "write_json", 2, "SIGKILL"), 2),
-    "in a checkpoint's tidying": (at("state", "re.fullmatch", 1, "SIGKILL"), 4),
+    "in a checkpoint's tidying": (at("state", "_remove_others", 1, "SIGKILL"), 4),
     "in the adapter": (at("loop", "write_adapter", 1, "SIGKILL"), 6),
 }
 

@@ -16,12 +16,14 @@ from qalora.adapter import read_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.torch_module import build
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, OutputError
 from qalora.formats.safetensors import read_header
+from qalora.quantization import quantize
 from qalora.testing import random_tensor
 from qalora.training import StepReport, TrainOptions, train
 from qalora.training.compute import dtype_of, find_device
 from qalora.training.loop import _data, _order, _Run, _targets
+from qalora.training.state import State
 
 
 def options(text: Path, out: Path, **changes: Any) -> TrainOptions:
@@ -42,8 +44,6 @@ def test_the_trained_model_is_the_folded_model(
     """Written, read again, folded, and run: the very minima and, in float32, logits of the model that was trained."""
     chosen = options(text, tmp_path / "adapter", minima=minima, pool_size=pool_size, compute=compute)
     run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
-    from qalora.training.state import State
-
     run.to_the_end(State(), lambda report: None)
     train(base, chosen)
     folded = qalora.fold(base, tmp_path / "adapter")
@@ -176,15 +176,114 @@ def test_the_convention_changes_the_file_and_not_the_weights(base: Checkpoint, t
         assert all(torch.equal(first.min, other.min) for other in others), name
 
 
-def test_target_modules(base: Checkpoint, text: Path, tmp_path: Path) -> None:
-    train(base, options(text, tmp_path / "a", target_modules=("q_proj", "mlp.up_proj")))
+def test_target_modules(base: Checkpoint, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """The others are the base's, also where their minima are not float16's: the model is the folded one."""
+    whole = quantize(load(tiny), bits=4, group_size=32, zeros="integer")
+    chosen = options(text, tmp_path / "a", target_modules=("q_proj", "mlp.up_proj"))
+    run = _Run(whole, chosen, _targets(whole, chosen), *_data(whole, chosen))
+    run.to_the_end(State(), lambda report: None)
+    train(whole, chosen)
     names = read_header(tmp_path / "a" / "adapter_model.safetensors").entries
-    modules = {name.split(".")[5] for name in names if ".self_attn." in name or ".mlp." in name}
     assert {name.removesuffix(".lora_A.weight").rpartition(".")[2] for name in names if "lora_A" in name} == {
         "q_proj",
         "up_proj",
     }
-    assert modules
+    tokens = torch.arange(40)[None] * 7
+    with torch.no_grad():
+        trained = run._module(input_ids=tokens).logits
+    assert torch.equal(build(qalora.fold(whole, tmp_path / "a"))(input_ids=tokens).logits, trained)
+
+
+def test_steps_are_adamw_with_clipped_gradients_on_a_schedule(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    """Against the formulas (Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2) in float64, a
+    step at a time: 2 of 6 steps of warm-up, then down in a line.
+    """
+    rate, decay, limit = 0.01, 0.1, 0.05
+    more = {"learning_rate": rate, "weight_decay": decay, "max_gradient_norm": limit, "warmup": 0.34}
+    chosen = options(text, tmp_path / "a", start="uniform", **more)
+    run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
+    parameters = run._parameters
+    count = sum(parameter.numel() for parameter in parameters.values())
+    moments = {name: [torch.zeros(p.shape, dtype=torch.float64) for _ in range(2)] for name, p in parameters.items()}
+    for step, share in enumerate((0.5, 1.0, 1.0, 0.75, 0.5, 0.25)):
+        before = {name: parameter.detach().double() for name, parameter in parameters.items()}
+        run._backward(step * 2, 2)
+        gradients = {name: p.grad.double() for name, p in parameters.items() if p.grad is not None}
+        run._optimizer.zero_grad(set_to_none=True)
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+        assert norm > 2 * limit, "else nothing is clipped"
+        run._step(step)
+        for name, gradient in gradients.items():
+            clipped = gradient * limit / (norm + 1e-6)
+            first, second = moments[name]
+            first.mul_(0.9).add_(clipped, alpha=0.1)
+            second.mul_(0.999).add_(clipped.square(), alpha=0.001)
+            towards = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            wanted = before[name] * (1 - rate * share * decay) - rate * share * towards
+            # the norm is a float32 sum of `count` squares; a step is at most 6 rates, by some ten roundings
+            slack = (count + 10 * 6) * 2.0**-24 * rate + 2 * 2.0**-24 * before[name].abs()
+            assert bool(((parameters[name].detach() - wanted).abs() <= slack).all()), (step, name)
+
+
+def test_a_run_does_not_replace_the_checkpoint_of_another(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    chosen = options(text, tmp_path / "a", save_every=2)
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(base, chosen, interrupt)
+    kept = files(tmp_path / "a.checkpoint")
+    words = r"a\.checkpoint holds the checkpoint of an earlier run; --resume goes on with it, --force starts anew$"
+    with pytest.raises(OutputError, match=words):
+        train(base, chosen)
+    assert files(tmp_path / "a.checkpoint") == kept
+    train(base, replace(chosen, force=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_a_folder_that_is_no_checkpoint_stays(base: Checkpoint, text: Path, tmp_path: Path, save_every: int) -> None:
+    mine = tmp_path / "a.checkpoint"
+    mine.mkdir()
+    (mine / "mine.txt").write_text("x", encoding="utf-8")
+    chosen = options(text, tmp_path / "a", save_every=save_every)
+    if save_every:
+        with pytest.raises(OutputError, match=r"a\.checkpoint, where checkpoints go, exists and is none; move it"):
+            train(base, replace(chosen, force=True))
+        assert not (tmp_path / "a").exists()
+    else:
+        train(base, chosen)
+    assert files(mine) == {"mine.txt": b"x"}
+
+
+def test_an_output_that_cannot_be_is_known_at_once(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    seen: list[StepReport] = []
+    with pytest.raises(OutputError, match=r"text\.txt"):
+        train(base, options(text, text / "adapter"), seen.append)
+    assert not seen
+
+
+def test_bases_that_differ_in_one_layer_or_norm_are_told_apart(base: Checkpoint, text: Path, tmp_path: Path) -> None:
+    """In none of its quantized layers' ends: a layer of the middle, and a norm."""
+    chosen = options(text, tmp_path / "a")
+
+    def digest(model: Checkpoint) -> str:
+        run = _Run(model, chosen, _targets(model, chosen), *_data(model, chosen))
+        return str(run._identity["model_sha256"])
+
+    middle = base.linears[len(base.linears) // 2]
+    tensor = base.tensors[middle].load_quantized()
+    other = replace(tensor, min=tensor.min * 1.5)
+    norm = base.tensors["model.norm.weight"]
+    changes = {
+        middle: replace(base.tensors[middle], read=other.rows),
+        "model.norm.weight": replace(norm, read=lambda start, stop: norm.rows(start, stop) * 2),
+    }
+    found = {digest(replace(base, tensors={**base.tensors, name: changed})) for name, changed in changes.items()}
+    assert len(found | {digest(base)}) == 3
+    assert digest(base) == digest(base)
 
 
 def test_every_epoch_is_a_permutation() -> None:
@@ -200,7 +299,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": 0}, "steps: expected at least 1"),
     "learning rate": ({"learning_rate": 0.0}, "learning_rate: expected above 0"),
     "held out": ({"held_out": 1.0}, "held_out: expected above 0, at most 0.9"),
-    "alpha": ({"alpha": -1.0}, "alpha: expected above 0"),
+    "alpha": ({"alpha": -1.0}, "alpha: expected above 0, below 1e[+]06, got -1.0"),
+    "a large alpha": ({"alpha": 2e6}, "alpha: expected above 0, below 1e[+]06, got 2000000.0"),
+    "seed": ({"seed": 20250101120000}, "seed: expected 0 to 4294967295, got 20250101120000"),
+    "budget": ({"budget": 1000}, "budget: expected --rank auto beside it, got --rank 16"),
     "convention": ({"convention": "mine"}, "convention: expected one of paper, official, peft"),
     "compute": ({"compute": "int8"}, "compute: expected auto or float32 or bfloat16, got 'int8'"),
     "weights": ({"weights": "lost"}, "weights: expected kept or packed"),

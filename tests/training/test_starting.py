@@ -137,7 +137,7 @@ def test_it_resumes_to_the_same_bits(base: Checkpoint, text: Path, tmp_path: Pat
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"rank": 0}, "rank: expected at least 1, or auto, got 0"),
     "alpha": ({"rank": "auto", "alpha": 8.0}, "alpha goes with one rank"),
-    "budget alone": ({"budget": 100}, "budget goes with rank auto"),
+    "budget alone": ({"budget": 100}, "budget: expected --rank auto beside it, got --rank 2"),
     "no budget": ({"rank": "auto", "budget": 0}, "budget: expected at least 1 parameter, got 0"),
     "start": ({"start": "svd"}, "start: expected gradient or uniform, got 'svd'"),
     "small budget": ({"rank": "auto", "budget": 10}, "--budget: expected at least .*, a rank of 1 for each layer"),

@@ -265,11 +265,13 @@ def _path(value: Any, folder: Path, *, here: bool) -> str:
 
 def _data(value: Any, folder: Path) -> str:
     """A file, or a dataset of the Hub."""
+    from qalora.training.data import may_be_of_the_hub
+
     text = _text(value)
     path = folder / text
     if path.is_file():
         return str(path)
-    if path.exists() or path.suffix or text.count("/") > 1 or text.startswith((".", "/", "~")):
+    if path.exists() or not may_be_of_the_hub(text):
         raise ValueError("a file that is there, or a dataset of the Hub")
     return text
 
