@@ -88,10 +88,10 @@ def shown(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):,.2f}..{max(values):,.2f})"
 
 
-def mean_of(cells: Sequence[Mapping[str, Any]], field: str) -> float | None:
-    """The mean of a field over the cells that have it."""
+def least_of(cells: Sequence[Mapping[str, Any]], field: str, form: str, unit: float = 1.0) -> str:
+    """The least of a field over the cells that have it, which other work on the machine disturbed least."""
     values = [cell[field] for cell in cells if cell.get(field) is not None]
-    return sum(values) / len(values) if values else None
+    return format(min(values) / unit, form) if values else ""
 
 
 def base_names(method: str) -> list[str]:
@@ -118,16 +118,15 @@ def perplexities(done: Done, method: str) -> list[str]:
 
 
 def costs(done: Done, method: str) -> list[str]:
-    """Best rate and strengths, time and memory of each training; of QA-LoRA the codes that the fold changed."""
+    """Best rate and strengths, the least time and memory of a training; of QA-LoRA the codes that all folds changed."""
     rows = []
     for kind in START:
         for bits, base in zip(WIDTHS, base_names(method), strict=True):
             cells = cells_of(done, kind, base)
             if not cells:
                 continue
-            figures = [mean_of(cells, field) for field in ("seconds", "processor_seconds", "peak_bytes")]
-            wall, processor, peak = ("" if value is None else value for value in figures)
-            codes = mean_of([*cells, *cells_of(done, "exported", base)], "codes_differ") if kind == "qalora" else None
+            counted = [*cells, *cells_of(done, "exported", base)] if kind == "qalora" else []
+            changed = [cell["codes_differ"] for cell in counted]
             rows.append(
                 [
                     NAMES[kind],
@@ -135,10 +134,10 @@ def costs(done: Done, method: str) -> list[str]:
                     search(done, kind, base)[1] or "",
                     ", ".join(f"{cell['strength']:g}" for cell in cells if "strength" in cell),
                     str(len(cells)),
-                    f"{wall:.0f}" if wall != "" else "",
-                    f"{processor:.0f}" if processor != "" else "",
-                    f"{peak / 1e9:.1f}" if peak != "" else "",
-                    "" if codes is None else f"{codes:g}",
+                    least_of(cells, "seconds", ".0f"),
+                    least_of(cells, "processor_seconds", ".0f"),
+                    least_of(cells, "peak_bytes", ".1f", 1e9),
+                    f"{sum(changed)}" if counted else "",
                 ]
             )
     header = ["trained", "bits", "best rate", "strength", "seeds", "wall s", "processor s", "peak GB", "codes changed"]

@@ -144,7 +144,7 @@ def test_the_tables_of_given_cells(tool: Callable[[str], Any], tmp_path: Path) -
     assert f"| **QA-LoRA folded** | 2.40 M | {three} |" in text
     assert f"| QLoRA, float adapter kept | 2.40 M | {three} |" in text
     assert "| QLoRA merged, rounded again |  | 30.00 (30.00..30.00) |" in text
-    assert "| QA-LoRA | 3 | 0.003 | 0.85, 0.85, 0.85 | 3 | 91 | 80 | 2.0 | 0 |" in text
+    assert "| QA-LoRA | 3 | 0.003 | 0.85, 0.85, 0.85 | 3 | 90 | 80 | 2.0 | 0 |" in text
     rates = "0.0002 | 0.0003 | 0.0005 | 0.002 | 0.003 | 0.005"
     assert f"| validation, seed 0 at rate | bits | {rates} |" in text
     assert "| QLoRA | 2 |  |  |  | 13.41 | 13.00 | 13.51 |" in text
