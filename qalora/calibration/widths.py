@@ -61,8 +61,8 @@ def choose_widths(
         for name in model.linears
     }
     least = sum(min(found.values()) for found in sizes.values()) / weights
-    if not budget >= least:
-        raise InputError("--budget", expected=f"at least {least:.4g} bits per weight", got=f"{budget:g}")
+    if not least <= budget < math.inf:
+        raise InputError("--budget", expected=f"{least:.4g} bits per weight or more, a number", got=f"{budget:g}")
     errors: dict[str, dict[int, float]] = {}
     quick = {bits: replace(chosen, method="hqq", fit_minima=False) for bits, chosen in given.items()}
 

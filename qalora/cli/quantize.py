@@ -139,9 +139,9 @@ def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
     from qalora.quantization import QuantizeOptions
 
     bits, size, automatic = settings["bits"], settings["group_size"], settings["bits"] == "auto"
-    if not automatic and not bits.isdigit():
+    if not automatic and not bits.isdecimal():
         raise InputError("--bits", expected="a whole number or `auto`", got=repr(bits))
-    if size != "row" and not size.isdigit():
+    if size != "row" and not size.isdecimal():
         raise InputError("--group-size", expected="a whole number or `row`", got=repr(size))
     if automatic != (settings["budget"] is not None):
         raise InputError("--bits auto and --budget go together, and one is missing")
@@ -153,6 +153,9 @@ def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
         group_size=None if size == "row" else int(size),
         **{key: settings[key] for key in keys},
     )
+    for key, told in (("act_order", "--act-order"), ("damping", "--damping"), ("passes", "--passes")):
+        if chosen.method != "gptq" and getattr(chosen, key) != getattr(QuantizeOptions(), key):
+            raise InputError(f"{told} is for --method gptq, and the method is {chosen.method}")
     needs = "--bits auto" if automatic else "--fit-minima" if chosen.fit_minima else f"--method {chosen.method}"
     if settings["calibration"] is None and (automatic or chosen.needs_inputs):
         raise InputError(f"{needs} needs the layers' inputs on a text", todo="give one: --calibration FILE")

@@ -2,7 +2,8 @@
 
 Their buffers have the names of our own folder, so that a state dict is the file: `codes` uint8 [out, in*bits/8],
 `scale` [out, groups], `min` [out, groups] or `zero` uint8 [out, groups] (or neither, where one zero point serves all),
-`g_idx` int32 [in]. scale and min stay in the dtype they are stored in, whatever dtype the model is loaded in.
+`g_idx` int32 [in]. scale and min stay in the dtype they are stored in, whatever dtype the model is loaded in
+or cast to.
 
 The weight is scale * codes + min in float32, rounded to the dtype of the input, and lives while the layer computes; the
 backward pass makes it again. It is the weight of `GroupQuantTensor.dequantize`, bit for bit.
@@ -13,7 +14,7 @@ for. What changes `weight.data`, as PEFT's merge does, would change a copy, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +75,18 @@ def _add_parts(module: nn.Module, parts: Parts) -> None:
         module.register_buffer(name, None if dtype is None else torch.empty(shape, dtype=dtype, device="meta"))
 
 
+def _moved(module: nn.Module, apply: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+    """nn.Module's _apply, but that scale and min, which follow to another device, keep their dtype: `model.to(dtype)`
+    and `model.bfloat16()` would round them, and change the weights.
+    """
+    before = {name: module._buffers[name] for name in ("scale", "min")}
+    apply(fn, recurse)
+    for name, kept in before.items():
+        now = module._buffers[name]
+        if kept is not None and now is not None and now.dtype != kept.dtype:
+            module._buffers[name] = kept.to(now.device)
+
+
 class QuantizedLinear(nn.Linear):
     """A linear layer of packed codes; `parts` are its buffers, made on the meta device and filled by a loader."""
 
@@ -101,6 +114,10 @@ class QuantizedLinear(nn.Linear):
         """The weight in float32 [out, in], rounded to `dtype`, as a plain tensor."""
         zero = self.zero if self.zero is not None else self.zero_point
         return float_weight(self.codes, self.scale, self.min, zero, self.bits, self.g_idx, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        _moved(self, super()._apply, fn, recurse)
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of the input."""
@@ -166,6 +183,11 @@ class QuantizedEmbedding(nn.Embedding):
         """The whole table in float32, rounded to `dtype`, as a plain tensor."""
         zero = self.zero if self.zero is not None else self.zero_point
         return float_weight(self.codes, self.scale, self.min, zero, self.bits, None, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
+        _moved(self, super()._apply, fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids [...] -> [..., hidden]."""

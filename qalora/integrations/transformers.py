@@ -99,7 +99,7 @@ class QaloraQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for path, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear | TiedHead):
                 model.set_submodule(path, _float_linear(module, kind))
@@ -110,6 +110,8 @@ class QaloraQuantizer(HfQuantizer):  # type: ignore[misc]
             made = embedding.float_class(*sizes, embedding.padding_idx, *factor)
             made.weight = nn.Parameter(embedding.made().to(kind), requires_grad=False)
             model.set_input_embeddings(made)
+        for parameter in model.parameters():  # norms and biases too; buffers, such as the rotation's, stay
+            parameter.data = parameter.data.to(kind)
         return model
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qalora.errors import InputError
 from qalora.quantization.grid import Grid, Search, search, zero_points
 from qalora.quantization.minima import pooled_covariance, round_with_feedback
 from qalora.quantization.rounding import Zeros, to_float16
@@ -48,7 +49,7 @@ class GptqOptions:
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """float64 [in, in]: H with a share of its mean diagonal added, positive definite even where an input is dead."""
-    found = hessian.double()
+    found = hessian.to(torch.float64, copy=True)
     mean = float(found.diagonal().mean())
     found.diagonal().add_(damping * mean if mean > 0 else 1.0)
     return found
@@ -79,8 +80,16 @@ def gptq_tensor(
     check_group_size(columns, group_size)
     h = damped(hessian, chosen.damping)
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if chosen.act_order else torch.arange(columns)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
+        factor = torch.linalg.cholesky(inverse, upper=True).float()
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise InputError(
+            "the moments of the layer's inputs",
+            expected="a matrix that is positive definite once damped",
+            got=f"another with damping {chosen.damping:g}",
+            todo="give a larger --damping, or more --calibration-tokens",
+        ) from error
     top = (1 << bits) - 1
     run = _Columns(w, factor, order, group_size, top, zeros, chosen.grids)
     if chosen.act_order:

@@ -113,7 +113,7 @@ def test_mixed_widths_keep_the_budget_and_are_better(
 
 
 def test_a_budget_below_the_narrowest_is_refused(model: Checkpoint, windows: Tensor) -> None:
-    with pytest.raises(InputError, match=r"--budget: expected at least 3 bits per weight, got 2\.5"):
+    with pytest.raises(InputError, match=r"--budget: expected 3 bits per weight or more, a number, got 2\.5"):
         choose_widths(model, windows, QuantizeOptions(), 2.5)
 
 
@@ -183,6 +183,14 @@ def test_the_command(place: Path, tmp_path: Path, words: tuple[object, ...]) -> 
         (("--budget", 4), "--bits auto and --budget go together"),
         (("--widths", 4), "--widths goes with --bits auto"),
         (("--bits", "four"), "--bits: expected a whole number or `auto`"),
+        (("--bits", "\N{SUPERSCRIPT TWO}"), "--bits: expected a whole number or `auto`"),
+        (("--act-order",), "--act-order is for --method gptq, and the method is rtn"),
+        (("--damping", 0.5), "--damping is for --method gptq"),
+        (("--passes", 9), "--passes is for --method gptq"),
+        (
+            ("--bits", "auto", "--budget", "inf", "--calibration", "PLACE/text.txt"),
+            "bits per weight or more, a number, got inf",
+        ),
         (("--bits", "7"), "bits: expected one of"),
         (("--method", "gptq", "--calibration", "nowhere.txt"), "no such file"),
         (("--fit-minima", "--zeros", "integer"), "real zero points"),
@@ -191,7 +199,8 @@ def test_the_command(place: Path, tmp_path: Path, words: tuple[object, ...]) -> 
 def test_bad_usage_is_one_sentence(
     place: Path, tmp_path: Path, words: tuple[object, ...], message: str, one_sentence: Callable[[Result], str]
 ) -> None:
-    result = run("quantize", place / "float", "-o", tmp_path / "out", *words)
+    given = [str(word).replace("PLACE", str(place)) for word in words]
+    result = run("quantize", place / "float", "-o", tmp_path / "out", *given)
     assert message in one_sentence(result)
     assert not (tmp_path / "out").exists()
 

@@ -207,6 +207,52 @@ def test_dequantized_it_is_an_ordinary_model(tiny: Path, tmp_path: Path) -> None
     assert load(tmp_path / "float").layout == "huggingface"
 
 
+@pytest.mark.parametrize("embedding", [False, True])
+def test_casting_a_model_does_not_round_its_scales(tiny: Path, tmp_path: Path, embedding: bool) -> None:
+    """bfloat16 has 8 bits: scales that were rounded to it would be other weights, silently, and in what is saved."""
+    model = quantize(load(tiny), bits=4, group_size=32)
+    folder = written(with_quantized_embedding(model) if embedding else model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for cast in (lambda module: module.to(torch.bfloat16), lambda module: module.bfloat16()):
+        module = cast(AutoModelForCausalLM.from_pretrained(folder))
+        assert logits(module).dtype == torch.bfloat16
+        count = 0
+        for part, other in zip(module.modules(), loaded.modules(), strict=True):
+            if isinstance(part, QuantizedLinear | QuantizedEmbedding):
+                assert part.scale.dtype == other.scale.dtype != torch.bfloat16
+                assert torch.equal(part.weight, other.weight)
+                count += 1
+        assert count == 14 + embedding
+        module.save_pretrained(tmp_path / "again")
+        assert {entry.scale_dtype for entry in specs(load(tmp_path / "again"))} == {
+            entry.scale_dtype for entry in specs(load(folder))
+        }
+        assert_same_integers(load(tmp_path / "again"), load(folder))
+
+
+def specs(model: Checkpoint) -> list[Any]:
+    return [lazy.spec for lazy in model.tensors.values() if lazy.spec is not None]
+
+
+def assert_same_integers(one: Checkpoint, other: Checkpoint) -> None:
+    """Of a model that was cast the floats are others, the integers with scale and min are not."""
+    names = [name for name, lazy in other.tensors.items() if lazy.spec is not None]
+    for name in names:
+        got, wanted = one.tensors[name].load_quantized(), other.tensors[name].load_quantized()
+        for part in ("packed", "scale", "min"):
+            assert torch.equal(getattr(got, part), getattr(wanted, part)), name
+
+
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_a_dequantized_model_has_one_dtype(tiny: Path, tmp_path: Path, loaded: Any, dtype: Any) -> None:
+    folder = written(quantize(load(tiny), bits=4, group_size=32), tmp_path)
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded).dequantize(dtype)
+    wanted = dtype or loaded
+    assert {parameter.dtype for parameter in module.parameters()} == {wanted}
+    assert logits(module).dtype == wanted
+
+
 # ---- what is refused
 
 

@@ -182,3 +182,15 @@ def test_options_are_checked(changes: dict[str, object], message: str) -> None:
 def test_what_needs_inputs_says_so(settings: dict[str, object]) -> None:
     with pytest.raises(InputError, match="inputs"):
         quantize_weight(torch.ones(2, 32), QuantizeOptions(**settings))  # type: ignore[arg-type]
+
+
+def test_moments_that_are_not_positive_definite_say_what_to_do() -> None:
+    """As float32 sums over few tokens may be."""
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    hessian = torch.eye(32)
+    hessian[0, 1] = hessian[1, 0] = 2.0
+    before = hessian.double()
+    options = GptqOptions(damping=0.01)
+    with pytest.raises(InputError, match=r"positive definite once damped.* larger --damping, or more --calibration-to"):
+        gptq_tensor(weight, before, bits=4, group_size=32, options=options)
+    assert torch.equal(before, hessian.double()), "the caller's matrix stays"
