@@ -15,7 +15,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
 from qalora.quantization.model import planned
 from qalora.quantization.options import QuantizeOptions
-from qalora.training.data import make_blocks, read_documents
+from qalora.training.data import join_documents, read_documents
 
 __all__ = ["Calibration", "calibration_windows", "quantize_on_text"]
 
@@ -32,7 +32,8 @@ class Calibration:
 def calibration_windows(model: Checkpoint, text: Calibration) -> Tensor:
     """int64 [windows, length]: token ids, `tokens` of them or as many as there are, spread over the whole text.
 
-    InputError for data that is too short or not as `qalora.training.data` says, for a model without tokenizer, and for
+    What a row marks as not to be learned is seen as well. InputError for data that makes no window or is not as
+    `qalora.training.data` says, for a model without tokenizer, and for
     windows that are longer than its context.
     """
     from qalora.converters.tokenizer import load_tokenizer
@@ -41,7 +42,16 @@ def calibration_windows(model: Checkpoint, text: Calibration) -> Tensor:
     if isinstance(context, int) and text.length > context:
         raise InputError("--sequence-length", expected=f"at most {context}, the model's context", got=str(text.length))
     tokenizer = load_tokenizer(model)
-    found = make_blocks(read_documents(text.data, tokenizer), tokenizer, text.length).tokens
+    ids, _ = join_documents(read_documents(text.data, tokenizer), tokenizer)
+    whole = len(ids) // text.length
+    if not whole:
+        raise InputError(
+            f"--calibration {text.data}",
+            expected=f"at least {text.length} tokens, a window",
+            got=f"{len(ids)}",
+            todo="give more text, or a smaller --sequence-length",
+        )
+    found = torch.tensor(ids[: whole * text.length]).view(whole, text.length)
     count = min(len(found), max(1, text.tokens // text.length))
     return found[torch.arange(count) * len(found) // count]
 

@@ -101,7 +101,8 @@ def command(
     with layers_bar(int(source.config.get("num_hidden_layers") or 1)) as tick:
         quantized = quantized_model(source, tick=tick, **settings)
         if settings["calibration"] is not None and not dry_run:
-            quantized.tensors[quantized.linears[0]].rows(0, 1)  # this does the work
+            # this does the work; `rows` would name this tensor where another is at fault
+            quantized.tensors[quantized.linears[0]].read(0, 1)
     plan = write_native(quantized, out, max_shard_size=max_shard_size, force=force, dry_run=dry_run)
     if as_json:
         print_json(plan.to_json())

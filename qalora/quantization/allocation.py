@@ -2,8 +2,8 @@
 
 best[n][s] is the least sum of errors of the first n layers in s units of size; a layer of each width is tried on every
 size. A unit is the greatest common divisor of all sizes, so that the result is the optimum; where that would make more
-than MOST_UNITS units, a unit is larger and sizes are rounded up: the budget still holds, and the optimum is missed by
-a layer's width at most.
+than MOST_UNITS units, a unit is larger and sizes are rounded up: the budget still holds, and what the rounding left of
+it is spent on the wider widths that lower the error most for their size, as long as one fits.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def allocate(
     errors  for each layer, its error at the same widths
     budget  the sizes' sum at most; InputError where the smallest sizes are larger than that
     """
+    favourite = {name: min(found, key=found.__getitem__) for name, found in errors.items()}
+    if sum(sizes[name][bits] for name, bits in favourite.items()) <= budget:
+        return favourite
     least = {name: min(size.values()) for name, size in sizes.items()}
     spare = budget - sum(least.values())
     if spare < 0:
@@ -38,11 +41,11 @@ def allocate(
     unit = max(1, math.gcd(*(size for found in more.values() for size in found.values())), -(-spare // MOST_UNITS))
     units = spare // unit
     best, choices = np.zeros(units + 1), []
-    for name, found in more.items():
-        widths = sorted(found)
+    for name, larger in more.items():
+        widths = sorted(larger)
         tried = np.full((len(widths), units + 1), np.inf)
         for n, bits in enumerate(widths):
-            taken = -(-found[bits] // unit)
+            taken = -(-larger[bits] // unit)
             if taken <= units:
                 tried[n, taken:] = best[: units + 1 - taken] + errors[name][bits]
         chosen = tried.argmin(axis=0)
@@ -53,4 +56,27 @@ def allocate(
         bits = widths[chosen[at]]
         widths_of[name] = bits
         at -= -(-more[name][bits] // unit)
-    return {name: widths_of[name] for name in sizes}
+    found = {name: widths_of[name] for name in sizes}
+    _spend(found, sizes, errors, budget - sum(sizes[name][bits] for name, bits in found.items()))
+    return found
+
+
+def _spend(
+    found: dict[str, int],
+    sizes: Mapping[str, Mapping[int, int]],
+    errors: Mapping[str, Mapping[int, float]],
+    left: int,
+) -> None:
+    """Raise widths while one that lowers the error fits into what is left, the one that lowers it most for its size."""
+    while True:
+        steps = [
+            ((errors[name][now] - errors[name][bits]) / (sizes[name][bits] - sizes[name][now]), name, bits)
+            for name, now in found.items()
+            for bits in sizes[name]
+            if 0 < sizes[name][bits] - sizes[name][now] <= left and errors[name][bits] < errors[name][now]
+        ]
+        if not steps:
+            return
+        _, name, bits = max(steps)
+        left -= sizes[name][bits] - sizes[name][found[name]]
+        found[name] = bits

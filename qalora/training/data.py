@@ -27,7 +27,7 @@ from qalora.errors import InputError, MissingLibraryError
 from qalora.formats.files import InputFile, read_limited
 from qalora.training.loss import IGNORED
 
-__all__ = ["Blocks", "Document", "check_data", "make_blocks", "read_documents"]
+__all__ = ["Blocks", "Document", "check_data", "join_documents", "make_blocks", "may_be_of_the_hub", "read_documents"]
 
 LINE_BYTES = 64 << 20
 TEXT_BYTES = 1 << 30
@@ -214,8 +214,8 @@ def _end_of_turn(whole: str, before: str, after: str, content: str) -> int | Non
     return at + len(content) + len(tail)
 
 
-def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int) -> Blocks:
-    """Tokenize, join and cut. InputError where it does not make two blocks, or nothing is to be learned."""
+def join_documents(documents: Iterable[Document], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """(token ids of all documents, each closed by the end token, and whether each of them is learned)."""
     tokens: list[int] = []
     learned: list[bool] = []
     for document in documents:
@@ -230,6 +230,12 @@ def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int) -> B
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
             learned.append(True)
+    return tokens, learned
+
+
+def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int) -> Blocks:
+    """Tokenize, join and cut. InputError where it does not make two blocks, or nothing is to be learned."""
+    tokens, learned = join_documents(documents, tokenizer)
     count = len(tokens) // length
     if count < 2:
         raise InputError(

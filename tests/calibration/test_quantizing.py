@@ -1,5 +1,6 @@
 """Whole models quantized with inputs: contracts, the same bits again, closer to the float model than without."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qalora
@@ -56,6 +58,27 @@ def test_windows_are_spread_over_the_text(model: Checkpoint, place: Path) -> Non
     ]
     with pytest.raises(InputError, match="the model's context"):
         calibration_windows(model, Calibration(data=str(place / "text.txt"), length=1024))
+
+
+def test_one_window_is_enough_and_nothing_has_to_be_learned(model: Checkpoint, tmp_path: Path) -> None:
+    rows = tmp_path / "asked.jsonl"
+    rows.write_text('{"prompt": "' + "Why? " * 30 + '", "completion": ""}\n', encoding="utf-8")
+    assert calibration_windows(model, Calibration(data=str(rows), length=100)).shape == (1, 100)
+    words = f"--calibration {rows}: expected at least 200 tokens, a window, got 15[01]; give more text"
+    with pytest.raises(InputError, match=words):
+        calibration_windows(model, Calibration(data=str(rows), length=200))
+
+
+def test_the_layer_at_fault_is_named(place: Path, tmp_path: Path, one_sentence: Callable[[Result], str]) -> None:
+    shutil.copytree(place / "float", tmp_path / "float")
+    (file,) = (tmp_path / "float").glob("*.safetensors")
+    tensors, name = load_file(file), "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = ("--method", "gptq", "--calibration", place / "text.txt", "-o", tmp_path / "out")
+    said = one_sentence(run("quantize", tmp_path / "float", *words))
+    assert said.startswith(f"qalora: {name}: ")
+    assert "layers.0" not in said
 
 
 @pytest.mark.parametrize("bits", [2, 3])

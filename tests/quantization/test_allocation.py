@@ -44,7 +44,21 @@ def test_coarse_units_keep_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = sum(found[3] for found in sizes.values())
     found = allocate(sizes, errors, budget)
     assert sum(sizes[name][bits] for name, bits in found.items()) <= budget
-    assert set(found.values()) != {2}
+    left = budget - sum(sizes[name][bits] for name, bits in found.items())
+    steps = [
+        sizes[name][bits] - sizes[name][now]
+        for name, now in found.items()
+        for bits in (3, 4)
+        if bits > now and errors[name][bits] < errors[name][now]
+    ]
+    assert 0 <= left < min(steps), "nothing that would help fits into what is left"
+
+
+def test_a_budget_for_everything_is_used_whatever_the_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, errors = case(1)
+    monkeypatch.setattr(allocation, "MOST_UNITS", 10)
+    budget = sum(found[4] for found in sizes.values())
+    assert set(allocate(sizes, errors, budget).values()) == {4}
 
 
 def test_too_small_a_budget_is_refused() -> None:
