@@ -260,7 +260,7 @@ def check_finite(name: str, values: Tensor) -> None:
 def check_group_size(columns: int, group_size: int) -> None:
     """Refuse an `in` that is no multiple of 8, or a group size that does not divide it; the message says what fits."""
     if columns % 8:
-        raise InputError("in", expected="a multiple of 8", got=str(columns), todo="leave this layer unquantized")
+        raise InputError("in", expected="a multiple of 8", got=str(columns), todo="such a model cannot be quantized")
     if group_size < 1 or columns % group_size:
         fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0 and size < columns]
         sizes = ", ".join(str(size) for size in [*fitting, columns])

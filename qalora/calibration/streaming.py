@@ -3,7 +3,8 @@
 The module is built without its linear weights. For each decoder layer they are read; linear layers that share an input
 make a stage (q, k and v; o; gate and up; down); for each stage the second moments of its input are gathered over all
 windows, the visitor replaces the weights, and the next stage sees what they do. Then the windows go through the changed
-layer and its weights are let go. So memory is bounded by a decoder layer, the embedding, and the windows' activations.
+layer and its weights are let go. So memory is bounded by a decoder layer, the embedding, the windows' activations, and
+square matrices of the widest layer's inputs: moments in float32 here, and what the visitor makes of them.
 """
 
 from __future__ import annotations

@@ -89,9 +89,9 @@ def command(
 ) -> None:
     """Round the linear weights of MODEL to integer groups and write a qalora folder.
 
-    Scale and minimum are chosen among the values that float16 holds, so that every later export holds the result
-    exactly. With --calibration, a text like what the model will be used for, each layer is quantized on the inputs that
-    the quantized layers before it give.
+    With real zero points scale and minimum are chosen among the values that float16 holds, so that every later export
+    that takes the width holds the result exactly. With --calibration, a text like what the model will be used for, each
+    layer is quantized on the inputs that the quantized layers before it give.
     """
     from qalora.cli.writing import write_native
     from qalora.formats.output import check_output

@@ -18,14 +18,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qalora.errors import InputError
+from qalora.folding import FLOAT16_MAX
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["fit_minima", "pooled_covariance", "round_with_feedback"]
 
 RIDGE = 1e-4
 """Share of the pooled covariance's mean diagonal that is added to it."""
-
-FLOAT16_MAX = 65504.0
 
 
 def pooled_covariance(hessian: Tensor, group_size: int) -> Tensor:
@@ -39,7 +39,7 @@ def fit_minima(tensor: GroupQuantTensor, weight: Tensor, hessian: Tensor, *, rid
 
     hessian  float [in, in], mean(x x^T) of the layer's inputs
 
-    The result's zero points are real numbers, its minima are float16 values.
+    The result's zero points are real numbers, its minima are float16 values; InputError where those do not reach.
     """
     size, out = tensor.group_size, tensor.shape[0]
     left = weight.double() - tensor.dequantize().double()
@@ -48,7 +48,15 @@ def fit_minima(tensor: GroupQuantTensor, weight: Tensor, hessian: Tensor, *, rid
     mean = float(covariance.diagonal().mean())
     covariance.diagonal().add_(ridge * mean if mean > 0 else 1.0)
     change = torch.linalg.solve(covariance, pulled.t()).t()
-    return replace(tensor, min=round_with_feedback(tensor.min.double() + change, covariance))
+    wanted = tensor.min.double() + change
+    if not bool((wanted.abs() <= FLOAT16_MAX).all()):
+        raise InputError(
+            "fitted minima",
+            expected="values that float16 reaches",
+            got=f"{float(wanted.abs().max()):g}",
+            todo="leave out --fit-minima",
+        )
+    return replace(tensor, min=round_with_feedback(wanted, covariance))
 
 
 def round_with_feedback(values: Tensor, covariance: Tensor) -> Tensor:

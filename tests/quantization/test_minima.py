@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from qalora.errors import InputError
 from qalora.quantization.gptq import output_error
 from qalora.quantization.minima import fit_minima, pooled_covariance, round_with_feedback
 from qalora.quantization.rounding import quantize_tensor
@@ -40,6 +41,13 @@ def test_the_fit_helps_on_the_inputs() -> None:
     tensor = quantize_tensor(w, bits=2, group_size=16)
     fitted = fit_minima(tensor, w, h)
     assert output_error(w, fitted.dequantize(), h) < 0.95 * output_error(w, tensor.dequantize(), h)
+
+
+def test_minima_that_float16_does_not_reach_are_refused() -> None:
+    w, x = data()
+    h = x.t() @ x / len(x)
+    with pytest.raises(InputError, match=r"fitted minima: expected .* float16 reaches, got .*leave out --fit-minima"):
+        fit_minima(quantize_tensor(w, bits=4, group_size=16), w + 1e5, h)
 
 
 def test_inputs_that_were_never_seen_change_nothing() -> None:
