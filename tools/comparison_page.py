@@ -125,8 +125,7 @@ def costs(done: Done, method: str) -> list[str]:
             cells = cells_of(done, kind, base)
             if not cells:
                 continue
-            counted = [*cells, *cells_of(done, "exported", base)] if kind == "qalora" else []
-            changed = [cell["codes_differ"] for cell in counted]
+            folds = [*cells, *cells_of(done, "exported", base)] if kind == "qalora" else []
             rows.append(
                 [
                     NAMES[kind],
@@ -137,7 +136,7 @@ def costs(done: Done, method: str) -> list[str]:
                     least_of(cells, "seconds", ".0f"),
                     least_of(cells, "processor_seconds", ".0f"),
                     least_of(cells, "peak_bytes", ".1f", 1e9),
-                    f"{sum(changed)}" if counted else "",
+                    str(sum(cell["codes_differ"] for cell in folds)) if folds else "",
                 ]
             )
     header = ["trained", "bits", "best rate", "strength", "seeds", "wall s", "processor s", "peak GB", "codes changed"]

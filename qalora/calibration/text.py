@@ -33,8 +33,7 @@ def calibration_windows(model: Checkpoint, text: Calibration) -> Tensor:
     """int64 [windows, length]: token ids, `tokens` of them or as many as there are, spread over the whole text.
 
     What a row marks as not to be learned is seen as well. InputError for data that makes no window or is not as
-    `qalora.training.data` says, for a model without tokenizer, and for
-    windows that are longer than its context.
+    `qalora.training.data` says, for a model without tokenizer, and for windows that are longer than its context.
     """
     from qalora.converters.tokenizer import load_tokenizer
 

@@ -154,9 +154,10 @@ def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
         group_size=None if size == "row" else int(size),
         **{key: settings[key] for key in keys},
     )
-    for key, told in (("act_order", "--act-order"), ("damping", "--damping"), ("passes", "--passes")):
-        if chosen.method != "gptq" and getattr(chosen, key) != getattr(QuantizeOptions(), key):
-            raise InputError(f"{told} is for --method gptq, and the method is {chosen.method}")
+    usual = QuantizeOptions()
+    for key in ("act_order", "damping", "passes"):
+        if chosen.method != "gptq" and getattr(chosen, key) != getattr(usual, key):
+            raise InputError(f"--{key.replace('_', '-')} is for --method gptq, and the method is {chosen.method}")
     needs = "--bits auto" if automatic else "--fit-minima" if chosen.fit_minima else f"--method {chosen.method}"
     if settings["calibration"] is None and (automatic or chosen.needs_inputs):
         raise InputError(f"{needs} needs the layers' inputs on a text", todo="give one: --calibration FILE")

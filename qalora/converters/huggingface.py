@@ -16,7 +16,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import bias_names, family_of, linear_names
 from qalora.errors import FormatError, InputError
-from qalora.formats.files import InputFile, contained, read_limited
+from qalora.formats.files import InputFile, contained, may_be_of_the_hub, read_limited
 from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
 from qalora.tensor import check_finite
 
@@ -187,7 +187,7 @@ def download(repo: str, *, here: bool = False) -> Path:
     """The local snapshot of a Hub id such as `HuggingFaceTB/SmolLM2-135M`; InputError if it is neither path nor id, or,
     where it has to be `here`, not yet.
     """
-    if repo.count("/") > 1 or repo.startswith((".", "/", "~")) or repo.endswith("/"):
+    if not may_be_of_the_hub(repo):
         raise InputError(f"{repo}: no such file or folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qalora.errors import FormatError, InputError, OutputError
 
-__all__ = ["InputFile", "OutputFile", "contained", "read_limited"]
+__all__ = ["InputFile", "OutputFile", "contained", "may_be_of_the_hub", "read_limited"]
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -43,6 +43,11 @@ def contained(folder: Path, name: str) -> Path:
             f"{path}", expected="a file inside the model's folder", got=f"a link to {real}", todo="copy the file there"
         )
     return path
+
+
+def may_be_of_the_hub(name: str) -> bool:
+    """Whether it has the form of a Hub id, name or owner/name, and not that of a path."""
+    return not (name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/"))
 
 
 def read_limited(path: Path, limit: int) -> bytes:

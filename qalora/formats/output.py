@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qalora.errors import OutputError
 
-__all__ = ["check_output", "json_bytes", "new_file", "new_folder", "write_json"]
+__all__ = ["check_output", "check_writable", "json_bytes", "new_file", "new_folder", "write_json"]
 
 
 def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> None:

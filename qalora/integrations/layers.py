@@ -15,7 +15,7 @@ for. What changes `weight.data`, as PEFT's merge does, would change a copy, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,19 +75,22 @@ def _add_parts(module: nn.Module, parts: Parts) -> None:
         module.register_buffer(name, None if dtype is None else torch.empty(shape, dtype=dtype, device="meta"))
 
 
-def _moved(module: nn.Module, apply: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
-    """nn.Module's _apply, but that scale and min, which follow to another device, keep their dtype: `model.to(dtype)`
-    and `model.bfloat16()` would round them, and change the weights.
+class _Packed(nn.Module):
+    """What keeps scale and min in their dtype: `model.to(dtype)` and `model.bfloat16()` would round them, and change
+    the weights.
     """
-    before = {name: module._buffers[name] for name in ("scale", "min")}
-    apply(fn, recurse)
-    for name, kept in before.items():
-        now = module._buffers[name]
-        if kept is not None and now is not None and now.dtype != kept.dtype:
-            module._buffers[name] = kept.to(now.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: self._buffers[name] for name in ("scale", "min")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in before.items():
+            now = self._buffers[name]
+            if kept is not None and now is not None and now.dtype != kept.dtype:
+                self._buffers[name] = kept.to(now.device)
+        return self
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(_Packed, nn.Linear):
     """A linear layer of packed codes; `parts` are its buffers, made on the meta device and filled by a loader."""
 
     codes: Tensor
@@ -115,10 +118,6 @@ class QuantizedLinear(nn.Linear):
         zero = self.zero if self.zero is not None else self.zero_point
         return float_weight(self.codes, self.scale, self.min, zero, self.bits, self.g_idx, dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        _moved(self, super()._apply, fn, recurse)
-        return self
-
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of the input."""
         y: Tensor = _Product.apply(input, self)  # type: ignore[no-untyped-call]
@@ -144,7 +143,7 @@ class _Product(torch.autograd.Function):
         return grad @ ctx.layer.made(grad.dtype), None
 
 
-class QuantizedEmbedding(nn.Embedding):
+class QuantizedEmbedding(_Packed, nn.Embedding):
     """An embedding of packed codes: the rows that are looked up are dequantized, to `dtype`.
 
     factor       what the rows are multiplied by, as Gemma's are; None for an ordinary embedding
@@ -184,8 +183,8 @@ class QuantizedEmbedding(nn.Embedding):
         zero = self.zero if self.zero is not None else self.zero_point
         return float_weight(self.codes, self.scale, self.min, zero, self.bits, None, dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
-        _moved(self, super()._apply, fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 

@@ -37,7 +37,6 @@ def allocate(
     if spare < 0:
         raise InputError("the budget", expected=f"{sum(least.values()):,} bits or more", got=f"{budget:,}")
     more = {name: {bits: size - least[name] for bits, size in found.items()} for name, found in sizes.items()}
-    spare = min(spare, sum(max(found.values()) for found in more.values()))
     unit = max(1, math.gcd(*(size for found in more.values() for size in found.values())), -(-spare // MOST_UNITS))
     units = spare // unit
     best, choices = np.zeros(units + 1), []

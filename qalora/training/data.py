@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from qalora.errors import InputError, MissingLibraryError
-from qalora.formats.files import InputFile, read_limited
+from qalora.formats.files import InputFile, may_be_of_the_hub, read_limited
 from qalora.training.loss import IGNORED
 
-__all__ = ["Blocks", "Document", "check_data", "join_documents", "make_blocks", "may_be_of_the_hub", "read_documents"]
+__all__ = ["Blocks", "Document", "check_data", "join_documents", "make_blocks", "may_be_a_dataset", "read_documents"]
 
 LINE_BYTES = 64 << 20
 TEXT_BYTES = 1 << 30
@@ -78,13 +78,13 @@ def check_data(data: str) -> None:
     path = Path(data)
     if path.is_dir():
         raise InputError(data, expected="a text or JSONL file", got="a folder")
-    if not path.exists() and not may_be_of_the_hub(data):
+    if not path.exists() and not may_be_a_dataset(data):
         raise InputError(f"{data}: no such file")
 
 
-def may_be_of_the_hub(data: str) -> bool:
-    """Whether it has the form name, owner/name, or one of them with :configuration."""
-    return not (data.endswith(FILES) or data.count("/") > 1 or data.startswith((".", "/", "~")) or data.endswith("/"))
+def may_be_a_dataset(data: str) -> bool:
+    """Whether it has the form of a Hub id, with or without :configuration, and does not end as files do."""
+    return may_be_of_the_hub(data) and not data.endswith(FILES)
 
 
 def read_documents(data: str, tokenizer: Any) -> Iterator[Document]:

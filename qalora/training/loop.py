@@ -36,11 +36,11 @@ from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.options import TrainOptions
 from qalora.training.starting import SEQUENCES, first_rows
 from qalora.training.state import (
-    RECORD,
     State,
     check_state,
     checkpoint_of,
     forget_state,
+    has_state,
     read_ranks,
     read_state,
     write_state,
@@ -342,7 +342,7 @@ class _Run:
         try:
             write_state(self._options.out, state, self._identity, self._parameters, self._optimizer)
         except OutputError as error:
-            kept = "; an earlier one stays" if (checkpoint_of(self._options.out) / RECORD).exists() else ""
+            kept = "; an earlier one stays" if has_state(self._options.out) else ""
             return f"no checkpoint of step {state.step}: {error}{kept}"
         return ""
 

@@ -31,7 +31,16 @@ from qalora.formats.files import InputFile, read_limited
 from qalora.formats.output import new_file, new_folder, write_json
 from qalora.formats.safetensors import SafetensorsWriter, plan_layout, read_header, read_tensor
 
-__all__ = ["State", "check_state", "checkpoint_of", "forget_state", "read_ranks", "read_state", "write_state"]
+__all__ = [
+    "State",
+    "check_state",
+    "checkpoint_of",
+    "forget_state",
+    "has_state",
+    "read_ranks",
+    "read_state",
+    "write_state",
+]
 
 VERSION = 2
 RECORD = "state.json"
@@ -62,20 +71,28 @@ def checkpoint_of(out: Path) -> Path:
 def check_state(out: Path, *, force: bool) -> None:
     """OutputError where a checkpoint of `out` would replace another run's, unless `force`, or what is no checkpoint."""
     place = checkpoint_of(out)
-    if (place / RECORD).is_file() and not force:
+    if has_state(out) and not force:
         raise OutputError(
             f"{place} holds the checkpoint of an earlier run", todo="--resume goes on with it, --force starts anew"
         )
-    if place.is_symlink() or (place.exists() and not (place / RECORD).is_file() and _any_other(place)):
+    if place.is_symlink() or (place.exists() and not _is_ours(place)):
         raise OutputError(
             f"{place}, where checkpoints go, exists and is none",
             todo="move it, choose another output, or --save-every 0",
         )
 
 
-def _any_other(place: Path) -> bool:
-    """Whether there is more than what runs that were killed may have left."""
-    return not place.is_dir() or any(not STATE_FILES.fullmatch(path.name) for path in place.iterdir())
+def has_state(out: Path) -> bool:
+    """Whether there is a checkpoint of `out`."""
+    return (checkpoint_of(out) / RECORD).is_file()
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether it is a checkpoint's folder: one with a record, or with nothing but what a killed run may have left."""
+    if place.is_symlink() or not place.is_dir():
+        return False
+    names = {path.name for path in place.iterdir()}
+    return RECORD in names or all(map(STATE_FILES.fullmatch, names))
 
 
 def write_state(
@@ -105,7 +122,7 @@ def write_state(
 
     place = checkpoint_of(out)
     try:
-        if (place / RECORD).is_file() and not place.is_symlink():
+        if _is_ours(place):
             _replace(place, state.step, write, record)
         else:
             with new_folder(place, force=True, names=[RECORD]) as folder:

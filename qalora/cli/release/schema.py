@@ -22,6 +22,7 @@ import click
 
 from qalora.cli import export, quantize, train, verify
 from qalora.cli.release import make
+from qalora.formats.files import may_be_of_the_hub
 from qalora.release.recipe import Key, Section
 from qalora.release.recipe_text import toml_value
 
@@ -194,7 +195,7 @@ def _model(folder: Path) -> Key:
         text = _text(value)
         if (folder / text).exists():
             return str(folder / text)
-        if text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith("/"):
+        if not may_be_of_the_hub(text):
             raise ValueError("a folder or file that is there, or an id of the Hub")
         return text
 
@@ -217,7 +218,7 @@ def _one(option: click.Option, folder: Path) -> Callable[[Any], Any]:
         return lambda value: _path(value, folder, here=option.name != "out")
     if option.name == "data":
         return lambda value: _data(value, folder)
-    return _BESIDE_TEXT[_number_beside_text(option)][1]
+    return _text_kind(option)[1]
 
 
 def _flag(value: Any) -> bool:
@@ -265,13 +266,13 @@ def _path(value: Any, folder: Path, *, here: bool) -> str:
 
 def _data(value: Any, folder: Path) -> str:
     """A file, or a dataset of the Hub."""
-    from qalora.training.data import may_be_of_the_hub
+    from qalora.training.data import may_be_a_dataset
 
     text = _text(value)
     path = folder / text
     if path.is_file():
         return str(path)
-    if path.exists() or not may_be_of_the_hub(text):
+    if path.exists() or not may_be_a_dataset(text):
         raise ValueError("a file that is there, or a dataset of the Hub")
     return text
 
@@ -296,22 +297,16 @@ def _expected(option: click.Option) -> str:
         return f"one of {', '.join(toml_value(choice) for choice in kind.choices)}"
     if isinstance(kind, click.Path):
         return "a path in quotes"
-    return _BESIDE_TEXT[_number_beside_text(option)][0]
+    return _text_kind(option)[0]
 
 
-def _number_beside_text(option: click.Option) -> type | None:
-    """What an option of text may be instead: float for a factor, int for a group size or bytes, else None."""
+def _text_kind(option: click.Option) -> tuple[str, Callable[[Any], str]]:
+    """What is expected of an option of text, and its check: a factor, a group size or bytes may be a number instead."""
     if str(option.metavar).startswith("FACTOR"):
-        return float
-    return int if option.metavar == "SIZE" or (isinstance(option.default, str) and option.default.isdigit()) else None
-
-
-_BESIDE_TEXT: dict[type | None, tuple[str, Callable[[Any], str]]] = {
-    None: ("text in quotes", _text),
-    int: ("an integer, or text in quotes", _text_or_integer),
-    float: ("a number, or text in quotes", _text_or_number),
-}
-"""What is expected of an option of text, and its check, by the number that it may be instead."""
+        return "a number, or text in quotes", _text_or_number
+    if option.metavar == "SIZE" or (isinstance(option.default, str) and option.default.isdigit()):
+        return "an integer, or text in quotes", _text_or_integer
+    return "text in quotes", _text
 
 
 def _example(option: click.Option) -> Any:
