@@ -67,13 +67,11 @@ def choose_widths(
     quick = {bits: replace(chosen, method="hqq", fit_minima=False) for bits, chosen in given.items()}
 
     def visit(seen: Seen) -> None:
-        whole = output_error(seen.weight, torch.zeros(()), seen.moments)
+        moments = seen.moments.double()  # once, for all widths
+        whole = max(output_error(seen.weight, torch.zeros(()), moments), 1e-30)
+        made = {bits: quantize_weight(seen.weight, chosen, seen.moments) for bits, chosen in quick.items()}
         errors[seen.name] = {
-            bits: output_error(
-                seen.weight, quantize_weight(seen.weight, chosen, seen.moments).dequantize(), seen.moments
-            )
-            / max(whole, 1e-30)
-            for bits, chosen in quick.items()
+            bits: output_error(seen.weight, tensor.dequantize(), moments) / whole for bits, tensor in made.items()
         }
 
     stream(model, windows, visit, tick)

@@ -137,6 +137,7 @@ def quantized_model(model: Checkpoint, *, tick: Callable[[], None] = lambda: Non
 
 def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
     """The options, and whether each layer's width is to be chosen; InputError for what does not go together."""
+    from qalora.calibration import Calibration
     from qalora.quantization import QuantizeOptions
 
     bits, size, automatic = settings["bits"], settings["group_size"], settings["bits"] == "auto"
@@ -161,6 +162,10 @@ def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
     needs = "--bits auto" if automatic else "--fit-minima" if chosen.fit_minima else f"--method {chosen.method}"
     if settings["calibration"] is None and (automatic or chosen.needs_inputs):
         raise InputError(f"{needs} needs the layers' inputs on a text", todo="give one: --calibration FILE")
+    ours = Calibration(data="")
+    for key, default in (("calibration_tokens", ours.tokens), ("sequence_length", ours.length)):
+        if settings["calibration"] is None and settings[key] != default:
+            raise InputError(f"--{key.replace('_', '-')} is of the text that --calibration gives, and there is none")
     if settings["calibration"] is not None and not automatic and not chosen.fit_minima and chosen.method == "rtn":
         raise InputError("--method rtn makes no use of --calibration", todo="give --fit-minima, or another method")
     return chosen, automatic

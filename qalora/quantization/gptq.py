@@ -79,10 +79,14 @@ def gptq_tensor(
     columns = w.shape[1]
     check_group_size(columns, group_size)
     h = damped(hessian, chosen.damping)
+    moments = h.diagonal().float()
+    kept = h.float() if chosen.passes else None
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if chosen.act_order else torch.arange(columns)
+    if chosen.act_order:
+        h = h[order]
+        h = h[:, order]  # in two statements, so that no third matrix is held
     try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
-        factor = torch.linalg.cholesky(inverse, upper=True).float()
+        factor = _factor(h)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError(
             "the moments of the layer's inputs",
@@ -90,16 +94,24 @@ def gptq_tensor(
             got=f"another with damping {chosen.damping:g}",
             todo="give a larger --damping, or more --calibration-tokens",
         ) from error
+    del h
     top = (1 << bits) - 1
     run = _Columns(w, factor, order, group_size, top, zeros, chosen.grids)
     if chosen.act_order:
-        moments = h.diagonal().float().view(-1, group_size)
-        run.grid = search(w.view(w.shape[0], -1, group_size), top, zeros, chosen.grids, moments)
+        run.grid = search(w.view(w.shape[0], -1, group_size), top, zeros, chosen.grids, moments.view(-1, group_size))
     run.all()
     codes, grid = run.codes.t().contiguous(), run.grid
-    if chosen.passes:
-        codes, grid = refined(w, codes, grid, h.float(), top, zeros, chosen.passes)
+    if kept is not None:
+        codes, grid = refined(w, codes, grid, kept, top, zeros, chosen.passes)
     return GroupQuantTensor.from_codes(codes.to(torch.uint8), grid.scale, grid.min, bits, group_size)
+
+
+def _factor(h: Tensor) -> Tensor:
+    """float32 U of H^-1 = U^T U, upper; H, float64 [in, in], is overwritten: it is the largest thing there is."""
+    torch.linalg.cholesky(h, out=h)
+    torch.cholesky_inverse(h, out=h)
+    torch.linalg.cholesky(h, upper=True, out=h)
+    return h.float()
 
 
 class _Columns:
