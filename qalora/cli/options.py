@@ -80,7 +80,7 @@ def targets_option(default: Sequence[str] = ()) -> Callable[[F], F]:
         default=default or None,
         metavar="FORMAT",
         show_default=bool(default),
-        help="gptq, gguf, onnx, mlx, hqq. Repeatable.",
+        help="gptq, gguf, onnx, mlx, hqq, qalora (our own folder). Repeatable.",
     )
 
 
@@ -179,7 +179,7 @@ def export_options(function: F) -> F:
             "--allow-loss",
             multiple=True,
             metavar="LOSS",
-            help="Accept a loss by name: zeros, minima, scales, eight-bit, narrowing. Repeatable.",
+            help="Accept a loss by name: zeros, minima, scales, eight-bit, residual, narrowing. Repeatable.",
         ),
         click.option(
             "--gptq-form",

@@ -45,7 +45,8 @@ EVENTS = {
     "gate": "a gate was judged: `at`, `gate`, `status` (pass, fail, ambiguous, not proven), `value`, `bound`, `detail`",
     "note": "`message`: what the user should know",
     "done": "the last line of a command that ends well; `status` is 0",
-    "error": "the last line of one that does not: `status` (1 not proven, 2 bad usage or input) and `message`",
+    "error": "the last line of one that does not: `status` (1 not proven, or interrupted; 2 bad usage or input) and "
+    "`message`",
 }
 """Each event of `--log-format json` and what is in it."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qalora.errors import ExactnessError
+from qalora.errors import ExactnessError, InputError
 from qalora.formats.safetensors import SHARD_SIZE
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What a user may choose for an export. Each target reads what concerns it.
+    """What a user may choose for an export. Each target reads what concerns it. InputError for a loss that is none.
 
     name            the model's name in file names and metadata; the source's own by default
     allow_loss      names of LOSSES
@@ -144,6 +144,11 @@ class ExportOptions:
     split_max_size: int | None = None
     adapter: Adapter | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.allow_loss - set(LOSSES))
+        if unknown:
+            raise InputError("allow-loss", expected=f"one of {', '.join(LOSSES)}", got=repr(unknown[0]))
 
 
 class Target(Protocol):

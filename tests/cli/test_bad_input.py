@@ -446,6 +446,11 @@ def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
         ("export @qalora --to pickle -o %out", "expected one of gptq, gguf, onnx, mlx"),
         ("export @qalora --to gptq --gptq-form round -o %out", "--allow-loss zeros"),
         ("export @qalora --to gguf -o %in", "exists already"),
+        ("export @qalora --to gguf --allow-loss nonsense -o %out", "one of zeros, minima, scales, eight-bit, residual"),
+        (
+            "release @qalora --to gguf --allow-loss nonsense -o %out",
+            "one of zeros, minima, scales, eight-bit, residual",
+        ),
         ("export @qalora --to mlx --max-shard-size 5XB -o %out", "a size such as 200MB, 5GB or 4GiB, got '5XB'"),
         ("quantize @float -o %out --max-shard-size 0GB", "a size such as 200MB"),
         ("fold @qalora @adapter -o %out --max-shard-size 5iB", "a size such as 200MB"),

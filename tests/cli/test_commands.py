@@ -1,6 +1,7 @@
 """Every command on a tiny model, from a float folder to a verified artefact; and what each prints for machines."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qalora.cli import COMMANDS, main
+from qalora.converters import TARGETS
+from qalora.converters.plan import LOSSES
 from qalora.testing import byte_tokenizer, tiny_llama
 
 
@@ -155,6 +158,30 @@ def test_help(name: str) -> None:
     text = run(name, "--help").stdout
     assert "Usage: " in text
     assert "Example: qalora" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "usage"),
+    [
+        ("--check --help", "release --check [OPTIONS] DIST"),
+        ("--check dist --help", "release --check [OPTIONS] DIST"),
+        ("--apply --help", "release --apply [OPTIONS] DELTA BASE"),
+        ("--init --help", "release --init [OPTIONS] [FILE]"),
+        ("--push-to --help", "release --push-to OWNER/NAME [OPTIONS] DIST"),
+        ("--push-to me/it --help", "release --push-to OWNER/NAME [OPTIONS] DIST"),
+        ("--push-to me/it dist --help", "release --push-to OWNER/NAME [OPTIONS] DIST"),
+        ("recipe.toml --help", "release [OPTIONS] RECIPE.toml"),
+    ],
+)
+def test_every_way_of_release_has_its_help(line: str, usage: str) -> None:
+    shown = run("release", *line.split()).stdout
+    assert f" {usage}\n" in shown
+    assert "Example: qalora release" in shown
+
+
+def test_formats_and_losses_are_named_by_the_help() -> None:
+    words = re.split(r"[\s,.:|\[\]]+", run("export", "--help").stdout)
+    assert {*TARGETS, *LOSSES} <= set(words)
 
 
 def test_the_overview_names_every_command() -> None:

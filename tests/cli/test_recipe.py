@@ -336,6 +336,11 @@ WRONG: list[tuple[Callable[[str], str], str, str]] = [
     ),
     (lambda text: text.replace("bits = 4", 'max-shard-size = "big"'), "max-shard", "expected a size such as 200MB"),
     (lambda text: text.replace('"gguf"', '"ggu"'), "to =", "[export] to: expected one of gptq, gguf"),
+    (
+        lambda text: text.replace('["gguf", "qalora"]', '["gguf", "qalora"]\nallow-loss = ["no"]'),
+        "allow-loss",
+        "expected one of zeros, minima, scales, eight-bit, residual, narrowing, got 'no'",
+    ),
     (lambda text: text.replace('["gguf", "qalora"]', '"gguf"'), "to =", "expected a list of texts in quotes, got "),
     (lambda text: text.replace("bits = 4", "bits = 5").replace("qalora", "gptq"), "to =", "gptq at 5 bits"),
     (lambda text: text.replace("text.txt", "no.txt"), "data", "expected a file that is there, or a dataset of the Hub"),

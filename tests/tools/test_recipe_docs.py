@@ -46,10 +46,14 @@ def test_the_workflows_are_yaml() -> None:
     steps = github["jobs"]["release"]["steps"]
     assert all(("uses" in step) != ("run" in step) for step in steps)
     assert "qalora release recipe.toml --log-format json" in [step.get("run") for step in steps]
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+(/[\w-]+)?@v\d+", step["uses"]) for step in steps if "uses" in step)
     assert gitlab["release"]["script"][-1] == "qalora release recipe.toml --log-format json"
-    kept = [step["with"]["path"] for step in steps if step.get("uses", "").startswith("actions/cache@")]
-    assert kept == gitlab["release"]["cache"]["paths"] == [".qalora"]
+    cached = {step["uses"]: step for step in steps if step.get("uses", "").startswith("actions/cache/")}
+    assert {step["with"]["path"] for step in cached.values()} == {".qalora"} == set(gitlab["release"]["cache"]["paths"])
+    assert cached["actions/cache/save@v4"]["if"] == "always()"  # a failed gate is what it is for
+    assert gitlab["release"]["cache"]["when"] == "always"
+    for job in (github["jobs"]["release"]["env"], gitlab["release"]["variables"]):
+        assert set(job) == {"QALORA"}
 
 
 def test_the_container_file() -> None:

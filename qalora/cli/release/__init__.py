@@ -50,6 +50,8 @@ class _Ways(click.Command):
         way, rest = way_of(args)
         if way == "make":
             return super().make_context(info_name, args, parent, **extra)
+        if {"-h", "--help"} & set(rest):  # which --push-to would take for its repository
+            rest = ["--help"]
         found: click.Command = importlib.import_module(f"qalora.cli.release.{way}").command
         return found.make_context(found.name, rest, parent, **extra)
 

@@ -12,7 +12,7 @@ from qalora.cli.progress import log_format_option, progress_bar
 __all__ = ["command"]
 
 
-@click.command("apply", epilog="Example: qalora release --apply dist.delta base-dist -o dist")
+@click.command("release --apply", epilog="Example: qalora release --apply dist.delta base-dist -o dist")
 @click.argument("delta", type=click.Path(path_type=Path))
 @click.argument("base", type=click.Path(path_type=Path))
 @output_option("The folder to write; it appears only when every file has the digest that the delta promises.")

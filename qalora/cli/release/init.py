@@ -12,7 +12,7 @@ from qalora.cli.progress import log_format_option
 __all__ = ["command"]
 
 
-@click.command("release", epilog="Example: qalora release --init recipe.toml")
+@click.command("release --init", epilog="Example: qalora release --init recipe.toml")
 @click.argument("file", metavar="[FILE]", default="recipe.toml", type=click.Path(path_type=Path))
 @force_option
 @log_format_option

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["command", "print_push"]
 
 
-@click.command("release", epilog="Example: qalora release --push-to me/tiny-QALoRA dist --upload")
+@click.command("release --push-to OWNER/NAME", epilog="Example: qalora release --push-to me/tiny-QALoRA dist --upload")
 @click.option("--push-to", "repo", required=True, metavar="OWNER/NAME", help="The repository on the Hub.")
 @click.argument("dist", type=click.Path(path_type=Path))
 @click.option("--upload", is_flag=True, help="Do it. Without this, what would be done is printed, and nothing is sent.")
