@@ -25,7 +25,7 @@ NEIGHBOURS = 1
 """A rate is the best when so many on either side are worse."""
 
 FIRST = ("qalora", "qlora")
-"""What is run, with what is made of it, before the others."""
+"""What is run at every width, before the others, with what is made of it. The others are run where variants are."""
 
 SEEDS = (0, 1, 2)
 BITS = (3, 2, 4)
@@ -44,7 +44,7 @@ on the validation windows.
 """
 
 VARIED = 3
-"""The width at which variants are trained."""
+"""The width at which variants are trained, and what is not among FIRST."""
 
 MADE_OF = {"requantized": "qlora", "exported": "qalora"}
 """Cells that are made of a trained one's adapter, of its best rate."""
@@ -151,8 +151,8 @@ def wanted(done: Done, method: str = "gptq") -> list[str]:
     varied = [base for base in bases if base.endswith(str(VARIED))]
     names = ["float", *(f"base-{base}" for base in bases)]
     names += trained_names(done, FIRST, bases) + derived_names(done, MADE_OF, bases)
-    names += trained_names(done, [kind for kind in START if kind not in FIRST], bases)
     names += variant_names(done, varied)
+    names += trained_names(done, [kind for kind in START if kind not in FIRST], varied)
     return [name for name in names if name not in done or stale(done, name)]
 
 
