@@ -101,7 +101,7 @@ _NORMS_AROUND = (
     ("pre_feedforward_layernorm", "ffn_norm"),
     ("post_feedforward_layernorm", "post_ffw_norm"),
 )
-_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
 _GEMMA = {
     "hidden_activation": "gelu_pytorch_tanh",
     "rms_norm_eps": 1e-6,
@@ -109,6 +109,7 @@ _GEMMA = {
     "head_dim": 256,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "tie_word_embeddings": True,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -234,7 +235,13 @@ FAMILIES: dict[str, Family] = {
         norms=_NORMS,
         outer=_OUTER,
         permuted=("self_attn.q_proj", "self_attn.k_proj"),
-        defaults={**_DEFAULTS, "rope_theta": 2e6, "use_sliding_window": False, "no_rope_layer_interval": 4},
+        defaults={
+            **_DEFAULTS,
+            "rope_theta": 2e6,
+            "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
         windows="typed",
         skips_rope=True,
     ),

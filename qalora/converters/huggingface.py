@@ -14,13 +14,22 @@ from typing import Any
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import bias_names, family_of, linear_names
+from qalora.converters.families import bias_names, family_of, linear_names, settings_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile, contained, may_be_of_the_hub, read_limited
 from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
 from qalora.tensor import check_finite
 
-__all__ = ["companion_files", "download", "float_tensor", "quant_method", "read", "read_config", "stored_tensors"]
+__all__ = [
+    "companion_files",
+    "download",
+    "float_tensor",
+    "quant_method",
+    "read",
+    "read_config",
+    "stored_tensors",
+    "with_output",
+]
 
 CONFIG_LIMIT = 16 << 20
 
@@ -119,6 +128,7 @@ def read(folder: Path) -> Checkpoint:
     tensors = {name: float_tensor(name, *where) for name, where in stored.items()}
     linears = linear_names(config, folder)
     check_shapes(folder, config, tensors, linears)
+    config, more = with_output(folder, config, tensors)
     return Checkpoint(
         path=folder,
         layout="huggingface",
@@ -126,7 +136,7 @@ def read(folder: Path) -> Checkpoint:
         tensors=tensors,
         linears=linears,
         files=companion_files(folder),
-        notes=notes,
+        notes=(*notes, *more),
     )
 
 
@@ -181,6 +191,26 @@ def check_shapes(
                 expected="a matrix" if name in linears else "a list",
                 got=f"shape {list(tensors[name].shape)}",
             )
+
+
+def with_output(
+    where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(config, notes): tie_word_embeddings is what the tensors say, as an output layer that is stored is used.
+
+    transformers does so too, whatever the config says; where it says that there is an output layer, and none is
+    stored, transformers makes up a random one, and this raises FormatError.
+    """
+    said, tied = bool(settings_of(config, where).get("tie_word_embeddings")), OUTPUT not in tensors
+    if tied and not said:
+        raise FormatError(f"{where}: tensor {OUTPUT}", expected="it, as config.json says", got="no such tensor")
+    if tied == said:
+        return dict(config), ()
+    note = f"{where.name}: config.json ties the output to the embedding, and there is an output layer of its own: it is used"
+    return {**config, "tie_word_embeddings": False}, (note,)
+
+
+OUTPUT = "lm_head.weight"
 
 
 def download(repo: str, *, here: bool = False) -> Path:

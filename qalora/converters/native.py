@@ -30,7 +30,14 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.families import linear_names
-from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
+from qalora.converters.huggingface import (
+    check_shapes,
+    companion_files,
+    float_tensor,
+    read_config,
+    stored_tensors,
+    with_output,
+)
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
 from qalora.converters.specs import narrowed
 from qalora.errors import FormatError
@@ -93,6 +100,7 @@ def read(folder: Path) -> Checkpoint:
         tensors[f"{name}.weight"] = _quantized(name, module)
     linears = linear_names(config, folder)
     check_shapes(folder, config, tensors, linears)
+    config, _ = with_output(folder, config, tensors)
     return Checkpoint(
         path=folder,
         layout="qalora",

@@ -75,7 +75,7 @@ def _empty(config: Mapping[str, Any], where: object) -> Any:
 
 def _fill(model: Checkpoint, module: Any, name: str, parameter: Tensor) -> None:
     if name not in model.tensors:
-        if name == "lm_head.weight" and model.config.get("tie_word_embeddings"):
+        if name == "lm_head.weight":  # the embedding, or what is left without values, and refused
             return
         raise FormatError(f"{model.path}: tensor {name}", expected="it, as config.json says", got="no such tensor")
     _check_shape(model, name, parameter)

@@ -1,11 +1,14 @@
 """Our torch module against transformers' own loaders, parameter by parameter."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import qalora
 from qalora.converters import load
 from qalora.converters.torch_module import build
 from qalora.errors import FormatError, InputError
@@ -31,6 +34,37 @@ def test_a_float_folder(tmp_path: Path, tied: bool, dtype: str) -> None:
     folder = tiny_llama(tmp_path / "model", config=config)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     same(build(load(folder)), theirs)
+
+
+def with_key(folder: Path, **keys: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    content = {key: value for key, value in {**config, **keys}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_an_output_layer_that_the_config_denies_is_used(tmp_path: Path) -> None:
+    """As transformers does where both are stored; every format says what is so, whatever the config said."""
+    from transformers import AutoModelForCausalLM
+
+    folder = with_key(tiny_llama(tmp_path / "model", config={"tie_word_embeddings": False}), tie_word_embeddings=True)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    model = load(folder)
+    same(build(model), theirs)
+    assert model.config["tie_word_embeddings"] is False
+    assert any("output layer of its own" in note for note in model.notes)
+    qalora.export(qalora.quantize(model), ["gptq", "qalora", "hqq", "mlx"], tmp_path / "dist")
+    for name in ("gptq", "qalora", "hqq", "mlx"):
+        assert json.loads((tmp_path / "dist" / name / "config.json").read_text("utf-8"))["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("said", [False, None])
+def test_an_output_layer_that_is_missing_is_refused(tmp_path: Path, said: bool | None) -> None:
+    """transformers would fill it with random numbers: a Llama's default is an output layer of its own."""
+    folder = with_key(tiny_llama(tmp_path / "model"), tie_word_embeddings=said)
+    with pytest.raises(FormatError, match=r"tensor lm_head\.weight: expected it, as config\.json says"):
+        load(folder)
 
 
 def test_shards(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def read(folder: Path) -> Checkpoint:
         tensors[name] = restored(tensors[name], spec)
     linears = linear_names(config, folder)
     check_shapes(folder, config, tensors, linears)
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors  # mlx-lm has another default than transformers
     return Checkpoint(
         path=folder, layout="mlx", config=config, tensors=tensors, linears=linears, files=companion_files(folder)
     )
