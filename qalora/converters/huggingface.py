@@ -206,8 +206,8 @@ def with_output(
         raise FormatError(f"{where}: tensor {OUTPUT}", expected="it, as config.json says", got="no such tensor")
     if tied == said:
         return dict(config), ()
-    note = f"{where.name}: config.json ties the output to the embedding, and there is an output layer of its own: it is used"
-    return {**config, "tie_word_embeddings": False}, (note,)
+    note = "config.json ties the output to the embedding, and there is an output layer of its own: it is used"
+    return {**config, "tie_word_embeddings": False}, (f"{where.name}: {note}",)
 
 
 OUTPUT = "lm_head.weight"

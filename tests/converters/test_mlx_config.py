@@ -142,6 +142,11 @@ def test_old_configs_are_understood() -> None:
     ("config", "tied", "words"),
     [
         ({"model_type": "qwen3", "attention_bias": True}, True, "attention_bias: expected a qwen3 without"),
+        ({"model_type": "gemma2", "attention_bias": True}, True, "attention_bias: expected a gemma2 without"),
+        ({"model_type": "gemma3_text", "attention_bias": True}, True, "attention_bias: expected a gemma3_text without"),
+        ({"model_type": "qwen2", "head_dim": 32}, True, "head_dim: expected 16, hidden_size over heads for qwen2"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, True, "hidden_act: expected silu for llama"),
+        ({"model_type": "gemma2", "hidden_activation": "silu"}, True, "hidden_activation: expected gelu_pytorch_tanh"),
         ({"model_type": "gemma2"}, False, "lm_head: expected a gemma2 whose output layer is the embedding"),
         ({"model_type": "gemma3_text", "final_logit_softcapping": 8.0}, True, "final_logit_softcapping: expected"),
         ({"model_type": "gemma2", "rope_parameters": LINEAR}, True, "rope_type: expected default for gemma2"),

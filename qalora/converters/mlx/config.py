@@ -25,12 +25,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qalora.converters.families import family_of, settings_of
 from qalora.errors import InputError
 
 __all__ = ["mlx_config"]
 
 WINDOWED = ("mistral", "phi3", "gemma2")
 """Families with a sliding window that mlx-lm does not have."""
+
+WITHOUT_BIAS = ("qwen3", "gemma2", "gemma3_text")
+"""Families whose attention has no biases there."""
 
 ROPES = {"phi3": ("default", "longrope"), "gemma2": ("default",)}
 """Families whose rope mlx-lm does not scale in every way."""
@@ -77,8 +81,15 @@ def _refuse(what: str, expected: str, got: object) -> InputError:
 
 def _check(config: Mapping[str, Any], family: str, *, tied: bool) -> None:
     """What mlx-lm's modules have no place for, or pass over."""
-    if family == "qwen3" and config.get("attention_bias"):
-        raise _refuse("attention_bias", "a qwen3 without", "True")
+    known, settings = family_of(config, "config.json"), settings_of(config, "config.json")
+    if settings[known.activation_key] != known.activation:
+        raise _refuse(known.activation_key, f"{known.activation} for {family}", settings[known.activation_key])
+    if family in WITHOUT_BIAS and config.get("attention_bias"):
+        raise _refuse("attention_bias", f"a {family} without", "True")
+    if family == "qwen2" and config.get("head_dim") is not None:
+        usual = int(config["hidden_size"]) // int(config["num_attention_heads"])
+        if config["head_dim"] != usual:
+            raise _refuse("head_dim", f"{usual}, hidden_size over heads for qwen2", config["head_dim"])
     if family == "gemma2" and not tied:
         raise _refuse("lm_head", "a gemma2 whose output layer is the embedding", "one of its own")
     if family == "gemma3_text":
