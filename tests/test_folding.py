@@ -274,7 +274,7 @@ def test_the_command_folds_and_proves_what_it_wrote(tiny_untied: Path, tmp_path:
     shown = CliRunner().invoke(main, [*arguments, "--force", "--minima", "fp16"])
     assert "2 x q_proj" in shown.output
     assert "trained with float32 minima" in shown.output
-    for place, sentence in ((out, "exists already"), (base, "is MODEL itself")):
+    for place, sentence in ((out, "exists already"), (base, "apart from what is read")):
         refused = CliRunner().invoke(main, ["fold", str(base), str(adapter), "-o", str(place)])
         assert (refused.exit_code, sentence in refused.stderr) == (2, True)
 

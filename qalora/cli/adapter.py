@@ -48,10 +48,11 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     from qalora.adapter import ADAPTER_FILES, read_adapter, to_plain_lora, write_adapter
     from qalora.adapter import convert as convert_adapter
     from qalora.converters import load
-    from qalora.formats.output import check_output, new_folder
+    from qalora.formats.output import check_apart, check_output, new_folder
 
     check_output(out, force=force, names=ADAPTER_FILES)
     base = None if model is None else load(model)
+    check_apart(out, adapter, *([] if base is None else [base.path]))
     if adapter.is_file() and adapter.suffix == ".gguf":
         read = _read_gguf_lora(adapter, base)
     else:

@@ -24,7 +24,7 @@ from qalora.cli.options import (
     table_console,
 )
 from qalora.cli.progress import log_format_option
-from qalora.errors import InputError, ProofError
+from qalora.errors import ProofError
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
@@ -64,10 +64,10 @@ def command(
     from qalora.cli.writing import write_native
     from qalora.converters import native
     from qalora.folding import fold
+    from qalora.formats.output import check_apart
 
     base = open_model(model, checkpoint_format)
-    if out.resolve() == base.path.resolve():
-        raise InputError(f"{out} is MODEL itself, which the proof reads again", todo="choose another place")
+    check_apart(out, base.path, adapter)
     read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     chosen: Minima = minima or read.minima or "float16"  # type: ignore[assignment]
     plan = write_native(

@@ -94,10 +94,13 @@ def command(
     layer is quantized on the inputs that the quantized layers before it give.
     """
     from qalora.cli.writing import write_native
-    from qalora.formats.output import check_output
+    from qalora.formats.output import check_apart, check_output, check_writable
 
     check_output(out, force=force, names=["config.json"])
     source = open_model(model, checkpoint_format)
+    check_apart(out, source.path)
+    if not dry_run:
+        check_writable(out)
     with layers_bar(int(source.config.get("num_hidden_layers") or 1)) as tick:
         quantized = quantized_model(source, tick=tick, **settings)
         if settings["calibration"] is not None and not dry_run:

@@ -16,23 +16,39 @@ from pathlib import Path
 
 from qalora.errors import OutputError
 
-__all__ = ["check_output", "check_writable", "json_bytes", "new_file", "new_folder", "write_json"]
+__all__ = ["check_apart", "check_output", "check_writable", "json_bytes", "new_file", "new_folder", "write_json"]
 
 
 def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> None:
-    """Refuse an output that exists, unless `force` is set and it is an earlier output holding one of `names`; and the
-    folder that the process works in, which cannot be replaced.
+    """Refuse an output that exists, unless `force` is set and it is an earlier output holding one of `names`; and what
+    cannot be replaced: the folder that the process works in, a link, a mount point.
     """
     if path.resolve() == Path.cwd():
         raise OutputError(f"{path}", expected="a name", got="the folder you are in", todo="name a folder to make")
-    if not path.exists() and not path.is_symlink():
+    if path.is_symlink():
+        raise OutputError(f"{path}", expected="a name", got="a link", todo="choose another place")
+    if os.path.ismount(path):
+        raise OutputError(f"{path}", expected="a name", got="a mount point", todo="name a folder inside it")
+    if not path.exists():
         return
     if path.is_dir() and not any(path.iterdir()):
         return
     if not force:
         raise OutputError(f"{path} exists already; choose another place or give --force")
-    if path.is_symlink() or (path.is_dir() and not any((path / name).exists() for name in names)):
+    if path.is_dir() and not any((path / name).exists() for name in names):
         raise OutputError(f"{path} exists and does not look like an earlier output; --force does not replace it")
+
+
+def check_apart(path: Path, *sources: Path) -> None:
+    """Refuse an output that is, or holds, something that is read: replacing it would delete that."""
+    for source in sources:
+        if source.resolve().is_relative_to(path.resolve()):
+            raise OutputError(
+                f"{path}",
+                expected="a place apart from what is read",
+                got=f"one that holds {source}",
+                todo="choose another place",
+            )
 
 
 def check_writable(path: Path) -> None:

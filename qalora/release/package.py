@@ -21,7 +21,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.exports import ExportJob, export_jobs, run_jobs
 from qalora.converters.plan import Plan, Progress
 from qalora.errors import ProofError
-from qalora.formats.output import check_output, new_folder, write_json
+from qalora.formats.output import check_apart, check_output, new_folder, write_json
 from qalora.release.card import card_text, check_template
 from qalora.release.checksums import SUMS, write_sums
 from qalora.release.manifest import (
@@ -122,6 +122,7 @@ def preview(
 ) -> list[Plan]:
     """The plans of `plan_release` without reading the model: digests have one length, so that sizes are the same."""
     check_output(out, force=force, names=[SUMS])
+    check_apart(out, model.path)
     if options.template is not None:
         check_template(options.template)
     blank = {"digest": "sha256:" + 64 * "0"}

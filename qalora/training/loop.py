@@ -25,7 +25,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.errors import DivergedError, InputError, OutputError
 from qalora.folding import FLOAT16_MAX
-from qalora.formats.output import check_output, check_writable, new_folder, write_json
+from qalora.formats.output import check_apart, check_output, check_writable, new_folder, write_json
 from qalora.training.compute import dtype_of, find_device
 from qalora.training.data import Blocks, check_data, make_blocks, read_documents
 from qalora.training.distributed import ALONE, Processes, joined
@@ -86,6 +86,7 @@ def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda 
     with joined(options.device) as processes:
         with processes.together():
             check_output(options.out, force=options.force, names=ADAPTER_FILES)
+            check_apart(options.out, model.path)
             if options.save_every:
                 check_state(options.out, force=options.force or options.resume)
             if processes.first:

@@ -446,6 +446,10 @@ def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
         ("export @qalora --to pickle -o %out", "expected one of gptq, gguf, onnx, mlx"),
         ("export @qalora --to gptq --gptq-form round -o %out", "--allow-loss zeros"),
         ("export @qalora --to gguf -o %in", "exists already"),
+        ("quantize @float -o @float --force", "apart from what is read"),
+        ("quantize @float -o /proc/nowhere/out", "/proc/nowhere"),
+        ("adapter convert @adapter --to peft -o @adapter --force", "apart from what is read"),
+        ("fold @qalora @adapter -o @adapter --force", "apart from what is read"),
         ("export @qalora --to gguf --allow-loss nonsense -o %out", "one of zeros, minima, scales, eight-bit, residual"),
         (
             "release @qalora --to gguf --allow-loss nonsense -o %out",
