@@ -17,7 +17,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import target
 from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.folding import fold
-from qalora.formats.output import check_output, new_folder
+from qalora.formats.output import check_apart, check_output, new_folder
 
 __all__ = ["ExportJob", "export", "export_jobs", "run_jobs"]
 
@@ -43,11 +43,13 @@ def export_jobs(
     minima defaults to what the adapter was trained with, and to float16 where it does not say.
     """
     writers = {name: target(name) for name in dict.fromkeys(targets)}
-    folded = model if adapter is None else fold(model, adapter, minima=minima or adapter.minima or "float16")
+    folded = None if adapter is not None else model
     jobs = []
     for name, writer in writers.items():
         beside = adapter is not None and name == "gptq" and options.gptq_form == "auto" and _ships_adapter(model)
-        source = model if beside else folded
+        if adapter is not None and folded is None and not beside:  # what cannot be folded may still lie beside
+            folded = fold(model, adapter, minima=minima or adapter.minima or "float16")
+        source = model if beside or folded is None else folded
         plan = writer.plan(source, replace(options, adapter=adapter if beside else None))
         plan.check(options.allow_loss)
         jobs.append(ExportJob(plan=plan, model=source))
@@ -66,6 +68,7 @@ def run_jobs(
     """Write each job to `out/<target>/`. Raises OutputError for an output that exists without `force`."""
     for job in jobs:
         check_output(out / job.plan.target, force=force, names=list(job.plan.files))
+        check_apart(out / job.plan.target, job.model.path)
     with ExitStack() as outputs:
         for job in jobs:
             place = out / job.plan.target

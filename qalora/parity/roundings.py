@@ -100,10 +100,9 @@ def side_branch(x: Tensor, layer: AdapterLayer, rounding: Rounding = EXACT) -> T
         pooled = _blocks(x, layer.pool_size).sum(dim=-1)
         return layer.factor * functional.linear(functional.linear(pooled, layer.a), layer.b)
     half = torch.float16
-    a = layer.a * (layer.factor / layer.scaling if layer.scaling else 0.0)
     pooled = _blocks(_via(x, half), layer.pool_size).sum(dim=-1)
-    inner = _via(functional.linear(pooled, _via(a, half)), half)
-    return _via(_via(functional.linear(inner, _via(layer.b, half)), half) * layer.scaling, half)
+    inner = _via(functional.linear(pooled, _via(layer.a, half)), half)
+    return _via(_via(functional.linear(inner, _via(layer.b, half)), half) * layer.factor, half)
 
 
 def _pool(x: Tensor, tensor: GroupQuantTensor) -> Tensor:

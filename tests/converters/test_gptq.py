@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qalora.adapter import Adapter
+from qalora.adapter import Adapter, to_plain_lora
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import gptq, huggingface, load
+from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.gptq.forms import encode
 from qalora.converters.plan import ExportOptions
 from qalora.errors import AdapterError, FormatError, InputError
@@ -283,7 +284,9 @@ def test_a_changed_pooling_matrix_is_found(tiny_untied: Path, tmp_path: Path) ->
         gptq.read(folder).tensors[f"{late}.weight"].load()
 
 
-def adapter_for(model: Checkpoint, *, pool_size: int = 32, ranks: tuple[int, ...] = (4,)) -> Adapter:
+def adapter_for(
+    model: Checkpoint, *, pool_size: int = 32, ranks: tuple[int, ...] = (4,), factor: float = 0.75
+) -> Adapter:
     return random_adapter(
         model,
         rank=ranks,
@@ -294,27 +297,33 @@ def adapter_for(model: Checkpoint, *, pool_size: int = 32, ranks: tuple[int, ...
         minima=None,
         convention="official",
         scaling=2.0,
-        factor=0.75,
+        factor=factor,
     )
 
 
-@pytest.mark.parametrize(("pool_size", "ranks"), [(32, (4,)), (16, (4, 3)), (64, (2, 2, 5))])
+@pytest.mark.parametrize(("pool_size", "ranks"), [(32, (4,)), (16, (4, 3)), (64, (2, 2, 5)), (1, (3,))])
+@pytest.mark.parametrize("factor", [0.75, 2.0 * 3 / 32])
 def test_an_adapter_ships_as_a_plain_lora_that_adds_the_same(
-    tiny_untied: Path, tmp_path: Path, pool_size: int, ranks: tuple[int, ...]
+    tiny_untied: Path, tmp_path: Path, pool_size: int, ranks: tuple[int, ...], factor: float
 ) -> None:
+    """A and B are the adapter's, bit for bit, whatever its factor is made of: alpha over rank is the factor."""
     model = quantized(tiny_untied, zeros="integer")
-    adapter = adapter_for(model, pool_size=pool_size, ranks=ranks)
+    adapter = adapter_for(model, pool_size=pool_size, ranks=ranks, factor=factor)
     assert gptq.ships_adapter(model)
     plan = written(model, tmp_path / "gptq", ExportOptions(adapter=adapter))
     assert f"plain LoRA of rank {max(ranks)}" in plan.notes[0]
     stored = load_file(tmp_path / "gptq" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "gptq" / "adapter_config.json").read_text("utf-8"))
     for module, layer in adapter.layers.items():
         a, b = (stored[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
-        expected = layer.factor * (layer.b.double() @ layer.a.double()).repeat_interleave(pool_size, dim=1)
-        got = layer.scaling * (b.double() @ a.double())
-        # factor/scaling * A is rounded once to float32, 2^-24 of each product
-        bound = 2.0**-24 * layer.factor * (layer.b.abs().double() @ layer.a.abs().double())
-        assert bool(((got - expected).abs() <= bound.repeat_interleave(pool_size, dim=1)).all())
+        assert torch.equal(a, layer.a.repeat_interleave(pool_size, dim=1))
+        assert torch.equal(b, layer.b)
+        pattern = {key: config[f"{key}_pattern"] for key in ("alpha", "rank")}
+        found = {
+            key: next((of for name, of in names.items() if f".{module}".endswith(f".{name}")), config[default])
+            for (key, names), default in zip(pattern.items(), ("lora_alpha", "r"), strict=True)
+        }
+        assert found["alpha"] / found["rank"] == factor
     again = gptq.read(tmp_path / "gptq")
     assert_same_model(again, model)
     assert "is an adapter of its own" in again.notes[0]
@@ -330,6 +339,18 @@ def test_an_adapter_needs_integer_zeros_and_its_own_model(tiny_untied: Path) -> 
         wrong = replace(adapter, layers={module: layer})
         with pytest.raises(AdapterError, match=rf"adapter layer .*: expected a linear layer \[64, 64\], got {got}"):
             gptq.plan(model, ExportOptions(adapter=wrong))
+
+
+def test_an_adapter_that_cannot_be_folded_ships_beside(tiny_untied: Path, tmp_path: Path) -> None:
+    """An ordinary LoRA has no groups to fold into: where GPTQ is the only format, nothing has to be folded."""
+    model = quantized(tiny_untied, zeros="integer")
+    plain = to_plain_lora(adapter_for(model))
+    (job,) = export_jobs(model, ["gptq"], ExportOptions(), adapter=plain)
+    run_jobs([job], tmp_path)
+    stored = load_file(tmp_path / "gptq" / "adapter_model.safetensors")
+    assert torch.equal(stored[f"base_model.model.{Q_PROJ}.lora_A.weight"], plain.layers[Q_PROJ].a)
+    with pytest.raises(InputError, match="ordinary LoRA"):
+        export_jobs(model, ["gptq", "gguf"], ExportOptions(), adapter=plain)
 
 
 # ---- other people's habits

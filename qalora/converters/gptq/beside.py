@@ -66,10 +66,8 @@ def pooling_matrix(columns: int, group_size: int, g_idx: Tensor | None) -> Tenso
 
 
 def plain_lora(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank] in float32 of the plain LoRA that adds the same, with the layer's own scaling."""
-    times = layer.factor / layer.scaling if layer.scaling else 0.0
-    a = layer.a if times == 1 else (layer.a.double() * times).float()
-    return a.repeat_interleave(layer.pool_size, dim=1), layer.b
+    """A [rank, in] and B [out, rank] in float32 of the plain LoRA that adds the same, scaled by the layer's factor."""
+    return layer.a.repeat_interleave(layer.pool_size, dim=1), layer.b
 
 
 def peft_config(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 
 from qalora._version import __version__
 from qalora.adapter import Adapter
+from qalora.adapter.rewriting import alpha_for
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.families import family_of
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
@@ -219,7 +220,7 @@ def _ranks(
 ) -> dict[str, tuple[int, float]]:
     """{module: (rank, alpha)} of the LoRA beside; empty if there is none."""
     if adapter is not None:
-        return {module: (layer.rank, layer.scaling * layer.rank) for module, layer in sorted(adapter.layers.items())}
+        return {module: (layer.rank, alpha_for(layer, "paper")) for module, layer in sorted(adapter.layers.items())}
     if form not in ("symmetric", "nearest"):
         return {}
     groups = {name: model.tensors[name].shape[1] // spec.group_size for name, spec in specs.items()}
