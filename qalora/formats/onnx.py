@@ -22,7 +22,17 @@ from torch import Tensor
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile, contained, read_limited
 
-__all__ = ["ALIGN", "DTYPES", "Initializer", "Stored", "lay_out", "read_initializers", "read_stored", "stub"]
+__all__ = [
+    "ALIGN",
+    "DTYPES",
+    "Initializer",
+    "Stored",
+    "lay_out",
+    "read_initializers",
+    "read_model",
+    "read_stored",
+    "stub",
+]
 
 ALIGN = 4096
 MAX_MODEL = 1 << 30
@@ -95,11 +105,8 @@ class Stored:
         return math.prod(self.shape) * DTYPES[self.dtype][1] // 8
 
 
-def read_initializers(path: Path) -> tuple[Any, dict[str, Stored]]:
-    """Parse a model and check its initializers; gives the ModelProto, without weights, and the weights by name.
-
-    Raises FormatError for what is no ONNX model, and for external data that leaves the folder or lies about its size.
-    """
+def read_model(path: Path) -> Any:
+    """The ModelProto of a file, without the weights that lie beside it; FormatError for what is no ONNX model."""
     from google.protobuf.message import DecodeError
     from onnx import ModelProto
 
@@ -108,6 +115,15 @@ def read_initializers(path: Path) -> tuple[Any, dict[str, Stored]]:
         model.ParseFromString(read_limited(path, MAX_MODEL))
     except (DecodeError, RecursionError) as error:
         raise FormatError(str(path), expected="an ONNX model", got=type(error).__name__) from error
+    return model
+
+
+def read_initializers(path: Path) -> tuple[Any, dict[str, Stored]]:
+    """Parse a model and check its initializers; gives the ModelProto, without weights, and the weights by name.
+
+    Raises FormatError for what is no ONNX model, and for external data that leaves the folder or lies about its size.
+    """
+    model = read_model(path)
     if not model.graph.node:
         raise FormatError(str(path), expected="an ONNX model with a graph", got="no nodes")
     stored: dict[str, Stored] = {}

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
 from qalora.formats.gguf_split import part_number, split_files
+from qalora.formats.onnx import read_model
 
 __all__ = [
     "GENERATORS",
@@ -171,7 +171,7 @@ def runtimes_of(artifact: Artifact) -> tuple[str, ...]:
 
 def _is_standard(path: Path) -> bool:
     """Whether a graph has standard operators only, and functions of its own that are made of them."""
-    graph = _graph(path)
+    graph = read_model(path)
     own = {function.domain for function in graph.functions}
     return all(opset.domain in own | {"", "ai.onnx"} for opset in graph.opset_import)
 
@@ -196,15 +196,9 @@ def memory_needed(artifact: Artifact, kind: str) -> int:
     return 8 * size if kind == "torch" and artifact.kind == "qalora" else size
 
 
-def _graph(path: Path) -> Any:
-    import onnx
-
-    return onnx.load(str(path), load_external_data=False)
-
-
 def accuracy_level(path: Path) -> int:
     """The highest accuracy_level of a graph's MatMulNBits nodes, 0 where there are none; 4 has int8 activations."""
-    graph = _graph(path)
+    graph = read_model(path)
     nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
     levels = [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"]
     return max(levels, default=0)

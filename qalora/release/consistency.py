@@ -129,14 +129,18 @@ def check_licences(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
 
 
 def check_provenance(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
-    """Every GGUF, safetensors and ONNX file says where it comes from, and says what the manifest says."""
+    """Every GGUF, safetensors and ONNX file can be read, says where it comes from, and says what the manifest says."""
     wanted = provenance(manifest["base"], manifest["adapter"])
     wanted[f"{PROVENANCE}version"] = manifest["versions"].get("qalora", "")
     found = []
     for artifact in manifest["artifacts"]:
         for name in artifact["files"]:
-            path = contained(folder, name)
-            told = _told(path) if path.is_file() else None
+            try:
+                path = contained(folder, name)
+                told = _told(path) if path.is_file() else None
+            except InputError as error:
+                found.append(Finding(where=name, problem=str(error)))
+                continue
             if told is None:
                 continue
             other = sorted(key for key in {*wanted, *told} if wanted.get(key) != told.get(key))
@@ -161,10 +165,10 @@ def _told(path: Path) -> dict[str, str] | None:
 
         metadata = dict(read_safetensors(path).metadata)
     elif path.name == "model.onnx":
-        import onnx
+        from qalora.formats.onnx import read_model
 
-        proto = onnx.load(str(path), load_external_data=False)
-        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        properties = read_model(path).metadata_props
+        metadata = {entry.key: entry.value for entry in properties if isinstance(entry.key, str)}  # bytes: no UTF-8
     else:
         return None
     return {key: value for key, value in metadata.items() if key.startswith(PROVENANCE)}

@@ -298,6 +298,21 @@ def test_a_swapped_copy_of_the_adapter_is_found(place: Path, dist: Path) -> None
     assert "it is not the adapter of this release" in str(found[0])
 
 
+@pytest.mark.parametrize("damage", [lambda data: b"\xff" * 40 + data[40:], lambda data: data[: len(data) // 2]])
+def test_a_damaged_graph_is_found_beside_its_checksum(
+    place: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    dist = tmp_path / "dist"
+    release(plan_release(base_of(place), ReleaseOptions(targets=("onnx",), level="weights"), dist), dist)
+    assert not check_release(dist, open_artifacts=False).findings
+    graph = dist / "onnx" / "model.onnx"
+    graph.write_bytes(damage(graph.read_bytes()))
+    result = run("release", "--check", dist)
+    assert result.exit_code == 1, result.output
+    assert f"onnx/model.onnx: changed since {SUMS} was written" in result.stdout
+    assert f"onnx/model.onnx: {graph}: expected an ONNX model, got DecodeError" in result.stdout
+
+
 def test_a_folder_that_is_no_release_is_bad_input(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a release"):
         check_release(tmp_path)
