@@ -25,12 +25,21 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
     findings = []
     for artifact in manifest["artifacts"]:
         root = artifact["folder"]
+        fault = _fault_of_place(folder, root, artifact["target"])
+        if fault is not None:
+            findings.append(fault)
+            continue
         findings += _check_listed(folder, root, artifact["files"])
         for row in artifact["tensors"]:
             name = f"{root}/{row['file']}"
             path = _inside(folder, name)
             if path is None:
                 continue  # found above, as a file
+            size = path.stat().st_size
+            if not (0 <= row["offset"] <= size and 0 <= row["bytes"] <= size):  # its parts may lie apart: no sum
+                problem = f"manifest.json places it outside of the file's {size} bytes"
+                findings.append(Finding(where=f"{name}: {row['name']}", problem=problem))
+                break
             if range_digest(path, row["offset"], row["bytes"]) != row["sha256"]:
                 findings.append(Finding(where=f"{name}: {row['name']}", problem=f"{SAID}, at byte {row['offset']}"))
                 break  # the first one names the file
@@ -38,6 +47,18 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
 
 
 SAID = "not the bytes that manifest.json has the digest of"
+
+
+def _fault_of_place(folder: Path, root: str, target: str) -> Finding | None:
+    """What is wrong with an artefact's folder, which is named after its target and lies in the release."""
+    if root != target:
+        problem = f"the folder {root!r:.80} is not the one of its target, {target:.40}"
+        return Finding(where="manifest.json", problem=problem)
+    try:
+        contained(folder, root)
+    except InputError as error:
+        return Finding(where=root, problem=str(error))
+    return None
 
 
 def _check_listed(folder: Path, root: str, files: Mapping[str, Mapping[str, Any]]) -> list[Finding]:

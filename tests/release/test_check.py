@@ -233,6 +233,55 @@ def broken_sums(dist: Path) -> None:
     (dist / SUMS).write_text("deadbeef  README.md\n", encoding="utf-8")
 
 
+def _first_row(**changes: int) -> Callable[[Any], None]:
+    return lambda manifest: manifest["artifacts"][0]["tensors"][0].update(changes)
+
+
+def negative_offset(dist: Path) -> None:
+    edit(dist, "manifest.json", _first_row(offset=-5))
+    render(dist)
+
+
+def absurd_offset(dist: Path) -> None:
+    edit(dist, "manifest.json", _first_row(offset=10**30))
+    render(dist)
+
+
+def negative_size(dist: Path) -> None:
+    edit(dist, "manifest.json", _first_row(bytes=-1))
+    render(dist)
+
+
+def _place_outside(dist: Path) -> Path:
+    outside = dist.parent / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("secret", encoding="utf-8")
+    return outside
+
+
+def folder_beside(dist: Path) -> None:
+    _place_outside(dist)
+    edit(dist, "manifest.json", lambda manifest: manifest["artifacts"][0].update(folder="../outside"))
+    render(dist)
+
+
+def folder_elsewhere(dist: Path) -> None:
+    outside = _place_outside(dist)
+    edit(dist, "manifest.json", lambda manifest: manifest["artifacts"][0].update(folder=str(outside)))
+    render(dist)
+
+
+def folder_of_everything(dist: Path) -> None:
+    edit(dist, "manifest.json", lambda manifest: manifest["artifacts"][0].update(folder="."))
+    render(dist)
+
+
+def folder_linked(dist: Path) -> None:
+    outside = _place_outside(dist)
+    shutil.rmtree(dist / "gguf")
+    (dist / "gguf").symlink_to(outside)
+
+
 PLANTED: list[tuple[Callable[[Path], None], bool, str]] = [
     (flipped_code, False, rf"^gguf/.*\.gguf: {Q}: not the bytes"),
     (sums_of_tensor, False, rf"^gguf/.*\.gguf: {Q}: not the bytes"),
@@ -256,6 +305,13 @@ PLANTED: list[tuple[Callable[[Path], None], bool, str]] = [
     (other_option, True, r"^report\.json: text\.tokens: it says 24, and measured again it is 23"),
     (truncated, False, r"^gguf/.*\.gguf: not the bytes"),
     (broken_sums, False, r"^checksums: .*SHA256SUMS:1: expected a SHA-256 digest"),
+    (negative_offset, False, r"^gguf/.*\.gguf: .*: manifest\.json places it outside of the file's \d+ bytes"),
+    (absurd_offset, False, r"^gguf/.*\.gguf: .*: manifest\.json places it outside of the file's \d+ bytes"),
+    (negative_size, False, r"^gguf/.*\.gguf: .*: manifest\.json places it outside of the file's \d+ bytes"),
+    (folder_beside, False, r"^manifest\.json: the folder '\.\./outside' is not the one of its target, gguf$"),
+    (folder_elsewhere, False, r"^manifest\.json: the folder '/.*outside' is not the one of its target, gguf$"),
+    (folder_of_everything, False, r"^manifest\.json: the folder '\.' is not the one of its target, gguf$"),
+    (folder_linked, False, r"^gguf: .*expected a file inside the model's folder, got a link to .*outside"),
 ]
 
 
@@ -270,6 +326,7 @@ def test_a_planted_change_is_found_by_name(
     found = check(dist, place, again=again)
     texts = [str(finding) for finding in found.findings]
     assert any(re.search(said, text) for text in texts), texts
+    assert not any("secret" in text for text in texts)
 
 
 @pytest.mark.filterwarnings("ignore")
