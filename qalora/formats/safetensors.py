@@ -162,7 +162,9 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
     try:
         header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise FormatError(str(path), expected="a header in JSON", got=f"{type(error).__name__}") from error
     if not isinstance(header, dict) or not data.startswith(b"{"):
         raise FormatError(str(path), expected="a header that is a JSON object", got=type(header).__name__)
