@@ -37,6 +37,9 @@ __all__ = [
 ALIGN = 4096
 MAX_MODEL = 1 << 30
 
+MAX_DIMENSIONS = 8
+"""Of a weight; the product of a million sizes would take minutes, and torch has no more than 64."""
+
 DTYPES: dict[str, tuple[int, int, torch.dtype]] = {
     "FLOAT": (1, 32, torch.float32),
     "UINT8": (2, 8, torch.uint8),
@@ -139,6 +142,8 @@ def _check(path: Path, proto: Any) -> Stored:
     from onnx import TensorProto
 
     where, shape = f"{path}: {proto.name}", tuple(proto.dims)
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(where, expected=f"at most {MAX_DIMENSIONS} dimensions", got=str(len(shape)))
     if any(size < 0 or size >= 1 << 48 for size in shape) or math.prod(shape) >= 1 << 56:
         raise FormatError(where, expected="a size that a file can hold", got=str(list(shape)))
     name = _NAMES[proto.data_type]

@@ -314,6 +314,10 @@ DAMAGE: dict[str, tuple[Callable[[Any], None], str]] = {
     "length that lies": (_external("length", "12"), "bytes"),
     "twice": (lambda model: model.graph.initializer.append(model.graph.initializer[0]), "twice"),
     "huge shape": (lambda model: model.graph.initializer[0].dims.append(1 << 60), "size"),
+    "many dimensions": (
+        lambda model: model.graph.initializer[0].dims.extend([1 << 47] * 20_000),
+        "expected at most 8 dimensions, got 20002",
+    ),
 }
 
 

@@ -107,6 +107,8 @@ def _entry(begin: int, end: int, shape: list[object] | None = None, dtype: objec
         ({"a": _entry(0, 4, [1.0])}, bytes(4), "whole numbers"),
         ({"a": _entry(0, 4, [True])}, bytes(4), "whole numbers"),
         ({"a": _entry(0, 0, [1 << 62, 1 << 62, 4])}, b"", "the header lies"),
+        ({"a": _entry(0, 4, [1] * 9)}, bytes(4), "expected at most 8 dimensions, got 9"),
+        ({"a": _entry(0, 4, [(1 << 63) - 1] * 100_000)}, bytes(4), "expected at most 8 dimensions, got 100000"),
         ({"a": _entry(0, 4, dtype="Q4")}, bytes(4), "a dtype among BOOL"),
         ({"a": _entry(0, 4, dtype=["F32"])}, bytes(4), "a dtype among BOOL"),
         ({"__metadata__": {"a": 1}}, b"", "strings only"),
@@ -146,11 +148,11 @@ def test_shards_are_found_and_kept_inside(tmp_path: Path) -> None:
         names(b="link.safetensors")
     with pytest.raises(FormatError, match="a file without it"):
         names(b="m-1.safetensors")
-    with pytest.raises(FormatError, match="a weight_map"):
-        index.write_text("{}", encoding="utf-8")
     with pytest.raises(FormatError, match="expected a header in JSON, got ValueError"):
         index.write_text('{"weight_map": {}, "x": ' + "1" * 5000 + "}", encoding="utf-8")
         shards(folder)
+    with pytest.raises(FormatError, match="a weight_map"):
+        index.write_text("{}", encoding="utf-8")
         shards(folder)
 
 
