@@ -336,6 +336,14 @@ def _two_epsilons(graph: Graph) -> None:
     graph.node("SkipSimplifiedLayerNormalization", "/n", ["x"], epsilon=1e-6)
 
 
+def _as_real(words: str, key: str, value: float) -> Callable[[Graph], None]:
+    def change(graph: Graph) -> None:
+        found = next(found for found in graph.find(words).attribute if found.name == key)
+        found.type, found.f = onnx.AttributeProto.FLOAT, value
+
+    return change
+
+
 REFUSED: dict[str, tuple[Callable[[Graph], None], str]] = {
     "no decoder in the config": (_without_config, "expected model.decoder"),
     "a g_idx of another length": (_g_idx_short, "a INT32 initializer of 96 elements"),
@@ -353,6 +361,11 @@ REFUSED: dict[str, tuple[Callable[[Graph], None], str]] = {
     "other names": (_other_names, "no node is named as"),
     "no embedding": (lambda graph: graph.nodes.pop(0), "expected a Gather of input_ids"),
     "two epsilons": (_two_epsilons, "one epsilon, got 1e-06, 1e-05"),
+    "a real N": (_as_real("o_proj", "N", 64.0), "N: expected a whole number, got a real one, 64.0"),
+    "a real K": (_as_real("o_proj", "K", 64.0), "K: expected a whole number, got a real one, 64.0"),
+    "a real block": (_as_real("o_proj", "block_size", 16.0), "block_size: expected a whole number, got a real one"),
+    "real bits": (_as_real("o_proj", "bits", math.nan), "bits: expected a whole number, got a real one, nan"),
+    "real heads": (_as_real("GroupQuery", "num_heads", 4.0), "num_heads: expected a whole number, got a real one"),
     "heads no number": (lambda graph: graph.set("GroupQueryAttention", "num_heads", 0), "num_attention_heads"),
 }
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of, linear_names
 from qalora.converters.huggingface import check_shapes, companion_files
-from qalora.converters.onnx.foreign_config import attribute, config_of
+from qalora.converters.onnx.foreign_config import config_of, whole_attribute
 from qalora.errors import FormatError, InputError
 from qalora.formats.onnx import Stored, read_stored
 from qalora.tensor import GroupQuantTensor, QuantSpec
@@ -229,8 +229,8 @@ def _float(graph: _Graph, node: Any, name: str) -> LazyTensor:
 
 
 def _nbits(graph: _Graph, node: Any) -> LazyTensor:
-    rows, columns = (attribute(node, key, 0) for key in ("N", "K"))
-    bits, block = attribute(node, "bits", 4), attribute(node, "block_size", 0)
+    defaults = {"N": 0, "K": 0, "bits": 4, "block_size": 0}
+    rows, columns, bits, block = (whole_attribute(graph.file, node, key, value) for key, value in defaults.items())
     _check_sizes(graph, node, rows, columns, bits, block)
     codes = graph.weight(node, _input(node, 1), ("UINT8",), rows * columns * bits // 8)
     order = graph.weight(node, _input(node, 4), ("INT32",), columns) if _input(node, 4) else None
@@ -334,7 +334,7 @@ def _embedding(graph: _Graph) -> tuple[LazyTensor, str]:
     if node.op_type != "GatherBlockQuantized" or (via is not None and via.op_type != "Reshape"):
         raise InputError(f"{graph.file}: {node.name}", expected="Gather or GatherBlockQuantized", got=node.op_type)
     source = source if via is None else _input(via, 0)
-    bits, block = attribute(node, "bits", 4), attribute(node, "block_size", 128)
+    bits, block = (whole_attribute(graph.file, node, key, value) for key, value in (("bits", 4), ("block_size", 128)))
     scales = graph.weight(node, _input(node, 2), tuple(FLOATS))
     rows = _whole(graph, "vocab_size")
     columns = math.prod(scales.shape) // rows * block

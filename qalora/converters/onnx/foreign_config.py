@@ -19,7 +19,7 @@ from qalora.converters.huggingface import read_config
 from qalora.errors import FormatError, InputError
 from qalora.formats.onnx import Stored, read_stored
 
-__all__ = ["attribute", "config_of", "rope_of"]
+__all__ = ["config_of", "rope_of", "whole_attribute"]
 
 GENAI = "genai_config.json"
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
@@ -39,6 +39,14 @@ def attribute(node: Any, name: str, default: Any = None) -> Any:
         if found.name == name:
             return found.f if found.type == found.FLOAT else found.i
     return default
+
+
+def whole_attribute(file: Path, node: Any, name: str, default: Any = None) -> Any:
+    """A node's integer attribute; FormatError for a real one."""
+    value = attribute(node, name, default)
+    if isinstance(value, float):
+        raise FormatError(f"{file}: {node.name}: {name}", expected="a whole number", got=f"a real one, {value}")
+    return value
 
 
 def config_of(file: Path, nodes: Sequence[Any], stored: Mapping[str, Stored]) -> dict[str, Any]:
@@ -103,9 +111,9 @@ def _from_genai(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _heads(file: Path, node: Any) -> dict[str, Any]:
-    heads = attribute(node, "num_heads")
-    kv_heads = attribute(node, "kv_num_heads", heads)
-    if attribute(node, "local_window_size", -1) > 0:
+    heads = whole_attribute(file, node, "num_heads")
+    kv_heads = whole_attribute(file, node, "kv_num_heads", heads)
+    if whole_attribute(file, node, "local_window_size", -1) > 0:
         raise InputError(f"{file}: {node.name}", expected="attention over the whole context", got="a sliding window")
     return {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
 
