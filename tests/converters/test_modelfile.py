@@ -15,6 +15,7 @@ from qalora.converters.gguf import rendering
 from qalora.converters.gguf.chat import turns_of
 from qalora.converters.gguf.modelfile import modelfile
 from qalora.demo import smollm2_file
+from qalora.errors import FormatError
 from qalora.formats.gguf import Metadata, Value, ValueType
 from qalora.parity.artifacts import recognize
 from qalora.quantization import quantize
@@ -326,6 +327,15 @@ def test_no_template_at_all() -> None:
     text = modelfile(Metadata(entries=tokens_of("<s>", "</s>")), ["m.gguf"])
     assert commands(text) == [("FROM", "./m.gguf"), ("PARAMETER stop", "</s>")]
     assert "has no chat template" in text
+
+
+@pytest.mark.parametrize("key", ["tokens", "token_type"])
+@pytest.mark.parametrize("value", [Value(type=ValueType.UINT32, value=5), Value(type=ValueType.STRING, value="abc")])
+def test_a_vocabulary_that_is_no_list(key: str, value: Value) -> None:
+    template = Value(type=ValueType.STRING, value=CHATML)
+    entries = {**tokens_of("<s>", "<|im_end|>"), "tokenizer.chat_template": template, f"tokenizer.ggml.{key}": value}
+    with pytest.raises(FormatError, match=f"tokenizer.ggml.{key}: expected a list, got "):
+        modelfile(Metadata(entries=entries), ["m.gguf"])
 
 
 def test_the_child_gives_nothing_long() -> None:

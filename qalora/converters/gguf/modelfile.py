@@ -14,8 +14,10 @@ llama.cpp apply the file's own (server/routes.go, chatModeForModel), and older o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qalora.converters.gguf.chat import Turns, turns_of
+from qalora.errors import FormatError
 from qalora.formats.gguf import Metadata
 
 __all__ = ["MODELFILE", "modelfile"]
@@ -39,7 +41,10 @@ _NO_SYSTEM = """\
 
 
 def modelfile(metadata: Metadata, names: Sequence[str]) -> str:
-    """The text of the Modelfile of a GGUF file with this metadata; `names` are its parts, the first first."""
+    """The text of the Modelfile of a GGUF file with this metadata; `names` are its parts, the first first.
+
+    FormatError for a vocabulary that is no list.
+    """
     template = metadata.get("tokenizer.chat_template")
     bos, eos = (_token(metadata, f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
     turns = None
@@ -97,16 +102,24 @@ def _is_stop(text: str) -> bool:
     return 0 < len(text) <= LONGEST_STOP and text.isprintable() and '"' not in text
 
 
+def _listed(metadata: Metadata, key: str) -> tuple[Any, ...]:
+    """An array of the vocabulary; FormatError for what is none."""
+    value = metadata.get(f"tokenizer.ggml.{key}", ())
+    if not isinstance(value, tuple):
+        raise FormatError(f"tokenizer.ggml.{key}", expected="a list", got=f"{value!r:.60}", todo="convert it again")
+    return value
+
+
 def _token(metadata: Metadata, key: str) -> str:
     """The text of a token that metadata names by its number; "" where there is none."""
-    tokens, number = metadata.get("tokenizer.ggml.tokens", ()), metadata.get(key)
+    tokens, number = _listed(metadata, "tokens"), metadata.get(key)
     if not isinstance(number, int) or not 0 <= number < len(tokens):
         return ""
     return str(tokens[number])
 
 
 def _control_tokens(metadata: Metadata) -> set[str]:
-    tokens, kinds = (metadata.get(f"tokenizer.ggml.{key}", ()) for key in ("tokens", "token_type"))
+    tokens, kinds = (_listed(metadata, key) for key in ("tokens", "token_type"))
     return {str(token) for token, kind in zip(tokens, kinds, strict=False) if kind == CONTROL}
 
 
