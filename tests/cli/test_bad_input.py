@@ -494,6 +494,9 @@ def test_lines_that_cannot_be(place: Path, line: str, sentence: str) -> None:
         "export @qalora --to gptq --max-shard-size 10kB -o %out",
         "export @qalora --to hqq -o %out",
         "release @qalora --adapter @adapter --to gguf -o %out",
+        "adapter convert @adapter --to peft -o %out",
+        "adapter convert @adapter --to gguf-lora --base @qalora -o %out",
+        "adapter convert @adapter --to onnx-adapter --base @qalora -o %out",
     ],
 )
 def test_no_space_left(place: Path, line: str) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.converters.onnx.order import ungathered
-from qalora.errors import AdapterError, FormatError, InputError
+from qalora.errors import AdapterError, FormatError, InputError, OutputError
 
 __all__ = ["RANK", "add_slots", "read_adapter_file", "rounded_modules", "slot_names", "write_adapter_file"]
 
@@ -99,7 +99,10 @@ def _matrices(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
 
 
 def write_adapter_file(adapter: Adapter, path: Path) -> None:
-    """Write an .onnx_adapter file of the whole adapter. AdapterError for one without layers."""
+    """Write an .onnx_adapter file of the whole adapter.
+
+    AdapterError for one without layers, OutputError where ONNX Runtime cannot write it.
+    """
     import onnxruntime
 
     if not adapter.layers:
@@ -112,7 +115,10 @@ def write_adapter_file(adapter: Adapter, path: Path) -> None:
     made.set_adapter_version(1)
     made.set_model_version(1)
     made.set_parameters(parameters)
-    made.export_adapter(str(path))
+    try:
+        made.export_adapter(str(path))
+    except RuntimeError as error:
+        raise OutputError(str(path), expected="room for it", got="a failed write", todo="free some space") from error
 
 
 def read_adapter_file(path: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
