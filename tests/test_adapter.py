@@ -29,6 +29,7 @@ from qalora.adapter import (
     to_plain_lora,
     write_adapter,
 )
+from qalora.adapter.peft_config import check_work, parse_config
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.cli import main
 from qalora.errors import AdapterError, FormatError, InputError
@@ -269,6 +270,10 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"(a+)+b": 3}}, "none of them of a group"),
     ({"alpha_pattern": {"(a|a)" * 17: 3}}, "none of them of a group"),
     ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+    ({"rank_pattern": {"a*a*a*a*b": 2}}, "and 3 repetitions, none of them of a group"),
+    ({"alpha_pattern": {f"x{n}": 1 for n in range(10_001)}}, "alpha_pattern: expected at most 10000 expressions"),
+    ({"alpha_pattern": {f".*.*.*{n}": 1 for n in range(5000)}}, "rank_pattern and alpha_pattern: expected"),
+    ({"alpha_pattern": {"(a|a)" * 8 + f".*.*{n}": 1 for n in range(99)}}, "that match in 100000000 steps"),
     ({"target_modules": {"q_proj": 1}}, "target_modules: expected text or numbers"),
     ({"base_model_name_or_path": "\ud800"}, r"expected text or numbers, got '.ud800'"),
 ]
@@ -279,6 +284,24 @@ def test_a_config_that_means_something_else_is_refused(tmp_path: Path, change: d
     folder = _foreign(tmp_path / "a", **change)
     with pytest.raises(AdapterError, match=sentence):
         read_adapter(folder, _model(), convention="paper")
+
+
+def test_patterns_as_peft_writes_them_are_read() -> None:
+    """A name for each module of a large decoder, as EVA writes them, and expressions by hand."""
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    kinds += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    modules = [f"model.layers.{layer}.{kind}" for layer in range(126) for kind in kinds]
+    hand = [
+        r".*layers\.0\..*",
+        r"^model.layers.\d+.self_attn.(q|k|v|o)_proj",
+        "k_proj|v_proj",
+        ".*layers.1[0-9].*attn.*",
+    ]
+    hand += [rf"model\.layers\.({'|'.join(map(str, range(12)))})\..*(gate|up|down)_proj"]
+    for patterns in (modules, hand):
+        values = dict.fromkeys(patterns, 2)
+        config = {"peft_type": "LORA", "rank_pattern": values, "alpha_pattern": values}
+        check_work(parse_config(config, "config"), modules, "config")
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

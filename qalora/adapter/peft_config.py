@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.formats.files import contained, read_limited
 
-__all__ = ["CONFIG", "PeftConfig", "check_number", "parse_config", "read_json"]
+__all__ = ["CONFIG", "PeftConfig", "check_number", "check_work", "parse_config", "read_json"]
 
 CONFIG = "adapter_config.json"
 JSON_LIMIT = 16 << 20
@@ -57,7 +58,18 @@ CARRIED = (
 )
 """Keys that an adapter carries along in its metadata."""
 
+BEFORE, BEHIND = r"(.*\.)?(", ")$"
+"""What PEFT puts around an expression."""
+
 PATTERN_LENGTH = 1000
+
+PATTERNS = 10_000
+"""Expressions of a config: one for each module of the largest decoders is less."""
+
+REPETITIONS = 3
+
+STEPS = 10**8
+"""That matching all expressions with all modules may take, counted as the worst of them: a few seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +101,37 @@ class PeftConfig:
         """s of a module, computed as PEFT does."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def check_work(config: PeftConfig, modules: Collection[str], where: str) -> None:
+    """AdapterError for expressions that could take more than STEPS to be matched with an adapter's modules.
+
+    An expression with n repetitions and k ways through its alternatives tries at most k * comb(length + n, n) places
+    behind each dot of a name.
+    """
+    names = Counter((len(module), module.count(".")) for module in modules)
+    forms = Counter(_ways(pattern.pattern) for pattern, _ in (*config.rank_pattern, *config.alpha_pattern))
+    steps = sum(
+        expressions * count * (10 + (dots + 1) * ways * math.comb(length + loops, loops))
+        for (loops, ways), expressions in forms.items()
+        for (length, dots), count in names.items()
+    )
+    if steps > STEPS:
+        raise AdapterError(
+            f"{where}: rank_pattern and alpha_pattern",
+            expected=f"expressions that match in {STEPS} steps",
+            got=f"some that could take more with {len(modules)} modules",
+            todo="name the modules in full",
+        )
+
+
+def _ways(text: str) -> tuple[int, int]:
+    """The repetitions of a compiled expression, and the ways through its alternatives, at most."""
+    inner = text.removeprefix(BEFORE).removesuffix(BEHIND)
+    ways = math.prod(group.count("|") + 1 for group in re.findall(r"\(([^()]*)\)", inner))
+    around = re.sub(r"\([^()]*\)", "", inner)
+    rest = around.count("|")
+    return len(re.findall(r"[*+?{]", inner)), ways * (1 << rest if "(" in around else rest + 1)
 
 
 def _first_match(patterns: tuple[tuple[re.Pattern[str], float], ...], module: str, default: float) -> float:
@@ -177,6 +220,8 @@ def _patterns(
     content = config.get(key) or {}
     if not isinstance(content, dict):
         raise AdapterError(f"{where}: {key}", expected="an object", got=type(content).__name__)
+    if len(content) > PATTERNS:
+        raise AdapterError(f"{where}: {key}", expected=f"at most {PATTERNS} expressions", got=str(len(content)))
     return tuple(
         (_pattern(text, f"{where}: {key}"), check_number(value, f"{where}: {key} {text[:80]!r}", whole=whole))
         for text, value in content.items()
@@ -188,13 +233,15 @@ def _pattern(text: str, where: str) -> re.Pattern[str]:
     plain = re.fullmatch(r"[\w.\-\\]*", text) is not None
     loops = len(re.findall(r"[*+?{]", text))
     branches = text.count("|") if text.count("(") > 1 else 0
-    if len(text) > PATTERN_LENGTH or (not plain and (re.search(r"\)[*+?{]", text) or loops > 4 or branches > 16)):
+    if len(text) > PATTERN_LENGTH or (
+        not plain and (re.search(r"\)[*+?{]", text) or loops > REPETITIONS or branches > 16)
+    ):
         raise AdapterError(
             f"{where}: the expression {text[:80]!r}",
-            expected=f"at most {PATTERN_LENGTH} characters and 4 repetitions, none of them of a group",
+            expected=f"at most {PATTERN_LENGTH} characters and {REPETITIONS} repetitions, none of them of a group",
             todo="name the modules in full",
         )
     try:
-        return re.compile(rf"(.*\.)?({text})$")
+        return re.compile(f"{BEFORE}{text}{BEHIND}")
     except (re.error, OverflowError, RecursionError) as error:
         raise AdapterError(f"{where}: {text[:80]!r} is no regular expression: {error}") from error

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from qalora.adapter.peft_config import CONFIG, PeftConfig, check_number, parse_config, read_json
+from qalora.adapter.peft_config import CONFIG, PeftConfig, check_number, check_work, parse_config, read_json
 from qalora.adapter.records import CONVENTIONS, Adapter, AdapterLayer, Convention, convention_factor
 from qalora.adapter.writing import RECORD, RECORD_VERSION, WEIGHTS
 from qalora.errors import AdapterError, FormatError, InputError
@@ -98,6 +98,7 @@ def open_adapter(folder: Path) -> AdapterSource:
     _check_folder(folder)
     config = parse_config(read_json(folder, CONFIG), str(folder / CONFIG))
     pairs = _pairs(read_header(contained(folder, WEIGHTS)).entries, str(folder / WEIGHTS))
+    check_work(config, pairs, str(folder / CONFIG))
     for module, (a, _) in pairs.items():
         if a.shape[0] != config.rank_of(module):
             raise AdapterError(
