@@ -33,6 +33,10 @@ def contained(folder: Path, name: str) -> Path:
     A link may lead anywhere inside the folder, and from a Hub cache's `snapshots/<revision>` into that cache's `blobs`.
     """
     parts = PurePosixPath(name).parts
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise FormatError(f"{folder.name}: file name {name!r}", expected="a plain name inside the folder") from None
     if not name or "\\" in name or "\0" in name or name.startswith("/") or ".." in parts:
         raise FormatError(f"{folder.name}: file name {name!r}", expected="a plain name inside the folder")
     path = folder / name

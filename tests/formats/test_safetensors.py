@@ -140,7 +140,13 @@ def test_shards_are_found_and_kept_inside(tmp_path: Path) -> None:
         return shards(folder)
 
     assert names(a="m-1.safetensors") == {"a": folder / "m-1.safetensors"}
-    for outside in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "a/../../outside.safetensors", ""):
+    for outside in (
+        "../outside.safetensors",
+        str(tmp_path / "outside.safetensors"),
+        "a/../../outside.safetensors",
+        "",
+        "\ud800",
+    ):
         with pytest.raises(FormatError, match="a plain name inside the folder"):
             names(b=outside)
     (folder / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
