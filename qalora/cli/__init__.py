@@ -7,7 +7,9 @@ Errors are turned into one sentence and an exit status here, and nowhere else: 0
 from __future__ import annotations
 
 import importlib
+import io
 import logging
+import sys
 from typing import Any, NoReturn
 
 import click
@@ -62,6 +64,8 @@ class LazyGroup(click.Group):
         """Run the command."""
         for chatty in ("torchao", "torch.utils._pytree"):  # what optional libraries lack is no concern of the user's
             logging.getLogger(chatty).setLevel(logging.ERROR)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8; in JSON this is an escape
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             result = super().invoke(ctx)
         except QaloraError as error:

@@ -94,7 +94,7 @@ def command(
             write_json(place, report.to_json())
     if html_file is not None:
         with new_file(html_file, force=force) as place:
-            place.write_text(to_html(report), encoding="utf-8")
+            place.write_text(to_html(report), encoding="utf-8", errors="backslashreplace")
     if junit_file is not None:
         with new_file(junit_file, force=force) as place:
             place.write_text(to_junit(report), encoding="utf-8")

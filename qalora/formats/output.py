@@ -147,8 +147,12 @@ def _umask() -> int:
 
 
 def json_bytes(content: object) -> bytes:
-    """JSON with sorted keys, so that the same content gives the same bytes."""
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """JSON with sorted keys, so that the same content gives the same bytes.
+
+    What UTF-8 cannot hold, a byte of a path that is none, becomes JSON's escape of it, such as \\udcff.
+    """
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, content: object) -> None:

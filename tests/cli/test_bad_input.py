@@ -510,6 +510,31 @@ def test_no_space_left(place: Path, line: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_paths_that_are_not_utf_8(place: Path) -> None:
+    """They are shown, and written into reports, with the byte's number."""
+    import os
+    from xml.dom import minidom
+
+    odd = place / os.fsdecode(b"mod\xffel")
+    shutil.copytree(place / "in" / "qalora", odd)
+    shown = CliRunner().invoke(main, ["inspect", str(odd), "--quick"])
+    assert shown.exit_code == 0, repr(shown.exception)
+    assert r"mod\udcffel" in shown.stdout
+    told = CliRunner().invoke(main, ["inspect", str(odd), "--quick", "--json"])
+    assert told.exit_code == 0, repr(told.exception)
+    assert json.loads(told.stdout)["path"] == str(odd)
+    files = {kind: place / f"report.{kind}" for kind in ("json", "html", "junit")}
+    words = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
+    proven = CliRunner().invoke(main, ["verify", str(place / "in" / "qalora"), str(odd), "--level", "weights", *words])
+    assert proven.exit_code == 0, repr(proven.exception)
+    assert json.loads(files["json"].read_text("utf-8"))["artifacts"][0]["name"] == odd.name
+    assert r"mod\udcffel" in files["html"].read_text("utf-8")
+    assert minidom.parseString(files["junit"].read_bytes())
+    missing = CliRunner().invoke(main, ["inspect", str(odd / "absent")])
+    assert missing.exit_code == 2
+    assert r"mod\udcffel" in missing.stderr
+
+
 def test_an_act_order_checkpoint_cannot_be_folded(place: Path) -> None:
     from dataclasses import replace
 
