@@ -1,7 +1,7 @@
 """Files that are read with suspicion and written whole.
 
 Reading: a name that comes out of a file (a shard index, ONNX external data) must stay inside its folder, or inside the
-Hub cache that the folder belongs to, whose snapshots link to ../../blobs. Nothing is memory-mapped: a file that
+Hub cache that the folder belongs to, whose snapshots link to its blobs. Nothing is memory-mapped: a file that
 shrinks under a map kills the process, and mapped pages count as resident memory.
 
 Writing: a file gets its full size before the first byte, so that a full disk is found at once, and every part is
@@ -30,7 +30,8 @@ __all__ = ["InputFile", "OutputFile", "contained", "may_be_of_the_hub", "read_li
 def contained(folder: Path, name: str) -> Path:
     """The path of `name` in `folder`, refused if it is absolute, climbs out, or is a link that leads outside.
 
-    A link may lead anywhere inside the folder, and from a Hub cache's `snapshots/<revision>` into that cache's `blobs`.
+    A link may lead anywhere inside the folder, and from a Hub cache's `snapshots/<revision>` and from folders below it
+    into that cache's `blobs`.
     """
     parts = PurePosixPath(name).parts
     try:
@@ -41,12 +42,21 @@ def contained(folder: Path, name: str) -> Path:
         raise FormatError(f"{folder.name}: file name {name!r}", expected="a plain name inside the folder")
     path = folder / name
     real, root = path.resolve(), folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    blobs = _blobs_of(root)
     if not (real.is_relative_to(root) or (blobs is not None and real.is_relative_to(blobs))):
         raise FormatError(
             f"{path}", expected="a file inside the model's folder", got=f"a link to {real}", todo="copy the file there"
         )
     return path
+
+
+def _blobs_of(folder: Path) -> Path | None:
+    """The blobs of the Hub cache `models--<owner>--<name>` in whose `snapshots/<revision>` a resolved folder lies."""
+    for place in (folder, *folder.parents):
+        cache = place.parent.parent
+        if place.parent.name == "snapshots" and cache.name.startswith("models--"):
+            return cache / "blobs"
+    return None
 
 
 def may_be_of_the_hub(name: str) -> bool:
