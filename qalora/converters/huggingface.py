@@ -52,6 +52,9 @@ COMPANIONS = (
 )
 """Files that travel with a model unchanged."""
 
+BUFFERS = (".rotary_emb.inv_freq",)
+"""Tensors of early Llama checkpoints that config.json determines, and no model of today has."""
+
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A JSON object of `folder`; FormatError if it is missing or not one."""
@@ -92,7 +95,7 @@ def companion_files(folder: Path) -> dict[str, Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
-    """Every tensor in the folder's safetensors files: its file, and where it is there."""
+    """Every tensor in the folder's safetensors files: its file, and where it is there; but for BUFFERS."""
     if not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         pickles = sorted(folder.glob("pytorch_model*.bin")) + sorted(folder.glob("*.pt"))
         if pickles:
@@ -102,7 +105,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
             )
     files = shards(folder)
     headers = {path: read_header(path) for path in set(files.values())}
-    return {name: (path, headers[path].entries[name]) for name, path in files.items()}
+    return {name: (path, headers[path].entries[name]) for name, path in files.items() if not name.endswith(BUFFERS)}
 
 
 def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load, native
 from qalora.converters.exports import export
 from qalora.errors import InputError
+from qalora.formats.safetensors import read_header
 from qalora.quantization import ZEROS, quantize, quantize_tensor
 from qalora.tensor import BITS, GroupQuantTensor
 from qalora.testing import assert_same_tensor, tiny_llama
@@ -132,3 +135,22 @@ def test_a_group_that_does_not_divide_is_named(tmp_path: Path) -> None:
         InputError, match=r"q_proj\.weight: group_size: expected a divisor of in = 48, got 32; these fit: 16, 48"
     ):
         quantize(load(folder), group_size=32)
+
+
+@pytest.mark.parametrize("form", ["float", "qalora", "mlx", "hqq", "gptq"])
+def test_a_buffer_that_config_determines_is_no_tensor(form: str, tiny_untied: Path, tmp_path: Path) -> None:
+    """Early Llama checkpoints hold the rotary frequencies of each layer, which GGUF and ONNX have no place for."""
+    folder = tmp_path / form
+    if form == "float":
+        shutil.copytree(tiny_untied, folder)
+    else:
+        export(quantize(load(tiny_untied), group_size=32), [form], tmp_path)
+    before = load(folder)
+    weights, header = folder / "model.safetensors", read_header(folder / "model.safetensors")
+    buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in range(2)}
+    stored = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({**stored, **buffers}, weights, metadata=dict(header.metadata))
+    after = load(folder)
+    assert set(after.tensors) == set(before.tensors)
+    if form == "float":
+        export(quantize(after, group_size=32), ["gguf"], tmp_path / "out")

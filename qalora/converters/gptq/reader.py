@@ -118,7 +118,6 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     shapes = {layer.module: (layer.rows, layer.columns, layer.group_size, layer.g_idx) for layer in decoder}
     residuals, more = find_residual(folder, shapes) if shapes else ({}, ())
     taken = {f"{module}.{part}" for module in modules for part in PARTS}
-    taken |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # a buffer that config.json determines
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
     for module, layer in layers.items():
         tensors[f"{module}.weight"] = _lazy(layer, settings, version, symmetric, residuals.get(module))
