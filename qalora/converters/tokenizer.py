@@ -70,7 +70,9 @@ def write_tokenizer(model: Checkpoint, folder: Path) -> list[str]:
 
 
 def load_tokenizer(model: Checkpoint) -> Any:
-    """The model's tokenizer as transformers' class; InputError if it has none."""
+    """The model's tokenizer as transformers' class; InputError if it has none, FormatError if transformers does not
+    take it. Code that a tokenizer brings is not run.
+    """
     from transformers import AutoTokenizer
 
     if not has_tokenizer(model):
@@ -78,7 +80,21 @@ def load_tokenizer(model: Checkpoint) -> Any:
     with tempfile.TemporaryDirectory() as place:
         write_tokenizer(model, Path(place))
         write_json(Path(place) / "config.json", {"model_type": model.config["model_type"]})
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+            tokenizer("a")
+        except Exception as error:  # whatever damaged files make transformers raise
+            reason = _reason(error, place, model)
+            raise FormatError(f"{model.path}: its tokenizer cannot be loaded ({reason})") from error
+        return tokenizer
+
+
+def _reason(error: Exception, place: str, model: Checkpoint) -> str:
+    """The first line of what transformers says of a tokenizer that it read from `place`."""
+    if "trust_remote_code" in str(error):
+        return "it is made by code of its own, which is not run here"
+    said = str(error).replace(place, str(model.path)).strip().splitlines()
+    return ": ".join([type(error).__name__, *said[:1]])
 
 
 def _write_converted(model: Checkpoint, folder: Path) -> list[str]:
@@ -95,7 +111,7 @@ def _write_converted(model: Checkpoint, folder: Path) -> list[str]:
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file="tokenizer.gguf", local_files_only=True)
         except Exception as error:  # whatever damaged metadata makes transformers raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = _reason(error, place, model)
             raise FormatError(f"{model.path}: its tokenizer cannot be converted ({reason})") from error
         tokenizer.save_pretrained(place)
         names = ["tokenizer.json", "tokenizer_config.json"]

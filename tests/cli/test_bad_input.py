@@ -421,6 +421,21 @@ def test_artefacts(place: Path, damage: Damage, sentence: str) -> None:
     _refused(place, "verify @qalora @gptq @gguf @onnx @mlx @hqq", sentence)
 
 
+def test_a_tokenizer_that_transformers_does_not_take(place: Path) -> None:
+    """Wherever a command needs it: to train, to calibrate, to compare it, and for a text to run on."""
+    for form in ("float", "qalora"):
+        (place / "in" / form / "tokenizer_config.json").write_text("[]", encoding="utf-8")
+    sentence = ": its tokenizer cannot be loaded (AttributeError: 'list' object has no attribute 'get')"
+    for line in (
+        "train @qalora --data @data.txt -o %out/deep --steps 1",
+        "quantize @float --calibration @data.txt --method gptq -o %out/deep",
+        "verify @qalora @gptq --level weights",
+        "verify @gptq @qalora --level weights",
+        "verify @qalora @gptq --level logits",
+    ):
+        _refused(place, line, sentence)
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [

@@ -11,9 +11,9 @@ from qalora import export
 from qalora.converters import load
 from qalora.converters.tokenizer import has_tokenizer, load_tokenizer
 from qalora.demo import demo_text
-from qalora.errors import InputError
+from qalora.errors import FormatError, InputError
 from qalora.parity.runtimes.llamacpp import LlamaCpp
-from qalora.testing import random_model, tiny_llama
+from qalora.testing import byte_tokenizer, random_model, tiny_llama
 
 HARD = "a  b\n\n\tc 123456 3.14 naïve 日本語 🙂 <|im_start|>user don't I'LL   \r\n x=1;//"
 
@@ -135,6 +135,36 @@ def test_a_damaged_tokenizer_is_one_sentence(tiny: Path, tmp_path: Path, content
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer"):
         export(random_model(load(folder)), "gguf", tmp_path / "out")
+
+
+def settings(**changes: Any) -> str:
+    return json.dumps({"tokenizer_class": "TokenizersBackend", "eos_token": "<end>", **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", "{}", "KeyError: 'added_tokens'"),
+        ("tokenizer.json", "not json", "JSONDecodeError: Expecting value: line 1 column 1"),
+        ("tokenizer_config.json", "[]", "AttributeError: 'list' object"),
+        ("tokenizer_config.json", settings(eos_token=5), "TypeError: Special token eos_token has to be"),
+        ("tokenizer_config.json", settings(model_max_length="x"), "TypeError: '>' not supported"),
+        (
+            "tokenizer_config.json",
+            settings(tokenizer_class="Z", auto_map={"AutoTokenizer": ["me--z.Z", None]}),
+            "it is made by code of its own, which is not run here",
+        ),
+        ("special_tokens_map.json", "[1,", "JSONDecodeError: Expecting value: line 1 column 4"),
+        ("chat_template.jinja", "\udcff\udcfe{{", "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_what_transformers_does_not_take_is_one_sentence(name: str, content: str, reason: str, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model", tokenizer=byte_tokenizer())
+    (folder / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(FormatError) as caught:
+        load_tokenizer(load(folder))
+    assert str(caught.value).startswith(f"{folder}: its tokenizer cannot be loaded ({reason}")
+    assert "\n" not in str(caught.value) and "/tmp/tmp" not in str(caught.value)
 
 
 def test_a_model_without_one(tiny_untied: Path) -> None:
