@@ -21,6 +21,7 @@ from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
 from qalora.tensor import check_finite
 
 __all__ = [
+    "TEMPLATES",
     "companion_files",
     "download",
     "float_tensor",
@@ -51,6 +52,9 @@ COMPANIONS = (
     "NOTICE.txt",
 )
 """Files that travel with a model unchanged."""
+
+TEMPLATES = "additional_chat_templates"
+"""The folder of the chat templates that are not the default one, NAME.jinja, in transformers 5; they travel too."""
 
 BUFFERS = (".rotary_emb.inv_freq",)
 """Tensors of early Llama checkpoints that config.json determines, and no model of today has."""
@@ -91,7 +95,8 @@ def quant_method(folder: Path) -> str | None:
 
 def companion_files(folder: Path) -> dict[str, Path]:
     """The tokenizer and other small files that travel along, by name."""
-    return {name: contained(folder, name) for name in COMPANIONS if (folder / name).exists()}
+    templates = [f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja"))]
+    return {name: contained(folder, name) for name in (*COMPANIONS, *templates) if (folder / name).exists()}
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:

@@ -10,22 +10,34 @@ rendered here.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.huggingface import TEMPLATES
 from qalora.converters.sentencepiece import normalizer_of, sentencepiece_entries, space_prefix
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import read_limited
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
 from qalora.formats.output import write_json
 
-__all__ = ["gguf_tokenizer", "has_tokenizer", "load_tokenizer", "write_tokenizer"]
+__all__ = [
+    "converted_files",
+    "gguf_tokenizer",
+    "has_tokenizer",
+    "load_tokenizer",
+    "template_name",
+    "write_tokenizer",
+]
 
 TOKENIZER_LIMIT = 256 << 20
+DEFAULT_TEMPLATE = "chat_template.jinja"
+TEMPLATE_KEY = "tokenizer.chat_template"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -62,11 +74,25 @@ def write_tokenizer(model: Checkpoint, folder: Path) -> list[str]:
     Gives the names written; none for a model without tokenizer.
     """
     for name, path in model.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
-    names = list(model.files)
-    if "tokenizer.json" not in model.files and "tokenizer.model" not in model.files and has_tokenizer(model):
-        names += _write_converted(model, folder)
-    return names
+    if converted_files(model):
+        _write_converted(model, folder)
+    return [*model.files, *converted_files(model)]
+
+
+def converted_files(model: Checkpoint) -> list[str]:
+    """The names of the files that `write_tokenizer` makes from GGUF metadata; none where the model has files."""
+    if model.gguf is None or not has_tokenizer(model) or {"tokenizer.json", "tokenizer.model"} & set(model.files):
+        return []
+    templates = _templates_of(model.gguf)
+    names = [DEFAULT_TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja" for name in templates]
+    return ["tokenizer.json", "tokenizer_config.json", *names]
+
+
+def template_name(name: str) -> str:
+    """The name of a chat template as a GGUF key has it. Source: gguf-py, GGUFWriter.add_chat_template."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)
 
 
 def load_tokenizer(model: Checkpoint) -> Any:
@@ -97,7 +123,7 @@ def _reason(error: Exception, place: str, model: Checkpoint) -> str:
     return ": ".join([type(error).__name__, *said[:1]])
 
 
-def _write_converted(model: Checkpoint, folder: Path) -> list[str]:
+def _write_converted(model: Checkpoint, folder: Path) -> None:
     """transformers' conversion of GGUF metadata, with the rule that tokenizer.ggml.pre names."""
     from transformers import AutoTokenizer
 
@@ -113,14 +139,23 @@ def _write_converted(model: Checkpoint, folder: Path) -> list[str]:
         except Exception as error:  # whatever damaged metadata makes transformers raise
             reason = _reason(error, place, model)
             raise FormatError(f"{model.path}: its tokenizer cannot be converted ({reason})") from error
+        templates = _templates_of(model.gguf)
+        tokenizer.chat_template = templates if set(templates) - {"default"} else templates.get("default")
         tokenizer.save_pretrained(place)
-        names = ["tokenizer.json", "tokenizer_config.json"]
         _tidy(Path(place), model.gguf)
-        if (Path(place) / "chat_template.jinja").exists():
-            names.append("chat_template.jinja")
-        for name in names:
+        for name in converted_files(model):
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(place) / name, folder / name)
-    return names
+
+
+def _templates_of(metadata: Metadata) -> dict[str, str]:
+    """The chat templates of a GGUF file by name, "default" that which is used unless another is asked for."""
+    start, found = f"{TEMPLATE_KEY}.", {"default": metadata.get(TEMPLATE_KEY)}
+    for key in metadata.entries:
+        name = key.removeprefix(start)
+        if key.startswith(start) and name == template_name(name) != "default":
+            found[name] = metadata.get(key)
+    return {name: text for name, text in found.items() if name and isinstance(text, str)}
 
 
 def _tidy(folder: Path, metadata: Metadata) -> None:
@@ -176,8 +211,7 @@ def _entries(model: Checkpoint, content: Mapping[str, Any]) -> dict[str, Value]:
     entries["add_bos_token"] = Value(type=ValueType.BOOL, value=_adds_bos(model, entries))
     entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=bool(prefix))
     result = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
-    template = _chat_template(model, settings)
-    return result if template is None else {**result, "tokenizer.chat_template": template}
+    return {**result, **_template_entries(model, settings)}
 
 
 def _bpe_entries(
@@ -245,11 +279,64 @@ def _adds_bos(model: Checkpoint, entries: Mapping[str, Value]) -> bool:
     return bool(ids) and ids[0] == entries["bos_token_id"].value
 
 
-def _chat_template(model: Checkpoint, settings: Mapping[str, Any]) -> Value | None:
-    template = settings.get("chat_template")
-    if "chat_template.jinja" in model.files:
-        template = read_limited(model.files["chat_template.jinja"], TOKENIZER_LIMIT).decode("utf-8", "replace")
-    return Value(type=ValueType.STRING, value=template) if isinstance(template, str) else None
+def _template_entries(model: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Value]:
+    """The chat templates under gguf-py's keys: the default one, the others by their names, and the list of these."""
+    templates = _chat_templates(model, settings)
+    entries = {}
+    if "default" in templates:
+        entries[TEMPLATE_KEY] = Value(type=ValueType.STRING, value=templates.pop("default"))
+    names = sorted(template_name(name) for name in templates)
+    twice = [name for name, following in pairwise(names) if name == following]
+    if twice or "" in names:
+        got = f"two that are {twice[0]} there" if twice else "one without"
+        raise InputError(
+            f"{model.path}/tokenizer_config.json: chat_template", expected="names that GGUF can tell apart", got=got
+        )
+    for name, text in templates.items():
+        entries[f"{TEMPLATE_KEY}.{template_name(name)}"] = Value(type=ValueType.STRING, value=text)
+    if names:
+        listed = Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(names))
+        entries["tokenizer.chat_templates"] = listed
+    return entries
+
+
+def _chat_templates(model: Checkpoint, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name as transformers takes them: those in files, or else those in tokenizer_config.json."""
+    files = {"default": DEFAULT_TEMPLATE} | {
+        name.removeprefix(f"{TEMPLATES}/").removesuffix(".jinja"): name
+        for name in model.files
+        if name.startswith(f"{TEMPLATES}/")
+    }
+    found: Any = {name: _read_text(model.files[file]) for name, file in files.items() if file in model.files}
+    if found:
+        return dict(found)
+    found = settings.get("chat_template")
+    if isinstance(found, str | None):
+        return {} if found is None else {"default": found}
+    pairs = list(found.items()) if isinstance(found, dict) else [_named(entry) for entry in _listed(found)]
+    wrong = [part for pair in pairs for part in pair if not isinstance(part, str)]
+    if wrong:
+        raise FormatError(
+            f"{model.files['tokenizer_config.json']}: chat_template",
+            expected="a text, or texts by name",
+            got=type(wrong[0]).__name__,
+        )
+    return dict(pairs)
+
+
+def _listed(found: object) -> list[Any]:
+    return found if isinstance(found, list) else [found]
+
+
+def _named(entry: object) -> tuple[Any, Any]:
+    return (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (entry, entry)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_limited(path, TOKENIZER_LIMIT).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(str(path), expected="UTF-8 text", got=f"byte {error.object[error.start]:#x}") from error
 
 
 def _read_json(model: Checkpoint, name: str) -> dict[str, Any]:

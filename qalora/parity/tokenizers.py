@@ -2,7 +2,7 @@
 
 Logits are compared over the same token ids, so that no tokenizer can hide a difference there; this is where one shows.
 Compared are the vocabularies, the ids of a passage with the cases that tokenizers part at (digits, contractions,
-indentation, other scripts), the special tokens, those that are put around a text, and the text of the chat template. A
+indentation, other scripts), the special tokens, those that are put around a text, and the text of each chat template. A
 GGUF file's tokenizer is read from its metadata, and asked in llama.cpp too where that runs.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.tokenizer import has_tokenizer, load_tokenizer
+from qalora.converters.tokenizer import has_tokenizer, load_tokenizer, template_name
 from qalora.formats.gguf import Metadata
 from qalora.parity.text import default_text
 
@@ -42,7 +42,7 @@ class _Facts:
     ids: tuple[int, ...]
     around: tuple[int, ...]
     special: Mapping[str, int | None]
-    template: str | None
+    templates: Mapping[str, str]
     decode: Callable[[Sequence[int]], str]
 
 
@@ -97,15 +97,20 @@ def _entries(metadata: Metadata) -> dict[str, object]:
 def _facts(model: Checkpoint) -> _Facts:
     tokenizer: Any = load_tokenizer(model)
     tokenizer.model_max_length = 1 << 30  # or it warns of a text that no model is to see
-    template = tokenizer.chat_template
     return _Facts(
         vocabulary=_vocabulary(model, tokenizer),
         ids=tuple(tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]),
         around=tuple(tokenizer("a")["input_ids"]),
         special={key: _special(model, tokenizer, key) for key in SPECIAL},
-        template=template.removesuffix("\n") if isinstance(template, str) else None,
+        templates=_templates(tokenizer.chat_template),
         decode=tokenizer.decode,
     )
+
+
+def _templates(found: object) -> dict[str, str]:
+    """What transformers has as chat_template, by the names that GGUF knows."""
+    named = found if isinstance(found, dict) else {"default": found}
+    return {template_name(name): text.removesuffix("\n") for name, text in named.items() if isinstance(text, str)}
 
 
 def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
@@ -139,7 +144,8 @@ def _differences(mine: _Facts, theirs: _Facts) -> list[str]:
         a, b = mine.special[key], theirs.special[key]
         optional = key in ("pad_token_id", "unk_token_id") and None in (a, b)
         found.append("" if a == b or optional else f"{key} is {a} instead of {b}")
-    found.append(_of_templates(mine.template, theirs.template))
+    names = sorted({*mine.templates, *theirs.templates}, key=lambda name: (name != "default", name))
+    found += [_of_templates(name, mine.templates.get(name), theirs.templates.get(name)) for name in names]
     return [sentence for sentence in found if sentence]
 
 
@@ -161,11 +167,12 @@ def _of_text(mine: tuple[int, ...], theirs: tuple[int, ...], decode: Callable[[S
     return f"token {at} of a text is {a} instead of {b}, after {decode(theirs[:at])[-NEAR:]!r}"
 
 
-def _of_templates(mine: str | None, theirs: str | None) -> str:
+def _of_templates(name: str, mine: str | None, theirs: str | None) -> str:
     if mine == theirs:
         return ""
+    which = "chat template" if name == "default" else f"chat template {name!r}"
     if mine is None or theirs is None:
-        return "it has no chat template" if mine is None else "it has a chat template, and the reference none"
+        return f"it has no {which}" if mine is None else f"it has a {which}, and the reference none"
     at = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
     a, b = mine[at : at + NEAR], theirs[at : at + NEAR]
-    return f"the chat template differs from character {at} on: {a!r} instead of {b!r}"
+    return f"the {which} differs from character {at} on: {a!r} instead of {b!r}"

@@ -9,10 +9,11 @@ import pytest
 
 from qalora import export
 from qalora.converters import load
-from qalora.converters.tokenizer import has_tokenizer, load_tokenizer
+from qalora.converters.tokenizer import gguf_tokenizer, has_tokenizer, load_tokenizer
 from qalora.demo import demo_text
 from qalora.errors import FormatError, InputError
 from qalora.parity.runtimes.llamacpp import LlamaCpp
+from qalora.quantization import quantize
 from qalora.testing import byte_tokenizer, random_model, tiny_llama
 
 HARD = "a  b\n\n\tc 123456 3.14 naïve 日本語 🙂 <|im_start|>user don't I'LL   \r\n x=1;//"
@@ -135,6 +136,76 @@ def test_a_damaged_tokenizer_is_one_sentence(tiny: Path, tmp_path: Path, content
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer"):
         export(random_model(load(folder)), "gguf", tmp_path / "out")
+
+
+PLAIN, TOOLS = "{{ messages[0]['content'] }}", "tools: {{ messages[0]['content'] }}"
+
+
+def with_templates(folder: Path, how: str) -> Path:
+    """A tiny Llama with a default chat template and one for tools, as transformers has kept such."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": PLAIN, "tool use": TOOLS}
+    tiny_llama(folder, tokenizer=tokenizer)
+    if how != "files":
+        (folder / "chat_template.jinja").unlink()
+        shutil.rmtree(folder / "additional_chat_templates")
+        found = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        templates: Any = {"default": PLAIN, "tool use": TOOLS}
+        if how == "list":
+            templates = [{"name": name, "template": text} for name, text in templates.items()]
+        found["chat_template"] = templates
+        (folder / "tokenizer_config.json").write_text(json.dumps(found), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["files", "list", "dict"])
+def test_several_chat_templates_go_everywhere(how: str, tmp_path: Path) -> None:
+    """GGUF's keys are gguf-py's, which take no spaces; and back again from there."""
+    model = quantize(load(with_templates(tmp_path / "model", how)), group_size=32)
+    assert load_tokenizer(model).chat_template == {"default": PLAIN, "tool use": TOOLS}
+    export(model, ["qalora", "gptq", "gguf", "mlx", "hqq", "onnx"], tmp_path)
+    for form in ("qalora", "gptq", "mlx", "hqq", "onnx"):
+        artifact = load(tmp_path / form)
+        assert load_tokenizer(artifact).chat_template == {"default": PLAIN, "tool use": TOOLS}
+    (path,) = (tmp_path / "gguf").glob("*.gguf")
+    back = load(path)
+    assert back.gguf is not None
+    assert back.gguf.get("tokenizer.chat_template") == PLAIN
+    assert back.gguf.get("tokenizer.chat_template.tool_use") == TOOLS
+    assert list(back.gguf.get("tokenizer.chat_templates")) == ["tool_use"]
+    assert load_tokenizer(back).chat_template == {"default": PLAIN, "tool_use": TOOLS}
+    (plan,) = export(back, ["mlx"], tmp_path / "again")
+    folder = tmp_path / "again" / "mlx"
+    written = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert written == set(plan.files) and "additional_chat_templates/tool_use.jinja" in written
+
+
+def test_the_keys_of_several_chat_templates_are_those_of_gguf_py(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
+    writer.add_chat_template([{"name": "default", "template": PLAIN}, {"name": "tool use", "template": TOOLS}])
+    theirs = {key: value.value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
+    ours = gguf_tokenizer(load(with_templates(tmp_path / "model", "files")))
+    mine = {key: value.value for key, value in ours.items() if key.startswith("tokenizer.chat")}
+    assert {key: list(value) if isinstance(value, tuple) else value for key, value in mine.items()} == theirs
+
+
+@pytest.mark.parametrize(
+    ("template", "got"),
+    [
+        (5, "int"),
+        ([5], "int"),
+        ([{"name": "default"}], "NoneType"),
+        ({"default": 5}, "int"),
+        ([{"name": "a-b", "template": "x"}, {"name": "a b", "template": "y"}], "two that are a_b there"),
+    ],
+)
+def test_chat_templates_that_are_none(template: Any, got: str, tmp_path: Path) -> None:
+    folder = with_templates(tmp_path / "model", "list")
+    (folder / "tokenizer_config.json").write_text(settings(chat_template=template), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"tokenizer_config\.json: chat_template: expected .*, got {got}"):
+        gguf_tokenizer(load(folder))
 
 
 def settings(**changes: Any) -> str:

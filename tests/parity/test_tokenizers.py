@@ -92,6 +92,34 @@ def test_other_special_tokens_and_another_template(bytewise: Checkpoint, tmp_pat
     assert TokenizerCheck(none).compare(bytewise) == ("it has a chat template, and the reference none",)
 
 
+def test_every_chat_template_is_compared(bytewise: Checkpoint, tmp_path: Path) -> None:
+    """A list in tokenizer_config.json, as transformers 4 wrote several: the default one too, which GGUF had not."""
+
+    def several(content: dict) -> None:
+        content["chat_template"] = [
+            {"name": "default", "template": "plain"},
+            {"name": "tool_use", "template": "tools"},
+        ]
+
+    def other(content: dict) -> None:
+        content["chat_template"] = {"default": "plain", "tool_use": "no tools"}
+
+    files = {name: path for name, path in bytewise.files.items() if name != "chat_template.jinja"}
+    bare = replace(bytewise, files=files)
+    model = quantize(edited(bare, tmp_path, "tokenizer_config.json", several), group_size=32)
+    export(model, ["gguf"], tmp_path)
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    assert TokenizerCheck(model).compare(load(file)) == ()
+    found = TokenizerCheck(model).compare(bare)
+    assert found == ("it has no chat template", "it has no chat template 'tool_use'")
+    found = TokenizerCheck(bare).compare(load(file))
+    has = "and the reference none"
+    assert found == (f"it has a chat template, {has}", f"it has a chat template 'tool_use', {has}")
+    (tmp_path / "other").mkdir()
+    (sentence,) = TokenizerCheck(model).compare(edited(bare, tmp_path / "other", "tokenizer_config.json", other)) or ()
+    assert sentence == "the chat template 'tool_use' differs from character 0 on: 'no tools' instead of 'tools'"
+
+
 def test_a_runtimes_own_tokenizer(bytewise: Checkpoint) -> None:
     from qalora.converters.tokenizer import load_tokenizer
 

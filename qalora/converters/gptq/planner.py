@@ -29,7 +29,7 @@ from qalora.converters.gptq.forms import Form, encode
 from qalora.converters.gptq.head import HEAD, head_fits, head_settings
 from qalora.converters.gptq.reader import MAKER
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
-from qalora.converters.tokenizer import has_tokenizer
+from qalora.converters.tokenizer import converted_files
 from qalora.errors import AdapterError, InputError
 from qalora.formats.gptq import BITS
 from qalora.formats.safetensors import Layout, Part, ShardedLayout, plan_layout, plan_shards
@@ -100,8 +100,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     rows = _rows(model, words, form, main, beside)
     files: dict[str, int | None] = {**main.sizes, "config.json": None, "quantize_config.json": None}
     files |= {"generation_config.json": None, "README.md": None}
-    if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
-        files |= {"tokenizer.json": None, "tokenizer_config.json": None}
+    files |= dict.fromkeys(converted_files(model))
     files |= {name: path.stat().st_size for name, path in model.files.items()}
     if beside is not None:
         files |= {ADAPTER_WEIGHTS: beside.size, ADAPTER_CONFIG: None}

@@ -18,7 +18,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.families import family_of
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
-from qalora.converters.tokenizer import has_tokenizer
+from qalora.converters.tokenizer import converted_files
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.hqq import PACKINGS, packed_shape
 from qalora.formats.safetensors import Part, ShardedLayout, plan_shards
@@ -68,8 +68,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> HqqPlan:
         file, offset, size = layout.place(part for part, _, _ in parts[name])
         tensors.append(PlannedTensor(name=name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
     files: dict[str, int | None] = {**layout.sizes, "config.json": None}
-    if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
-        files |= {"tokenizer.json": None, "tokenizer_config.json": None}
+    files |= dict.fromkeys(converted_files(model))
     files |= {name: path.stat().st_size for name, path in model.files.items()}
     return HqqPlan(
         target="hqq",

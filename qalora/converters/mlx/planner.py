@@ -22,7 +22,7 @@ from qalora.converters.families import family_of
 from qalora.converters.mlx.config import mlx_config
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
-from qalora.converters.tokenizer import has_tokenizer
+from qalora.converters.tokenizer import converted_files
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.mlx import GROUP_SIZES, group_size_for
 from qalora.formats.safetensors import Part, ShardedLayout, plan_shards
@@ -55,8 +55,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
         file, offset, size = layout.place(part for part, _, _ in parts[lazy.name])
         tensors.append(PlannedTensor(name=lazy.name, carrier=_carrier(lazy), file=file, offset=offset, nbytes=size))
     files: dict[str, int | None] = {**layout.sizes, "config.json": None}
-    if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):  # made from GGUF metadata
-        files |= {"tokenizer.json": None, "tokenizer_config.json": None}
+    files |= dict.fromkeys(converted_files(model))
     files |= {name: path.stat().st_size for name, path in model.files.items()}
     return MlxPlan(
         target="mlx",

@@ -30,7 +30,7 @@ from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.onnx.slots import add_slots
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
-from qalora.converters.tokenizer import has_tokenizer
+from qalora.converters.tokenizer import converted_files
 from qalora.errors import InputError
 from qalora.formats.onnx import Initializer, lay_out
 from qalora.residual import to_residual
@@ -204,8 +204,7 @@ def _carrier(lazy: LazyTensor, coded: frozenset[str], *, portable: bool) -> str:
 
 def _files(model: Checkpoint, fast: GraphPlan, portable: GraphPlan) -> dict[str, int | None]:
     files: dict[str, int | None] = {name: path.stat().st_size for name, path in model.files.items()}
-    if has_tokenizer(model) and not {"tokenizer.json", "tokenizer.model"} & set(model.files):
-        files |= {"tokenizer.json": None, "tokenizer_config.json": None}
+    files |= dict.fromkeys(converted_files(model))
     for folder, graph in (("", fast), (f"{PORTABLE}/", portable)):
         files |= {f"{folder}{GRAPH}": graph.proto.ByteSize(), f"{folder}{DATA}": graph.size}
         files |= {f"{folder}{name}": None for name in ("config.json", "genai_config.json")}
