@@ -14,12 +14,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.huggingface import TEMPLATES
+from qalora.converters.huggingface import TEMPLATES, companion_files
 from qalora.converters.sentencepiece import normalizer_of, sentencepiece_entries, space_prefix
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import read_limited
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 TOKENIZER_LIMIT = 256 << 20
+TWO_FILES = ("vocab.json", "merges.txt")
+"""A byte-level BPE as transformers' own classes kept it before tokenizer.json."""
+
 DEFAULT_TEMPLATE = "chat_template.jinja"
 TEMPLATE_KEY = "tokenizer.chat_template"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -63,9 +67,13 @@ PRE: dict[str, list[dict[str, Any]]] = {
 
 def has_tokenizer(model: Checkpoint) -> bool:
     """Whether the model brings a tokenizer."""
-    if "tokenizer.json" in model.files or "tokenizer.model" in model.files:
+    if _has_files(model):
         return True
     return model.gguf is not None and model.gguf.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+
+
+def _has_files(model: Checkpoint) -> bool:
+    return bool({"tokenizer.json", "tokenizer.model"} & set(model.files)) or set(model.files) >= {*TWO_FILES}
 
 
 def write_tokenizer(model: Checkpoint, folder: Path) -> list[str]:
@@ -83,7 +91,7 @@ def write_tokenizer(model: Checkpoint, folder: Path) -> list[str]:
 
 def converted_files(model: Checkpoint) -> list[str]:
     """The names of the files that `write_tokenizer` makes from GGUF metadata; none where the model has files."""
-    if model.gguf is None or not has_tokenizer(model) or {"tokenizer.json", "tokenizer.model"} & set(model.files):
+    if model.gguf is None or not has_tokenizer(model) or _has_files(model):
         return []
     templates = _templates_of(model.gguf)
     names = [DEFAULT_TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja" for name in templates]
@@ -178,16 +186,21 @@ def _tidy(folder: Path, metadata: Metadata) -> None:
 
 
 def gguf_tokenizer(model: Checkpoint) -> dict[str, Value]:
-    """GGUF's tokenizer metadata from a model's tokenizer.json; without a tokenizer, model "none".
+    """GGUF's tokenizer metadata from a model's tokenizer.json, or from vocab.json and merges.txt by transformers'
+    conversion; without a tokenizer, model "none".
 
-    Raises InputError for a tokenizer that is no BPE, or whose cutting rule is not in PRE.
+    Raises InputError for a tokenizer that is no BPE, whose cutting rule is not in PRE, or that does to a text what
+    llama.cpp does not.
     """
     if "tokenizer.json" not in model.files:
-        if has_tokenizer(model):
+        if not has_tokenizer(model):
+            return {"tokenizer.ggml.model": Value(type=ValueType.STRING, value="none")}
+        if "tokenizer.model" in model.files:
             raise InputError(
                 f"{model.path}: tokenizer.model", expected="tokenizer.json", todo="save the tokenizer as a fast one"
             )
-        return {"tokenizer.ggml.model": Value(type=ValueType.STRING, value="none")}
+        with tempfile.TemporaryDirectory() as place:
+            return gguf_tokenizer(_saved_again(model, Path(place)))
     content = _read_json(model, "tokenizer.json")
     try:
         return _entries(model, content)
@@ -195,7 +208,28 @@ def gguf_tokenizer(model: Checkpoint) -> dict[str, Value]:
         raise FormatError(f"{model.files['tokenizer.json']}", expected="a tokenizer", got=f"{error!r}") from error
 
 
+def _saved_again(model: Checkpoint, folder: Path) -> Checkpoint:
+    """The model with its tokenizer as transformers saves it, without what its class adds behind the last row."""
+    load_tokenizer(model).save_pretrained(folder)
+    made = replace(model, files=companion_files(folder))
+    if "tokenizer.json" not in made.files:
+        raise InputError(
+            f"{model.path}: {' and '.join(TWO_FILES)}",
+            expected="a tokenizer that transformers saves as tokenizer.json",
+            got="another",
+            todo="put tokenizer.json beside its config.json",
+        )
+    content, rows = _read_json(made, "tokenizer.json"), int(model.config["vocab_size"])
+    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if token["id"] < rows]
+    write_json(made.files["tokenizer.json"], content)
+    return made
+
+
 def _entries(model: Checkpoint, content: Mapping[str, Any]) -> dict[str, Value]:
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if content["model"].get(key):
+            got = repr(content["model"][key])[:80]
+            raise InputError(f"{model.path}: tokenizer.json: {key}", expected="none, as in llama.cpp", got=got)
     prefix = space_prefix(content)
     added = content.get("added_tokens") or []
     tokens, types = _vocabulary(content["model"]["vocab"], added, int(model.config["vocab_size"]))
@@ -233,12 +267,30 @@ def _pre_of(model: Checkpoint, content: Mapping[str, Any]) -> str:
     if content["model"].get("type") == "BPE":
         for name, known in PRE.items():
             if [_rule(step) for step in steps] == [_rule(step) for step in known]:
+                _check_normalizer(model, content.get("normalizer"))
                 return name
     raise InputError(
-        f"{model.files['tokenizer.json']}: its rule for cutting text is none that llama.cpp is known to have here",
+        f"{model.path}: tokenizer.json: its rule for cutting text is none that llama.cpp is known to have here",
         expected=f"byte-level BPE cut like {', '.join(PRE)}, or SentencePiece's",
         todo="start from a GGUF file of the base model, whose tokenizer is carried over",
     )
+
+
+def _check_normalizer(model: Checkpoint, normalizer: Mapping[str, Any] | None) -> None:
+    """Refuse a byte-level BPE that changes a text before it is cut. llama.cpp does not; nor does it compose characters
+    (NFC), which its own converter passes over, and which most texts have composed.
+    """
+    steps = [] if normalizer is None else [normalizer]
+    if normalizer is not None and normalizer.get("type") == "Sequence":
+        steps = list(normalizer["normalizers"])
+    kinds = [str(step.get("type")) for step in steps]
+    if set(kinds) - {"NFC"}:
+        raise InputError(
+            f"{model.path}: tokenizer.json: normalizer",
+            expected="none, or NFC, since llama.cpp changes no text before it cuts it",
+            got=repr(", ".join(kinds))[:120],
+            todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+        )
 
 
 def _rule(step: Mapping[str, Any]) -> dict[str, Any]:

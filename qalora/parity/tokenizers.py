@@ -126,11 +126,12 @@ def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
 
 
 def _special(model: Checkpoint, tokenizer: Any, key: str) -> int | None:
-    """GGUF's own id; the tokenizer's, or the config's where that names none, as `gguf_tokenizer` writes it."""
+    """GGUF's own id; the tokenizer's, or the config's where the model has no such row: as `gguf_tokenizer` has it."""
     short = {"pad_token_id": "padding_token_id", "unk_token_id": "unknown_token_id"}.get(key, key)
     found = getattr(tokenizer, key, None) if model.gguf is None else model.gguf.get(f"tokenizer.ggml.{short}")
-    found = model.config.get(key) if found is None and model.gguf is None else found
     rows = model.tensors["model.embed_tokens.weight"].shape[0]
+    if model.gguf is None and not (isinstance(found, int) and found < rows):
+        found = model.config.get(key)
     return found if isinstance(found, int) and found < rows else None
 
 

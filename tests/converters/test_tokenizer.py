@@ -12,6 +12,7 @@ from qalora.converters import load
 from qalora.converters.tokenizer import gguf_tokenizer, has_tokenizer, load_tokenizer
 from qalora.demo import demo_text
 from qalora.errors import FormatError, InputError
+from qalora.parity import verify
 from qalora.parity.runtimes.llamacpp import LlamaCpp
 from qalora.quantization import quantize
 from qalora.testing import byte_tokenizer, random_model, tiny_llama
@@ -127,6 +128,69 @@ def test_a_rule_that_is_not_known_is_refused(tiny: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"its rule for cutting text is none that llama\.cpp is known to have"):
         export(random_model(load(folder)), "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def with_parts(folder: Path, **changes: Any) -> Path:
+    """A tiny Llama whose tokenizer.json has other parts; those of its model under `model`."""
+    tiny_llama(folder, tokenizer=byte_tokenizer())
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["model"].update(changes.pop("model", {}))
+    (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}), encoding="utf-8")
+    return folder
+
+
+NFC, LOWERCASE = {"type": "NFC"}, {"type": "Lowercase"}
+
+
+@pytest.mark.parametrize("normalizer", [NFC, {"type": "Sequence", "normalizers": [NFC]}])
+def test_composed_characters_are_what_llama_cpp_wants(normalizer: Any, tmp_path: Path) -> None:
+    entries = gguf_tokenizer(load(with_parts(tmp_path / "model", normalizer=normalizer)))
+    assert entries["tokenizer.ggml.pre"].value == "gpt-2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"normalizer": LOWERCASE}, "normalizer: expected none, or NFC, .* got 'Lowercase'"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [NFC, LOWERCASE]}}, "got 'NFC, Lowercase'"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix: expected none, .* got '</w>'"),
+        ({"model": {"continuing_subword_prefix": "##"}}, "continuing_subword_prefix: expected none, .* got '##'"),
+    ],
+)
+def test_what_llama_cpp_does_to_no_text_is_refused(changes: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=sentence):
+        gguf_tokenizer(load(with_parts(tmp_path / "model", **changes)))
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<end>"])
+def test_a_tokenizer_in_two_files_is_converted(end: str, tmp_path: Path) -> None:
+    """vocab.json and merges.txt, of GPT-2's class, which adds its own end of text, here behind the model's last row."""
+    config = {"eos_token_id": 256, "vocab_size": 259}
+    folder = tiny_llama(tmp_path / "model", tokenizer=byte_tokenizer(), config=config)
+    pairs = {"t h": 257, "th e": 258}
+    vocabulary = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    vocabulary |= {pair.replace(" ", ""): n for pair, n in pairs.items()} | {end: 256}
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": end, "chat_template": PLAIN}), encoding="utf-8"
+    )
+    model = quantize(load(folder), group_size=32)
+    assert has_tokenizer(model)
+    tokenizer = load_tokenizer(model)
+    assert tokenizer("the then")["input_ids"][0] == 258
+    export(model, ["gguf", "mlx"], tmp_path)
+    (path,) = (tmp_path / "gguf").glob("*.gguf")
+    entries = load(path).gguf
+    assert entries is not None and entries.get("tokenizer.ggml.eos_token_id") == 256
+    assert entries.get("tokenizer.chat_template") == PLAIN
+    runtime = LlamaCpp(path, None)
+    assert runtime.tokenize("the then, there") == plain(tokenizer, "the then, there")
+    runtime.close()
+    report = verify(model, [path, tmp_path / "mlx"], level="weights")
+    assert report.passed(), report.failure()
+    assert all({gate.gate: gate.status for gate in each.gates}["tokenizer"] == "pass" for each in report.artifacts)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "BPE", "vocab": 3, "merges": []}}', "{}"])
