@@ -98,7 +98,7 @@ def check_release(
         why = "" if given else "the card was made with a template: give it with --card-template"
         asked.ask("card", lambda: check_card(folder, content, manifest, template), skipped=why)
         asked.ask("page and SBOM", lambda: check_pages(folder, content, report, manifest))
-    damaged = bool(sums) and any((folder / finding.where).suffix in WEIGHTS for finding in sums)
+    damaged = any(_is_opened(folder / finding.where) for finding in sums)
     if open_artifacts:
         _opening(asked, folder, allow_unproven=allow_unproven, damaged=damaged)
     else:
@@ -137,6 +137,11 @@ class _Asked:
         except InputError as error:
             self.stages.append(Stage(question=question, findings=(Finding(where=where, problem=str(error)),)))
             return None
+
+
+def _is_opened(path: Path) -> bool:
+    """Whether a runtime would open a file, or look for files behind it, as behind a link."""
+    return path.suffix in WEIGHTS or path.is_symlink()
 
 
 def _signature(asked: _Asked, folder: Path, public_key: Path | None) -> None:

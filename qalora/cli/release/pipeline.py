@@ -161,7 +161,9 @@ class Pipeline:
             width = max((bits for bits in BITS if bits < own["budget"]), default=BITS[0])
             own |= {"bits": str(width), "budget": None, "widths": ()}
             if own["method"] == "rtn" and not own["fit_minima"]:
-                own["calibration"] = None  # which is for the choice alone
+                usual = {str(param.name): param.default for param in quantize.command.params}
+                text = {key: usual[key] for key in ("calibration_tokens", "sequence_length")}
+                own |= {"calibration": None, **text}  # which are for the choice alone
         with self._blaming("quantize"):
             model = quantize.quantized_model(base, **own)
             plan = native.plan(model, ExportOptions(max_shard_size=size))
