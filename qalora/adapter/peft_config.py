@@ -125,13 +125,17 @@ def check_work(config: PeftConfig, modules: Collection[str], where: str) -> None
         )
 
 
+def _repetitions(text: str) -> int:
+    return len(re.findall(r"[*+?{]", text))
+
+
 def _ways(text: str) -> tuple[int, int]:
     """The repetitions of a compiled expression, and the ways through its alternatives, at most."""
     inner = text.removeprefix(BEFORE).removesuffix(BEHIND)
     ways = math.prod(group.count("|") + 1 for group in re.findall(r"\(([^()]*)\)", inner))
     around = re.sub(r"\([^()]*\)", "", inner)
     rest = around.count("|")
-    return len(re.findall(r"[*+?{]", inner)), ways * (1 << rest if "(" in around else rest + 1)
+    return _repetitions(inner), ways * (1 << rest if "(" in around else rest + 1)
 
 
 def _first_match(patterns: tuple[tuple[re.Pattern[str], float], ...], module: str, default: float) -> float:
@@ -231,7 +235,7 @@ def _patterns(
 def _pattern(text: str, where: str) -> re.Pattern[str]:
     """Compile PEFT's expression; what is refused could take exponential time, or a high power of a name's length."""
     plain = re.fullmatch(r"[\w.\-\\]*", text) is not None
-    loops = len(re.findall(r"[*+?{]", text))
+    loops = _repetitions(text)
     branches = text.count("|") if text.count("(") > 1 else 0
     if len(text) > PATTERN_LENGTH or (
         not plain and (re.search(r"\)[*+?{]", text) or loops > REPETITIONS or branches > 16)

@@ -43,14 +43,15 @@ def export_jobs(
     minima defaults to what the adapter was trained with, and to float16 where it does not say.
     """
     writers = {name: target(name) for name in dict.fromkeys(targets)}
-    folded = None if adapter is not None else model
+    ships = adapter is not None and "gptq" in writers and options.gptq_form == "auto" and _ships_adapter(model)
+    beside = {"gptq"} if ships else set()
+    folded = model
+    if adapter is not None and beside != set(writers):  # what cannot be folded may still lie beside
+        folded = fold(model, adapter, minima=minima or adapter.minima or "float16")
     jobs = []
     for name, writer in writers.items():
-        beside = adapter is not None and name == "gptq" and options.gptq_form == "auto" and _ships_adapter(model)
-        if adapter is not None and folded is None and not beside:  # what cannot be folded may still lie beside
-            folded = fold(model, adapter, minima=minima or adapter.minima or "float16")
-        source = model if beside or folded is None else folded
-        plan = writer.plan(source, replace(options, adapter=adapter if beside else None))
+        source = model if name in beside else folded
+        plan = writer.plan(source, replace(options, adapter=adapter if name in beside else None))
         plan.check(options.allow_loss)
         jobs.append(ExportJob(plan=plan, model=source))
     return jobs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ __all__ = [
     "companion_files",
     "download",
     "float_tensor",
+    "model_of",
     "quant_method",
     "read",
     "read_config",
     "stored_tensors",
-    "with_output",
 ]
 
 CONFIG_LIMIT = 16 << 20
@@ -134,18 +135,7 @@ def read(folder: Path) -> Checkpoint:
     if str(config.get("model_type")) in TEXT_PARTS and isinstance(config.get("text_config"), dict):
         config, stored, notes = _text_part(config, stored, folder)
     tensors = {name: float_tensor(name, *where) for name, where in stored.items()}
-    linears = linear_names(config, folder)
-    check_shapes(folder, config, tensors, linears)
-    config, more = with_output(folder, config, tensors)
-    return Checkpoint(
-        path=folder,
-        layout="huggingface",
-        config=config,
-        tensors=tensors,
-        linears=linears,
-        files=companion_files(folder),
-        notes=(*notes, *more),
-    )
+    return model_of(folder, "huggingface", config, tensors, notes=notes)
 
 
 Stored = dict[str, tuple[Path, Entry]]
@@ -201,24 +191,33 @@ def check_shapes(
             )
 
 
-def with_output(
-    where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(config, notes): tie_word_embeddings is what the tensors say, as an output layer that is stored is used.
+def model_of(
+    folder: Path,
+    layout: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    notes: tuple[str, ...] = (),
+) -> Checkpoint:
+    """The model that a reader of a folder has found, checked, with the folder's companion files.
 
-    transformers does so too, whatever the config says; where it says that there is an output layer, and none is
-    stored, transformers makes up a random one, and this raises FormatError.
+    tie_word_embeddings is what the tensors say: an output layer that is stored is used, as transformers does whatever
+    the config says. Where the config says that there is one, and none is stored, transformers makes up a random one,
+    and this raises FormatError, as `check_shapes` does.
     """
-    said, tied = bool(settings_of(config, where).get("tie_word_embeddings")), OUTPUT not in tensors
-    if tied and not said:
-        raise FormatError(f"{where}: tensor {OUTPUT}", expected="it, as config.json says", got="no such tensor")
-    if tied == said:
-        return dict(config), ()
+    linears = linear_names(config, folder)
+    check_shapes(folder, config, tensors, linears)
+    files = companion_files(folder)
+    model = Checkpoint(
+        path=folder, layout=layout, config=config, tensors=tensors, linears=linears, files=files, notes=notes
+    )
+    said = bool(settings_of(config, folder).get("tie_word_embeddings"))
+    if model.tied and not said:
+        raise FormatError(f"{folder}: tensor lm_head.weight", expected="it, as config.json says", got="no such tensor")
+    if model.tied == said:
+        return model
     note = "config.json ties the output to the embedding, and there is an output layer of its own: it is used"
-    return {**config, "tie_word_embeddings": False}, (f"{where.name}: {note}",)
-
-
-OUTPUT = "lm_head.weight"
+    return replace(model, config={**config, "tie_word_embeddings": False}, notes=(*notes, f"{folder.name}: {note}"))
 
 
 def download(repo: str, *, here: bool = False) -> Path:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,15 +29,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.families import linear_names
-from qalora.converters.huggingface import (
-    check_shapes,
-    companion_files,
-    float_tensor,
-    read_config,
-    stored_tensors,
-    with_output,
-)
+from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
 from qalora.converters.specs import narrowed
 from qalora.errors import FormatError
@@ -98,18 +90,7 @@ def read(folder: Path) -> Checkpoint:
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in parts}
     for name, module in modules.items():
         tensors[f"{name}.weight"] = _quantized(name, module)
-    linears = linear_names(config, folder)
-    check_shapes(folder, config, tensors, linears)
-    config, _ = with_output(folder, config, tensors)
-    return Checkpoint(
-        path=folder,
-        layout="qalora",
-        config=config,
-        tensors=tensors,
-        linears=linears,
-        files=companion_files(folder),
-        gguf=_gguf_metadata(folder),
-    )
+    return replace(model_of(folder, "qalora", config, tensors), gguf=_gguf_metadata(folder))
 
 
 def _gguf_metadata(folder: Path) -> Any:

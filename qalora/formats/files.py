@@ -24,7 +24,11 @@ from torch import Tensor
 
 from qalora.errors import FormatError, InputError, OutputError
 
-__all__ = ["InputFile", "OutputFile", "contained", "may_be_of_the_hub", "read_limited"]
+__all__ = ["InputFile", "OutputFile", "check_dimensions", "contained", "may_be_of_the_hub", "read_limited"]
+
+
+MAX_DIMENSIONS = 8
+"""Of a stored tensor; the product of a million sizes would take minutes, and torch has no more than 64."""
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -62,6 +66,12 @@ def _blobs_of(folder: Path) -> Path | None:
 def may_be_of_the_hub(name: str) -> bool:
     """Whether it has the form of a Hub id, name or owner/name, and not that of a path."""
     return not (name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/"))
+
+
+def check_dimensions(where: str, shape: Sequence[int]) -> None:
+    """FormatError for a stored tensor of more than MAX_DIMENSIONS, before anybody multiplies its sizes."""
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(where, expected=f"at most {MAX_DIMENSIONS} dimensions", got=str(len(shape)))
 
 
 def read_limited(path: Path, limit: int) -> bytes:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError
-from qalora.formats.files import InputFile, contained, read_limited
+from qalora.formats.files import InputFile, check_dimensions, contained, read_limited
 
 __all__ = [
     "ALIGN",
@@ -36,9 +36,6 @@ __all__ = [
 
 ALIGN = 4096
 MAX_MODEL = 1 << 30
-
-MAX_DIMENSIONS = 8
-"""Of a weight; the product of a million sizes would take minutes, and torch has no more than 64."""
 
 DTYPES: dict[str, tuple[int, int, torch.dtype]] = {
     "FLOAT": (1, 32, torch.float32),
@@ -142,8 +139,7 @@ def _check(path: Path, proto: Any) -> Stored:
     from onnx import TensorProto
 
     where, shape = f"{path}: {proto.name}", tuple(proto.dims)
-    if len(shape) > MAX_DIMENSIONS:
-        raise FormatError(where, expected=f"at most {MAX_DIMENSIONS} dimensions", got=str(len(shape)))
+    check_dimensions(where, shape)
     if any(size < 0 or size >= 1 << 48 for size in shape) or math.prod(shape) >= 1 << 56:
         raise FormatError(where, expected="a size that a file can hold", got=str(list(shape)))
     name = _NAMES[proto.data_type]

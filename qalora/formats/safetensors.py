@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError
-from qalora.formats.files import InputFile, OutputFile, contained, read_limited
+from qalora.formats.files import InputFile, OutputFile, check_dimensions, contained, read_limited
 from qalora.formats.output import json_bytes
 
 __all__ = [
@@ -71,9 +71,6 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER = 100_000_000
-
-MAX_DIMENSIONS = 8
-"""Of a tensor; the product of a million sizes would take minutes, and torch has no more than 64."""
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of tensors above which a model is split, by default; transformers' own default."""
@@ -201,8 +198,7 @@ def _check_entry(name: str, entry: object, start: int, path: Path) -> Entry:
         raise FormatError(where, expected=f"a dtype among {', '.join(DTYPES)}", got=repr(dtype))
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise FormatError(where, expected="a shape and two offsets of whole numbers, none negative")
-    if len(shape) > MAX_DIMENSIONS:
-        raise FormatError(where, expected=f"at most {MAX_DIMENSIONS} dimensions", got=str(len(shape)))
+    check_dimensions(where, shape)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise FormatError(

@@ -89,8 +89,8 @@ def test_inputs_help(model: Checkpoint, windows: Tensor, bits: int) -> None:
 
     plain = distance(model, quantize(model, bits=bits), windows)
     assert error(fit_minima=True) < plain
-    assert error(method="gptq", passes=0) < plain
-    assert error(method="gptq", passes=2) < plain
+    assert error(method="gptq", passes=0) < 0.8 * plain
+    assert error(method="gptq", passes=2) < 0.8 * plain
 
 
 def test_the_same_again_and_in_any_order(model: Checkpoint, windows: Tensor) -> None:

@@ -75,8 +75,8 @@ def test_it_is_what_the_slow_loop_gives(bits: int, size: int, act_order: bool) -
 def test_columns_beyond_a_block_are_corrected_too() -> None:
     w, h = layer(columns=288)
     codes, *_ = slow_gptq(w[:4], h, 4, 32, None)
-    same = (gptq_tensor(w[:4], h, bits=4, group_size=32).codes() == codes).all(dim=1)
-    assert int((~same).sum()) <= TIES
+    same = gptq_tensor(w[:4], h, bits=4, group_size=32).codes() == codes
+    assert float(same.float().mean()) > 0.99
 
 
 MEASURED = """
@@ -124,7 +124,7 @@ def test_each_step_is_better_on_the_inputs(bits: int) -> None:
         tensor = quantize_weight(w, QuantizeOptions(bits=bits, **settings), h)  # type: ignore[arg-type]
         errors.append(output_error(w, tensor.dequantize(), h))
     assert errors[3:] == sorted(errors[3:], reverse=True)
-    assert errors[3] < min(errors[:3])
+    assert errors[3] < 0.6 * min(errors[:3])
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "rtn"])

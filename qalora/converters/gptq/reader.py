@@ -25,14 +25,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of, linear_names
 from qalora.converters.gptq.beside import StoredResidual, find_residual, pooling_matrix
-from qalora.converters.huggingface import (
-    check_shapes,
-    companion_files,
-    float_tensor,
-    read_config,
-    stored_tensors,
-    with_output,
-)
+from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import BITS, Version, unpack_qweight, unpack_qzeros
@@ -122,17 +115,7 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     for module, layer in layers.items():
         tensors[f"{module}.weight"] = _lazy(layer, settings, version, symmetric, residuals.get(module))
     _drop_unused_biases(config, tensors, modules)
-    check_shapes(folder, config, tensors, linears)
-    config, output = with_output(folder, config, tensors)
-    return Checkpoint(
-        path=folder,
-        layout="gptq",
-        config=config,
-        tensors=tensors,
-        linears=linears,
-        files=companion_files(folder),
-        notes=(*notes, *more, *output),
-    )
+    return model_of(folder, "gptq", config, tensors, notes=(*notes, *more))
 
 
 def _settings(folder: Path, config: object) -> _Settings:

@@ -19,15 +19,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import linear_names
-from qalora.converters.huggingface import (
-    check_shapes,
-    companion_files,
-    float_tensor,
-    read_config,
-    stored_tensors,
-    with_output,
-)
+from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.specs import TENSORS, check_values, stored_specs
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile
@@ -64,12 +56,7 @@ def read(folder: Path) -> Checkpoint:
         tensors[f"{module}.weight"] = _layer(folder, module, stored, known.pop(module, None))
     if known:
         raise FormatError(f"{folder}: {TENSORS}", expected="layers of the file", got=repr(next(iter(known)))[:120])
-    linears = linear_names(config, folder)
-    check_shapes(folder, config, tensors, linears)
-    config, _ = with_output(folder, config, tensors)
-    return Checkpoint(
-        path=folder, layout="hqq", config=config, tensors=tensors, linears=linears, files=companion_files(folder)
-    )
+    return model_of(folder, "hqq", config, tensors)
 
 
 def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) -> LazyTensor:

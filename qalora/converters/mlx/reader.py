@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import linear_names
-from qalora.converters.huggingface import check_shapes, companion_files, float_tensor, read_config, stored_tensors
+from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.specs import TENSORS, restored, stored_specs
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile
@@ -48,12 +47,8 @@ def read(folder: Path) -> Checkpoint:
         if name not in tensors:
             raise FormatError(f"{folder}: {TENSORS}", expected="tensors of the file", got=repr(name)[:120])
         tensors[name] = restored(tensors[name], spec)
-    linears = linear_names(config, folder)
-    check_shapes(folder, config, tensors, linears)
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors  # mlx-lm has another default than transformers
-    return Checkpoint(
-        path=folder, layout="mlx", config=config, tensors=tensors, linears=linears, files=companion_files(folder)
-    )
+    return model_of(folder, "mlx", config, tensors)
 
 
 def _quantized(folder: Path, module: str, stored: _Stored, settings: Mapping[str, Any]) -> LazyTensor:

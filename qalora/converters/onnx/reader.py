@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of, linear_names
-from qalora.converters.huggingface import check_shapes, companion_files, read_config, with_output
+from qalora.converters.huggingface import model_of, read_config
 from qalora.converters.onnx import foreign
 from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
 from qalora.converters.onnx.decoder import TABLES
@@ -57,16 +57,7 @@ def read(path: Path) -> Checkpoint:
     for name, item in stored.items():
         if name not in used and item.dtype == "FLOAT" and item.inline is None:
             tensors[name] = _float(name, item, transposed=name in linears, offset=1.0 if family.adds_one(name) else 0.0)
-    check_shapes(file.parent, config, tensors, linears)
-    config, _ = with_output(file.parent, config, tensors)
-    return Checkpoint(
-        path=path,
-        layout="onnx",
-        config=config,
-        tensors=tensors,
-        linears=linears,
-        files=companion_files(file.parent),
-    )
+    return replace(model_of(file.parent, "onnx", config, tensors), path=path)
 
 
 def _quantized(
