@@ -11,7 +11,6 @@ is refused as well.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -20,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora.errors import AdapterError, FormatError, InputError
-from qalora.formats.files import contained, read_limited
+from qalora.errors import AdapterError
+from qalora.formats.files import contained
+from qalora.formats.json_text import read_json_object
 
 __all__ = ["CONFIG", "PeftConfig", "check_number", "check_work", "parse_config", "read_json"]
 
@@ -144,23 +144,7 @@ def _first_match(patterns: tuple[tuple[re.Pattern[str], float], ...], module: st
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object of an adapter's folder; FormatError if it is not one, or a key stands twice in an object."""
-    path = contained(folder, name)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise FormatError(f"{path}: a key stands twice")
-        return found
-
-    try:
-        content = json.loads(read_limited(path, JSON_LIMIT).decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FormatError(str(path), expected="JSON", got=type(error).__name__) from error
-    if not isinstance(content, dict):
-        raise FormatError(str(path), expected="a JSON object", got=type(content).__name__)
-    return content
+    return read_json_object(contained(folder, name), JSON_LIMIT, unique=True)
 
 
 def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:

@@ -6,7 +6,6 @@ that look alike are read by `native` and `gptq`, which share the helpers here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import bias_names, family_of, linear_names, settings_of
 from qalora.errors import FormatError, InputError
-from qalora.formats.files import InputFile, contained, may_be_of_the_hub, read_limited
+from qalora.formats.files import InputFile, contained, may_be_of_the_hub
+from qalora.formats.json_text import read_json_object
 from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
 from qalora.tensor import check_finite
 
@@ -66,15 +66,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     path = contained(folder, name)
     if not path.exists():
         raise FormatError(f"{folder}", expected=f"a model folder with {name}", got="none")
-    try:
-        config = json.loads(read_limited(path, CONFIG_LIMIT))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FormatError(str(path), expected="JSON", got=type(error).__name__) from error
-    if not isinstance(config, dict):
-        raise FormatError(str(path), expected="a JSON object", got=type(config).__name__)
-    return config
+    return read_json_object(path, CONFIG_LIMIT)
 
 
 def quant_method(folder: Path) -> str | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qalora.checkpoint import LazyTensor
 from qalora.errors import FormatError
+from qalora.formats.json_text import parse_json
 from qalora.formats.safetensors import Entry, read_header
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, holds_float16, integer_zeros, pack_codes
 
@@ -52,10 +53,7 @@ def specs_text(specs: Mapping[str, QuantSpec]) -> str:
 
 def parse_specs(text: str, where: str) -> dict[str, QuantSpec]:
     """{module: spec} of the JSON; FormatError for anything else. Nothing is said of the values."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: {TENSORS}", expected="JSON", got=type(error).__name__) from error
+    found = parse_json(text, f"{where}: {TENSORS}")
     if not isinstance(found, dict):
         raise FormatError(f"{where}: {TENSORS}", expected="a JSON object", got=type(found).__name__)
     return {module: _spec(f"{where}: {TENSORS}: {module}", entry) for module, entry in found.items()}

@@ -25,6 +25,7 @@ from qalora.converters.sentencepiece import normalizer_of, sentencepiece_entries
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import read_limited
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
+from qalora.formats.json_text import read_json_object
 from qalora.formats.output import write_json
 
 __all__ = [
@@ -392,13 +393,4 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(model: Checkpoint, name: str) -> dict[str, Any]:
-    path = model.files[name]
-    try:
-        content = json.loads(read_limited(path, TOKENIZER_LIMIT))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FormatError(str(path), expected="JSON", got=type(error).__name__) from error
-    if not isinstance(content, dict):
-        raise FormatError(str(path), expected="a JSON object", got=type(content).__name__)
-    return content
+    return read_json_object(model.files[name], TOKENIZER_LIMIT)

@@ -17,7 +17,8 @@ def parse_json(
 ) -> Any:
     """What a JSON text holds. FormatError for another text, and with `unique` for an object that has a key twice.
 
-    `where`, `expected` and `todo` are for the sentence. Bytes are UTF-8, UTF-16 or UTF-32, as RFC 4627 tells them apart.
+    `where`, `expected` and `todo` are for the sentence. Bytes are UTF-8, as RFC 8259 says; a byte order mark before
+    them is passed over.
     """
 
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -27,7 +28,8 @@ def parse_json(
         return found
 
     try:
-        return json.loads(content, object_pairs_hook=object_of)
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=object_of)
     except FormatError:
         raise
     except json.JSONDecodeError as error:

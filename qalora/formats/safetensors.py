@@ -32,6 +32,7 @@ from torch import Tensor
 
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile, OutputFile, check_dimensions, contained, read_limited
+from qalora.formats.json_text import parse_json
 from qalora.formats.output import json_bytes
 
 __all__ = [
@@ -154,18 +155,7 @@ def read_header(path: Path) -> Layout:
 
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise FormatError(f"{path}: a key stands twice in the header")
-        return found
-
-    try:
-        header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FormatError(str(path), expected="a header in JSON", got=f"{type(error).__name__}") from error
+    header = parse_json(data, str(path), expected="a header in JSON", unique=True)
     if not isinstance(header, dict) or not data.startswith(b"{"):
         raise FormatError(str(path), expected="a header that is a JSON object", got=type(header).__name__)
     return header

@@ -6,15 +6,15 @@ other than the report's, whatever the checksums say.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from qalora.converters.plan import PROVENANCE
-from qalora.errors import FormatError, InputError, MissingLibraryError
+from qalora.errors import InputError, MissingLibraryError
 from qalora.formats.files import contained, read_limited
+from qalora.formats.json_text import read_json
 from qalora.parity.html import to_html
 from qalora.parity.reading import report_from_json
 from qalora.parity.report import ParityReport
@@ -32,12 +32,7 @@ LIMIT = 256 << 20
 
 def read_report(folder: Path) -> tuple[dict[str, Any], ParityReport]:
     """The report of a release, as JSON and as a record. FormatError names what has not its form."""
-    try:
-        content = json.loads(read_limited(contained(folder, REPORT), LIMIT))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FormatError(REPORT, expected="JSON", got=type(error).__name__) from error
+    content = read_json(contained(folder, REPORT), LIMIT)
     return content, report_from_json(content, REPORT)
 
 

@@ -19,7 +19,6 @@ Digests are those of `qalora.release.digests`. Nothing in it depends on the mach
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -36,7 +35,7 @@ from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters.plan import PROVENANCE, Plan
 from qalora.errors import FormatError, InputError
-from qalora.formats.files import read_limited
+from qalora.formats.json_text import read_json
 from qalora.formats.output import json_bytes
 from qalora.release.digests import (
     adapter_digests,
@@ -165,10 +164,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: {MANIFEST}", expected="the manifest of a release", got="no such file")
-    try:
-        content = json.loads(read_limited(path, LIMIT))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}", expected="JSON", got=type(error).__name__) from error
+    content = read_json(path, LIMIT)
     if isinstance(content, dict) and content.get("schema") != SCHEMA:
         raise FormatError(
             f"{path}: schema", expected=SCHEMA, got=f"{content.get('schema')!r:.60}", todo="update qalora"

@@ -11,7 +11,6 @@ folders and know no sub-folder of a repository.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from qalora.errors import InputError, ProofError
-from qalora.formats.files import read_limited
+from qalora.formats.json_text import read_json
 from qalora.release.checksums import HUBS, check_sums, release_files
 
 if TYPE_CHECKING:
@@ -157,10 +156,7 @@ def check_repo(repo: str) -> None:
 
 
 def _passed(folder: Path) -> bool:
-    try:
-        report = json.loads(read_limited(folder / "report.json", _REPORT_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise InputError(str(folder / "report.json"), expected="a report of qalora in JSON") from error
+    report = read_json(folder / "report.json", _REPORT_BYTES)
     return isinstance(report, dict) and report.get("passed") is True
 
 

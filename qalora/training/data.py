@@ -14,7 +14,6 @@ at the end is dropped. A token is learned when it is predicted: the first of a b
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from qalora.errors import InputError, MissingLibraryError
 from qalora.formats.files import InputFile, may_be_of_the_hub, read_limited
+from qalora.formats.json_text import parse_json
 from qalora.training.loss import IGNORED
 
 __all__ = ["Blocks", "Document", "check_data", "join_documents", "make_blocks", "may_be_a_dataset", "read_documents"]
@@ -108,12 +108,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}:{number}"
             if not line.strip():
                 continue
-            try:
-                yield where, json.loads(_decoded(path, line))
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(where, expected="a JSON object", got=str(error)[:100]) from error
+            yield where, parse_json(_decoded(path, line), where, expected="a JSON object")
 
 
 def _decoded(path: Path, data: bytes) -> str:

@@ -14,7 +14,6 @@ holds a whole checkpoint, the old or the new.
 from __future__ import annotations
 
 import errno
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError, OutputError
-from qalora.formats.files import InputFile, read_limited
+from qalora.formats.files import InputFile
+from qalora.formats.json_text import read_json_object
 from qalora.formats.output import new_file, new_folder, write_json
 from qalora.formats.safetensors import SafetensorsWriter, plan_layout, read_header, read_tensor
 
@@ -225,15 +225,15 @@ def _record(folder: Path) -> tuple[dict[str, Any], State]:
     """What the run was, with the version, and where it is."""
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder}", expected="a checkpoint to resume", got="none", todo="start without --resume")
+    record = read_json_object(folder / RECORD, 64 << 20)
     try:
-        record = json.loads(read_limited(folder / RECORD, 64 << 20).decode("utf-8"))
         state = State(
             step=int(record["step"]),
             losses=[float(loss) for loss in record["losses"]],
             held_out=[(int(step), float(loss)) for step, loss in record["held_out"]],
         )
         return {**record["run"], "version": record["version"]}, state
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{folder / RECORD}", expected="a training state", got=type(error).__name__) from error
 
 

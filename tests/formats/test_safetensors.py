@@ -93,9 +93,9 @@ def _entry(begin: int, end: int, shape: list[object] | None = None, dtype: objec
         (b"", b"", "header in JSON"),
         (b"[]", b"", "JSON object"),
         (b"{}", b"x", "truncated or padded"),
-        (b'{"a":' * 50_000, b"", "header in JSON, got RecursionError"),
-        (b'{"a":' + b"1" * 5000 + b"}", b"", "header in JSON, got ValueError"),
-        (b'{"a":"\xff"}', b"", "header in JSON, got UnicodeDecodeError"),
+        (b'{"a":' * 50_000, b"", "header in JSON, got lists or objects nested too deeply"),
+        (b'{"a":' + b"1" * 5000 + b"}", b"", "header in JSON, got an integer of too many digits"),
+        (b'{"a":"\xff"}', b"", "header in JSON, got bytes that are not UTF-8"),
         (b'{"a":1,"a":1}', b"", "a key stands twice"),
         ({"a": 1}, b"", "dtype, shape and data_offsets"),
         ({"a": _entry(0, 4)}, b"", "truncated or padded"),
@@ -154,7 +154,7 @@ def test_shards_are_found_and_kept_inside(tmp_path: Path) -> None:
         names(b="link.safetensors")
     with pytest.raises(FormatError, match="a file without it"):
         names(b="m-1.safetensors")
-    with pytest.raises(FormatError, match="expected a header in JSON, got ValueError"):
+    with pytest.raises(FormatError, match="expected a header in JSON, got an integer of too many digits"):
         index.write_text('{"weight_map": {}, "x": ' + "1" * 5000 + "}", encoding="utf-8")
         shards(folder)
     with pytest.raises(FormatError, match="a weight_map"):

@@ -32,6 +32,7 @@ from typing import Any
 
 from qalora.errors import FormatError
 from qalora.formats.files import contained, read_limited
+from qalora.formats.json_text import parse_json
 
 __all__ = [
     "DATA",
@@ -184,12 +185,7 @@ def read_delta(folder: Path) -> tuple[DeltaFile, ...]:
 
 def parse_index(content: bytes, where: str) -> tuple[DeltaFile, ...]:
     """The files of delta.json; `where` names it in errors."""
-    try:
-        index = json.loads(content.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(where, expected="JSON", got=type(error).__name__, todo="fetch it again") from error
+    index = parse_json(content, where, unique=True, todo="fetch it again")
     index = _object(index, {"schema", "files"}, where)
     if index["schema"] != SCHEMA:
         raise FormatError(f"{where}: schema", expected=SCHEMA, got=repr(index["schema"])[:80])
@@ -198,12 +194,6 @@ def parse_index(content: bytes, where: str) -> tuple[DeltaFile, ...]:
     if sum(len(file.ops) for file in files) > MAX_OPS:
         raise FormatError(where, expected=f"at most {MAX_OPS} operations", got="more")
     return files
-
-
-def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise FormatError(f"{where}: a key stands twice")
-    return dict(pairs)
 
 
 def _object(value: object, keys: set[str], where: str) -> dict[str, Any]:
