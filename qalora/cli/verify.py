@@ -68,7 +68,7 @@ def command(
     if a runtime is missing.
     """
     from qalora.adapter import read_adapter
-    from qalora.formats.output import check_output, new_file, write_json
+    from qalora.formats.output import check_output, new_file, text_bytes, write_json
     from qalora.parity import verify
     from qalora.parity.html import to_html
     from qalora.parity.junit import to_junit
@@ -94,7 +94,7 @@ def command(
             write_json(place, report.to_json())
     if html_file is not None:
         with new_file(html_file, force=force) as place:
-            place.write_text(to_html(report), encoding="utf-8", errors="backslashreplace")
+            place.write_bytes(text_bytes(to_html(report)))
     if junit_file is not None:
         with new_file(junit_file, force=force) as place:
             place.write_text(to_junit(report), encoding="utf-8")

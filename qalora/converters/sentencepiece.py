@@ -58,8 +58,8 @@ def sentencepiece_entries(model: Mapping[str, Any], tokens: Sequence[str], types
         words.append(token.replace(SPACE, " ") if kind == USER_DEFINED else token)
         values.append(scores.get(token, NEVER))
     return {
-        "model": Value(type=ValueType.STRING, value="llama"),
-        "pre": Value(type=ValueType.STRING, value="default"),
+        "model": Value.text("llama"),
+        "pre": Value.text("default"),
         "tokens": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(words)),
         "scores": Value(type=ValueType.ARRAY, element=ValueType.FLOAT32, value=tuple(values)),
         "token_type": Value(type=ValueType.ARRAY, element=ValueType.INT32, value=tuple(kinds)),

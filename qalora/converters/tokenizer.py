@@ -139,9 +139,7 @@ def _write_converted(model: Checkpoint, folder: Path) -> None:
     if model.gguf is None:
         raise TypeError("a model without GGUF metadata")
     with tempfile.TemporaryDirectory() as place:
-        known = {
-            "general.architecture": Value(type=ValueType.STRING, value="llama")
-        }  # transformers refuses some others
+        known = {"general.architecture": Value.text("llama")}  # transformers refuses some others
         (Path(place) / "tokenizer.gguf").write_bytes(metadata_bytes(model.gguf.with_entries(known)))
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file="tokenizer.gguf", local_files_only=True)
@@ -195,7 +193,7 @@ def gguf_tokenizer(model: Checkpoint) -> dict[str, Value]:
     """
     if "tokenizer.json" not in model.files:
         if not has_tokenizer(model):
-            return {"tokenizer.ggml.model": Value(type=ValueType.STRING, value="none")}
+            return {"tokenizer.ggml.model": Value.text("none")}
         if "tokenizer.model" in model.files:
             raise InputError(
                 f"{model.path}: tokenizer.model", expected="tokenizer.json", todo="save the tokenizer as a fast one"
@@ -242,7 +240,7 @@ def _entries(model: Checkpoint, content: Mapping[str, Any]) -> dict[str, Value]:
     for key, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         token = _special_id(model, settings, ours, tokens)
         if token is not None:
-            entries[f"{key}_token_id"] = Value(type=ValueType.UINT32, value=token)
+            entries[f"{key}_token_id"] = Value.uint32(token)
     entries["add_bos_token"] = Value(type=ValueType.BOOL, value=_adds_bos(model, entries))
     entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=bool(prefix))
     result = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
@@ -254,8 +252,8 @@ def _bpe_entries(
 ) -> dict[str, Value]:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     return {
-        "model": Value(type=ValueType.STRING, value="gpt2"),
-        "pre": Value(type=ValueType.STRING, value=_pre_of(model, content)),
+        "model": Value.text("gpt2"),
+        "pre": Value.text(_pre_of(model, content)),
         "tokens": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(tokens)),
         "token_type": Value(type=ValueType.ARRAY, element=ValueType.INT32, value=tuple(types)),
         "merges": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(merges)),
@@ -328,7 +326,7 @@ def _adds_bos(model: Checkpoint, entries: Mapping[str, Value]) -> bool:
 
     if "bos_token_id" not in entries:
         return False
-    ids = Tokenizer.from_file(str(model.files["tokenizer.json"])).encode("a").ids
+    ids = Tokenizer.from_buffer(read_limited(model.files["tokenizer.json"], TOKENIZER_LIMIT)).encode("a").ids
     return bool(ids) and ids[0] == entries["bos_token_id"].value
 
 
@@ -337,7 +335,7 @@ def _template_entries(model: Checkpoint, settings: Mapping[str, Any]) -> dict[st
     templates = _chat_templates(model, settings)
     entries = {}
     if "default" in templates:
-        entries[TEMPLATE_KEY] = Value(type=ValueType.STRING, value=templates.pop("default"))
+        entries[TEMPLATE_KEY] = Value.text(templates.pop("default"))
     names = sorted(template_name(name) for name in templates)
     twice = [name for name, following in pairwise(names) if name == following]
     if twice or "" in names:
@@ -346,7 +344,7 @@ def _template_entries(model: Checkpoint, settings: Mapping[str, Any]) -> dict[st
             f"{model.path}/tokenizer_config.json: chat_template", expected="names that GGUF can tell apart", got=got
         )
     for name, text in templates.items():
-        entries[f"{TEMPLATE_KEY}.{template_name(name)}"] = Value(type=ValueType.STRING, value=text)
+        entries[f"{TEMPLATE_KEY}.{template_name(name)}"] = Value.text(text)
     if names:
         listed = Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tuple(names))
         entries["tokenizer.chat_templates"] = listed

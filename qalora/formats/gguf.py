@@ -26,6 +26,7 @@ from typing import Any
 
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile, OutputFile
+from qalora.formats.output import text_bytes
 
 __all__ = [
     "BLOCKS",
@@ -132,6 +133,21 @@ class Value:
     type: ValueType
     value: Any
     element: ValueType | None = None
+
+    @classmethod
+    def text(cls, value: str) -> Value:
+        """A string of ours: UTF-8 as the format wants it, with escapes for the bytes of a path that is none."""
+        return cls(type=ValueType.STRING, value=text_bytes(value).decode("utf-8"))
+
+    @classmethod
+    def uint32(cls, value: int) -> Value:
+        """A whole number from 0 to 2^32 - 1."""
+        return cls(type=ValueType.UINT32, value=int(value))
+
+    @classmethod
+    def float32(cls, value: float) -> Value:
+        """A float32 number."""
+        return cls(type=ValueType.FLOAT32, value=float(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

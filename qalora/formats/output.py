@@ -16,7 +16,16 @@ from pathlib import Path
 
 from qalora.errors import OutputError
 
-__all__ = ["check_apart", "check_output", "check_writable", "json_bytes", "new_file", "new_folder", "write_json"]
+__all__ = [
+    "check_apart",
+    "check_output",
+    "check_writable",
+    "json_bytes",
+    "new_file",
+    "new_folder",
+    "text_bytes",
+    "write_json",
+]
 
 
 def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> None:
@@ -146,13 +155,14 @@ def _umask() -> int:
     return mask
 
 
-def json_bytes(content: object) -> bytes:
-    """JSON with sorted keys, so that the same content gives the same bytes.
-
-    What UTF-8 cannot hold, a byte of a path that is none, becomes JSON's escape of it, such as \\udcff.
-    """
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+def text_bytes(text: str) -> bytes:
+    """UTF-8; what it cannot hold, a byte of a path that is none, becomes an escape as JSON has it, such as \\udcff."""
     return text.encode("utf-8", "backslashreplace")
+
+
+def json_bytes(content: object) -> bytes:
+    """JSON with sorted keys, so that the same content gives the same bytes; `text_bytes` of it is JSON too."""
+    return text_bytes(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def write_json(path: Path, content: object) -> None:

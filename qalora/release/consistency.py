@@ -15,6 +15,7 @@ from qalora.converters.plan import PROVENANCE
 from qalora.errors import InputError, MissingLibraryError
 from qalora.formats.files import contained, read_limited
 from qalora.formats.json_text import read_json
+from qalora.formats.output import text_bytes
 from qalora.parity.html import to_html
 from qalora.parity.reading import report_from_json
 from qalora.parity.report import ParityReport
@@ -73,7 +74,7 @@ def check_pages(
 ) -> list[Finding]:
     """The HTML page and the SBOM are what report and manifest give."""
     made: dict[str, Callable[[], bytes]] = {
-        PAGE: lambda: to_html(report, speed=False).encode(),
+        PAGE: lambda: text_bytes(to_html(report, speed=False)),
         SBOM: lambda: sbom_bytes(manifest),
     }
     problem = f"not what {REPORT} and {MANIFEST} give"
@@ -91,7 +92,7 @@ def check_card(
     folder: Path, content: Mapping[str, Any], manifest: Mapping[str, Any], template: str | None
 ) -> list[Finding]:
     """The card is what report and manifest give; the first line that is not is shown."""
-    wanted = card_text(manifest, content, template=template)
+    wanted = text_bytes(card_text(manifest, content, template=template)).decode("utf-8")
     path = contained(folder, CARD)
     if not path.is_file():
         return [Finding(where=CARD, problem="it is not there")]

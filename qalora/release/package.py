@@ -21,7 +21,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.exports import ExportJob, export_jobs, run_jobs
 from qalora.converters.plan import Plan, Progress
 from qalora.errors import ProofError
-from qalora.formats.output import check_apart, check_output, new_folder, write_json
+from qalora.formats.output import check_apart, check_output, new_folder, text_bytes, write_json
 from qalora.release.card import card_text, check_template
 from qalora.release.checksums import SUMS, write_sums
 from qalora.release.manifest import (
@@ -199,7 +199,7 @@ def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
     found = report.to_json(speed=False)
     write_json(folder / REPORT, found)
     # of the JSON, as a check makes it again from there
-    (folder / PAGE).write_text(to_html(report_from_json(found, REPORT), speed=False), encoding="utf-8")
+    (folder / PAGE).write_bytes(text_bytes(to_html(report_from_json(found, REPORT), speed=False)))
     licences = [name for name in LICENCES if name in planned.model.files]
     for name in licences:
         shutil.copyfile(planned.model.files[name], folder / name)
@@ -214,5 +214,5 @@ def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
     )
     write_json(folder / MANIFEST, manifest)
     (folder / SBOM).write_bytes(sbom_bytes(manifest))
-    (folder / CARD).write_text(card_text(manifest, found, template=planned.options.template), encoding="utf-8")
+    (folder / CARD).write_bytes(text_bytes(card_text(manifest, found, template=planned.options.template)))
     write_sums(folder, {name: file["sha256"] for part in artifacts for name, file in part["files"].items()})

@@ -16,12 +16,11 @@ from qalora.converters.decoder import decoder_of
 from qalora.converters.families import FAMILIES, check_config, family_of, settings_of
 from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperparameters
-from qalora.converters.gguf.metadata import number, text
 from qalora.converters.gguf.names import gguf_names
 from qalora.converters.huggingface import _text_part
 from qalora.converters.onnx.decoder import check_decoder
 from qalora.errors import InputError
-from qalora.formats.gguf import Metadata
+from qalora.formats.gguf import Metadata, Value
 from qalora.parity.weights import essentials
 
 
@@ -205,7 +204,7 @@ def test_published_models_have_a_place_in_gguf(name: str) -> None:
     config = PUBLISHED[name]
     decoder = decoder_of(config, name)
     entries = hyperparameters(decoder, settings_of(config, name), name)
-    metadata = Metadata(entries={**entries, "general.architecture": text(decoder.family.gguf)})
+    metadata = Metadata(entries={**entries, "general.architecture": Value.text(decoder.family.gguf)})
     assert family_of_metadata(metadata, name) is decoder.family
     shapes = {"token_embd.weight": (decoder.vocabulary, decoder.hidden)}
     again = config_of(metadata, decoder.family, name, shapes=shapes, factors=factor_tensors(decoder))
@@ -238,7 +237,7 @@ def test_llama_3_1_factors_that_name_no_numbers_are_recognised() -> None:
 
 
 def test_a_gguf_file_of_experts_is_refused() -> None:
-    entries = {"general.architecture": text("llama"), "llama.expert_count": number(8)}
+    entries = {"general.architecture": Value.text("llama"), "llama.expert_count": Value.uint32(8)}
     with pytest.raises(InputError, match=r"got 'llama'; a mixture of experts"):
         family_of_metadata(Metadata(entries=entries), "here")
 
@@ -251,8 +250,11 @@ def metadata_of(family: str, **changes: str) -> tuple[Metadata, dict[str, tuple[
     if family == "mistral":
         config["sliding_window"] = 12
     decoder = decoder_of(config, "here")
-    entries = {**hyperparameters(decoder, settings_of(config, "here"), "here"), "general.architecture": text("llama")}
-    entries |= {f"qalora.{key}": text(value) for key, value in changes.items()}
+    entries = {
+        **hyperparameters(decoder, settings_of(config, "here"), "here"),
+        "general.architecture": Value.text("llama"),
+    }
+    entries |= {f"qalora.{key}": Value.text(value) for key, value in changes.items()}
     return Metadata(entries=entries), {"token_embd.weight": (64, 64)}, factor_tensors(decoder)
 
 

@@ -168,15 +168,15 @@ def tokens_of(*tokens: str, bos: bool = False) -> dict[str, Value]:
     return {
         "tokenizer.ggml.tokens": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=tokens),
         "tokenizer.ggml.token_type": Value(type=ValueType.ARRAY, element=ValueType.INT32, value=(3,) * len(tokens)),
-        "tokenizer.ggml.bos_token_id": Value(type=ValueType.UINT32, value=0),
-        "tokenizer.ggml.eos_token_id": Value(type=ValueType.UINT32, value=1),
+        "tokenizer.ggml.bos_token_id": Value.uint32(0),
+        "tokenizer.ggml.eos_token_id": Value.uint32(1),
         "tokenizer.ggml.add_bos_token": Value(type=ValueType.BOOL, value=bos),
     }
 
 
 def made(template: str, *tokens: str, bos: bool = False) -> tuple[str, list[tuple[str, str]]]:
     entries = {
-        "tokenizer.chat_template": Value(type=ValueType.STRING, value=template),
+        "tokenizer.chat_template": Value.text(template),
         **tokens_of(*tokens, bos=bos),
     }
     text = modelfile(Metadata(entries=entries), ["m.gguf"])
@@ -330,9 +330,9 @@ def test_no_template_at_all() -> None:
 
 
 @pytest.mark.parametrize("key", ["tokens", "token_type"])
-@pytest.mark.parametrize("value", [Value(type=ValueType.UINT32, value=5), Value(type=ValueType.STRING, value="abc")])
+@pytest.mark.parametrize("value", [Value.uint32(5), Value.text("abc")])
 def test_a_vocabulary_that_is_no_list(key: str, value: Value) -> None:
-    template = Value(type=ValueType.STRING, value=CHATML)
+    template = Value.text(CHATML)
     entries = {**tokens_of("<s>", "<|im_end|>"), "tokenizer.chat_template": template, f"tokenizer.ggml.{key}": value}
     with pytest.raises(FormatError, match=f"tokenizer.ggml.{key}: expected a list, got "):
         modelfile(Metadata(entries=entries), ["m.gguf"])

@@ -20,19 +20,19 @@ from qalora.formats.gguf import (
 )
 
 ENTRIES = {
-    "general.architecture": Value(type=ValueType.STRING, value="llama"),
+    "general.architecture": Value.text("llama"),
     "a.u8": Value(type=ValueType.UINT8, value=255),
     "a.i8": Value(type=ValueType.INT8, value=-128),
     "a.u16": Value(type=ValueType.UINT16, value=65535),
     "a.i16": Value(type=ValueType.INT16, value=-3),
-    "a.u32": Value(type=ValueType.UINT32, value=1 << 31),
+    "a.u32": Value.uint32(1 << 31),
     "a.i32": Value(type=ValueType.INT32, value=-7),
-    "a.f32": Value(type=ValueType.FLOAT32, value=0.5),
+    "a.f32": Value.float32(0.5),
     "a.bool": Value(type=ValueType.BOOL, value=True),
     "a.u64": Value(type=ValueType.UINT64, value=1 << 63),
     "a.i64": Value(type=ValueType.INT64, value=-(1 << 62)),
     "a.f64": Value(type=ValueType.FLOAT64, value=1e300),
-    "a.text": Value(type=ValueType.STRING, value="Ünï\n"),
+    "a.text": Value.text("Ünï\n"),
     "a.words": Value(type=ValueType.ARRAY, element=ValueType.STRING, value=("a", "", "ß")),
     "a.numbers": Value(type=ValueType.ARRAY, element=ValueType.INT32, value=(1, -2, 3)),
     "a.empty": Value(type=ValueType.ARRAY, element=ValueType.FLOAT32, value=()),
@@ -44,7 +44,7 @@ def write(path: Path, alignment: int | None = None) -> dict[str, bytes]:
     """A file with random bytes in every tensor; gives them."""
     entries = dict(ENTRIES)
     if alignment is not None:
-        entries["general.alignment"] = Value(type=ValueType.UINT32, value=alignment)
+        entries["general.alignment"] = Value.uint32(alignment)
     layout = plan_layout(Metadata(entries=entries), TENSORS)
     rng = np.random.default_rng(0)
     data = {name: rng.bytes(info.nbytes) for name, info in layout.tensors.items()}

@@ -1,6 +1,7 @@
 """Releases of a tiny model in all formats: what is in the folder, what blocks it, and what the commands say."""
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -159,6 +160,17 @@ def test_licences_travel_along(place: Path, tmp_path: Path) -> None:
     options = ReleaseOptions(targets=("gguf",), level="weights")
     release(plan_release(held, options, tmp_path / "dist"), tmp_path / "dist")
     assert (tmp_path / "dist" / "LICENSE").read_text("utf-8") == "free as air"
+
+
+def test_names_that_are_not_utf_8(place: Path, tmp_path: Path) -> None:
+    """Written with the byte's number; the check makes the same texts again."""
+    base, out = tmp_path / os.fsdecode(b"mod\xffel"), tmp_path / os.fsdecode(b"dist\xff")
+    shutil.copytree(place / "base" / "qalora", base)
+    result = run("release", base, "-o", out, "--to", "gguf", "--max-tokens", 64, "--generate", 8)
+    assert result.exit_code == 0, result.output
+    assert r"<h1>Parity with mod\udcffel</h1>" in (out / "report.html").read_text("utf-8")
+    checked = run("release", "--check", out)
+    assert checked.exit_code == 0, checked.output
 
 
 @pytest.mark.slow

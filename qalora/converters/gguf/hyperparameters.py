@@ -18,7 +18,7 @@ from torch import Tensor
 from qalora.converters.decoder import FULL, LOCAL, Decoder
 from qalora.converters.gguf.loaders import LOADERS, clipped_window, refuse
 from qalora.converters.rope import Rope, llama3_factors
-from qalora.formats.gguf import Value, ValueType
+from qalora.formats.gguf import Value
 
 __all__ = [
     "CARRIED",
@@ -79,39 +79,27 @@ def hyperparameters(decoder: Decoder, settings: Mapping[str, Any], where: object
     for key, cap in (("attn", decoder.softcap), ("final", decoder.logit_softcap)):
         if cap is not None:
             floats[f"{key}_logit_softcapping"] = cap
-    entries = {key: _integer(value) for key, value in integers.items()}
-    entries |= {key: _real(value) for key, value in floats.items()}
+    entries = {key: Value.uint32(value) for key, value in integers.items()}
+    entries |= {key: Value.float32(value) for key, value in floats.items()}
     entries |= _scaling(decoder.ropes[FULL], decoder.positions)
     return {f"{prefix}.{key}": value for key, value in entries.items()} | _carried(decoder, settings)
-
-
-def _integer(value: int) -> Value:
-    return Value(type=ValueType.UINT32, value=int(value))
-
-
-def _real(value: float) -> Value:
-    return Value(type=ValueType.FLOAT32, value=float(value))
-
-
-def _text(value: str) -> Value:
-    return Value(type=ValueType.STRING, value=value)
 
 
 def _scaling(rope: Rope, positions: int) -> dict[str, Value]:
     """The keys below rope.scaling; llama3's and longrope's factors are tensors, which name no type."""
     entries: dict[str, Value] = {}
     if rope.kind in ("linear", "yarn"):
-        entries |= {"type": _text(rope.kind), "factor": _real(rope.numbers["factor"])}
+        entries |= {"type": Value.text(rope.kind), "factor": Value.float32(rope.numbers["factor"])}
     if rope.kind in ("yarn", "longrope"):
-        entries["original_context_length"] = _integer(rope.original)
+        entries["original_context_length"] = Value.uint32(rope.original)
     if rope.kind == "longrope":
-        entries["attn_factor"] = _real(rope.attention_factor(positions))
+        entries["attn_factor"] = Value.float32(rope.attention_factor(positions))
     if rope.kind == "yarn":
-        entries["yarn_beta_fast"] = _real(rope.numbers["beta_fast"])
-        entries["yarn_beta_slow"] = _real(rope.numbers["beta_slow"])
+        entries["yarn_beta_fast"] = Value.float32(rope.numbers["beta_fast"])
+        entries["yarn_beta_slow"] = Value.float32(rope.numbers["beta_slow"])
         factor = rope.numbers.get("attention_factor")
         if factor is not None:  # llama.cpp multiplies what it computes from the factor with this
-            entries["attn_factor"] = _real(factor / yarn_attention(rope.numbers["factor"]))
+            entries["attn_factor"] = Value.float32(factor / yarn_attention(rope.numbers["factor"]))
     return {f"rope.scaling.{key}": value for key, value in entries.items()}
 
 
@@ -130,9 +118,9 @@ def _carried(decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Value]:
         kept["rope_parameters"] = rope.parameters()
     entries = {}
     if decoder.family.model_type != decoder.family.gguf:
-        entries[MODEL_TYPE] = _text(decoder.family.model_type)
+        entries[MODEL_TYPE] = Value.text(decoder.family.model_type)
     if kept:
-        entries[CONFIG] = _text(json.dumps(kept, sort_keys=True))
+        entries[CONFIG] = Value.text(json.dumps(kept, sort_keys=True))
     return entries
 
 

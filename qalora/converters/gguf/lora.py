@@ -38,7 +38,6 @@ from qalora.formats.gguf import (
     Metadata,
     TensorInfo,
     Value,
-    ValueType,
     create,
     plan_layout,
     read_header,
@@ -113,17 +112,14 @@ def _is_power_of_two(value: float) -> bool:
 
 
 def _metadata(architecture: str, alpha: float, name: str) -> Metadata:
-    def text(value: str) -> Value:
-        return Value(type=ValueType.STRING, value=value)
-
     return Metadata(
         entries={
-            "general.architecture": text(architecture),
-            "general.type": text("adapter"),
-            "adapter.type": text("lora"),
-            "general.name": text(name),
-            "general.file_type": Value(type=ValueType.UINT32, value=0),
-            "adapter.lora.alpha": Value(type=ValueType.FLOAT32, value=alpha),
+            "general.architecture": Value.text(architecture),
+            "general.type": Value.text("adapter"),
+            "adapter.type": Value.text("lora"),
+            "general.name": Value.text(name),
+            "general.file_type": Value.uint32(0),
+            "adapter.lora.alpha": Value.float32(alpha),
         }
     )
 

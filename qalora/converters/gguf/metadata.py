@@ -14,7 +14,7 @@ from qalora.converters.decoder import Decoder
 from qalora.converters.families import settings_of
 from qalora.converters.gguf.hyperparameters import hyperparameters
 from qalora.converters.tokenizer import gguf_tokenizer
-from qalora.formats.gguf import Metadata, Value, ValueType
+from qalora.formats.gguf import Metadata, Value
 
 __all__ = ["file_metadata", "file_name"]
 
@@ -22,31 +22,21 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
 """llama.cpp's general.file_type: the type that most tensors have."""
 
 
-def text(value: str) -> Value:
-    """A string value."""
-    return Value(type=ValueType.STRING, value=value)
-
-
-def number(value: int) -> Value:
-    """A uint32 value."""
-    return Value(type=ValueType.UINT32, value=value)
-
-
 def file_metadata(model: Checkpoint, decoder: Decoder, name: str | None, carrier: str) -> Metadata:
     """All metadata of the file; `carrier` is the type that most linear weights have."""
     numbers = hyperparameters(decoder, settings_of(model.config, model.path), model.path)
-    changes = {"general.file_type": number(FILE_TYPES[carrier])}
+    changes = {"general.file_type": Value.uint32(FILE_TYPES[carrier])}
     if name is not None:
-        changes["general.name"] = text(name)
+        changes["general.name"] = Value.text(name)
     if model.gguf is not None:
         return model.gguf.with_entries(changes)
     general = {
-        "general.architecture": text(decoder.family.gguf),
-        "general.type": text("model"),
-        "general.name": text(name or model.path.name),
-        "general.size_label": text(_size_label(model)),
+        "general.architecture": Value.text(decoder.family.gguf),
+        "general.type": Value.text("model"),
+        "general.name": Value.text(name or model.path.name),
+        "general.size_label": Value.text(_size_label(model)),
         **changes,
-        "general.quantization_version": number(2),
+        "general.quantization_version": Value.uint32(2),
     }
     tokenizer = gguf_tokenizer(model)
     return Metadata(entries={**general, **numbers, **tokenizer})

@@ -24,7 +24,7 @@ from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Pro
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.files import OutputFile
-from qalora.formats.gguf import GgufLayout, Value, ValueType, create
+from qalora.formats.gguf import GgufLayout, Value, create
 from qalora.formats.gguf_blocks import BLOCK, BLOCK_TYPES, encode
 from qalora.formats.gguf_split import plan_split
 from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16, integer_zeros
@@ -67,8 +67,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     specs = {name: spec for name, carrier in carriers.items() if (spec := _kept(model.tensors[name], *carrier))}
     if specs:
         text = specs_text({name.removesuffix(".weight"): spec for name, spec in specs.items()})
-        metadata = metadata.with_entries({TENSORS: Value(type=ValueType.STRING, value=text)})
-    told = {key: Value(type=ValueType.STRING, value=value) for key, value in options.provenance.items()}
+        metadata = metadata.with_entries({TENSORS: Value.text(text)})
+    told = {key: Value.text(value) for key, value in options.provenance.items()}
     metadata = metadata.with_entries(told)
     names = {name: known[name] for name in model.tensors}
     factors = factor_tensors(decoder)

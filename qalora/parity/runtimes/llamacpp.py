@@ -46,7 +46,7 @@ class LlamaCpp:
         self._library.llama_backend_init()
         _messages.clear()
         params = self._library.llama_model_default_params()
-        self._model = self._library.llama_model_load_from_file(str(path).encode(), params)
+        self._model = self._library.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise FormatError(
                 f"{path}: llama.cpp does not load it ({_messages[0] if _messages else 'no reason given'})"
@@ -64,7 +64,7 @@ class LlamaCpp:
 
     def _open_lora(self, path: Path) -> Any:
         """The adapter of a file; the model frees it with itself."""
-        adapter = self._library.llama_adapter_lora_init(self._model, str(path).encode())
+        adapter = self._library.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
             raise FormatError(
                 f"{path}: llama.cpp does not load it ({_messages[-1] if _messages else 'no reason given'})"
