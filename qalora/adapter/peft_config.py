@@ -144,7 +144,7 @@ def _first_match(patterns: tuple[tuple[re.Pattern[str], float], ...], module: st
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object of an adapter's folder; FormatError if it is not one, or a key stands twice in an object."""
-    return read_json_object(contained(folder, name), JSON_LIMIT, unique=True)
+    return read_json_object(contained(folder, name), JSON_LIMIT, strict=True)
 
 
 def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:

@@ -155,7 +155,7 @@ def read_header(path: Path) -> Layout:
 
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    header = parse_json(data, str(path), expected="a header in JSON", unique=True)
+    header = parse_json(data, str(path), expected="a header in JSON", strict=True)
     if not isinstance(header, dict) or not data.startswith(b"{"):
         raise FormatError(str(path), expected="a header that is a JSON object", got=type(header).__name__)
     return header

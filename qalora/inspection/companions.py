@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.huggingface import stored_tensors
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import InputError
-from qalora.formats.files import read_limited
+from qalora.formats.json_text import read_json
 from qalora.inspection.records import Finding
 
 __all__ = ["companion_findings"]
@@ -77,8 +76,8 @@ def _in_settings(model: Checkpoint) -> bool:
     if path is None:
         return False
     try:
-        settings = json.loads(read_limited(Path(path), LIMIT))
-    except (ValueError, RecursionError, InputError):
+        settings = read_json(Path(path), LIMIT)
+    except InputError:
         return False
     return isinstance(settings, dict) and bool(settings.get("chat_template"))
 

@@ -16,7 +16,6 @@ bear the mark of an earlier run, and nothing is followed out of it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -31,7 +30,7 @@ from typing import Any
 
 from qalora._version import __version__
 from qalora.errors import InputError
-from qalora.formats.files import read_limited
+from qalora.formats.json_text import read_json
 from qalora.formats.output import json_bytes, new_file, write_json
 from qalora.release.digests import file_digest
 
@@ -129,8 +128,8 @@ class Store:
         if not path.is_file() or path.is_symlink():
             return {}
         try:
-            content = json.loads(read_limited(path, LIMIT))
-        except (InputError, ValueError, RecursionError):
+            content = read_json(path, LIMIT)
+        except InputError:
             return {}
         return content if isinstance(content, dict) and content.get("schema") == SCHEMA else {}
 

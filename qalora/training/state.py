@@ -225,7 +225,7 @@ def _record(folder: Path) -> tuple[dict[str, Any], State]:
     """What the run was, with the version, and where it is."""
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder}", expected="a checkpoint to resume", got="none", todo="start without --resume")
-    record = read_json_object(folder / RECORD, 64 << 20)
+    record = read_json_object(folder / RECORD, 64 << 20, strict=True)
     try:
         state = State(
             step=int(record["step"]),

@@ -32,13 +32,15 @@ def test_a_key_that_stands_twice_is_refused_where_that_is_asked() -> None:
     twice = '{"a": {"b": 1, "b": 2}}'
     assert parse_json(twice, "x.json") == {"a": {"b": 2}}
     with pytest.raises(FormatError, match=r"^x\.json: a key stands twice$"):
-        parse_json(twice, "x.json", unique=True)
+        parse_json(twice, "x.json", strict=True)
 
 
 def test_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(b'\xef\xbb\xbf["\xc3\xa9"]')
     assert read_json(path, 20) == ["é"]
+    with pytest.raises(FormatError, match="Unexpected UTF-8 BOM"):
+        read_json(path, 20, strict=True)
     with pytest.raises(FormatError, match="expected a JSON object, got list"):
         read_json_object(path, 20)
     with pytest.raises(FormatError, match="expected at most 8 bytes, got 9"):

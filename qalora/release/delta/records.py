@@ -185,7 +185,7 @@ def read_delta(folder: Path) -> tuple[DeltaFile, ...]:
 
 def parse_index(content: bytes, where: str) -> tuple[DeltaFile, ...]:
     """The files of delta.json; `where` names it in errors."""
-    index = parse_json(content, where, unique=True, todo="fetch it again")
+    index = parse_json(content, where, strict=True, todo="fetch it again")
     index = _object(index, {"schema", "files"}, where)
     if index["schema"] != SCHEMA:
         raise FormatError(f"{where}: schema", expected=SCHEMA, got=repr(index["schema"])[:80])
