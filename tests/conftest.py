@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from qalora.checkpoint import Checkpoint
 from qalora.tensor import integer_zeros
-from qalora.testing import tiny_llama
+from qalora.testing import small_tokenizer, tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +42,9 @@ def smollm2_tokenizer(smollm2: Path):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer) -> Path:
-    """A tiny float Llama with SmolLM2's tokenizer: hidden 64, 2 layers, 4 heads over 2, tied embeddings."""
-    return tiny_llama(tmp_path_factory.mktemp("tiny"), tokenizer=smollm2_tokenizer)
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float Llama with a tokenizer of 512 tokens: hidden 64, 2 layers, 4 heads over 2, tied embeddings."""
+    return tiny_llama(tmp_path_factory.mktemp("tiny"), tokenizer=small_tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,7 @@ class ParityReport:
             "level": self.level,
             "text": {"source": self.text, "tokens": self.tokens, "windows": self.windows},
             "adapter": None if self.adapter is None else _plain(asdict(self.adapter)),
-            "noise": None if self.noise is None else _plain({**asdict(self.noise), "bound": self.noise.bound}),
+            "noise": None if self.noise is None else _noise(self.noise),
             "gates": [_plain(asdict(result)) for result in self.gates],
             "artifacts": [_artifact_json(artifact, speed=speed) for artifact in self.artifacts],
             "comparison": None if self.comparison is None else _run_json(self.comparison, speed=speed),
@@ -259,6 +259,13 @@ def _run_json(run: RunReport, *, speed: bool) -> dict[str, Any]:
 def _difference_json(difference: TensorDifference, *, named: bool) -> dict[str, Any]:
     values: dict[str, Any] = _plain(asdict(difference))
     return values if named else {key: value for key, value in values.items() if key != "name"}
+
+
+def _noise(noise: Noise) -> dict[str, float]:
+    """The numbers as they are written, and the bound that follows from those."""
+    written = _plain(asdict(noise))
+    bound: float = _plain(Noise(**written).bound)
+    return {**written, "bound": bound}
 
 
 def _plain(value: Any) -> Any:

@@ -136,16 +136,21 @@ def test_another_order_is_the_same_but_for_float32() -> None:
 
 
 def test_a_running_sum_is_noisier_the_longer_it_is() -> None:
-    """Against float64: as many times as is said, within a quarter, since the two errors are random."""
+    """As many times as is said of other numbers, within a quarter, since both errors are random.
+
+    How many times is the processor's: its kernels sum a long row in more blocks or fewer.
+    """
     times = {columns: running_sum(columns) for columns in (64, 1024, 4096, 14336)}
-    assert times[64] < 1.5 and 2.5 < times[4096] < 4.5 and 4 < times[14336] < 7
+    assert times[64] < 1.5 and 2.5 < times[4096] < 4.5 and times[14336] > 2.5
     assert running_sum(4096) == times[4096]
-    x, weight = torch.randn(8, 4096), torch.randn(64, 4096)
-    exact = x.double() @ weight.T.double()
-    order = torch.randperm(4096)
-    blocked, permuted = x @ weight.T, x[:, order] @ weight[:, order].T
-    running = torch.zeros_like(blocked)
-    for a, b in zip(x.T, weight.T, strict=True):
-        running = running + a[:, None] * b
-    found = float((running.double() - exact).norm()) / float((permuted - blocked).norm())
-    assert found / times[4096] == pytest.approx(1, abs=0.25)
+    rng = torch.Generator().manual_seed(1)
+    for columns in (1024, 4096, 14336):
+        x, weight = torch.randn(8, columns, generator=rng), torch.randn(64, columns, generator=rng)
+        exact = x.double() @ weight.T.double()
+        order = torch.randperm(columns, generator=rng)
+        blocked, permuted = x @ weight.T, x[:, order] @ weight[:, order].T
+        running = torch.zeros_like(blocked)
+        for a, b in zip(x.T, weight.T, strict=True):
+            running = running + a[:, None] * b
+        measured = float((running.double() - exact).norm()) / float((permuted - blocked).norm())
+        assert measured / times[columns] == pytest.approx(1, abs=0.25)
