@@ -9,6 +9,7 @@ rendered here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -34,12 +35,16 @@ __all__ = [
     "has_tokenizer",
     "load_tokenizer",
     "template_name",
+    "tokenizer_part",
     "write_tokenizer",
 ]
 
 TOKENIZER_LIMIT = 256 << 20
 TWO_FILES = ("vocab.json", "merges.txt")
 """A byte-level BPE as transformers' own classes kept it before tokenizer.json."""
+
+KEPT = 2
+"""Conversions of GGUF metadata that are kept, the latest: that of a reference, and that of another artefact."""
 
 DEFAULT_TEMPLATE = "chat_template.jinja"
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -132,27 +137,53 @@ def _reason(error: Exception, place: str, model: Checkpoint) -> str:
     return ": ".join([type(error).__name__, *said[:1]])
 
 
-def _write_converted(model: Checkpoint, folder: Path) -> None:
-    """transformers' conversion of GGUF metadata, with the rule that tokenizer.ggml.pre names."""
-    from transformers import AutoTokenizer
+def tokenizer_part(metadata: Metadata) -> Metadata:
+    """What a GGUF file says of its tokenizer, and nothing else."""
+    return Metadata(entries={key: value for key, value in metadata.entries.items() if key.startswith("tokenizer.")})
 
+
+_conversions: dict[bytes, dict[str, bytes]] = {}
+"""Converted files by the digest of what they were made from, the latest last; the bytes, since tokenizers change."""
+
+
+def _write_converted(model: Checkpoint, folder: Path) -> None:
+    """Write the files that GGUF metadata is converted to; once converted, the same tokenizer is not converted again."""
     if model.gguf is None:
         raise TypeError("a model without GGUF metadata")
+    metadata = tokenizer_part(model.gguf)
+    known = {"general.architecture": Value.text("llama")}  # transformers wants one, and refuses some
+    source = metadata_bytes(metadata.with_entries(known))
+    key = hashlib.sha256(source).digest()
+    files = _conversions.pop(key, None) or _conversion(model, metadata, source)
+    _conversions[key] = files
+    for oldest in list(_conversions)[:-KEPT]:
+        _conversions.pop(oldest, None)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _conversion(model: Checkpoint, metadata: Metadata, source: bytes) -> dict[str, bytes]:
+    """transformers' conversion of GGUF metadata (`source` as a file), with the rule that tokenizer.ggml.pre names.
+
+    By the class that AutoTokenizer chooses, which would first read the file in pure Python for a config.
+    """
+    from transformers import PreTrainedTokenizerFast
+
     with tempfile.TemporaryDirectory() as place:
-        known = {"general.architecture": Value.text("llama")}  # transformers refuses some others
-        (Path(place) / "tokenizer.gguf").write_bytes(metadata_bytes(model.gguf.with_entries(known)))
+        (Path(place) / "tokenizer.gguf").write_bytes(source)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file="tokenizer.gguf", local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                place, gguf_file="tokenizer.gguf", local_files_only=True
+            )
         except Exception as error:  # whatever damaged metadata makes transformers raise
             reason = _reason(error, place, model)
             raise FormatError(f"{model.path}: its tokenizer cannot be converted ({reason})") from error
-        templates = _templates_of(model.gguf)
+        templates = _templates_of(metadata)
         tokenizer.chat_template = templates if set(templates) - {"default"} else templates.get("default")
         tokenizer.save_pretrained(place)
-        _tidy(Path(place), model.gguf)
-        for name in converted_files(model):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(Path(place) / name, folder / name)
+        _tidy(Path(place), metadata)
+        return {name: (Path(place) / name).read_bytes() for name in converted_files(model)}
 
 
 def _templates_of(metadata: Metadata) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +63,7 @@ def default_text() -> str:
 
 def make_work(
     model: Checkpoint,
+    tokenizer: Any,
     *,
     text: str | None,
     tokens: Sequence[int] | None,
@@ -72,13 +74,10 @@ def make_work(
 
     Windows of text begin with the model's first token (BOS), where its config has one: a word in its place gets
     activations of a size, and with them float32 noise of a size, that no token has in use.
-    A model without a tokenizer and without `tokens` gets random ones, the same at every run; a text or prompt for it is
-    refused. Raises InputError for tokens outside the vocabulary.
+    A model without a tokenizer (transformers' class, or None) and without `tokens` gets random ones, the same at every
+    run; a text or prompt for it is refused. Raises InputError for tokens outside the vocabulary.
     """
-    from qalora.converters.tokenizer import has_tokenizer, load_tokenizer
-
     vocabulary = model.tensors["model.embed_tokens.weight"].shape[0]
-    tokenizer = load_tokenizer(model) if has_tokenizer(model) else None
     if tokenizer is None and (text is not None or prompts):
         raise InputError(f"{model.path}", expected="a tokenizer for the text", got="a model without one")
     if tokens is not None:

@@ -3,19 +3,22 @@
 Logits are compared over the same token ids, so that no tokenizer can hide a difference there; this is where one shows.
 Compared are the vocabularies, the ids of a passage with the cases that tokenizers part at (digits, contractions,
 indentation, other scripts), the special tokens, those that are put around a text, and the text of each chat template. A
-GGUF file's tokenizer is read from its metadata, and asked in llama.cpp too where that runs.
+GGUF file's tokenizer is read from its metadata, and asked in llama.cpp too where that runs. What several artefacts
+bring is opened once.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.tokenizer import has_tokenizer, load_tokenizer, template_name
-from qalora.formats.gguf import Metadata
+from qalora.converters.tokenizer import has_tokenizer, load_tokenizer, template_name, tokenizer_part
+from qalora.formats.gguf import metadata_bytes
 from qalora.parity.text import default_text
 
 __all__ = ["PASSAGE", "TokenizerCheck"]
@@ -30,6 +33,10 @@ FILLER = re.compile(r"\[PAD\d+\]|<\|?(?:unused|pad|reserved)[^>]*>")
 """Names of ids that no text has, which writers choose as they like."""
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+
+OTHER_FILES = ("LICENSE", "NOTICE", "generation_config.json")
+"""How the names of companion files begin that say nothing of a tokenizer."""
+
 NEAR = 24
 """Characters before a token that differ in the sentence about it."""
 
@@ -47,11 +54,19 @@ class _Facts:
 
 
 class TokenizerCheck:
-    """The reference's tokenizer, loaded when it is first needed."""
+    """The reference's tokenizer, opened when it is first needed, and what was said of others beside it."""
 
     def __init__(self, reference: Checkpoint) -> None:
         self._reference = reference
+        self._opened: Any = None
         self._facts: _Facts | None = None
+        self._said: dict[bytes, tuple[str, ...]] = {}
+
+    def opened(self) -> Any:
+        """The reference's tokenizer as transformers' class, always the same one; None where it has none."""
+        if self._opened is None and has_tokenizer(self._reference):
+            self._opened = _opened(self._reference)
+        return self._opened
 
     def compare(self, artifact: Checkpoint) -> tuple[str, ...] | None:
         """What the artefact's own tokenizer does otherwise; None where one of the two has none."""
@@ -59,7 +74,10 @@ class TokenizerCheck:
             return None
         if _same_files(artifact, self._reference):
             return ()
-        return tuple(_differences(_facts(artifact), self._known()))
+        key = _digest(artifact)
+        if key not in self._said:
+            self._said[key] = tuple(_differences(_facts(artifact, _opened(artifact)), self._known()))
+        return self._said[key]
 
     def compare_runtime(self, tokenize: Callable[[str], Sequence[int]]) -> tuple[str, ...] | None:
         """What a runtime's own tokenizer makes of the passage otherwise; None where the reference has none."""
@@ -71,7 +89,7 @@ class TokenizerCheck:
 
     def _known(self) -> _Facts:
         if self._facts is None:
-            self._facts = _facts(self._reference)
+            self._facts = _facts(self._reference, self.opened())
         return self._facts
 
 
@@ -80,7 +98,7 @@ def _same_files(one: Checkpoint, two: Checkpoint) -> bool:
     metadata, and the same entries in it.
     """
     if one.gguf is not None and two.gguf is not None:
-        return _entries(one.gguf) == _entries(two.gguf)
+        return tokenizer_part(one.gguf) == tokenizer_part(two.gguf)
     names = {name for model in (one, two) for name in model.files if "token" in name or "template" in name}
     if "tokenizer.json" not in names or one.gguf is not None or two.gguf is not None:
         return False
@@ -90,13 +108,28 @@ def _same_files(one: Checkpoint, two: Checkpoint) -> bool:
     )
 
 
-def _entries(metadata: Metadata) -> dict[str, object]:
-    return {key: value for key, value in metadata.entries.items() if key.startswith("tokenizer.")}
+def _digest(model: Checkpoint) -> bytes:
+    """A digest of all that `_facts` looks at: files or metadata, and what the config says of them."""
+    said = [model.config.get(key) for key in ("model_type", *SPECIAL)]
+    parts = [json.dumps([said, _rows(model)], default=repr).encode()]
+    parts += [] if model.gguf is None else [metadata_bytes(tokenizer_part(model.gguf))]
+    for name, path in sorted(model.files.items()):
+        parts += [] if name.startswith(OTHER_FILES) else [name.encode("utf-8", "surrogateescape"), path.read_bytes()]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
-def _facts(model: Checkpoint) -> _Facts:
-    tokenizer: Any = load_tokenizer(model)
+def _rows(model: Checkpoint) -> int:
+    """Tokens that the model has a row for."""
+    return model.tensors["model.embed_tokens.weight"].shape[0]
+
+
+def _opened(model: Checkpoint) -> Any:
+    tokenizer = load_tokenizer(model)
     tokenizer.model_max_length = 1 << 30  # or it warns of a text that no model is to see
+    return tokenizer
+
+
+def _facts(model: Checkpoint, tokenizer: Any) -> _Facts:
     return _Facts(
         vocabulary=_vocabulary(model, tokenizer),
         ids=tuple(tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]),
@@ -121,7 +154,7 @@ def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
     listed = None if model.gguf is None else model.gguf.get("tokenizer.ggml.tokens")
     if isinstance(listed, list | tuple):
         return {str(token): n for n, token in enumerate(listed)}
-    rows = model.tensors["model.embed_tokens.weight"].shape[0]
+    rows = _rows(model)
     return {token: n for token, n in tokenizer.get_vocab().items() if n < rows}
 
 
@@ -129,7 +162,7 @@ def _special(model: Checkpoint, tokenizer: Any, key: str) -> int | None:
     """GGUF's own id; the tokenizer's, or the config's where the model has no such row: as `gguf_tokenizer` has it."""
     short = {"pad_token_id": "padding_token_id", "unk_token_id": "unknown_token_id"}.get(key, key)
     found = getattr(tokenizer, key, None) if model.gguf is None else model.gguf.get(f"tokenizer.ggml.{short}")
-    rows = model.tensors["model.embed_tokens.weight"].shape[0]
+    rows = _rows(model)
     if model.gguf is None and not (isinstance(found, int) and found < rows):
         found = model.config.get(key)
     return found if isinstance(found, int) and found < rows else None

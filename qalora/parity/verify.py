@@ -90,7 +90,8 @@ def verify(
     weights = [_weights(job, artifact, checkpoint, progress) for artifact, checkpoint in opened]
     if level == "weights":
         return _report(job, level, weights, gates)
-    work = make_work(job.base, text=text, tokens=tokens, prompts=prompts, max_tokens=max_tokens)
+    own = job.tokenizer.opened()
+    work = make_work(job.base, own, text=text, tokens=tokens, prompts=prompts, max_tokens=max_tokens)
     with tempfile.TemporaryDirectory(prefix="qalora-verify-") as folder:
         share = _Share(progress, len(work.windows) * _passes(job, [artifact for artifact, _ in opened], held))
         share.stage("reference")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 
 from qalora import export
 from qalora.converters import load
-from qalora.converters.tokenizer import gguf_tokenizer, has_tokenizer, load_tokenizer
+from qalora.converters.tokenizer import KEPT, gguf_tokenizer, has_tokenizer, load_tokenizer, write_tokenizer
 from qalora.demo import demo_text
 from qalora.errors import FormatError, InputError
+from qalora.formats.gguf import Value
 from qalora.parity import verify
 from qalora.parity.runtimes.llamacpp import LlamaCpp
 from qalora.quantization import quantize
@@ -112,6 +114,85 @@ def test_sentencepiece_gives_llama_cpp_the_same_tokens(kind: str, tmp_path: Path
         assert runtime.tokenize(text) == plain(tokenizer, text)
         assert plain(again, text) == plain(tokenizer, text)
     runtime.close()
+
+
+def opened_by_auto(model: Path, folder: Path) -> Any:
+    """tokenizer.json as AutoTokenizer makes it of a GGUF file, by its own choice of a class."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name).save_pretrained(folder)
+    return json.loads((folder / "tokenizer.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", *SENTENCEPIECE])
+def test_the_class_that_converts_is_the_one_that_autotokenizer_chooses(kind: str, tiny: Path, tmp_path: Path) -> None:
+    """From all of a file's metadata; ours has the rule for cutting text besides."""
+    source = tiny if kind == "byte-level" else tiny_llama(tmp_path / "model", tokenizer=sentencepiece_tokenizer(kind))
+    path = gguf_of(source, tmp_path / "out")
+    theirs, model = opened_by_auto(path, tmp_path / "auto"), load(path)
+    (tmp_path / "ours").mkdir()
+    write_tokenizer(model, tmp_path / "ours")
+    ours = json.loads((tmp_path / "ours" / "tokenizer.json").read_text("utf-8"))
+    assert {key for key in ours if ours[key] != theirs[key]} <= {"normalizer", "pre_tokenizer"}
+    settings = [json.loads((tmp_path / name / "tokenizer_config.json").read_text("utf-8")) for name in ("ours", "auto")]
+    assert settings[0] == {key: value for key, value in settings[1].items() if "local" not in key} | {
+        "add_bos_token": model.gguf is not None and bool(model.gguf.get("tokenizer.ggml.add_bos_token"))
+    }
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A line for each GGUF file that transformers converts from now on."""
+    from transformers import PreTrainedTokenizerFast
+
+    done: list[str] = []
+    convert = PreTrainedTokenizerFast.from_pretrained.__func__
+
+    def counted(cls: Any, *args: Any, **options: Any) -> Any:
+        done.extend([options["gguf_file"]] if "gguf_file" in options else [])
+        return convert(cls, *args, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", classmethod(counted))
+    return done
+
+
+def named(folder: Path, template: str) -> Path:
+    """A tiny model's GGUF file with a chat template of its own."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return gguf_of(tiny_llama(folder / "model", tokenizer=tokenizer), folder / "out")
+
+
+def test_one_tokenizer_is_converted_once_and_each_caller_gets_its_own(tmp_path: Path, conversions: list[str]) -> None:
+    """A copy of the file with another name in its metadata has the same tokenizer; what a caller changes stays its."""
+    path = named(tmp_path, "of this test")
+    first = load_tokenizer(load(path))
+    first.add_tokens(["<mine>"])
+    first.chat_template, first.eos_token = "mine", "a"
+    model = load(path)
+    assert model.gguf is not None
+    again = load_tokenizer(replace(model, gguf=model.gguf.with_entries({"general.name": Value.text("another")})))
+    assert (again.chat_template, again.eos_token, "<mine>" in again.get_vocab()) == ("of this test", "<end>", False)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_tokenizer(model, tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert plain(load_tokenizer(model), HARD) == plain(again, HARD)
+    assert len(conversions) == 1
+    other = {"tokenizer.chat_template": Value.text("another")}
+    assert load_tokenizer(replace(model, gguf=model.gguf.with_entries(other))).chat_template == "another"
+    assert len(conversions) == 2
+
+
+def test_the_latest_conversions_are_kept_and_no_more(tmp_path: Path, conversions: list[str]) -> None:
+    models = [load(named(tmp_path / str(n), f"of this test, {n}")) for n in range(KEPT + 1)]
+    for model in models:
+        load_tokenizer(model)
+    load_tokenizer(models[1])  # kept, and the latest now
+    assert len(conversions) == KEPT + 1
+    load_tokenizer(models[0])  # gone
+    load_tokenizer(models[1])
+    assert len(conversions) == KEPT + 2
 
 
 def test_a_rule_that_is_not_known_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -149,6 +149,38 @@ def test_another_tokenizer_fails_its_gate_in_every_format(
     assert "2 tokens have other ids, such as 'e'" in report.failure()
 
 
+def test_a_tokenizer_of_several_artefacts_is_opened_once(
+    bytewise: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GGUF file as the reference, and GGUF, GPTQ and ONNX of it: its metadata, and the files made of that."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("of this test", encoding="utf-8")  # so that no other test has converted it
+    model = replace(bytewise, files={**bytewise.files, template.name: template})
+    export(quantize(model, group_size=32), ["gguf"], tmp_path / "base")
+    opened: list[str] = []
+    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+        really = kind.from_pretrained.__func__
+
+        def counted(cls, *args, really=really, kind=kind, **options):
+            if kind is AutoTokenizer or "gguf_file" in options:
+                opened.append("converted" if "gguf_file" in options else "opened")
+            return really(cls, *args, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(counted))
+    (base,) = (tmp_path / "base" / "gguf").glob("*.gguf")
+    made = ["gguf", "gptq", "onnx"]
+    export(load(base), made, tmp_path)
+    assert opened == ["converted"]
+    report = verify(base, [tmp_path / name for name in made], level="weights")
+    assert {gate.status for found in report.artifacts for gate in found.gates if gate.gate == "tokenizer"} == {"pass"}
+    assert [found.kind for found in report.artifacts] == ["gguf", "gptq", "onnx", "onnx"]
+    assert sorted(opened) == ["converted", "opened", "opened"]
+    verify(base, [tmp_path / "gguf"], level="logits", max_tokens=8)  # the reference's, for the text and for llama.cpp
+    assert sorted(opened) == ["converted", "opened", "opened", "opened"]
+
+
 def test_ids_beyond_the_embedding_are_none_of_the_model_s(tmp_path: Path) -> None:
     """transformers' class for Qwen2 adds an end of text to a tokenizer that has none, behind the model's last row."""
     model = quantize(load(tiny_model(tmp_path / "model", "qwen2", tokenizer=byte_tokenizer())), group_size=32)
