@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from qalora.checkpoint import Checkpoint
+from qalora.formats.gguf import create, plan_layout, read_header
 from qalora.tensor import integer_zeros
 from qalora.testing import small_tokenizer, tiny_llama
 
@@ -36,9 +38,42 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2: Path):
     """SmolLM2's tokenizer, as transformers makes it from the GGUF file."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
+    return PreTrainedTokenizerFast.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
+
+
+CUT_LAYERS, CUT_TOKENS = 2, (*range(2046), 3351, 16738)
+"""The first tokens, and two that make a half after a space other tokens where numbers do not stand alone."""
+
+
+@pytest.fixture(scope="session")
+def smollm2_cut(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's GGUF file with its first 2 layers and 2,048 of its tokens; what stays has the file's own bytes.
+
+    A byte-level BPE's tokens stand in the order of their merges, so that the first ones are a tokenizer too.
+    """
+    file, path = read_header(smollm2), tmp_path_factory.mktemp("cut") / "smollm2-cut.gguf"
+    changes: dict[str, Any] = {"llama.block_count": CUT_LAYERS, "llama.vocab_size": len(CUT_TOKENS)}
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+        changes[key] = tuple(file.metadata.get(key)[n] for n in CUT_TOKENS)
+    known = set(changes["tokenizer.ggml.tokens"])
+    merges = [merge for merge in file.metadata.get("tokenizer.ggml.merges") if merge.replace(" ", "") in known]
+    changes["tokenizer.ggml.merges"] = tuple(merges)
+    entries = {key: replace(file.metadata.entries[key], value=value) for key, value in changes.items()}
+    later = tuple(f"blk.{n}." for n in range(CUT_LAYERS, file.metadata.get("llama.block_count")))
+    kept = [info for info in file.tensors.values() if not info.name.startswith(later)]
+    rows = {"token_embd.weight": CUT_TOKENS}
+    sizes = [(len(rows.get(info.name, range(info.shape[0]))), *info.shape[1:]) for info in kept]
+    shapes = [(info.name, size, info.type) for info, size in zip(kept, sizes, strict=True)]
+    layout = plan_layout(file.metadata.with_entries(entries), shapes)
+    content = smollm2.read_bytes()
+    with create(path, layout) as target:
+        for info in kept:
+            starts = [info.offset + n * info.row_bytes for n in rows.get(info.name, range(info.shape[0]))]
+            data = b"".join(content[start : start + info.row_bytes] for start in starts)
+            target.write(layout.tensors[info.name].offset, data)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -46,3 +46,21 @@ def write() -> Callable[[str, Checkpoint, Path], Path]:
         return folder / form
 
     return write_as
+
+
+@pytest.fixture(scope="session")
+def made(
+    base: Checkpoint,
+    folded: Checkpoint,
+    write: Callable[[str, Checkpoint, Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, str], Path]:
+    """Writes the "base" or the "folded" model in a format, once for all tests: none may change what it gets."""
+    models, places = {"base": base, "folded": folded}, dict[tuple[str, str], Path]()
+
+    def once(form: str, model: str) -> Path:
+        if (form, model) not in places:
+            places[form, model] = write(form, models[model], tmp_path_factory.mktemp(model))
+        return places[form, model]
+
+    return once

@@ -70,8 +70,6 @@ def test_what_is_none_is_refused(dist: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["onnx", "onnx/portable", "onnx/model.onnx"])
-def test_an_onnx_decoder_may_be_the_reference(place: str, base, write, tmp_path: Path) -> None:
-    folder = write("onnx", base, tmp_path).parent
-    gguf = write("gguf", base, tmp_path)
-    report = verify(folder / place, [gguf], level="weights")
+def test_an_onnx_decoder_may_be_the_reference(place: str, made) -> None:
+    report = verify(made("onnx", "base").parent / place, [made("gguf", "base")], level="weights")
     assert report.passed() and report.artifacts[0].weights.total.codes > 0, report.failure()

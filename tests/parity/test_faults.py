@@ -128,13 +128,16 @@ FAULTS: dict[str, tuple[Plant, str]] = {
 }
 
 
+OTHER_WORDS = "2 tokens have other ids, such as '\u0120the' is "
+
+
 def failed(report: ParityReport) -> set[str]:
     return {result.gate for _, result in report.results() if result.status != "pass"}
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_is_right_passes(form: str, base, adapter, folded, write, tmp_path: Path) -> None:
-    report = verify(base, [write(form, folded, tmp_path)], adapter=adapter, level="weights")
+def test_what_is_right_passes(form: str, base, adapter, made) -> None:
+    report = verify(base, [made(form, "folded")], adapter=adapter, level="weights")
     assert failed(report) == set(), report.failure()
     assert report.passed() and report.failure() == ""
 
@@ -146,7 +149,7 @@ def test_a_planted_fault_fails_its_gate(form: str, fault: str, base, adapter, fo
     report = verify(base, [write(form, plant(folded, base, tmp_path), tmp_path)], adapter=adapter, level="weights")
     assert failed(report) == {gate}
     assert not report.passed(allow_unproven=True)
-    place = {"floats": NORM, "config": "rope_theta", "tokenizer": "the"}.get(gate, LAYER)
+    place = {"floats": NORM, "config": "rope_theta", "tokenizer": OTHER_WORDS}.get(gate, LAYER)
     assert place in report.failure()
 
 
@@ -180,10 +183,13 @@ FELT = {
 def test_a_planted_fault_is_felt_in_the_logits(
     form: str, fault: str, base, adapter, folded, write, tmp_path: Path
 ) -> None:
-    """And it is put down to the layer that has it; another rope base is felt from the first layer on."""
+    """And it is put down to the layer that has it; another rope base is felt from the first layer on.
+
+    On one thread: several that wait for one another take longer than all there is to compute.
+    """
     plant, _ = FAULTS[fault]
     artifact = write(form, plant(folded, base, tmp_path), tmp_path)
-    report = verify(base, [artifact], adapter=adapter, level="logits", max_tokens=64)
+    report = verify(base, [artifact], adapter=adapter, level="logits", max_tokens=64, threads=1)
     for run in (run for found in report.artifacts for run in found.runs):
         gates = {result.gate for result in run.gates if result.status == "fail"}
         assert gates >= {"adapter" if run.rounding == "lora" else FELT[form]}, run.kind

@@ -1,5 +1,6 @@
 """A GGUF base and a GGUF LoRA beside it, proven as one artefact in llama.cpp; and what is wrong with a pair."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,12 @@ from qalora.parity.artifacts import recognize
 
 TOKENS = [(7 * n) % 300 for n in range(64)]
 
-Write = Callable[[str, Checkpoint, Path], Path]
-
 
 @pytest.fixture
-def pair(base: Checkpoint, adapter: Adapter, write: Write, tmp_path: Path) -> Path:
+def pair(base: Checkpoint, adapter: Adapter, made: Callable[[str, str], Path], tmp_path: Path) -> Path:
     """A folder with the base as a GGUF file, and the adapter as a LoRA."""
-    folder = write("gguf", base, tmp_path)
+    folder = tmp_path / "gguf"
+    shutil.copytree(made("gguf", "base"), folder)
     write_lora(plan_lora(adapter, base), adapter, folder / "adapter.gguf")
     return folder
 

@@ -19,10 +19,10 @@ def counts(report: ParityReport) -> tuple[int, int, int]:
     return len(cases), len(failures), len(errors)
 
 
-def test_every_gate_is_a_case(base, adapter, folded, write, tmp_path) -> None:
-    good = verify(base, [write("onnx", folded, tmp_path / "a")], adapter=adapter, level="weights")
+def test_every_gate_is_a_case(base, adapter, made) -> None:
+    good = verify(base, [made("onnx", "folded")], adapter=adapter, level="weights")
     assert counts(good) == (len(list(good.results())), 0, 0)
-    bad = verify(base, [write("onnx", base, tmp_path / "b")], adapter=adapter, level="weights")
+    bad = verify(base, [made("onnx", "base")], adapter=adapter, level="weights")
     _, failures, _ = counts(bad)
     assert failures == sum(result.status == "fail" for _, result in bad.results()) > 0
     run = RunReport(kind="x", runtime=None, rounding="none", gates=(unproven("runtime", "not \x00 there"),))

@@ -1,13 +1,12 @@
 """The runtimes by themselves: sentences for what is missing or clashes, and generation that follows the logits."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from qalora.checkpoint import Checkpoint
-from qalora.converters.exports import export
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity.runtimes import RUNTIMES, open_runtime
 from qalora.parity.runtimes.onnxruntime import check_installed
@@ -16,20 +15,19 @@ TOKENS = [(7 * n) % 300 for n in range(20)]
 
 
 @pytest.fixture(scope="module")
-def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def artefacts(made: Callable[[str, str], Path]) -> dict[str, Path]:
     """What each runtime opens: one model in each format."""
-    folder = tmp_path_factory.mktemp("artefacts")
-    export(base, ["qalora", "onnx", "gguf", "gptq", "mlx", "hqq"], folder)
+    places = {form: made(form, "base") for form in ("qalora", "onnx", "gguf", "gptq", "mlx", "hqq")}
     return {
-        "torch": folder / "qalora",
-        "onnxruntime": folder / "onnx",
-        "onnxruntime-cuda": folder / "onnx",
-        "onnx.reference": folder / "onnx" / "portable",
-        "onnxruntime-genai": folder / "onnx",
-        "llama.cpp": next((folder / "gguf").glob("*.gguf")),
-        "gptqmodel": folder / "gptq",
-        "mlx": folder / "mlx",
-        "hqq": folder / "hqq",
+        "torch": places["qalora"],
+        "onnxruntime": places["onnx"],
+        "onnxruntime-cuda": places["onnx"],
+        "onnx.reference": places["onnx"] / "portable",
+        "onnxruntime-genai": places["onnx"],
+        "llama.cpp": next(places["gguf"].glob("*.gguf")),
+        "gptqmodel": places["gptq"],
+        "mlx": places["mlx"],
+        "hqq": places["hqq"],
     }
 
 

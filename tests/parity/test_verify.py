@@ -8,7 +8,6 @@ import torch
 
 from qalora.adapter import write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.exports import export
 from qalora.errors import InputError
 from qalora.parity import verify
 from qalora.parity.html import to_html
@@ -29,11 +28,9 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", RUNS)
-def test_a_right_artefact_passes_in_every_way_of_running_it(
-    form: str, base, adapter, folded, write, tmp_path: Path
-) -> None:
+def test_a_right_artefact_passes_in_every_way_of_running_it(form: str, base, adapter, made) -> None:
     """Whole, a token at a time, in a batch of several lengths, and layer by layer."""
-    report = verify(base, [write(form, folded, tmp_path)], adapter=adapter, level="logits", max_tokens=96)
+    report = verify(base, [made(form, "folded")], adapter=adapter, level="logits", max_tokens=96)
     assert report.passed(), report.failure()
     runs = [run for found in report.artifacts for run in found.runs]
     cuda = ["onnxruntime-cuda"] * (2 if form == "onnx" and torch.cuda.is_available() else 0)
@@ -58,9 +55,8 @@ def test_a_fault_behind_the_last_layer_is_put_there(base: Checkpoint, write, tmp
     assert fault.startswith("every layer is within its bound: what follows the last one")
 
 
-def test_short_of_memory_is_not_proven_and_the_reference_reads_anew(base: Checkpoint, write, tmp_path: Path) -> None:
-    place = write("qalora", base, tmp_path)
-    report = verify(base, [place], level="logits", max_tokens=16, memory=100_000)
+def test_short_of_memory_is_not_proven_and_the_reference_reads_anew(base: Checkpoint, made) -> None:
+    report = verify(base, [made("qalora", "base")], level="logits", max_tokens=16, memory=100_000)
     (gate,) = report.artifacts[0].runs[0].gates
     assert (gate.gate, gate.status) == ("memory", "not proven")
     assert "of memory, and there are 0.0" in gate.detail
@@ -80,8 +76,8 @@ def test_a_suite_of_the_user_s_own_asserts_it(base, adapter, folded, write, tmp_
         assert_parity(base_place, [base_place.parent], adapter=tmp_path / "adapter", level="weights")
 
 
-def test_every_prompt_is_continued(base: Checkpoint, write, tmp_path: Path) -> None:
-    place = write("qalora", base, tmp_path)
+def test_every_prompt_is_continued(base: Checkpoint, made) -> None:
+    place = made("qalora", "base")
     report = verify(base, [place], prompts=["The first", "A second one"], generate=5, max_tokens=16)
     (run,) = report.artifacts[0].runs
     assert [len(made.tokens) for made in run.generations] == [5, 5]
@@ -91,9 +87,9 @@ def test_every_prompt_is_continued(base: Checkpoint, write, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_dynamic_int8_is_a_row_to_compare_with(base, adapter, folded, write, tmp_path: Path) -> None:
+def test_dynamic_int8_is_a_row_to_compare_with(base, adapter, made) -> None:
     """It loses what our artefacts keep, and no gate judges it."""
-    place = write("qalora", folded, tmp_path)
+    place = made("qalora", "folded")
     report = verify(base, [place], adapter=adapter, level="logits", max_tokens=40, dynamic_int8=True)
     assert report.passed(), report.failure()
     ours, theirs = report.artifacts[0].runs[0], report.comparison
@@ -108,14 +104,14 @@ def test_dynamic_int8_is_a_row_to_compare_with(base, adapter, folded, write, tmp
     assert verify(base, [place], adapter=adapter, level="weights").comparison is None
 
 
-def test_progress_goes_up_to_all_of_it(base: Checkpoint, write, tmp_path: Path) -> None:
+def test_progress_goes_up_to_all_of_it(base: Checkpoint, made) -> None:
     seen: list[tuple[str, float]] = []
-    export(base, ["onnx"], tmp_path)
-    verify(base, [tmp_path], level="logits", max_tokens=16, progress=lambda stage, share: seen.append((stage, share)))
+    place = made("onnx", "base").parent
+    verify(base, [place], level="logits", max_tokens=16, progress=lambda stage, share: seen.append((stage, share)))
     shares = [share for _, share in seen]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
-    assert {"reference", f"running {tmp_path.name}/onnx"} <= {stage for stage, _ in seen}
+    assert {"reference", f"running {place.name}/onnx"} <= {stage for stage, _ in seen}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

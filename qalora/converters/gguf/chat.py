@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,8 +87,9 @@ class Turns:
         return "".join([*parts, self.generation])
 
 
+@lru_cache(maxsize=8)
 def turns_of(template: str, *, bos: str, eos: str, adds_bos: bool) -> Turns | None:
-    """The turns of a template, None where it has others than are known here.
+    """The turns of a template, None where it has others than are known here; rendered once, since a release asks twice.
 
     bos, eos are the texts of these tokens. adds_bos: the tokenizer puts BOS before every prompt, so that the template's
     own is taken away.
