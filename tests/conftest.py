@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,31 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from forks import Forks
 from qalora.checkpoint import Checkpoint
 from qalora.formats.gguf import create, plan_layout, read_header
 from qalora.tensor import integer_zeros
 from qalora.testing import small_tokenizer, tiny_llama
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts processes that have imported what `quantize` and `train` import: see tests/support/forks.py."""
+    ours = ("qalora.calibration", "qalora.cli.inspect", "qalora.cli.quantize", "qalora.cli.train", "qalora.training")
+    theirs = ("rich.progress", "rich.table", "transformers.models.llama.modeling_llama")
+    with Forks(*ours, *theirs) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def light_forks() -> Iterator[Forks]:
+    """Starts processes that have imported torch, and neither transformers, huggingface_hub nor qalora.
+
+    transformers imports torchao where it is installed, and with it torch's compiler, which takes longer than torch.
+    """
+    torchao = [name for name in ("torchao.quantization",) if importlib.util.find_spec("torchao") is not None]
+    with Forks("torch", "numpy", *torchao) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

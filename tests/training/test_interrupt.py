@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from forks import ALWAYS, Forks
 from qalora.demo import demo_text
 from qalora.formats.safetensors import read_header
 from qalora.testing import byte_tokenizer, tiny_llama
 
-pytestmark = pytest.mark.slow  # two processes a test, each of which imports torch and transformers
+pytestmark = pytest.mark.slow  # two processes a test
 
 STEPS = 8
 ADAPTER, TOKENIZER = 60_000, 20_000
 """Bytes of a file: room for the adapter and not for a checkpoint, with AdamW's moments; and not for the adapter."""
 
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a text, and the adapter of a run that nothing disturbed."""
+def qalora(forks: Forks) -> Run:
+    """`python -m qalora` in a process of its own, after the Python of `before`; `limit` is bytes of a file."""
+    return partial(forks.run, "-m", "qalora")
+
+
+@pytest.fixture(scope="module")
+def place(qalora: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a text, and the adapter of a run that nothing disturbed, in a cold process, whose hashes are others."""
     root = tmp_path_factory.mktemp("interrupt")
     tiny_llama(root / "float", tokenizer=byte_tokenizer())
     (root / "text.txt").write_text(demo_text()[:6_000], encoding="utf-8")
     assert qalora("quantize", root / "float", "-o", root / "base").returncode == 0
-    done = qalora(*words(root, root / "whole"))
+    command = [sys.executable, "-m", "qalora", *map(str, words(root, root / "whole"))]
+    done = subprocess.run(command, env={**os.environ, **ALWAYS}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return root
 
@@ -38,25 +50,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(place: Path, out: Path, *more: object) -> list[object]:
     settings = f"--steps {STEPS} --rank 8 --batch-size 2 --sequence-length 32 --save-every 2 --evaluate-every 3"
     return ["train", place / "base", "--data", place / "text.txt", "-o", out, *settings.split(), *more]
-
-
-def qalora(*given: object, before: str = "", limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`python -m qalora` in a process of its own, after the Python of `before`; `limit` is bytes of a file."""
-
-    def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # where a shell had these tests ignore it
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [sys.executable, "-c", f"{before}\nfrom qalora.cli import main\nmain()", *map(str, given)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        preexec_fn=prepare,
-        timeout=300,
-        check=False,
-    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -88,9 +81,18 @@ def at(module: str, name: str, call: int, number: str) -> str:
     return AT_A_CALL.format(module=module, name=name, call=call, number=number)
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("step", [1, 4, STEPS])
-def test_a_signal_waits_for_the_step(place: Path, tmp_path: Path, step: int, number: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [
+        (1, "SIGINT"),
+        (4, "SIGTERM"),
+        (STEPS, "SIGINT"),
+        pytest.param(1, "SIGTERM", marks=pytest.mark.long),
+        pytest.param(4, "SIGINT", marks=pytest.mark.long),
+        pytest.param(STEPS, "SIGTERM", marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_waits_for_the_step(qalora: Run, place: Path, tmp_path: Path, step: int, number: str) -> None:
     out = tmp_path / "adapter"
     left = qalora(*words(place, out), before=at("loop", "_schedule", step, number))
     assert left.returncode == 1
@@ -110,7 +112,7 @@ def test_a_signal_waits_for_the_step(place: Path, tmp_path: Path, step: int, num
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_second_signal_does_not_wait(place: Path, tmp_path: Path) -> None:
+def test_a_second_signal_does_not_wait(qalora: Run, place: Path, tmp_path: Path) -> None:
     twice = at("loop", "_schedule", 3, "SIGINT").replace(
         "os.kill(os.getpid(), signal.SIGINT)", "[signal.raise_signal(signal.SIGINT) for _ in range(2)]"
     )
@@ -120,7 +122,7 @@ def test_a_second_signal_does_not_wait(place: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter.checkpoint" / "state.json").read_text("utf-8"))["step"] == 2
 
 
-def test_without_checkpoints_a_signal_ends_the_run_at_once(place: Path, tmp_path: Path) -> None:
+def test_without_checkpoints_a_signal_ends_the_run_at_once(qalora: Run, place: Path, tmp_path: Path) -> None:
     left = qalora(*words(place, tmp_path / "adapter", "--save-every", 0), before=at("loop", "_schedule", 3, "SIGINT"))
     assert left.returncode == 1
     assert "Aborted!" in left.stderr
@@ -140,7 +142,9 @@ KILLED = {
 
 
 @pytest.mark.parametrize("where", KILLED)
-def test_a_run_that_was_killed_goes_on_from_a_whole_checkpoint(place: Path, tmp_path: Path, where: str) -> None:
+def test_a_run_that_was_killed_goes_on_from_a_whole_checkpoint(
+    qalora: Run, place: Path, tmp_path: Path, where: str
+) -> None:
     before, step = KILLED[where]
     out = tmp_path / "adapter"
     left = qalora(*words(place, out), before=before)
@@ -160,7 +164,7 @@ def test_a_run_that_was_killed_goes_on_from_a_whole_checkpoint(place: Path, tmp_
     assert len(remains) == (where == "in the adapter"), remains
 
 
-def test_no_room_for_a_checkpoint_does_not_end_the_run(place: Path, tmp_path: Path) -> None:
+def test_no_room_for_a_checkpoint_does_not_end_the_run(qalora: Run, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     done = qalora(*words(place, out), limit=ADAPTER)
     assert done.returncode == 0, done.stderr
@@ -173,7 +177,7 @@ def test_no_room_for_a_checkpoint_does_not_end_the_run(place: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_no_room_for_the_next_checkpoint_keeps_the_last(place: Path, tmp_path: Path) -> None:
+def test_no_room_for_the_next_checkpoint_keeps_the_last(qalora: Run, place: Path, tmp_path: Path) -> None:
     """A disk that is full from step 3 on: the run is left at step 5, and goes on from step 2."""
     out = tmp_path / "adapter"
     full = "import resource\n" + at("loop", "_schedule", 3, "SIGCONT").replace(
@@ -195,7 +199,7 @@ def test_no_room_for_the_next_checkpoint_keeps_the_last(place: Path, tmp_path: P
     assert files(out) == files(place / "whole")
 
 
-def test_no_room_for_the_adapter_leaves_its_checkpoint(place: Path, tmp_path: Path) -> None:
+def test_no_room_for_the_adapter_leaves_its_checkpoint(qalora: Run, place: Path, tmp_path: Path) -> None:
     """The folder cannot be made for want of room, and then again it can."""
     out = tmp_path / "adapter"
     full = "import errno\n" + at("loop", "write_adapter", 1, "SIGCONT").replace(
@@ -212,7 +216,7 @@ def test_no_room_for_the_adapter_leaves_its_checkpoint(place: Path, tmp_path: Pa
     assert files(out) == files(place / "whole")
 
 
-def test_no_room_at_all_keeps_what_there_is(place: Path, tmp_path: Path) -> None:
+def test_no_room_at_all_keeps_what_there_is(qalora: Run, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     left = qalora(*words(place, out), limit=TOKENIZER)
     assert left.returncode == 2
