@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,12 @@ from qalora.checkpoint import Checkpoint
 from qalora.formats.gguf import create, plan_layout, read_header
 from qalora.tensor import integer_zeros
 from qalora.testing import small_tokenizer, tiny_llama
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, those with most of them foremost: what is left for the end is short."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
