@@ -310,20 +310,22 @@ def run(before: str, kind: str, *words: str) -> None:
     space = types.ModuleType("__main__")
     space.__dict__.update(__annotations__={}, __builtins__=builtins)
     sys.modules["__main__"] = space
+    code: str | bytes = ""
+    sys.argv = [kind, *words] if kind not in ("-c", "-m") else [kind, *words[1:]]
+    if kind == "-m":
+        sys.path[0] = str(Path.cwd())
+    elif kind == "-c":
+        code, name = words[0], "<string>"
+    else:
+        code, name = Path(kind).read_bytes(), str(Path(kind).absolute())
+        sys.path[0] = str(Path(name).parent)
+        space.__dict__.update(__file__=name, __cached__=None)
     if before:
         exec(compile(before, "<before>", "exec"), space.__dict__)  # noqa: S102 - the tests' own
     if kind == "-m":
-        sys.path[0], sys.argv = str(Path.cwd()), ["-m", *words[1:]]
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-        return
-    if kind == "-c":
-        (code, *_), name = words, "<string>"
-        sys.argv = ["-c", *words[1:]]
     else:
-        code, name = Path(kind).read_bytes(), str(Path(kind).absolute())
-        sys.path[0], sys.argv = str(Path(name).parent), [kind, *words]
-        space.__dict__.update(__file__=name, __cached__=None)
-    exec(compile(code, name, "exec"), space.__dict__)  # noqa: S102
+        exec(compile(code, name, "exec"), space.__dict__)  # noqa: S102
 
 
 def without_this_file(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

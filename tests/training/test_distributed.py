@@ -1,17 +1,21 @@
-"""Several processes, started by the launchers themselves: the loss curve and the adapter of one process."""
+"""Several processes, started by the launchers, or as torchrun does: the loss curve and the adapter of one process."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from forks import ALWAYS, Forks
 from qalora.demo import demo_text
 from qalora.errors import InputError
 from qalora.testing import byte_tokenizer, tiny_llama
@@ -23,13 +27,13 @@ ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("distributed")
     tiny_llama(root / "float", tokenizer=byte_tokenizer())
     (root / "text.txt").write_text(demo_text()[:6_000], encoding="utf-8")
     (root / "other.txt").write_text(demo_text()[6_000:12_000], encoding="utf-8")
     for words in (["quantize", root / "float", "-o", root / "base"], train(root, root / "one")):
-        assert python("-m", "qalora", *words).returncode == 0
+        assert forks.run("-m", "qalora", *words).returncode == 0
     return root
 
 
@@ -39,19 +43,58 @@ def train(place: Path, out: Path, *more: object) -> list[object]:
     return ["train", place / "base", "--data", place / "text.txt", "-o", out, *settings.split(), *more]
 
 
-def python(*words: object) -> subprocess.CompletedProcess[str]:
+Start = Callable[..., tuple[list[int], str]]
+"""start(count, words, before): `python -m qalora` and words in several processes, each after the Python of `before`;
+the statuses, and what all said on stderr."""
+
+
+@pytest.fixture(scope="module")
+def forked(forks: Forks) -> Start:
+    """Processes in torchrun's environment, beside the store that it keeps for them; the status of each."""
+
+    def start(count: int, words: list[object], *, before: str = "") -> tuple[list[int], str]:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        shared = {"WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+        shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        started = []
+        for rank in range(count):
+            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            environment = {**os.environ, **ALWAYS, **own}
+            started.append(forks.start("-m", "qalora", *words, before=before, environment=environment))
+        done = forks.finish(*started)
+        return [process.returncode for process in done], "".join(process.stderr for process in done)
+
+    return start
+
+
+@pytest.fixture
+def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """The same by torchrun itself; its one status, and what it says with them."""
+
+    def start(count: int, words: list[object], *, before: str = "") -> tuple[list[int], str]:
+        script = tmp_path_factory.mktemp("script") / "script.py"
+        script.write_text(f"{before}\nfrom qalora.cli import main\nmain()\n", encoding="utf-8")
+        done = launched(TORCHRUN, count, script, *words)
+        return [done.returncode], done.stderr
+
+    return start
+
+
+def launched(launcher: tuple[str, ...], count: int, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, words)],
+        [sys.executable, "-m", *map(str, (*launcher, count, *words))],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **ALWAYS},
         timeout=500,
         check=False,
     )
 
 
-def launched(launcher: tuple[str, ...], count: int, *words: object) -> subprocess.CompletedProcess[str]:
-    return python("-m", *launcher, count, *words)
+@pytest.fixture(params=["forked", pytest.param("by_torchrun", marks=pytest.mark.long)])
+def start(request: pytest.FixtureRequest) -> Start:
+    found: Start = request.getfixturevalue(request.param)
+    return found
 
 
 def ours(stderr: str) -> list[str]:
@@ -83,21 +126,26 @@ def assert_same_training(one: Path, other: Path, processes: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "count"),
-    [(TORCHRUN, 2), (TORCHRUN, 6), (ACCELERATE, 2)],
-    ids=["two", "more than sequences", "accelerate"],
-)
-def test_the_loss_curve_of_one_process(place: Path, tmp_path: Path, launcher: tuple[str, ...], count: int) -> None:
-    done = launched(launcher, count, "-m", "qalora", *train(place, tmp_path / "adapter"))
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_the_loss_curve_of_one_process(place: Path, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    done = launched(launcher, 2, "-m", "qalora", *train(place, tmp_path / "adapter"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out loss") == 1
     assert done.stderr.count(f"step {STEPS} of {STEPS}") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    assert_same_training(place / "one", tmp_path / "adapter", count)
+    assert_same_training(place / "one", tmp_path / "adapter", 2)
 
 
-PATCHED = """
+@pytest.mark.slow
+def test_more_processes_than_sequences(place: Path, tmp_path: Path, start: Start) -> None:
+    statuses, stderr = start(6, train(place, tmp_path / "adapter"))
+    assert not any(statuses), stderr
+    assert stderr.count(f"step {STEPS} of {STEPS}") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert_same_training(place / "one", tmp_path / "adapter", 6)
+
+
+IN_STEP_2 = """
 import os, signal
 import qalora.training.loop as loop
 held, steps = loop._schedule, 0
@@ -105,26 +153,24 @@ def schedule(*given):
     global steps
     steps += 1
     if os.environ.get("RANK", "0") == "1" and steps == 2:
-        {what}
+        os.kill(os.getpid(), signal.{number})
     return held(*given)
 loop._schedule = schedule
-from qalora.cli import main
-main()
 """
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_and_one_goes_on(place: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_and_one_goes_on(
+    forks: Forks, place: Path, tmp_path: Path, start: Start
+) -> None:
     """Two processes are left after step 2; one process goes on from there."""
-    script = tmp_path / "script.py"
-    script.write_text(PATCHED.format(what="os.kill(os.getpid(), signal.SIGINT)"), encoding="utf-8")
     out = tmp_path / "adapter"
-    left = launched(TORCHRUN, 2, script, *train(place, out))
-    assert left.returncode != 0
-    assert ours(left.stderr) == [
+    statuses, stderr = start(2, train(place, out), before=IN_STEP_2.format(number="SIGINT"))
+    assert set(statuses) == {1}
+    assert ours(stderr) == [
         f"qalora: interrupted after step 2 of {STEPS}; continue from {out}.checkpoint with --resume"
     ]
-    done = python("-m", "qalora", *train(place, out, "--resume"))
+    done = forks.run("-m", "qalora", *train(place, out, "--resume"))
     assert done.returncode == 0, done.stderr
     log = json.loads((out / "training.json").read_text("utf-8"))
     whole = json.loads((place / "one" / "training.json").read_text("utf-8"))
@@ -148,25 +194,50 @@ FAILURES: dict[str, tuple[str, str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAILURES)
-def test_an_error_is_said_once(place: Path, tmp_path: Path, kind: str) -> None:
+def test_an_error_is_said_once(forked: Start, place: Path, tmp_path: Path, kind: str) -> None:
     before, words = FAILURES[kind]
-    script = tmp_path / "script.py"
-    script.write_text(f"{before}\nfrom qalora.cli import main\nmain()\n", encoding="utf-8")
-    left = launched(TORCHRUN, 2, script, *train(place, tmp_path / "adapter"))
-    (sentence,) = ours(left.stderr)
+    statuses, stderr = forked(2, train(place, tmp_path / "adapter"), before=before)
+    assert statuses == [2, 2]
+    (sentence,) = ours(stderr)
     assert words in sentence
-    assert left.stderr.count("(exitcode: 2)") + left.stderr.count("exitcode  : 2") >= 2
-    assert "qalora/training" not in left.stderr  # the launcher's own traceback is the only one
-    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_run(place: Path, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(PATCHED.format(what="os.kill(os.getpid(), signal.SIGKILL)"), encoding="utf-8")
-    left = launched(TORCHRUN, 2, script, *train(place, tmp_path / "adapter", "--save-every", 1))
-    assert left.returncode != 0
-    assert len(ours(left.stderr)) <= 1  # the launcher may end the other before it has noticed
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "one" else pytest.param(kind, marks=pytest.mark.long) for kind in FAILURES]
+)
+def test_the_launcher_says_which_processes_failed(by_torchrun: Start, place: Path, tmp_path: Path, kind: str) -> None:
+    before, words = FAILURES[kind]
+    _, stderr = by_torchrun(2, train(place, tmp_path / "adapter"), before=before)
+    (sentence,) = ours(stderr)
+    assert words in sentence
+    assert stderr.count("(exitcode: 2)") + stderr.count("exitcode  : 2") >= 2
+    assert "qalora/training" not in stderr  # the launcher's own traceback is the only one
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_others_notice_that_a_process_was_killed(forked: Start, place: Path, tmp_path: Path) -> None:
+    killed = IN_STEP_2.format(number="SIGKILL")
+    statuses, stderr = forked(2, train(place, tmp_path / "adapter", "--save-every", 1), before=killed)
+    assert statuses == [2, -signal.SIGKILL]
+    (sentence,) = ours(stderr)
+    assert sentence.startswith("qalora: another process of this run has ended (")
+    assert sentence.endswith("; continue with --resume")
+    assert "Traceback" not in stderr
+    assert (tmp_path / "adapter.checkpoint" / "state.json").is_file()
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_launcher_ends_a_run_of_which_a_process_was_killed(by_torchrun: Start, place: Path, tmp_path: Path) -> None:
+    killed = IN_STEP_2.format(number="SIGKILL")
+    statuses, stderr = by_torchrun(2, train(place, tmp_path / "adapter", "--save-every", 1), before=killed)
+    assert statuses != [0]
+    assert len(ours(stderr)) <= 1  # the launcher may end the other before it has noticed
     assert (tmp_path / "adapter.checkpoint" / "state.json").is_file()
     assert not (tmp_path / "adapter").exists()
 
