@@ -102,6 +102,7 @@ class Checkpoint:
     files     companion files by name (tokenizer, chat template, generation config, licence), carried along unchanged
     gguf      the metadata of the GGUF file that the tokenizer comes from, if it does
     notes     what a reader saw that the user should know
+    stored    the model as its reader gave it, None where there is no such file
     """
 
     path: Path
@@ -112,6 +113,13 @@ class Checkpoint:
     files: Mapping[str, Path] = field(default_factory=dict)
     gguf: Metadata | None = None
     notes: tuple[str, ...] = ()
+    stored: Checkpoint | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether `path` holds this very model: nothing that computes has been replaced since it was read."""
+        read = self.stored
+        return read is not None and self.tensors is read.tensors and self.config is read.config
 
     @property
     def quantized(self) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
@@ -41,6 +42,11 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
     checkpoint_format overrides what a GPTQ folder says of its zeros: "gptq" (stored minus one) or "gptq_v2".
     Raises InputError for what is not there or not recognised, FormatError for what is damaged.
     """
+    read = _load(model, checkpoint_format)
+    return read if checkpoint_format is not None else replace(read, stored=read)  # its own label says something else
+
+
+def _load(model: str | Path, checkpoint_format: str | None) -> Checkpoint:
     path = Path(model)
     if path.is_file():
         return _load_file(path)

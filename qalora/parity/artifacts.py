@@ -25,6 +25,7 @@ __all__ = [
     "memory_needed",
     "open_artifact",
     "recognize",
+    "reference_artifact",
     "runtimes_of",
 ]
 
@@ -35,7 +36,7 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
     "mlx": ("mlx",),
     "hqq": ("hqq",),
     "qalora": ("torch",),
-    "huggingface": ("torch",),
+    "huggingface": ("transformers",),
 }
 """The runtimes that an artefact of each kind is proven in, as `qalora.parity.runtimes.open_runtime` knows them."""
 
@@ -142,6 +143,14 @@ def _distinct(found: list[Artifact]) -> list[Artifact]:
     return distinct
 
 
+def reference_artifact(model: Checkpoint) -> Artifact | None:
+    """The file or folder that holds just this model, where a runtime opens it by code that is not ours; else None."""
+    if not model.as_stored:
+        return None
+    (kind, path), *_ = _artifacts(model.path)
+    return None if kind == "qalora" else Artifact(name="reference", kind=kind, path=path)
+
+
 def open_artifact(artifact: Artifact) -> Checkpoint:
     """Read an artefact back, lazily."""
     if artifact.kind == "onnx":
@@ -188,11 +197,14 @@ def _weight_bytes(artifact: Artifact) -> int:
 def memory_needed(artifact: Artifact, kind: str) -> int:
     """About how many bytes a runtime takes for an artefact's weights; 0 where it maps the file and reads as it goes.
 
-    torch holds them dequantized, in float32: at least 8 times the bytes of 4-bit codes.
+    torch holds them dequantized, in float32: at least 8 times the bytes of 4-bit codes; so does transformers: twice
+    those of 16-bit floats.
     """
     if kind == "llama.cpp":
         return 0
     size = _weight_bytes(artifact)
+    if kind == "transformers":
+        return 2 * size
     return 8 * size if kind == "torch" and artifact.kind == "qalora" else size
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qalora.parity.gates import Noise
@@ -53,3 +53,9 @@ class Bench:
             side_effect=spool.distance(side, base),
             speed=speed,
         )
+
+    def alone(self) -> Bench:
+        """The reference's side of a comparison with the base, without the adapter."""
+        if not self.effect:
+            return self
+        return replace(self, noise=self.spool.noise(Forward(weights="base")), effect=0.0, side_effect=0.0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint, remembered
 from qalora.errors import InputError
-from qalora.parity.artifacts import Artifact
+from qalora.parity.artifacts import Artifact, reference_artifact
 from qalora.parity.reference import Forward
 from qalora.parity.tokenizers import TokenizerCheck
 
@@ -37,11 +37,12 @@ def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """base: the reference; tokenizer: its own; minima: the dtype of those of `folded`, which is base and adapter, and
-    None where no artefact is to hold that.
+    """base: the reference; own: its own file or folder, None where no runtime but ours opens one; tokenizer: its own;
+    minima: the dtype of those of `folded`, which is base and adapter, and None where no artefact is to hold that.
     """
 
     base: Checkpoint
+    own: Artifact | None
     folded: Checkpoint | None
     adapter: Adapter | None
     minima: Literal["float16", "float32"]
@@ -63,14 +64,21 @@ class Job:
         """
         from qalora.converters import load
 
-        base = remembered(reference if isinstance(reference, Checkpoint) else load(reference), memory // 4)
+        read = reference if isinstance(reference, Checkpoint) else load(reference)
+        base, own = remembered(read, memory // 4), reference_artifact(read)
         chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
         if adapter is not None and FOLDED in held:
             from qalora.folding import fold
 
             folded = remembered(fold(base, adapter, minima=chosen), memory // 4)
-        return cls(base=base, folded=folded, adapter=adapter, minima=chosen, tokenizer=TokenizerCheck(base))
+        check = TokenizerCheck(base)
+        return cls(base=base, own=own, folded=folded, adapter=adapter, minima=chosen, tokenizer=check)
+
+    @property
+    def alone(self) -> Job:
+        """The reference without the adapter."""
+        return replace(self, adapter=None, folded=self.base)
 
     def expected(self, held: str) -> Forward:
         """What an artefact should compute."""

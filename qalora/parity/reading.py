@@ -52,6 +52,7 @@ def report_from_json(content: Any, where: str) -> ParityReport:
             reader.artifact(artifact, f"artifacts[{n}]")
             for n, artifact in enumerate(reader.listed(content.get("artifacts"), "artifacts"))
         ),
+        reference_runs=reader.value(tuple[RunReport, ...], content.get("reference_runs", []), "reference_runs"),
         comparison=reader.value(RunReport | None, content.get("comparison"), "comparison"),
     )
 

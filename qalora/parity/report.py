@@ -156,6 +156,7 @@ class ParityReport:
     tokens   how many; windows: how many independent sequences they make
     noise    float32's own, on the reference's logits; None at level "weights"
     gates    those of the reference itself (the fold)
+    reference_runs   the reference in its own runtime, where it has one: whether what we read is what its file says
     comparison   PyTorch's dynamic INT8 of the same model, where it was asked for: measured, and not judged
     """
 
@@ -168,17 +169,22 @@ class ParityReport:
     noise: Noise | None
     gates: tuple[GateResult, ...]
     artifacts: tuple[ArtifactReport, ...]
+    reference_runs: tuple[RunReport, ...] = ()
     comparison: RunReport | None = None
 
     def runs(self) -> list[tuple[str, RunReport]]:
-        """Every run with the name of its artefact, and last the comparison, of the reference."""
-        found = [(artifact.name, run) for artifact in self.artifacts for run in artifact.runs]
+        """Every run with the name of its artefact: first the reference's own, and last the comparison, of it too."""
+        found = [("reference", run) for run in self.reference_runs]
+        found += [(artifact.name, run) for artifact in self.artifacts for run in artifact.runs]
         return found if self.comparison is None else [*found, ("reference", self.comparison)]
 
     def results(self) -> Iterator[tuple[str, GateResult]]:
         """Every gate with the place it was applied at: "reference", an artefact, or "artefact in runtime"."""
         for result in self.gates:
             yield "reference", result
+        for run in self.reference_runs:
+            for result in run.gates:
+                yield f"reference in {run.kind}", result
         for artifact in self.artifacts:
             for result in artifact.gates:
                 yield artifact.name, result
@@ -216,6 +222,7 @@ class ParityReport:
             "adapter": None if self.adapter is None else _plain(asdict(self.adapter)),
             "noise": None if self.noise is None else _noise(self.noise),
             "gates": [_plain(asdict(result)) for result in self.gates],
+            "reference_runs": [_run_json(run, speed=speed) for run in self.reference_runs],
             "artifacts": [_artifact_json(artifact, speed=speed) for artifact in self.artifacts],
             "comparison": None if self.comparison is None else _run_json(self.comparison, speed=speed),
         }

@@ -30,7 +30,7 @@ from qalora.parity.artifacts import (
 )
 from qalora.parity.bench import Bench
 from qalora.parity.gates import Evidence, Generation, Noise, judge, refused, unproven
-from qalora.parity.job import Job
+from qalora.parity.job import FOLDED, Job
 from qalora.parity.layerwise import LAYER_TOKENS, LayerError, compare_layers, first_fault
 from qalora.parity.memory import resident_memory
 from qalora.parity.metrics import LogitMetrics, TokenMetrics, concatenate, lost, squared_distance, summarize
@@ -91,6 +91,17 @@ class Runner:
         folder.mkdir()
         bench = Bench.of(own, self.bench.work, folder, memory=self.memory)
         return replace(self, job=own, bench=bench, floats=self.bench)
+
+    def of_reference(self) -> tuple[RunReport, ...]:
+        """The reference in its own runtime, against what we read of it; nothing where it has none but ours.
+
+        What is judged here is our reading: where it is wrong, every artefact may be wrong in the same way, and agree.
+        """
+        own = self.job.own
+        if own is None:
+            return ()
+        runner = replace(self, job=self.job.alone, bench=self.bench.alone(), generate=0)
+        return (runner._run(runtimes_of(own)[0], own, FOLDED, WeightMetrics.nothing()),)
 
     def runs(self, artifact: Artifact, held: str, weights: WeightMetrics) -> tuple[RunReport, ...]:
         """Every run of one artefact: in the runtimes that prove it, then in those that only generate, if installed."""

@@ -3,7 +3,8 @@
 With an adapter the reference is the base, and every artefact is expected to hold the folded model; or, where a GPTQ
 folder keeps the base's integer zeros, or a GGUF file the base, and has the adapter beside it, both. The weights are
 compared with what `qalora.folding` gives, and what that gives is itself checked against base + factor * B @ A. The
-logits are compared with forwards that know nothing of the fold (`qalora.parity.reference`).
+logits are compared with forwards that know nothing of the fold (`qalora.parity.reference`). The reference's own file
+runs first, in the runtime that owns its format: a mistake of our reader would be in the artefacts too, and unseen.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from qalora.parity.layers import adapter_by_layer
 from qalora.parity.memory import available_memory
 from qalora.parity.metrics import lost
 from qalora.parity.reference import Forward
-from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport
+from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport
 from qalora.parity.running import Runner
 from qalora.parity.text import make_work
 from qalora.parity.weights import compare_weights
@@ -104,6 +105,11 @@ def verify(
             memory=room,
             tick=share.tick,
         )
+        own: tuple[RunReport, ...] = ()
+        if job.own is not None:
+            share.stage("running the reference in its own runtime")
+            with _threads_kept():
+                own = runner.of_reference()
         reports: list[ArtifactReport] = []
         for (artifact, checkpoint), report in zip(opened, weights, strict=True):
             share.stage(f"running {artifact.name}")
@@ -115,7 +121,7 @@ def verify(
             share.stage("running dynamic INT8")
             with _threads_kept():
                 comparison = runner.dynamic_int8()
-        return replace(_report(job, level, reports, gates, bench), comparison=comparison)
+        return replace(_report(job, level, reports, gates, bench), reference_runs=own, comparison=comparison)
 
 
 @contextmanager
@@ -155,7 +161,8 @@ def _passes(job: Job, artifacts: Sequence[Artifact], held: Sequence[str]) -> int
     forwards = {job.usual, job.adapted, *map(job.expected, held)}
     forwards |= {Forward(weights="base"), Forward(weights="side")} if job.adapter is not None else set()
     rounded = {artifact.kind for artifact in artifacts} & {"gguf", "gptq"}
-    return 1 + len(forwards) + len(rounded) + sum(len(runtimes_of(artifact)) for artifact in artifacts)
+    own = 0 if job.own is None else 1
+    return 1 + own + len(forwards) + len(rounded) + sum(len(runtimes_of(artifact)) for artifact in artifacts)
 
 
 def _fold_gates(job: Job, progress: Stage) -> tuple[GateResult, ...]:

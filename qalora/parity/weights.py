@@ -48,6 +48,12 @@ class WeightMetrics:
     different: tuple[TensorDifference, ...]
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def nothing(cls) -> WeightMetrics:
+        """Of no tensors."""
+        total = TensorDifference(name="total")
+        return cls(tensors=0, missing=(), extra=(), shapes=(), config=(), total=total, different=())
+
 
 def compare_weights(
     artifact: Checkpoint,

@@ -110,7 +110,8 @@ def test_json_is_versioned_stable_and_strict() -> None:
     assert json.dumps(make().to_json(), allow_nan=False) == text
     assert content["schema"] == "qalora.parity/1"
     assert list(content) == [
-        "schema", "passed", "reference", "level", "text", "adapter", "noise", "gates", "artifacts", "comparison"
+        "schema", "passed", "reference", "level", "text", "adapter", "noise", "gates", "reference_runs", "artifacts",
+        "comparison",
     ]  # fmt: skip
     (artifact,) = content["artifacts"]
     assert list(artifact) == ["name", "kind", "holds", "weights", "adapter_lost_by_layer", "gates", "runs"]

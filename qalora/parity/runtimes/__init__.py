@@ -22,6 +22,7 @@ __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
 
 RUNTIMES = {
     "torch": "qalora.parity.runtimes.torch",
+    "transformers": "qalora.parity.runtimes.plain",
     "llama.cpp": "qalora.parity.runtimes.llamacpp",
     "onnxruntime": "qalora.parity.runtimes.onnxruntime",
     "onnxruntime-cuda": "qalora.parity.runtimes.onnxruntime_cuda",

@@ -1,0 +1,49 @@
+"""Float folders as their users load them: one from_pretrained call of transformers, with the folder's own files.
+
+Nothing of qalora's readers takes part, neither for the config nor for the tensors nor for the tokenizer. transformers
+is asked for its eager attention, the only one that has every family's soft caps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from qalora.checkpoint import Checkpoint
+from qalora.errors import FormatError
+from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes.quiet import quiet_transformers
+from qalora.parity.runtimes.torch import ModuleRuntime
+
+__all__ = ["open_artifact"]
+
+
+def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime:
+    """Open a float folder in float32; FormatError if transformers does not take it."""
+    if not isinstance(path, Path):
+        raise FormatError("transformers", expected="a folder", got="a model in memory")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with quiet_transformers():
+        try:
+            module = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except Exception as error:  # a foreign loader raises what it likes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise FormatError(f"{path}: transformers does not load it ({reason})") from error
+    info = RuntimeInfo(
+        name="transformers",
+        version=transformers.__version__,
+        backend="cpu",
+        dtype="float32",
+        threads=torch.get_num_threads(),
+    )
+    return ModuleRuntime(module.eval(), info)
