@@ -240,7 +240,11 @@ def verify_options(function: F) -> F:
         click.option(
             "--generate", type=click.IntRange(1), default=24, show_default=True, help="Tokens to continue by."
         ),
-        click.option("--threads", type=click.IntRange(1), help="Threads of each runtime; its own default otherwise."),
+        click.option(
+            "--threads",
+            type=click.IntRange(1),
+            help="Threads of each runtime; those of torch (OMP_NUM_THREADS) otherwise.",
+        ),
         click.option(
             "--memory",
             type=click.FloatRange(0, min_open=True),

@@ -73,7 +73,7 @@ class Runtime(Protocol):
 def open_runtime(
     kind: str, path: Path | Checkpoint, *, threads: int | None = None, lora: Path | None = None
 ) -> Runtime:
-    """Open an artefact in a runtime of RUNTIMES; `threads` None leaves the choice to the runtime.
+    """Open an artefact in a runtime of RUNTIMES; `threads` None: as many as torch has, where it can be told.
 
     lora  a GGUF LoRA to apply; for llama.cpp alone
 

@@ -41,7 +41,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, threads: int | None, *, lora: Path | None = None) -> None:
         self._library, package = load_library()
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or torch.get_num_threads()
         self._library.llama_log_set(_log, None)
         self._library.llama_backend_init()
         _messages.clear()

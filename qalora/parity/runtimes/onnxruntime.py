@@ -164,7 +164,7 @@ class OnnxRuntime(DecoderRuntime):
         import onnxruntime
 
         self._file = path / "model.onnx" if path.is_dir() else path
-        self._threads = threads
+        self._threads = threads or torch.get_num_threads()
         self._providers: list[Any] = [provider]
         if provider == "CUDAExecutionProvider":  # without TF32, whose products have 11 significant bits
             self._providers = [(provider, {"use_tf32": "0"}), "CPUExecutionProvider"]
@@ -186,7 +186,7 @@ class OnnxRuntime(DecoderRuntime):
             version=number,
             backend=self._session.get_providers()[0],
             dtype="float16" if any(kind == "tensor(float16)" for kind, _ in inputs.values()) else "float32",
-            threads=threads or torch.get_num_threads(),
+            threads=self._threads,
         )
 
     def _options(self) -> Any:
@@ -195,8 +195,7 @@ class OnnxRuntime(DecoderRuntime):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry(EXACT, "1")
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self._threads
         return options
 
     def _evaluate(self, outputs: Sequence[str], feed: dict[str, Any]) -> list[Any]:
