@@ -103,6 +103,7 @@ class Checkpoint:
     gguf      the metadata of the GGUF file that the tokenizer comes from, if it does
     notes     what a reader saw that the user should know
     stored    the model as its reader gave it, None where there is no such file
+    beside    the folder of an adapter that lies beside the weights and is no part of them, or None
     """
 
     path: Path
@@ -113,6 +114,7 @@ class Checkpoint:
     files: Mapping[str, Path] = field(default_factory=dict)
     gguf: Metadata | None = None
     notes: tuple[str, ...] = ()
+    beside: Path | None = None
     stored: Checkpoint | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -145,7 +145,7 @@ def _distinct(found: list[Artifact]) -> list[Artifact]:
 
 def reference_artifact(model: Checkpoint) -> Artifact | None:
     """The file or folder that holds just this model, where a runtime opens it by code that is not ours; else None."""
-    if not model.as_stored:
+    if not model.as_stored or model.beside is not None:  # a runtime would take the adapter too
         return None
     (kind, path), *_ = _artifacts(model.path)
     return None if kind == "qalora" else Artifact(name="reference", kind=kind, path=path)

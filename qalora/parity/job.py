@@ -14,14 +14,15 @@ from qalora.parity.artifacts import Artifact, reference_artifact
 from qalora.parity.reference import Forward
 from qalora.parity.tokenizers import TokenizerCheck
 
-__all__ = ["BESIDE", "FOLDED", "Job", "holds"]
+__all__ = ["BESIDE", "FOLDED", "Held", "Job", "holds"]
 
-FOLDED = "folded"
-BESIDE = "base and adapter"
+Held = Literal["folded", "base and adapter"]
+FOLDED: Held = "folded"
+BESIDE: Held = "base and adapter"
 
 
-def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -> str:
-    """FOLDED or BESIDE. A GPTQ reader notes an adapter that lies beside the weights and is no residual of theirs.
+def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -> Held:
+    """FOLDED or BESIDE, by what the artefact's reader says lies beside the weights and is no part of them.
 
     InputError for a GGUF LoRA beside a model, where no adapter is expected.
     """
@@ -31,8 +32,7 @@ def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -
                 f"{artifact.lora} is an adapter beside the model", todo="give it as --adapter, or remove it"
             )
         return BESIDE
-    own = str(artifact.path / "adapter_config.json")
-    return BESIDE if adapter is not None and any(note.startswith(own) for note in checkpoint.notes) else FOLDED
+    return BESIDE if adapter is not None and checkpoint.beside is not None else FOLDED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Job:
         reference: Checkpoint | str | Path,
         adapter: Adapter | None,
         minima: Literal["float16", "float32"] | None,
-        held: Sequence[str],
+        held: Sequence[Held],
         *,
         memory: int,
     ) -> Job:
@@ -80,7 +80,7 @@ class Job:
         """The reference without the adapter."""
         return replace(self, adapter=None, folded=self.base)
 
-    def expected(self, held: str) -> Forward:
+    def expected(self, held: Held) -> Forward:
         """What an artefact should compute."""
         if self.adapter is None:
             return Forward(weights="base")

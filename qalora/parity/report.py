@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qalora.parity.gates import GateResult, Generation, Noise, Status, worst
+from qalora.parity.job import Held
 from qalora.parity.layerwise import LayerError
 from qalora.parity.metrics import LogitMetrics
 from qalora.parity.runtimes import RuntimeInfo
@@ -120,7 +121,7 @@ class ArtifactReport:
 
     name: str
     kind: str
-    holds: str
+    holds: Held
     weights: WeightMetrics
     gates: tuple[GateResult, ...]
     runs: tuple[RunReport, ...]

@@ -30,7 +30,7 @@ from qalora.parity.artifacts import (
 )
 from qalora.parity.bench import Bench
 from qalora.parity.gates import Evidence, Generation, Noise, judge, refused, unproven
-from qalora.parity.job import FOLDED, Job
+from qalora.parity.job import FOLDED, Held, Job
 from qalora.parity.layerwise import LAYER_TOKENS, LayerError, compare_layers, first_fault
 from qalora.parity.memory import resident_memory
 from qalora.parity.metrics import LogitMetrics, TokenMetrics, concatenate, lost, squared_distance, summarize
@@ -103,7 +103,7 @@ class Runner:
         runner = replace(self, job=self.job.alone, bench=self.bench.alone(), generate=0)
         return (runner._run(runtimes_of(own)[0], own, FOLDED, WeightMetrics.nothing()),)
 
-    def runs(self, artifact: Artifact, held: str, weights: WeightMetrics) -> tuple[RunReport, ...]:
+    def runs(self, artifact: Artifact, held: Held, weights: WeightMetrics) -> tuple[RunReport, ...]:
         """Every run of one artefact: in the runtimes that prove it, then in those that only generate, if installed."""
         done = [self._run(kind, artifact, held, weights) for kind in runtimes_of(artifact)]
         logits = done[0].own or done[0].logits
@@ -136,7 +136,7 @@ class Runner:
             speed=Speed(prefill=passes.fastest, steps=steps, reference=self.bench.speed, memory=None),
         )
 
-    def _run(self, kind: str, artifact: Artifact, held: str, weights: WeightMetrics) -> RunReport:
+    def _run(self, kind: str, artifact: Artifact, held: Held, weights: WeightMetrics) -> RunReport:
         needed = memory_needed(artifact, kind)
         if needed > self.memory:
             reason = f"it needs about {needed / 1e9:.1f} GB of memory, and there are {self.memory / 1e9:.1f}"
@@ -239,7 +239,7 @@ class Runner:
             fastest=fastest,
         )
 
-    def _generator(self, kind: str, artifact: Artifact, held: str, max_logit: float) -> RunReport | None:
+    def _generator(self, kind: str, artifact: Artifact, held: Held, max_logit: float) -> RunReport | None:
         """A run that only generates; None where its library is not installed, which leaves nothing unproven."""
         try:
             runtime = open_runtime(kind, artifact.path, threads=self.threads)

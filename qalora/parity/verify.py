@@ -26,7 +26,7 @@ from qalora.parity.artifacts import Artifact, open_artifact, recognize, runtimes
 from qalora.parity.bench import Bench
 from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.gates import Evidence, GateResult, judge
-from qalora.parity.job import BESIDE, FOLDED, Job, holds
+from qalora.parity.job import BESIDE, FOLDED, Held, Job, holds
 from qalora.parity.layers import adapter_by_layer
 from qalora.parity.memory import available_memory
 from qalora.parity.metrics import lost
@@ -91,8 +91,8 @@ def verify(
     weights = [_weights(job, artifact, checkpoint, progress) for artifact, checkpoint in opened]
     if level == "weights":
         return _report(job, level, weights, gates)
-    own = job.tokenizer.opened()
-    work = make_work(job.base, own, text=text, tokens=tokens, prompts=prompts, max_tokens=max_tokens)
+    tokenizer = job.tokenizer.opened()
+    work = make_work(job.base, tokenizer, text=text, tokens=tokens, prompts=prompts, max_tokens=max_tokens)
     with tempfile.TemporaryDirectory(prefix="qalora-verify-") as folder:
         share = _Share(progress, len(work.windows) * _passes(job, [artifact for artifact, _ in opened], held))
         share.stage("reference")
@@ -154,7 +154,7 @@ class _Share:
         self.progress(self.name, min(1.0, self.done / self.total))
 
 
-def _passes(job: Job, artifacts: Sequence[Artifact], held: Sequence[str]) -> int:
+def _passes(job: Job, artifacts: Sequence[Artifact], held: Sequence[Held]) -> int:
     """How many passes over all windows there will be, about: a kernel's rounding takes the reference one more,
     and so does float32's noise.
     """
@@ -197,7 +197,7 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
 def _beside(artifact: Artifact, checkpoint: Checkpoint) -> Adapter:
     """The adapter that lies beside an artefact's weights."""
     if artifact.lora is None:
-        return read_adapter(artifact.path, checkpoint)
+        return read_adapter(checkpoint.beside or artifact.path, checkpoint)
     from qalora.converters.gguf.lora import read_lora
 
     return read_lora(artifact.lora, checkpoint)

@@ -126,17 +126,16 @@ class StoredResidual:
 
 def find_residual(
     folder: Path, layers: Mapping[str, tuple[int, int, int, Tensor | None]]
-) -> tuple[dict[str, StoredResidual], tuple[str, ...]]:
-    """The residual beside a checkpoint, by module, and notes; empty if there is none, or another adapter.
+) -> tuple[dict[str, StoredResidual], bool]:
+    """The residual beside a checkpoint, by module; and whether another adapter lies there, which is none.
 
     layers  module: (out, in, group_size, g_idx)
     """
     if not (folder / ADAPTER_CONFIG).exists():
-        return {}, ()
+        return {}, False
     config = read_config(folder, ADAPTER_CONFIG)
-    other = f"{folder / ADAPTER_CONFIG} is an adapter of its own; it is not part of the model as it is read here"
     if not (folder / ADAPTER_WEIGHTS).exists():
-        return {}, (other,)
+        return {}, True
     path = contained(folder, ADAPTER_WEIGHTS)
     entries = read_header(path).entries
     found: dict[str, StoredResidual] = {}
@@ -144,18 +143,18 @@ def find_residual(
         a, b = (entries.get(name) for name in lora_names(module))
         groups = columns // group_size
         if a is None or b is None or not _is_residual(a, b, (groups, columns), (rows, groups)):
-            return {}, (other,)
+            return {}, True
         if not _is_plain(config, module, groups):
-            return {}, (other,)
+            return {}, True
         found[module] = StoredResidual(path=path, a=a, b=b)
     if len(entries) != 2 * len(found):
-        return {}, (other,)
+        return {}, True
     module, (rows, columns, group_size, g_idx) = next(iter(layers.items()))
     try:
         found[module].c(pooling_matrix(columns, group_size, g_idx), 0, 0)
     except FormatError:
-        return {}, (other,)
-    return found, ()
+        return {}, True
+    return found, False
 
 
 def _is_residual(a: Entry, b: Entry, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of, linear_names
-from qalora.converters.gptq.beside import StoredResidual, find_residual, pooling_matrix
+from qalora.converters.gptq.beside import ADAPTER_CONFIG, StoredResidual, find_residual, pooling_matrix
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
@@ -109,13 +109,16 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     linears = linear_names(config, folder)
     decoder = [layers[name.removesuffix(".weight")] for name in linears if name.removesuffix(".weight") in layers]
     shapes = {layer.module: (layer.rows, layer.columns, layer.group_size, layer.g_idx) for layer in decoder}
-    residuals, more = find_residual(folder, shapes) if shapes else ({}, ())
+    residuals, other = find_residual(folder, shapes) if shapes else ({}, False)
     taken = {f"{module}.{part}" for module in modules for part in PARTS}
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
     for module, layer in layers.items():
         tensors[f"{module}.weight"] = _lazy(layer, settings, version, symmetric, residuals.get(module))
     _drop_unused_biases(config, tensors, modules)
-    return model_of(folder, "gptq", config, tensors, notes=(*notes, *more))
+    if other:
+        own = f"{folder / ADAPTER_CONFIG} is an adapter of its own; it is not part of the model as it is read here"
+        notes = (*notes, own)
+    return replace(model_of(folder, "gptq", config, tensors, notes=notes), beside=folder if other else None)
 
 
 def _settings(folder: Path, config: object) -> _Settings:
