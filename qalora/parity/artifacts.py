@@ -22,6 +22,7 @@ __all__ = [
     "accuracy_level",
     "has_head_in_words",
     "is_symmetric",
+    "may_run",
     "memory_needed",
     "open_artifact",
     "recognize",
@@ -42,6 +43,10 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
 
 GENERATORS: dict[str, tuple[str, ...]] = {"onnx": ("onnxruntime-genai",)}
 """Runtimes that generate from a kind too, and are used where they are installed; nothing is unproven without them."""
+
+_CUDA, _SLOW = "onnxruntime-cuda", "onnx.reference"
+ALSO: dict[str, tuple[str, ...]] = {"onnx": (_CUDA, _SLOW)}
+"""Runtimes that an artefact of a kind is proven in too, where there is a device for it, or where it is small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,16 +171,24 @@ def runtimes_of(artifact: Artifact) -> tuple[str, ...]:
     """The runtimes that an artefact is proven in: those of its kind, CUDA where there is a device, and, for a small
     graph of standard operators, onnx.reference.
     """
-    kinds = RUNTIMES[artifact.kind]
-    if artifact.kind != "onnx":
-        return kinds
-    import torch
-
     from qalora.parity.runtimes.onnx_reference import LARGEST
 
-    kinds += ("onnxruntime-cuda",) if torch.cuda.is_available() else ()
-    small = _weight_bytes(artifact) <= LARGEST
-    return (*kinds, "onnx.reference") if small and _is_standard(artifact.path) else kinds
+    also = [kind for kind in ALSO.get(artifact.kind, ()) if kind != _CUDA or _has_cuda()]
+    if _SLOW in also and not (_weight_bytes(artifact) <= LARGEST and _is_standard(artifact.path)):
+        also.remove(_SLOW)
+    return (*RUNTIMES[artifact.kind], *also)
+
+
+def may_run(kind: str) -> tuple[str, ...]:
+    """Every runtime that an artefact of a kind may be run in here, whatever it is like; none of a kind that is none."""
+    also = [one for one in ALSO.get(kind, ()) if one != _CUDA or _has_cuda()]
+    return (*RUNTIMES.get(kind, ()), *also, *GENERATORS.get(kind, ()))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _is_standard(path: Path) -> bool:

@@ -1,16 +1,17 @@
 """The long steps of a release with results of earlier runs: the export of each target, and the verification of all.
 
 An export is known by what it is made of: the files of model and adapter, the options that concern its target, and what
-it says of its origin. A verification by the artefacts' bytes, its own options, and the versions of the runtimes. Only a
-report without a failed or unproven gate is kept. Artefacts are copied into the release and not linked: onnx refuses to
-load data from a file that has a second link, as one that could lead elsewhere.
+it says of its origin. A verification by the artefacts' bytes, its own options, the runtimes that may run here, and the
+versions of all that these are made of, as `qalora.parity.runtimes` records it. Only a report without a failed or
+unproven gate is kept. Artefacts are copied into the release and not linked: onnx refuses to load data from a file that
+has a second link, as one that could lead elsewhere.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from qalora.converters.exports import ExportJob, run_jobs
 from qalora.converters.plan import Progress
 from qalora.formats.output import new_file
+from qalora.parity.artifacts import may_run
+from qalora.parity.runtimes import RUNTIMES
 from qalora.release.kept_report import kept_report, report_bytes
 from qalora.release.options import EXPORT_KEYS
 from qalora.release.package import ReleasePlan, Stage, Steps, prove
@@ -26,24 +29,7 @@ from qalora.release.steps import MAKERS, Result, Step, Store, versions
 if TYPE_CHECKING:
     from qalora.parity import ParityReport
 
-__all__ = ["RUNTIMES", "CachedSteps", "Notice", "export_step", "proof_step"]
-
-RUNTIMES = (
-    *MAKERS,
-    "accelerate",
-    "gptqmodel",
-    "hqq",
-    "mlx",
-    "mlx-lm",
-    "onnxruntime",
-    "onnxruntime-genai",
-    "onnxruntime-genai-cuda",
-    "onnxruntime-gpu",
-    "optimum",
-    "peft",
-    "xllamacpp",
-)
-"""Libraries whose version may decide what a verification finds."""
+__all__ = ["CachedSteps", "Notice", "export_step", "proof_step", "proof_versions"]
 
 ONE_TARGETS = {
     "gptq_form": "gptq",
@@ -69,7 +55,15 @@ def proof_step(options: Mapping[str, Any], inputs: Mapping[str, str | None]) -> 
     """The verification of all artefacts."""
     keys = ("convention", "dynamic_int8", "generate", "level", "max_tokens", "memory", "minima", "prompts", "text")
     chosen = {key: options[key] for key in (*keys, "threads")}
-    return Step(kind="verify", name="report.json", options=chosen, inputs=inputs, libraries=versions(RUNTIMES))
+    chosen["runtimes"] = {target: may_run(target) for target in options["targets"]}
+    libraries = proof_versions(options["targets"])
+    return Step(kind="verify", name="report.json", options=chosen, inputs=inputs, libraries=libraries)
+
+
+def proof_versions(targets: Iterable[str]) -> dict[str, str]:
+    """The versions that may decide what a verification of these targets' artefacts finds."""
+    kinds = {kind for target in targets for kind in may_run(target)}
+    return versions({*MAKERS, *(name for kind in kinds for name in RUNTIMES[kind].imports)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@
          <step>/<key>/<name>    a result, a file or folder, which appears by a rename, whole
          <step>/<key>.json      {"schema", "files": {path: SHA-256}, "seconds"}, written when the result is there
 
-A key is the SHA-256 of a step's name, its options, the digests of its inputs, and versions. A result is only taken
+A key is the SHA-256 of a step's name, its options, the digests of its inputs, and versions: of every package that holds
+a library of the step, and of what those require. A result is only taken
 again if its files have the digests that were written down; otherwise it is made again. What no recipe's last run used
 is removed at the end of a run. Only folders that this module made are ever removed: WORK has to be empty, absent, or
 bear the mark of an earlier run, and nothing is followed out of it.
@@ -17,14 +18,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,28 @@ FILES = 100_000
 FRESH = 2.0
 """Seconds: a file that changed so recently may change again within the tick of its clock, and is not remembered."""
 
-MAKERS = ("gguf", "numpy", "onnx", "safetensors", "tokenizers", "torch", "transformers")
+MAKERS = ("gguf", "jinja2", "numpy", "onnx", "safetensors", "tokenizers", "torch", "transformers")
 """Libraries whose version may decide the bytes of a result."""
 
 
-def versions(names: Collection[str]) -> dict[str, str]:
-    """Of qalora and of those libraries that are installed."""
-    found = {name: _version(name) for name in names}
-    return {"qalora": __version__, **{name: told for name, told in found.items() if told is not None}}
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Of Python, which brings texts of its own, of qalora, of the packages that hold these top-level modules, and of
+    all that they require, as far as it is installed.
+    """
+    found = {"python": platform.python_version(), "qalora": __version__}
+    left = [name for library in libraries for name in _packages().get(library, ())]
+    while left:
+        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
+        if name not in found and (told := _version(name)) is not None:
+            found[name] = told
+            left += _required(name)
+    return found
+
+
+@cache
+def _packages() -> Mapping[str, list[str]]:
+    """The installed packages by the top-level modules that they hold."""
+    return packages_distributions()
 
 
 @cache
@@ -60,6 +76,14 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def _required(name: str) -> list[str]:
+    """The packages that an installed one requires on any system, without its extras."""
+    lines = [line.partition(";") for line in requires(name) or ()]
+    kept = [need for need, _, marker in lines if not re.search(r"\bextra\b", marker)]
+    return [match[0] for need in kept if (match := re.match(r"[\w.-]+", need))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

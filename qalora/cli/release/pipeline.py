@@ -24,7 +24,7 @@ from qalora.cli.release import make
 from qalora.cli.release.schema import LEFT_OUT, arguments
 from qalora.errors import InputError
 from qalora.formats.gguf_split import split_files
-from qalora.release.cached import RUNTIMES, CachedSteps, export_step, proof_step
+from qalora.release.cached import CachedSteps, export_step, proof_step, proof_versions
 from qalora.release.checksums import SUMS
 from qalora.release.recipe import Source
 from qalora.release.steps import MAKERS, Result, Step, Store, versions
@@ -306,7 +306,8 @@ class Pipeline:
         params = make.command.make_context("release", words, parent=self.context).params
         options = {**self._portable(make.command, params), "time": os.environ.get("SOURCE_DATE_EPOCH")}
         inputs = self._inputs(model, adapter)
-        return Step(kind="release", name="release", options=options, inputs=inputs, libraries=versions(RUNTIMES))
+        libraries = proof_versions(params["targets"])
+        return Step(kind="release", name="release", options=options, inputs=inputs, libraries=libraries)
 
     def _release_options(self) -> tuple[ReleaseOptions, dict[str, Any]]:
         """The release's options as its command reads them, and {"memory"}."""

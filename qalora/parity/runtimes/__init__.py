@@ -6,6 +6,7 @@ A runtime that is not installed is a MissingLibraryError with the command that i
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,26 +14,65 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from qalora.errors import InputError
+from qalora.errors import InputError, MissingLibraryError
 
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "RuntimeParts", "check_libraries", "open_runtime"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeParts:
+    """What a runtime is made of.
+
+    module   of this package, with a function `open_artifact(path, threads)`
+    imports  the top-level modules that it imports, which hold its kernels: their packages, and what these require, are
+             what a proof depends on
+    purpose  what it is for, and extra: which of ours brings it; for the sentence where it is not installed
+    """
+
+    module: str
+    imports: tuple[str, ...]
+    purpose: str = ""
+    extra: str = "runtimes"
+
+
+_HERE = "qalora.parity.runtimes"
+_ONNX = "running an ONNX artefact"
 
 RUNTIMES = {
-    "torch": "qalora.parity.runtimes.torch",
-    "transformers": "qalora.parity.runtimes.plain",
-    "llama.cpp": "qalora.parity.runtimes.llamacpp",
-    "onnxruntime": "qalora.parity.runtimes.onnxruntime",
-    "onnxruntime-cuda": "qalora.parity.runtimes.onnxruntime_cuda",
-    "onnx.reference": "qalora.parity.runtimes.onnx_reference",
-    "onnxruntime-genai": "qalora.parity.runtimes.genai",
-    "gptqmodel": "qalora.parity.runtimes.gptqmodel",
-    "mlx": "qalora.parity.runtimes.mlx",
-    "hqq": "qalora.parity.runtimes.hqq",
+    "torch": RuntimeParts(module=f"{_HERE}.torch", imports=("torch", "transformers")),
+    "transformers": RuntimeParts(module=f"{_HERE}.plain", imports=("torch", "transformers")),
+    "llama.cpp": RuntimeParts(
+        module=f"{_HERE}.llamacpp",
+        imports=("xllamacpp", "llama_cpp"),  # one of them
+        purpose="running a GGUF artefact",
+        extra="llama-cpp",
+    ),
+    "onnxruntime": RuntimeParts(module=f"{_HERE}.onnxruntime", imports=("onnxruntime", "onnx"), purpose=_ONNX),
+    "onnxruntime-cuda": RuntimeParts(
+        module=f"{_HERE}.onnxruntime_cuda", imports=("onnxruntime", "onnx"), purpose=f"{_ONNX} on CUDA"
+    ),
+    "onnx.reference": RuntimeParts(module=f"{_HERE}.onnx_reference", imports=("onnx",)),
+    "onnxruntime-genai": RuntimeParts(
+        module=f"{_HERE}.genai",
+        imports=("onnxruntime_genai", "onnxruntime"),
+        purpose="generating with an ONNX artefact",
+        extra="genai",
+    ),
+    "gptqmodel": RuntimeParts(
+        module=f"{_HERE}.gptqmodel",
+        imports=("gptqmodel", "optimum", "peft", "transformers"),
+        purpose="running a GPTQ artefact",
+        extra="gptq",
+    ),
+    "mlx": RuntimeParts(
+        module=f"{_HERE}.mlx", imports=("mlx_lm", "mlx"), purpose="running an MLX artefact", extra="mlx"
+    ),
+    "hqq": RuntimeParts(module=f"{_HERE}.hqq", imports=("hqq",), purpose="running an HQQ artefact", extra="hqq"),
 }
-"""Each runtime and the module that opens artefacts in it, with a function `open_artifact(path, threads)`."""
+"""Each runtime by the name that reports give it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +121,14 @@ def open_runtime(
     """
     if kind not in RUNTIMES:
         raise InputError("runtime", expected=f"one of {', '.join(RUNTIMES)}", got=repr(kind))
-    module: Any = importlib.import_module(RUNTIMES[kind])
+    module: Any = importlib.import_module(RUNTIMES[kind].module)
     runtime: Runtime = module.open_artifact(path, threads, **({} if lora is None else {"lora": lora}))
     return runtime
+
+
+def check_libraries(kind: str) -> None:
+    """MissingLibraryError for the first module that a runtime of RUNTIMES imports and that is not installed."""
+    parts = RUNTIMES[kind]
+    for name in parts.imports:
+        if importlib.util.find_spec(name) is None:
+            raise MissingLibraryError(name.replace("_", "-"), parts.purpose, parts.extra)

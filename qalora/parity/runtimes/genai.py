@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
-from qalora.errors import FormatError, MissingLibraryError
-from qalora.parity.runtimes import RuntimeInfo
+from qalora.errors import FormatError
+from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.onnxruntime import check_installed
 
 __all__ = ["open_artifact"]
@@ -96,8 +95,7 @@ class GenaiRuntime:
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> GenaiRuntime:
     """Open a folder; MissingLibraryError if onnxruntime-genai is not installed. It chooses its own threads."""
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        raise MissingLibraryError("onnxruntime-genai", "generating with an ONNX artefact", "genai")
+    check_libraries("onnxruntime-genai")
     check_installed()
     if not isinstance(path, Path):
         raise FormatError("onnxruntime-genai", expected="a folder", got="a model in memory")

@@ -12,7 +12,6 @@ where memory allows, asked by its own switch to keep what it dequantized: every 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,10 +24,10 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint
-from qalora.errors import FormatError, MissingLibraryError
+from qalora.errors import FormatError
 from qalora.parity.artifacts import has_head_in_words
 from qalora.parity.memory import available_memory
-from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.torch import ModuleRuntime
 
 __all__ = ["open_artifact"]
@@ -40,9 +39,7 @@ KEEP = "GPTQ_TORCH_CACHE_WEIGHTS"
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime:
     """Open a GPTQ folder in float32; MissingLibraryError if gptqmodel, optimum or peft is not installed."""
-    for library in ("gptqmodel", "optimum", "peft"):
-        if importlib.util.find_spec(library) is None:
-            raise MissingLibraryError(library, "running a GPTQ artefact", "gptq")
+    check_libraries("gptqmodel")
     if not isinstance(path, Path):
         raise FormatError("gptqmodel", expected="a GPTQ folder", got="a model in memory")
     if threads is not None:

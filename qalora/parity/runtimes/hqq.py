@@ -7,7 +7,6 @@ multiplies: what is left is float32's own rounding.
 
 from __future__ import annotations
 
-import importlib.util
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import load
 from qalora.converters.huggingface import stored_tensors
 from qalora.converters.torch_module import build, float_linear
-from qalora.errors import FormatError, MissingLibraryError
+from qalora.errors import FormatError
 from qalora.formats.files import InputFile
 from qalora.formats.safetensors import read_tensor
-from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.torch import ModuleRuntime
 
 __all__ = ["open_artifact"]
@@ -30,8 +29,7 @@ __all__ = ["open_artifact"]
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime:
     """Open an HQQ folder; MissingLibraryError if hqq is not installed."""
-    if importlib.util.find_spec("hqq") is None:
-        raise MissingLibraryError("hqq", "running an HQQ artefact", "hqq")
+    check_libraries("hqq")
     if not isinstance(path, Path):
         raise FormatError("hqq", expected="a folder", got="a model in memory")
     if threads is not None:

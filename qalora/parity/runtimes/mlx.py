@@ -8,7 +8,6 @@ is a running sum, one column after the other (mlx 0.32.4: bit for bit), whose er
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
-from qalora.errors import FormatError, MissingLibraryError
-from qalora.parity.runtimes import RuntimeInfo
+from qalora.errors import FormatError
+from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.padding import pad, unpad
 
 __all__ = ["open_artifact"]
@@ -131,9 +130,7 @@ class _Recorder:
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> MlxRuntime:
     """Open a folder; MissingLibraryError if mlx-lm or mlx is not installed. The threads are MLX's own matter."""
-    for library, name in (("mlx_lm", "mlx-lm"), ("mlx", "mlx")):
-        if importlib.util.find_spec(library) is None:
-            raise MissingLibraryError(name, "running an MLX artefact", "mlx")
+    check_libraries("mlx")
     if not isinstance(path, Path):
         raise FormatError("mlx-lm", expected="a folder", got="a model in memory")
     return MlxRuntime(path)
