@@ -33,6 +33,7 @@ from qalora.parity.metrics import lost
 from qalora.parity.reference import Forward
 from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport
 from qalora.parity.running import Runner
+from qalora.parity.runtimes.kept import settings_kept
 from qalora.parity.text import make_work
 from qalora.parity.weights import compare_weights
 
@@ -113,13 +114,13 @@ def verify(
         reports: list[ArtifactReport] = []
         for (artifact, checkpoint), report in zip(opened, weights, strict=True):
             share.stage(f"running {artifact.name}")
-            with _threads_kept():
+            with _threads_kept(), settings_kept():
                 able = runner.for_integers(checkpoint, Path(folder) / str(len(reports)))
                 reports.append(replace(report, runs=able.runs(artifact, report.holds, report.weights)))
         comparison = None
         if dynamic_int8:
             share.stage("running dynamic INT8")
-            with _threads_kept():
+            with _threads_kept(), settings_kept():
                 comparison = runner.dynamic_int8()
         return replace(_report(job, level, reports, gates, bench), reference_runs=own, comparison=comparison)
 

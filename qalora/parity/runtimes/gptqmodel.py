@@ -28,6 +28,7 @@ from qalora.errors import FormatError
 from qalora.parity.artifacts import has_head_in_words
 from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
+from qalora.parity.runtimes.kept import quiet
 from qalora.parity.runtimes.torch import ModuleRuntime
 
 __all__ = ["open_artifact"]
@@ -70,17 +71,14 @@ def _kept(keep: bool) -> Iterator[None]:
 
 def _load(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
-    from transformers.utils import logging as transformers_logging
 
     from qalora.converters.huggingface import read_config
 
     stored = read_config(folder).get("quantization_config") or {}
     bits = stored.get("bits")
     head = {"block_name_to_quantize": ""} if has_head_in_words(folder) else {}
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     keep = _dequantized_bytes(folder, bits) < available_memory() // 2
-    with _kept(keep), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    with _kept(keep), quiet(), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")  # and it prints banners
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
