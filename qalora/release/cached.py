@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qalora.converters.exports import ExportJob, run_jobs
 from qalora.converters.plan import Progress
 from qalora.formats.output import new_file
+from qalora.parity.artifacts import RUNTIMES as OF_ARTIFACTS
 from qalora.parity.artifacts import may_run
 from qalora.parity.runtimes import RUNTIMES
 from qalora.release.kept_report import kept_report, report_bytes
@@ -61,8 +62,11 @@ def proof_step(options: Mapping[str, Any], inputs: Mapping[str, str | None]) -> 
 
 
 def proof_versions(targets: Iterable[str]) -> dict[str, str]:
-    """The versions that may decide what a verification of these targets' artefacts finds."""
+    """The versions that may decide what a verification of these targets' artefacts finds; the base, which runs in its
+    own runtime too, may be of any format.
+    """
     kinds = {kind for target in targets for kind in may_run(target)}
+    kinds |= {kind for kinds_of in OF_ARTIFACTS.values() for kind in kinds_of}
     return versions({*MAKERS, *(name for kind in kinds for name in RUNTIMES[kind].imports)})
 
 

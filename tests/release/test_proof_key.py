@@ -119,5 +119,9 @@ def test_what_runs_is_in_the_key_of_each_target() -> None:
     for target in ("gptq", "gguf", "onnx", "mlx", "hqq", "qalora"):
         found = proof_versions([target])
         assert {"torch", "transformers", "numpy", "qalora", "python"} <= set(found)
-    assert "mlx" not in proof_versions(["gguf"])
-    assert "xllamacpp" in proof_versions(["gguf", "onnx"])
+    assert "onnxruntime-genai-cuda" not in proof_versions(["gguf"])
+    assert "onnxruntime-genai-cuda" in proof_versions(["gguf", "onnx"])
+
+
+def test_the_base_may_be_of_any_format_and_runs_too() -> None:
+    assert {"mlx", "xllamacpp", "gptqmodel", "hqq"} <= set(proof_versions(["onnx"]))

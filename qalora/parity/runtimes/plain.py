@@ -6,6 +6,8 @@ is asked for its eager attention, the only one that has every family's soft caps
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ import transformers
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo
-from qalora.parity.runtimes.quiet import quiet_transformers
+from qalora.parity.runtimes.kept import quiet
 from qalora.parity.runtimes.torch import ModuleRuntime
 
 __all__ = ["open_artifact"]
@@ -26,7 +28,7 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         raise FormatError("transformers", expected="a folder", got="a model in memory")
     if threads is not None:
         torch.set_num_threads(threads)
-    with quiet_transformers():
+    with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         try:
             module = transformers.AutoModelForCausalLM.from_pretrained(
                 path,
