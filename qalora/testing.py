@@ -10,15 +10,21 @@ from typing import Any, Literal
 import torch
 
 from qalora.adapter import Adapter, AdapterLayer, Convention, convention_factor
+from qalora.chat_layouts import CHAT_LAYOUTS, ChatLayout, chat_layout
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.families import FAMILIES
 from qalora.demo import demo_text
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
 
 __all__ = [
+    "CHAT_LAYOUTS",
+    "ChatLayout",
     "assert_parity",
     "assert_same_model",
     "assert_same_tensor",
     "byte_tokenizer",
+    "chat_layout",
+    "chat_model",
     "lazily",
     "random_adapter",
     "random_model",
@@ -288,3 +294,33 @@ def tiny_model(
 def tiny_llama(folder: Path, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None) -> Path:
     """A tiny random Llama, as `tiny_model` makes it."""
     return tiny_model(folder, "llama", seed=seed, tokenizer=tokenizer, config=config)
+
+
+def chat_model(folder: Path, layout: ChatLayout | str, *, says: str | None = None, seed: int = 0) -> Path:
+    """Write a tiny random model with all that stands around it in a chat layout, given or by its name.
+
+    says  the text of the token that is always the next one, whatever came before, by far
+    """
+    from safetensors.torch import load_file, save_file
+
+    made = chat_layout(layout) if isinstance(layout, str) else layout
+    tiny_model(folder, made.family, seed=seed, tokenizer=made.tokenizer, config=made.config)
+    made.write_generation(folder)
+    if says is not None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        _always(tensors, made.token(says), plus_one=FAMILIES[made.family].adds_one("model.norm.weight"))
+        save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def _always(tensors: dict[str, torch.Tensor], token: int, *, plus_one: bool) -> None:
+    """Make a tied model say one token: of a hidden state its first element alone counts, which no layer changes."""
+    for name, values in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            values[0] = 0
+    embedding, norm = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
+    embedding[:, 0] = 1
+    embedding[token, 0] = 4
+    norm.fill_(-1.0 if plus_one else 0.0)
+    norm[0] += 1

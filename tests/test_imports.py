@@ -13,7 +13,7 @@ ROOT = Path(qalora.__file__).parent
 
 FLOORS = [
     {"cli", "__main__"},
-    {"release", "demo", "inspection", "testing"},
+    {"release", "demo", "inspection", "testing", "chat_layouts"},
     {"parity"},
     {"calibration", "integrations", "training"},
     {"converters"},
