@@ -387,7 +387,7 @@ def _way(cut: str) -> tuple[Any, Any, Any]:
 @cache
 def _learned(*, pieces: bool) -> tuple[Sequence[str], Sequence[Any]]:
     """Tokens in their order, and joins: of characters with bytes to fall back to, or of bytes."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     text = demo_text()[:20_000]
     if not pieces:
@@ -397,7 +397,7 @@ def _learned(*, pieces: bool) -> tuple[Sequence[str], Sequence[Any]]:
         trainer = trainers.BpeTrainer(vocab_size=WORDS, initial_alphabet=alphabet, show_progress=False)
     else:
         made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+        made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
         single = [f"<0x{n:02X}>" for n in range(256)]
         size = 256 + WORDS // 2
         trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=single, max_token_length=12, show_progress=False)
