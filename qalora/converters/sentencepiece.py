@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from qalora.formats.gguf import Value, ValueType
 
-__all__ = ["normalizer_of", "sentencepiece_entries", "space_prefix"]
+__all__ = ["Spaces", "normalizer_of", "sentencepiece_entries", "spaces_of"]
 
 SPACE = "\u2581"
 UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
@@ -27,23 +27,30 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def space_prefix(content: Mapping[str, Any]) -> bool | None:
-    """Whether a text is begun with a space; None for a tokenizer that did not come from SentencePiece."""
+Spaces = Literal["each", "each without", "first", "never"]
+"""Where a tokenizer puts a space: before each part of a text between added tokens (in front of another space too, or
+not), before the first part alone, or nowhere. llama.cpp has "each" and "never".
+"""
+
+
+def spaces_of(content: Mapping[str, Any]) -> Spaces | None:
+    """What tokenizer.json says of it; None for a tokenizer that did not come from SentencePiece."""
     model, normalizer, cutting = content["model"], content.get("normalizer"), content.get("pre_tokenizer")
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         return None
     if normalizer == {"type": "Sequence", "normalizers": [_PREPEND, _REPLACE]} and cutting is None:
-        return True
+        return "each"
     if normalizer == _REPLACE and (cutting is None or cutting.get("pattern") == {"String": " "}):
-        return False
+        return "never"
     if normalizer is None and cutting is not None and cutting.get("type") == "Metaspace":
         whole = cutting.get("split") is False and cutting.get("replacement") == SPACE
-        return cutting.get("prepend_scheme") != "never" if whole else None
+        schemes: dict[object, Spaces] = {"always": "each without", "first": "first", "never": "never"}
+        return schemes.get(cutting.get("prepend_scheme")) if whole else None
     return None
 
 
 def normalizer_of(*, prefix: bool) -> dict[str, Any]:
-    """tokenizer.json's normalizer, with no pre_tokenizer beside it: the inverse of `space_prefix`."""
+    """tokenizer.json's normalizer, with no pre_tokenizer beside it, for "each" or "never"."""
     return {"type": "Sequence", "normalizers": [_PREPEND, _REPLACE]} if prefix else _REPLACE
 
 

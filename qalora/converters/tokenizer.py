@@ -1,9 +1,9 @@
 """Tokenizers between the ecosystems: Hugging Face's files, and the metadata of GGUF.
 
-Byte-level BPE here, and what came from SentencePiece in `qalora.converters.sentencepiece`. What llama.cpp calls
-`tokenizer.ggml.pre` names the rule that cuts text before merging; PRE holds the rules known here, as the list of steps
-that tokenizer.json has for them, and anything else is refused: a wrong rule gives other tokens without a word.
-(transformers' own conversion drops SmolLM's rule that digits stand alone.) Chat templates are carried as text and never
+Byte-level BPE here, and what came from SentencePiece in `qalora.converters.sentencepiece`. The rules that cut text are
+in `qalora.converters.cutting`, those of added tokens in `qalora.converters.added_tokens`; what is not known there is
+refused: a wrong rule gives other tokens without a word. What a model's files mean is asked of transformers, whose
+classes follow tokenizer_config.json where it differs from tokenizer.json. Chat templates are carried as text and never
 rendered here.
 """
 
@@ -15,14 +15,15 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.huggingface import TEMPLATES, companion_files
-from qalora.converters.sentencepiece import normalizer_of, sentencepiece_entries, space_prefix
+from qalora.converters.added_tokens import check_added, listed_added, name_in_gguf, strips
+from qalora.converters.cutting import CUTS, Cut, cut_named, name_of
+from qalora.converters.huggingface import TEMPLATES
+from qalora.converters.sentencepiece import Spaces, normalizer_of, sentencepiece_entries, spaces_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import read_limited
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
@@ -30,6 +31,7 @@ from qalora.formats.json_text import read_json_object
 from qalora.formats.output import write_json
 
 __all__ = [
+    "UnknownCutError",
     "converted_files",
     "gguf_tokenizer",
     "has_tokenizer",
@@ -43,6 +45,9 @@ TOKENIZER_LIMIT = 256 << 20
 TWO_FILES = ("vocab.json", "merges.txt")
 """A byte-level BPE as transformers' own classes kept it before tokenizer.json."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", TWO_FILES[0])
+"""A folder with a tokenizer has one of these."""
+
 KEPT = 2
 """Conversions of GGUF metadata that are kept, the latest: that of a reference, and that of another artefact."""
 
@@ -50,25 +55,9 @@ DEFAULT_TEMPLATE = "chat_template.jinja"
 TEMPLATE_KEY = "tokenizer.chat_template"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-
-def _byte_level(*, use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _split(regex: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-PRE: dict[str, list[dict[str, Any]]] = {
-    "gpt-2": [_byte_level(use_regex=True)],
-    "smollm": [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
-    "llama-bpe": [_split(_CONTRACTIONS + r"\p{N}{1,3}" + _REST), _byte_level(use_regex=False)],
-    "qwen2": [_split(_CONTRACTIONS + r"\p{N}" + _REST), _byte_level(use_regex=False)],
-}
-"""tokenizer.ggml.pre, and the steps of tokenizer.json's pre_tokenizer. Source: llama.cpp, src/llama-vocab.cpp."""
+class UnknownCutError(FormatError):
+    """A GGUF file whose rule for cutting text is not known here: its tokenizer is carried, and never converted."""
 
 
 def has_tokenizer(model: Checkpoint) -> bool:
@@ -99,6 +88,13 @@ def converted_files(model: Checkpoint) -> list[str]:
     """The names of the files that `write_tokenizer` makes from GGUF metadata; none where the model has files."""
     if model.gguf is None or not has_tokenizer(model) or _has_files(model):
         return []
+    if _cut_of(model.gguf) is None and not _is_spm(model.gguf):
+        raise UnknownCutError(
+            f"{model.path}: tokenizer.ggml.pre",
+            expected=f"a rule for cutting text that is known here: {', '.join(CUTS)}",
+            got=repr(model.gguf.get("tokenizer.ggml.pre"))[:80],
+            todo="put the tokenizer.json of the original model beside a folder of it, or export to gguf",
+        )
     templates = _templates_of(model.gguf)
     names = [DEFAULT_TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja" for name in templates]
     return ["tokenizer.json", "tokenizer_config.json", *names]
@@ -150,11 +146,11 @@ def _write_converted(model: Checkpoint, folder: Path) -> None:
     """Write the files that GGUF metadata is converted to; once converted, the same tokenizer is not converted again."""
     if model.gguf is None:
         raise TypeError("a model without GGUF metadata")
-    metadata = tokenizer_part(model.gguf)
+    metadata, stripping = tokenizer_part(model.gguf), strips(model.gguf.get("general.name"))
     known = {"general.architecture": Value.text("llama")}  # transformers wants one, and refuses some
     source = metadata_bytes(metadata.with_entries(known))
-    key = hashlib.sha256(source).digest()
-    files = _conversions.pop(key, None) or _conversion(model, metadata, source)
+    key = hashlib.sha256(source + bytes([stripping])).digest()
+    files = _conversions.pop(key, None) or _conversion(model, metadata, source, stripping=stripping)
     _conversions[key] = files
     for oldest in list(_conversions)[:-KEPT]:
         _conversions.pop(oldest, None)
@@ -163,8 +159,9 @@ def _write_converted(model: Checkpoint, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def _conversion(model: Checkpoint, metadata: Metadata, source: bytes) -> dict[str, bytes]:
-    """transformers' conversion of GGUF metadata (`source` as a file), with the rule that tokenizer.ggml.pre names.
+def _conversion(model: Checkpoint, metadata: Metadata, source: bytes, *, stripping: bool) -> dict[str, bytes]:
+    """transformers' conversion of GGUF metadata (`source` as a file), with llama.cpp's rules for cutting text, for what
+    stands around it, and for added tokens.
 
     By the class that AutoTokenizer chooses, which would first read the file in pure Python for a config.
     """
@@ -182,7 +179,7 @@ def _conversion(model: Checkpoint, metadata: Metadata, source: bytes) -> dict[st
         templates = _templates_of(metadata)
         tokenizer.chat_template = templates if set(templates) - {"default"} else templates.get("default")
         tokenizer.save_pretrained(place)
-        _tidy(Path(place), metadata)
+        _tidy(Path(place), metadata, stripping=stripping)
         return {name: (Path(place) / name).read_bytes() for name in converted_files(model)}
 
 
@@ -196,86 +193,117 @@ def _templates_of(metadata: Metadata) -> dict[str, str]:
     return {name: text for name, text in found.items() if name and isinstance(text, str)}
 
 
-def _tidy(folder: Path, metadata: Metadata) -> None:
+def _is_spm(metadata: Metadata) -> bool:
+    return bool(metadata.get("tokenizer.ggml.model") == "llama")
+
+
+def _cut_of(metadata: Metadata) -> Cut | None:
+    return cut_named(metadata.get("tokenizer.ggml.pre"))
+
+
+def _tidy(folder: Path, metadata: Metadata, *, stripping: bool) -> None:
+    """Write over what transformers' conversion leaves out of llama.cpp's rules."""
+    cut, spm = _cut_of(metadata), _is_spm(metadata)
+    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", spm or (cut is not None and cut.begins)))
+    ends = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     for key in ("is_local", "local_files_only"):
         config.pop(key, None)
-    config["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
-    write_json(folder / "tokenizer_config.json", config)
-    steps = PRE.get(str(metadata.get("tokenizer.ggml.pre")))
-    spm = metadata.get("tokenizer.ggml.model") == "llama"
-    if steps is not None or spm:
-        path = folder / "tokenizer.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if spm:
-            prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-            content["normalizer"], content["pre_tokenizer"] = normalizer_of(prefix=prefix), None
-        elif steps is not None:
-            content["pre_tokenizer"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {**config, "add_bos_token": begins, "add_eos_token": ends})
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"] = listed_added(metadata, (), stripping=stripping)
+    if spm:
+        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        content["normalizer"], content["pre_tokenizer"] = normalizer_of(prefix=prefix), None
+    elif cut is not None:
+        content["normalizer"], content["pre_tokenizer"] = None, cut.pre_tokenizer
+        content["model"]["ignore_merges"] = cut.ignore_merges
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def gguf_tokenizer(model: Checkpoint) -> dict[str, Value]:
-    """GGUF's tokenizer metadata from a model's tokenizer.json, or from vocab.json and merges.txt by transformers'
-    conversion; without a tokenizer, model "none".
+def gguf_tokenizer(model: Checkpoint, name: str | None = None) -> dict[str, Value]:
+    """GGUF's tokenizer metadata of a model, from what transformers makes of its files; without a tokenizer, model
+    "none". general.name is among it: `name`, the model's own by default, or one by which llama.cpp does with white
+    space what the tokenizer does.
 
-    Raises InputError for a tokenizer that is no BPE, whose cutting rule is not in PRE, or that does to a text what
-    llama.cpp does not.
+    Raises InputError for a tokenizer that is no BPE, whose cutting rule llama.cpp has no name for, or that does to a
+    text what llama.cpp does not.
     """
-    if "tokenizer.json" not in model.files:
-        if not has_tokenizer(model):
-            return {"tokenizer.ggml.model": Value.text("none")}
-        if "tokenizer.model" in model.files:
-            raise InputError(
-                f"{model.path}: tokenizer.model", expected="tokenizer.json", todo="save the tokenizer as a fast one"
-            )
-        with tempfile.TemporaryDirectory() as place:
-            return gguf_tokenizer(_saved_again(model, Path(place)))
-    content = _read_json(model, "tokenizer.json")
-    try:
-        return _entries(model, content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise FormatError(f"{model.files['tokenizer.json']}", expected="a tokenizer", got=f"{error!r}") from error
-
-
-def _saved_again(model: Checkpoint, folder: Path) -> Checkpoint:
-    """The model with its tokenizer as transformers saves it, without what its class adds behind the last row."""
-    load_tokenizer(model).save_pretrained(folder)
-    made = replace(model, files=companion_files(folder))
-    if "tokenizer.json" not in made.files:
+    if not has_tokenizer(model):
+        return {"general.name": Value.text(name or model.path.name), "tokenizer.ggml.model": Value.text("none")}
+    if "tokenizer.model" in model.files and "tokenizer.json" not in model.files:
         raise InputError(
-            f"{model.path}: {' and '.join(TWO_FILES)}",
-            expected="a tokenizer that transformers saves as tokenizer.json",
-            got="another",
-            todo="put tokenizer.json beside its config.json",
+            f"{model.path}: tokenizer.model", expected="tokenizer.json", todo="save the tokenizer as a fast one"
         )
-    content, rows = _read_json(made, "tokenizer.json"), int(model.config["vocab_size"])
-    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if token["id"] < rows]
-    write_json(made.files["tokenizer.json"], content)
-    return made
+    settings = _read_json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
+    templates = _template_entries(model, settings)
+    tokenizer = load_tokenizer(model)
+    try:
+        entries = _entries(model, name or model.path.name, tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
+        return {**entries, **templates}
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise FormatError(f"{model.path}: its tokenizer", expected="a BPE", got=f"{error!r:.120}") from error
 
 
-def _entries(model: Checkpoint, content: Mapping[str, Any]) -> dict[str, Value]:
+def _entries(model: Checkpoint, name: str, tokenizer: Any, content: Mapping[str, Any]) -> dict[str, Value]:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if content["model"].get(key):
             got = repr(content["model"][key])[:80]
             raise InputError(f"{model.path}: tokenizer.json: {key}", expected="none, as in llama.cpp", got=got)
-    prefix = space_prefix(content)
-    added = content.get("added_tokens") or []
+    added = _added(model, content)
+    spaces = spaces_of(content)
+    stripping = check_added(str(model.path), added, prefixed=spaces == "each")
     tokens, types = _vocabulary(content["model"]["vocab"], added, int(model.config["vocab_size"]))
-    if prefix is None:
+    if spaces is None:
         entries = _bpe_entries(model, content, tokens, types)
     else:
         entries = sentencepiece_entries(content["model"], tokens, types)
-    settings = _read_json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
     for key, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        token = _special_id(model, settings, ours, tokens)
+        token = _special_id(model, tokenizer, ours, tokens)
         if token is not None:
             entries[f"{key}_token_id"] = Value.uint32(token)
-    entries["add_bos_token"] = Value(type=ValueType.BOOL, value=_adds_bos(model, entries))
-    entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=bool(prefix))
+    for key, adds in zip(("bos", "eos"), _around(model, tokenizer, entries), strict=True):
+        entries[f"add_{key}_token"] = Value(type=ValueType.BOOL, value=adds)
+    entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=_prefix(tokenizer, spaces))
     result = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
-    return {**result, **_template_entries(model, settings)}
+    named = {"general.name": Value.text(name_in_gguf(name, stripping=stripping))}
+    return {**named, **result}
+
+
+def _prefix(tokenizer: Any, spaces: Spaces | None) -> bool:
+    """llama.cpp's add_space_prefix. A tokenizer that puts a space before a text alone is taken as its chats need it,
+    which begin with an added token and have no spaces behind those; or as plain text does, where it has no chats.
+    """
+    return spaces in ("each", "each without") or (spaces == "first" and not tokenizer.chat_template)
+
+
+def _added(model: Checkpoint, content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The added tokens that the model's files name, or that it has a row for; transformers' classes add others, which
+    they need for themselves, behind the last row.
+    """
+    rows = int(model.config["vocab_size"])
+    own = _read_json(model, "tokenizer.json") if "tokenizer.json" in model.files else {}
+    named = {token["content"] for token in own.get("added_tokens") or []}
+    return [token for token in content.get("added_tokens") or [] if token["id"] < rows or token["content"] in named]
+
+
+def _around(model: Checkpoint, tokenizer: Any, entries: Mapping[str, Value]) -> tuple[bool, bool]:
+    """Whether the tokenizer puts BOS before a text, and EOS behind it; InputError where it puts anything else."""
+    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+    before, behind = whole[:at], whole[at + len(bare) :]
+    bos, eos = ([entries[key].value] if key in entries else None for key in ("bos_token_id", "eos_token_id"))
+    if before not in ([], bos) or behind not in ([], eos):
+        raise InputError(
+            f"{model.path}: its tokenizer",
+            expected="one that puts nothing around a text but BOS before it and EOS behind it, as llama.cpp does",
+            got=f"{before} before and {behind} behind",
+            todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+        )
+    return bool(before), bool(behind)
 
 
 def _bpe_entries(
@@ -292,16 +320,22 @@ def _bpe_entries(
 
 
 def _pre_of(model: Checkpoint, content: Mapping[str, Any]) -> str:
-    cutting = content["pre_tokenizer"] or {}
-    steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
+    flag = bool(content["model"].get("ignore_merges"))
     if content["model"].get("type") == "BPE":
-        for name, known in PRE.items():
-            if [_rule(step) for step in steps] == [_rule(step) for step in known]:
-                _check_normalizer(model, content.get("normalizer"))
-                return name
+        name = name_of(content["pre_tokenizer"], ignore_merges=flag)
+        if name is not None:
+            _check_normalizer(model, content.get("normalizer"))
+            return name
+        if name_of(content["pre_tokenizer"], ignore_merges=not flag) is not None:
+            raise InputError(
+                f"{model.path}: tokenizer.json: ignore_merges",
+                expected=f"{not flag}, as llama.cpp has it with this rule for cutting text".lower(),
+                got=str(flag).lower(),
+                todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+            )
     raise InputError(
         f"{model.path}: tokenizer.json: its rule for cutting text is none that llama.cpp is known to have here",
-        expected=f"byte-level BPE cut like {', '.join(PRE)}, or SentencePiece's",
+        expected=f"byte-level BPE cut like {', '.join(CUTS)}, or SentencePiece's",
         todo="start from a GGUF file of the base model, whose tokenizer is carried over",
     )
 
@@ -323,11 +357,6 @@ def _check_normalizer(model: Checkpoint, normalizer: Mapping[str, Any] | None) -
         )
 
 
-def _rule(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A step without what does not change the tokens."""
-    return {key: value for key, value in step.items() if key != "trim_offsets"}
-
-
 def _vocabulary(vocab: Mapping[str, int], added: list[Any], vocab_size: int) -> tuple[list[str], list[int]]:
     tokens = [f"[PAD{n}]" for n in range(vocab_size)]
     types = [UNUSED] * vocab_size
@@ -343,22 +372,12 @@ def _vocabulary(vocab: Mapping[str, int], added: list[Any], vocab_size: int) -> 
     return tokens, types
 
 
-def _special_id(model: Checkpoint, settings: Mapping[str, Any], kind: str, tokens: list[str]) -> int | None:
-    token = settings.get(f"{kind}_token")
-    name = token.get("content") if isinstance(token, dict) else token
+def _special_id(model: Checkpoint, tokenizer: Any, kind: str, tokens: list[str]) -> int | None:
+    name = getattr(tokenizer, f"{kind}_token")
     if isinstance(name, str) and name in tokens:
         return tokens.index(name)
     number = model.config.get(f"{kind}_token_id")
     return number if isinstance(number, int) and 0 <= number < len(tokens) else None
-
-
-def _adds_bos(model: Checkpoint, entries: Mapping[str, Value]) -> bool:
-    from tokenizers import Tokenizer
-
-    if "bos_token_id" not in entries:
-        return False
-    ids = Tokenizer.from_buffer(read_limited(model.files["tokenizer.json"], TOKENIZER_LIMIT)).encode("a").ids
-    return bool(ids) and ids[0] == entries["bos_token_id"].value
 
 
 def _template_entries(model: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Value]:
@@ -416,7 +435,8 @@ def _named(entry: object) -> tuple[Any, Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        return read_limited(path, TOKENIZER_LIMIT).decode("utf-8")
+        text = read_limited(path, TOKENIZER_LIMIT).decode("utf-8")
+        return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
     except UnicodeDecodeError as error:
         raise FormatError(str(path), expected="UTF-8 text", got=f"byte {error.object[error.start]:#x}") from error
 

@@ -18,7 +18,19 @@ from qalora.parity.metrics import LogitMetrics
 from qalora.parity.roundings import EXACT, Rounding
 from qalora.parity.weights import TensorDifference, WeightMetrics
 
-__all__ = ["GATES", "Evidence", "Gate", "GateResult", "Generation", "Noise", "Status", "judge", "refused", "unproven"]
+__all__ = [
+    "GATES",
+    "Evidence",
+    "Gate",
+    "GateResult",
+    "Generation",
+    "Noise",
+    "Status",
+    "TokenizerFindings",
+    "judge",
+    "refused",
+    "unproven",
+]
 
 Status = Literal["pass", "fail", "ambiguous", "not proven"]
 STATUSES: tuple[Status, ...] = ("pass", "ambiguous", "not proven", "fail")
@@ -85,6 +97,19 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFindings:
+    """What a tokenizer does otherwise, in sentences.
+
+    wrong   what is the artefact's fault
+    limits  what the runtime cannot do, whatever a file says: spaces where llama.cpp puts them, the rules that
+            onnxruntime-genai does not have
+    """
+
+    wrong: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """What is known of one artefact (weights) or one run of it (the rest); None where it was not asked for.
 
@@ -105,7 +130,7 @@ class Evidence:
     fold: FoldCheck | None = None
     weights: WeightMetrics | None = None
     beside: tuple[str, ...] | None = None
-    tokenizer: tuple[str, ...] | None = None
+    tokenizer: TokenizerFindings | None = None
     rounding: Rounding = EXACT
     logits: LogitMetrics | None = None
     modelled: LogitMetrics | None = None
@@ -191,6 +216,8 @@ def _status(gate: Gate, evidence: Evidence, value: float, bound: float) -> Statu
     good = value >= bound if gate.at_least else value <= bound
     if gate.name == "greedy" and not good:
         return "ambiguous" if all(map(_near_tie, evidence.generations)) else "fail"
+    if gate.name == "tokenizer" and not good:
+        return "fail" if evidence.tokenizer is None or evidence.tokenizer.wrong else "ambiguous"
     if (gate.name == "adapter" and good and bound > 0.5) or (gate.name == "steps" and not good):
         return "ambiguous"
     return "pass" if good else "fail"
@@ -251,7 +278,8 @@ def _steps(evidence: Evidence) -> tuple[float, float, str] | None:
 def _tokenizer(evidence: Evidence) -> tuple[float, float, str] | None:
     if evidence.tokenizer is None:
         return None
-    return float(len(evidence.tokenizer)), 0.0, _named(evidence.tokenizer)
+    found = (*evidence.tokenizer.wrong, *evidence.tokenizer.limits)
+    return float(len(found)), 0.0, _named(found)
 
 
 def _named(where: Sequence[str]) -> str:
@@ -414,7 +442,10 @@ GATES: tuple[Gate, ...] = (
     Gate(
         name="tokenizer",
         measure=_tokenizer,
-        derivation="the same ids for the same tokens, over a text and at its ends, and the same chat template",
+        derivation="the same ids for the same tokens, and the same tokens of a passage, of chats as the chat template "
+        "writes them and of each added token in a text, at a text's ends, and the same chat templates; where a "
+        "runtime's own tokenizer has another rule that no file can change (spaces in llama.cpp, plain text in "
+        "onnxruntime-genai): ambiguous, but for chats",
     ),
     Gate(
         name="adapter beside",

@@ -29,7 +29,7 @@ from qalora.parity.artifacts import (
     runtimes_of,
 )
 from qalora.parity.bench import Bench
-from qalora.parity.gates import Evidence, Generation, Noise, judge, refused, unproven
+from qalora.parity.gates import Evidence, Generation, Noise, TokenizerFindings, judge, refused, unproven
 from qalora.parity.job import FOLDED, Held, Job
 from qalora.parity.layerwise import LAYER_TOKENS, LayerError, compare_layers, first_fault
 from qalora.parity.memory import resident_memory
@@ -176,9 +176,8 @@ class Runner:
         window = spool.windows[0]
         stepwise, steps = _through_the_cache(runtime, window[:STEPS], passes.first)
         logits = summarize(passes.plain)
-        tokenize = getattr(runtime, "tokenize", None)
         evidence = Evidence(
-            tokenizer=None if tokenize is None else self.job.tokenizer.compare_runtime(tokenize),
+            tokenizer=self._tokenizer(runtime),
             rounding=rounding,
             logits=logits,
             modelled=None if passes.modelled is None else summarize(passes.modelled),
@@ -250,7 +249,11 @@ class Runner:
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(judged("runtime", str(error)),))
         with closing(runtime):
             made = self._generations(runtime, self.job.expected(held), max_logit)
-            return _run_report(kind, runtime.info, Evidence(generations=made))
+            return _run_report(kind, runtime.info, Evidence(generations=made, tokenizer=self._tokenizer(runtime)))
+
+    def _tokenizer(self, runtime: Runtime) -> TokenizerFindings | None:
+        """What the runtime's own tokenizer does otherwise; None where it has none, or the reference has none."""
+        return self.job.tokenizer.compare_runtime(runtime.words)
 
     def _generations(self, runtime: Runtime, expected: Forward, max_logit: float) -> tuple[Generation, ...]:
         if not self.generate:

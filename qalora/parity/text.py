@@ -77,6 +77,8 @@ def make_work(
     A model without a tokenizer (transformers' class, or None) and without `tokens` gets random ones, the same at every
     run; a text or prompt for it is refused. Raises InputError for tokens outside the vocabulary.
     """
+    from qalora.converters.tokenizer import has_tokenizer
+
     vocabulary = model.tensors["model.embed_tokens.weight"].shape[0]
     if tokenizer is None and (text is not None or prompts):
         raise InputError(f"{model.path}", expected="a tokenizer for the text", got="a model without one")
@@ -89,7 +91,8 @@ def make_work(
     else:
         rng = torch.Generator().manual_seed(0)
         chosen = torch.randint(0, vocabulary, (max_tokens,), generator=rng).tolist()
-        source = "random tokens, since the model has no tokenizer"
+        why = "its rule for cutting text is not known here" if has_tokenizer(model) else "the model has no tokenizer"
+        source = f"random tokens, since {why}"
     first = _first_token(model) if tokenizer is not None and tokens is None else ()
     longest = _longest(model)
     chosen = [int(token) for token in chosen[: max(1, max_tokens - len(first) * -(-max_tokens // longest))]]

@@ -1,10 +1,10 @@
 """Tokenizers compared: what an artefact's own makes of a text, against the reference's.
 
 Logits are compared over the same token ids, so that no tokenizer can hide a difference there; this is where one shows.
-Compared are the vocabularies, the ids of a passage with the cases that tokenizers part at (digits, contractions,
-indentation, other scripts), the special tokens, those that are put around a text, and the text of each chat template. A
-GGUF file's tokenizer is read from its metadata, and asked in llama.cpp too where that runs. What several artefacts
-bring is opened once.
+Compared are the vocabularies, the ids of the texts of `qalora.parity.tokenizer_texts` (a passage, chats, each added
+token), the special tokens, those that are put around a text, and the text of each chat template. A GGUF file's
+tokenizer is read from its metadata. Where an artefact runs, its runtime's own tokenizer gets the same texts. What
+several artefacts bring is opened once.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.tokenizer import has_tokenizer, load_tokenizer, template_name, tokenizer_part
+from qalora.converters.added_tokens import strips
+from qalora.converters.tokenizer import UnknownCutError, has_tokenizer, load_tokenizer, template_name, tokenizer_part
 from qalora.formats.gguf import metadata_bytes
-from qalora.parity.text import default_text
+from qalora.parity.gates import TokenizerFindings
+from qalora.parity.runtimes import Tokenizing
+from qalora.parity.tokenizer_texts import Part, parts_of
 
-__all__ = ["PASSAGE", "TokenizerCheck"]
-
-PASSAGE = (
-    default_text()[:8000] + "\n\n  We'll see, it's DON'T: 1234567890 3.14159 0x1F 10,000\n\n\n"
-    "    def f(x):\n\t\treturn x ** 2  # na\u00efve \u00bd \u6f22\u5b57 \u0440\u0443\u0441 \U0001f600 ...\r\n   \n"
-)
-"""What both encode."""
+__all__ = ["TokenizerCheck"]
 
 FILLER = re.compile(r"\[PAD\d+\]|<\|?(?:unused|pad|reserved)[^>]*>")
 """Names of ids that no text has, which writers choose as they like."""
@@ -43,11 +40,11 @@ NEAR = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
-    """What a tokenizer does."""
+    """What a tokenizer does; ids: by the texts that were asked."""
 
     vocabulary: Mapping[str, int]
-    ids: tuple[int, ...]
-    around: tuple[int, ...]
+    ids: Mapping[str, tuple[int, ...]]
+    around: tuple[tuple[int, ...], tuple[int, ...]]
     special: Mapping[str, int | None]
     templates: Mapping[str, str]
     decode: Callable[[Sequence[int]], str]
@@ -60,36 +57,71 @@ class TokenizerCheck:
         self._reference = reference
         self._opened: Any = None
         self._facts: _Facts | None = None
-        self._said: dict[bytes, tuple[str, ...]] = {}
+        self._parts: tuple[Part, ...] = ()
+        self._said: dict[bytes, TokenizerFindings] = {}
 
     def opened(self) -> Any:
-        """The reference's tokenizer as transformers' class, always the same one; None where it has none."""
+        """The reference's tokenizer as transformers' class, always the same one; None where it has none, or one whose
+        rule for cutting text is not known here: only GGUF files with the same tokenizer are compared with that.
+        """
         if self._opened is None and has_tokenizer(self._reference):
-            self._opened = _opened(self._reference)
+            try:
+                self._opened = _opened(self._reference)
+            except UnknownCutError:
+                return None
         return self._opened
 
-    def compare(self, artifact: Checkpoint) -> tuple[str, ...] | None:
+    def compare(self, artifact: Checkpoint) -> TokenizerFindings | None:
         """What the artefact's own tokenizer does otherwise; None where one of the two has none."""
         if not (has_tokenizer(artifact) and has_tokenizer(self._reference)):
             return None
         if _same_files(artifact, self._reference):
-            return ()
+            return TokenizerFindings()
         key = _digest(artifact)
         if key not in self._said:
-            self._said[key] = tuple(_differences(_facts(artifact, _opened(artifact)), self._known()))
+            known = self._known()
+            mine = _facts(artifact, _opened(artifact), known.ids)
+            texts = self._differing(lambda part: mine.ids[part.text], known.decode)
+            self._said[key] = TokenizerFindings(wrong=(*_differences(mine, known), *texts.wrong), limits=texts.limits)
         return self._said[key]
 
-    def compare_runtime(self, tokenize: Callable[[str], Sequence[int]]) -> tuple[str, ...] | None:
-        """What a runtime's own tokenizer makes of the passage otherwise; None where the reference has none."""
-        if not has_tokenizer(self._reference):
+    def compare_runtime(self, runtime: Tokenizing | None) -> TokenizerFindings | None:
+        """What a runtime's own tokenizer makes of the texts otherwise; None where it or the reference has none."""
+        if runtime is None or self.opened() is None:
             return None
         known = self._known()
-        found = _of_text(tuple(tokenize(PASSAGE)), known.ids, known.decode)
-        return (found,) if found else ()
+        found = self._differing(
+            lambda part: tuple(runtime.tokenize(part.text, special=part.kind != "text")), known.decode, runtime.follows
+        )
+        if "around" not in runtime.follows:
+            return found
+        around = _ends(runtime.tokenize("a"), runtime.tokenize("a", special=True, around=True))
+        return TokenizerFindings(wrong=(*found.wrong, *_of_ends(around, known.around)), limits=found.limits)
+
+    def _differing(
+        self,
+        ids: Callable[[Part], tuple[int, ...]],
+        decode: Callable[[Sequence[int]], str],
+        follows: frozenset[str] = frozenset({"text", "chat", "token"}),
+    ) -> TokenizerFindings:
+        """The first text of each kind of which something else is made; what a runtime does not follow is its limit.
+
+        Chats are exact, or wrong.
+        """
+        wrong: dict[str, str] = {}
+        limits: dict[str, str] = {}
+        for part in self._parts:
+            mine = ids(part)
+            if mine != part.ids:
+                limit = part.kind != "chat" and (part.kind not in follows or mine in part.spaced)
+                (limits if limit else wrong).setdefault(part.kind, _of_text(part, mine, decode))
+        return TokenizerFindings(wrong=tuple(wrong.values()), limits=tuple(limits.values()))
 
     def _known(self) -> _Facts:
         if self._facts is None:
-            self._facts = _facts(self._reference, self.opened())
+            tokenizer = self.opened() or _opened(self._reference)  # which says why there is none
+            self._parts = parts_of(tokenizer, _rows(self._reference))
+            self._facts = _facts(self._reference, tokenizer, (part.text for part in self._parts))
         return self._facts
 
 
@@ -98,7 +130,8 @@ def _same_files(one: Checkpoint, two: Checkpoint) -> bool:
     metadata, and the same entries in it.
     """
     if one.gguf is not None and two.gguf is not None:
-        return tokenizer_part(one.gguf) == tokenizer_part(two.gguf)
+        named = strips(one.gguf.get("general.name")) == strips(two.gguf.get("general.name"))
+        return named and tokenizer_part(one.gguf) == tokenizer_part(two.gguf)
     names = {name for model in (one, two) for name in model.files if "token" in name or "template" in name}
     if "tokenizer.json" not in names or one.gguf is not None or two.gguf is not None:
         return False
@@ -112,7 +145,8 @@ def _digest(model: Checkpoint) -> bytes:
     """A digest of all that `_facts` looks at: files or metadata, and what the config says of them."""
     said = [model.config.get(key) for key in ("model_type", *SPECIAL)]
     parts = [json.dumps([said, _rows(model)], default=repr).encode()]
-    parts += [] if model.gguf is None else [metadata_bytes(tokenizer_part(model.gguf))]
+    if model.gguf is not None:
+        parts += [metadata_bytes(tokenizer_part(model.gguf)), bytes([strips(model.gguf.get("general.name"))])]
     for name, path in sorted(model.files.items()):
         parts += [] if name.startswith(OTHER_FILES) else [name.encode("utf-8", "surrogateescape"), path.read_bytes()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
@@ -129,11 +163,11 @@ def _opened(model: Checkpoint) -> Any:
     return tokenizer
 
 
-def _facts(model: Checkpoint, tokenizer: Any) -> _Facts:
+def _facts(model: Checkpoint, tokenizer: Any, texts: Iterable[str]) -> _Facts:
     return _Facts(
         vocabulary=_vocabulary(model, tokenizer),
-        ids=tuple(tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]),
-        around=tuple(tokenizer("a")["input_ids"]),
+        ids={text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts},
+        around=_ends(tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]),
         special={key: _special(model, tokenizer, key) for key in SPECIAL},
         templates=_templates(tokenizer.chat_template),
         decode=tokenizer.decode,
@@ -141,9 +175,10 @@ def _facts(model: Checkpoint, tokenizer: Any) -> _Facts:
 
 
 def _templates(found: object) -> dict[str, str]:
-    """What transformers has as chat_template, by the names that GGUF knows."""
+    """What transformers has as chat_template, by the names that GGUF knows; its lines as Jinja ends them."""
     named = found if isinstance(found, dict) else {"default": found}
-    return {template_name(name): text.removesuffix("\n") for name, text in named.items() if isinstance(text, str)}
+    texts = {template_name(name): text for name, text in named.items() if isinstance(text, str)}
+    return {name: "\n".join(re.split("\r\n|\r|\n", text)).removesuffix("\n") for name, text in texts.items()}
 
 
 def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
@@ -171,8 +206,7 @@ def _special(model: Checkpoint, tokenizer: Any, key: str) -> int | None:
 def _differences(mine: _Facts, theirs: _Facts) -> list[str]:
     found = [
         _of_vocabularies(mine.vocabulary, theirs.vocabulary),
-        _of_text(mine.ids, theirs.ids, theirs.decode),
-        "" if mine.around == theirs.around else f"'a' becomes {list(mine.around)} instead of {list(theirs.around)}",
+        *_of_ends(mine.around, theirs.around),
     ]
     for key in SPECIAL:
         a, b = mine.special[key], theirs.special[key]
@@ -193,12 +227,27 @@ def _of_vocabularies(mine: Mapping[str, int], theirs: Mapping[str, int]) -> str:
     return f"{len(other):,} tokens have other ids, such as {ids}"
 
 
-def _of_text(mine: tuple[int, ...], theirs: tuple[int, ...], decode: Callable[[Sequence[int]], str]) -> str:
+_Ends = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _ends(bare: Sequence[int], whole: Sequence[int]) -> _Ends:
+    """What stands before a text's own tokens, and what behind them."""
+    at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+    return tuple(whole[:at]), tuple(whole[at + len(bare) :])
+
+
+def _of_ends(mine: _Ends, theirs: _Ends) -> tuple[str, ...]:
     if mine == theirs:
-        return ""
+        return ()
+    said = [f"{list(before)} before it and {list(behind)} behind it" for before, behind in (mine, theirs)]
+    return (f"a text gets {said[0]} instead of {said[1]}",)
+
+
+def _of_text(part: Part, mine: tuple[int, ...], decode: Callable[[Sequence[int]], str]) -> str:
+    theirs = part.ids
     at = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
     a, b = (f"{ids[at]} ({decode([ids[at]])!r})" if at < len(ids) else "none" for ids in (mine, theirs))
-    return f"token {at} of a text is {a} instead of {b}, after {decode(theirs[:at])[-NEAR:]!r}"
+    return f"token {at} of {part.name} is {a} instead of {b}, after {decode(theirs[:at])[-NEAR:]!r}"
 
 
 def _of_templates(name: str, mine: str | None, theirs: str | None) -> str:

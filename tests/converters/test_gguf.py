@@ -173,7 +173,7 @@ def test_metadata_and_name(tiny: Path, tmp_path: Path) -> None:
     assert fields["general.quantization_version"] == 2
     assert fields["llama.block_count"] == 2
     assert fields["llama.attention.head_count_kv"] == 2
-    assert fields["tokenizer.ggml.pre"] == "gpt-2"  # as transformers makes it of SmolLM2: no rule for digits
+    assert fields["tokenizer.ggml.pre"] == "smollm"
     assert path.name == "Tiny-Tim-Q4_1.gguf"
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,9 @@ from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.parity import verify
-from qalora.parity.tokenizers import PASSAGE, TokenizerCheck
+from qalora.parity.gates import TokenizerFindings
+from qalora.parity.tokenizer_texts import PASSAGE
+from qalora.parity.tokenizers import TokenizerCheck
 from qalora.quantization import quantize
 from qalora.testing import byte_tokenizer, tiny_llama, tiny_model
 
@@ -33,6 +35,12 @@ def edited(model: Checkpoint, folder: Path, name: str, change: Callable[[dict], 
     return replace(model, files={**model.files, name: folder / name})
 
 
+def wrong(found: TokenizerFindings | None) -> tuple[str, ...]:
+    """What is the artefact's fault, where nothing is its runtime's limit."""
+    assert found is not None and found.limits == ()
+    return found.wrong
+
+
 def swapped(content: dict) -> None:
     """Two letters change their ids."""
     vocabulary = content["model"]["vocab"]
@@ -40,22 +48,25 @@ def swapped(content: dict) -> None:
 
 
 def test_the_same_is_the_same(bytewise: Checkpoint, tmp_path: Path) -> None:
-    assert TokenizerCheck(bytewise).compare(bytewise) == ()
+    assert wrong(TokenizerCheck(bytewise).compare(bytewise)) == ()
     again = edited(bytewise, tmp_path, "tokenizer.json", lambda content: None)  # other bytes, the same tokenizer
     assert again.files["tokenizer.json"].read_bytes() != bytewise.files["tokenizer.json"].read_bytes()
-    assert TokenizerCheck(bytewise).compare(again) == ()
+    assert wrong(TokenizerCheck(bytewise).compare(again)) == ()
 
 
 def test_without_a_tokenizer_there_is_nothing_to_compare(bytewise: Checkpoint) -> None:
     bare = replace(bytewise, files={})
     assert TokenizerCheck(bytewise).compare(bare) is None
     assert TokenizerCheck(bare).compare(bytewise) is None
-    assert TokenizerCheck(bare).compare_runtime(lambda text: []) is None
+    assert TokenizerCheck(bare).compare_runtime(Own(lambda text: [])) is None
 
 
 def test_other_ids(bytewise: Checkpoint, tmp_path: Path) -> None:
-    found = TokenizerCheck(bytewise).compare(edited(bytewise, tmp_path, "tokenizer.json", swapped))
-    assert found is not None and len(found) == 2
+    found = wrong(TokenizerCheck(bytewise).compare(edited(bytewise, tmp_path, "tokenizer.json", swapped)))
+    assert [sentence.split(" is ")[0] for sentence in found[1:]] == [
+        f"token {PASSAGE.index('e')} of a text",
+        "token 1 of a chat",
+    ]
     vocabulary = json.loads(bytewise.files["tokenizer.json"].read_text("utf-8"))["model"]["vocab"]
     e, t = vocabulary["e"], vocabulary["t"]
     assert found[0] == f"2 tokens have other ids, such as 'e' is {t} instead of {e}"
@@ -69,27 +80,31 @@ def test_other_cuts(bytewise: Checkpoint, tmp_path: Path) -> None:
     def prefixed(content: dict) -> None:
         content["pre_tokenizer"]["add_prefix_space"] = True
 
-    (sentence, around) = TokenizerCheck(bytewise).compare(edited(bytewise, tmp_path, "tokenizer.json", prefixed)) or ()
-    assert sentence.startswith("token 0 of a text is ") and sentence.endswith("after ''")
-    assert around.startswith("'a' becomes [")
+    found = wrong(TokenizerCheck(bytewise).compare(edited(bytewise, tmp_path, "tokenizer.json", prefixed)))
+    assert [sentence.split(" is ")[0] for sentence in found] == [
+        "token 0 of a text",
+        "token 0 of a chat",
+        "token 0 of '<end>' in a text",
+    ]
+    assert found[0].endswith("after ''")
 
 
 def test_other_special_tokens_and_another_template(bytewise: Checkpoint, tmp_path: Path) -> None:
     def other(content: dict) -> None:
         content["eos_token"] = "a"
 
-    found = TokenizerCheck(bytewise).compare(edited(bytewise, tmp_path, "tokenizer_config.json", other))
-    assert found is not None and [sentence.split()[0] for sentence in found] == ["eos_token_id"]
+    found = wrong(TokenizerCheck(bytewise).compare(edited(bytewise, tmp_path, "tokenizer_config.json", other)))
+    assert [sentence.split()[0] for sentence in found] == ["eos_token_id"]
     template = tmp_path / "chat_template.jinja"
     template.write_text("{% for message in messages %}{{ message['role'] }}{% endfor %}", encoding="utf-8")
     changed = replace(bytewise, files={**bytewise.files, "chat_template.jinja": template})
-    (sentence,) = TokenizerCheck(bytewise).compare(changed) or ()
+    (sentence,) = wrong(TokenizerCheck(bytewise).compare(changed))
     assert sentence.startswith("the chat template differs from character 41 on: \"role'] }}")
     none = replace(
         bytewise, files={name: path for name, path in bytewise.files.items() if name != "chat_template.jinja"}
     )
-    assert TokenizerCheck(bytewise).compare(none) == ("it has no chat template",)
-    assert TokenizerCheck(none).compare(bytewise) == ("it has a chat template, and the reference none",)
+    assert wrong(TokenizerCheck(bytewise).compare(none)) == ("it has no chat template",)
+    assert wrong(TokenizerCheck(none).compare(bytewise)) == ("it has a chat template, and the reference none",)
 
 
 def test_every_chat_template_is_compared(bytewise: Checkpoint, tmp_path: Path) -> None:
@@ -109,18 +124,30 @@ def test_every_chat_template_is_compared(bytewise: Checkpoint, tmp_path: Path) -
     model = quantize(edited(bare, tmp_path, "tokenizer_config.json", several), group_size=32)
     export(model, ["gguf"], tmp_path)
     (file,) = (tmp_path / "gguf").glob("*.gguf")
-    assert TokenizerCheck(model).compare(load(file)) == ()
-    found = TokenizerCheck(model).compare(bare)
+    assert wrong(TokenizerCheck(model).compare(load(file))) == ()
+    found = wrong(TokenizerCheck(model).compare(bare))
     assert found == ("it has no chat template", "it has no chat template 'tool_use'")
-    found = TokenizerCheck(bare).compare(load(file))
+    found = wrong(TokenizerCheck(bare).compare(load(file)))
     has = "and the reference none"
     assert found == (f"it has a chat template, {has}", f"it has a chat template 'tool_use', {has}")
     (tmp_path / "other").mkdir()
-    (sentence,) = TokenizerCheck(model).compare(edited(bare, tmp_path / "other", "tokenizer_config.json", other)) or ()
+    (sentence,) = wrong(TokenizerCheck(model).compare(edited(bare, tmp_path / "other", "tokenizer_config.json", other)))
     assert sentence == "the chat template 'tool_use' differs from character 0 on: 'no tools' instead of 'tools'"
 
 
+@dataclass
+class Own:
+    """A runtime's own tokenizer that makes of a text what it is told."""
+
+    make: Callable[[str], list[int]]
+    follows: frozenset[str] = frozenset({"text", "chat", "token", "around"})
+
+    def tokenize(self, text: str, *, special: bool = False, around: bool = False) -> list[int]:
+        return self.make(text)
+
+
 def test_a_runtimes_own_tokenizer(bytewise: Checkpoint) -> None:
+    """It gets the same texts; what it does not follow is its limit, but for chats."""
     from qalora.converters.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(bytewise)
@@ -128,10 +155,23 @@ def test_a_runtimes_own_tokenizer(bytewise: Checkpoint) -> None:
     def right(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def short(text: str) -> list[int]:
+        return right(text)[:-1] if len(text) > 1 else right(text)
+
     check = TokenizerCheck(bytewise)
-    assert check.compare_runtime(right) == ()
-    (sentence,) = check.compare_runtime(lambda text: right(text)[:-1]) or ()
-    assert sentence.startswith(f"token {len(right(PASSAGE)) - 1} of a text is none instead of ")
+    assert wrong(check.compare_runtime(Own(right))) == ()
+    found = wrong(check.compare_runtime(Own(short)))
+    assert found[0].startswith(f"token {len(right(PASSAGE)) - 1} of a text is none instead of ")
+    assert [sentence.partition(" of ")[2].partition(" is ")[0] for sentence in found] == [
+        "a text",
+        "a chat",
+        "'<end>' in a text",
+    ]
+    limited = check.compare_runtime(Own(short, frozenset({"token"})))
+    assert limited is not None
+    assert (limited.wrong, limited.limits) == (found[1:], found[:1])
+    ended = wrong(check.compare_runtime(Own(lambda text: [*right(text), 256] if text == "a" else right(text))))
+    assert ended == ()  # nothing is known of a runtime that never shows a text without its end
 
 
 def test_a_tokenizer_of_several_artefacts_is_opened_once(
@@ -172,4 +212,4 @@ def test_ids_beyond_the_embedding_are_none_of_the_model_s(tmp_path: Path) -> Non
     assert max(load_tokenizer(model).get_vocab().values()) >= model.tensors["model.embed_tokens.weight"].shape[0]
     export(model, ["gguf"], tmp_path)
     (file,) = (tmp_path / "gguf").glob("*.gguf")
-    assert TokenizerCheck(model).compare(load(file)) == ()
+    assert wrong(TokenizerCheck(model).compare(load(file))) == ()

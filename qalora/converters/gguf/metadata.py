@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.added_tokens import name_in_gguf, strips
 from qalora.converters.decoder import Decoder
 from qalora.converters.families import settings_of
 from qalora.converters.gguf.hyperparameters import hyperparameters
@@ -26,19 +27,20 @@ def file_metadata(model: Checkpoint, decoder: Decoder, name: str | None, carrier
     """All metadata of the file; `carrier` is the type that most linear weights have."""
     numbers = hyperparameters(decoder, settings_of(model.config, model.path), model.path)
     changes = {"general.file_type": Value.uint32(FILE_TYPES[carrier])}
-    if name is not None:
-        changes["general.name"] = Value.text(name)
     if model.gguf is not None:
+        if name is not None:
+            kept = name_in_gguf(name, stripping=strips(model.gguf.get("general.name")))
+            changes["general.name"] = Value.text(kept)
         return model.gguf.with_entries(changes)
+    tokenizer = gguf_tokenizer(model, name or model.path.name)
     general = {
         "general.architecture": Value.text(decoder.family.gguf),
         "general.type": Value.text("model"),
-        "general.name": Value.text(name or model.path.name),
+        "general.name": tokenizer.pop("general.name"),
         "general.size_label": Value.text(_size_label(model)),
         **changes,
         "general.quantization_version": Value.uint32(2),
     }
-    tokenizer = gguf_tokenizer(model)
     return Metadata(entries={**general, **numbers, **tokenizer})
 
 

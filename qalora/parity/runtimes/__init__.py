@@ -19,7 +19,7 @@ from qalora.errors import InputError, MissingLibraryError
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
 
-__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "RuntimeParts", "check_libraries", "open_runtime"]
+__all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "RuntimeParts", "Tokenizing", "check_libraries", "open_runtime"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +86,26 @@ class RuntimeInfo:
     threads: int
 
 
+class Tokenizing(Protocol):
+    """A runtime's own tokenizer.
+
+    follows  what it does as transformers does: "text", "chat" and "token" of `tokenizer_texts`, and "around"
+    """
+
+    follows: frozenset[str]
+
+    def tokenize(self, text: str, *, special: bool = False, around: bool = False) -> list[int]:
+        """The tokens of a text; `special`: added tokens are parsed, `around`: what begins and ends a text is added."""
+
+
 class Runtime(Protocol):
-    """An open artefact."""
+    """An open artefact.
+
+    words  the runtime's own tokenizer of it; None where it has none
+    """
 
     info: RuntimeInfo
+    words: Tokenizing | None
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary]: the logits at every position of one sequence, from an empty cache."""

@@ -43,6 +43,8 @@ class GenaiRuntime:
         except Exception as error:  # the library raises what it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise FormatError(f"{folder}: onnxruntime-genai does not load it ({reason})") from error
+        self._tokenizer: Any = None
+        self.words = self
         self.info = RuntimeInfo(
             name="onnxruntime-genai",
             version=_version(),
@@ -50,6 +52,15 @@ class GenaiRuntime:
             dtype="float32",
             threads=torch.get_num_threads(),
         )
+
+    follows = frozenset({"chat", "token"})
+    """Its tokenizer cuts text by expressions of its own, and puts nothing around a text."""
+
+    def tokenize(self, text: str, *, special: bool = False, around: bool = False) -> list[int]:
+        """The tokens of a text; special ones are always parsed."""
+        if self._tokenizer is None:
+            self._tokenizer = self._library.Tokenizer(self._model)
+        return [int(token) for token in self._tokenizer.encode(text)]
 
     def _generator(self, tokens: Sequence[int], length: int) -> Any:
         params = self._library.GeneratorParams(self._model)

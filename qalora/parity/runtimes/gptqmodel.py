@@ -28,6 +28,7 @@ from qalora.errors import FormatError
 from qalora.parity.artifacts import has_head_in_words
 from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
+from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.kept import quiet
 from qalora.parity.runtimes.torch import ModuleRuntime
 
@@ -52,7 +53,7 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         dtype="float32 (weights rounded to float16)",
         threads=torch.get_num_threads(),
     )
-    return ModuleRuntime(_load(path), info)
+    return ModuleRuntime(_load(path), info, folder_tokenizer(path))
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class LlamaCpp:
             )
         self._lora = None if lora is None else self._open_lora(lora)
         self._vocab = self._library.llama_model_get_vocab(self._model)
+        self.words = self
         self._width = self._library.llama_vocab_n_tokens(self._vocab)
         self.info = RuntimeInfo(
             name="llama.cpp",
@@ -71,11 +72,13 @@ class LlamaCpp:
             )
         return adapter
 
-    def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones."""
+    follows = frozenset({"text", "chat", "token", "around"})
+
+    def tokenize(self, text: str, *, special: bool = False, around: bool = False) -> list[int]:
+        """The tokens of a text; with special ones parsed, and with those that begin and end a text, where asked."""
         data = text.encode()
         out = (c.c_int32 * (len(data) + 8))()
-        count = self._library.llama_tokenize(self._vocab, data, len(data), out, len(out), False, False)
+        count = self._library.llama_tokenize(self._vocab, data, len(data), out, len(out), around, special)
         if count < 0:
             raise FormatError("llama.cpp: the text has more tokens than bytes")
         return list(out[:count])

@@ -20,6 +20,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
+from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.padding import pad, unpad
 
 __all__ = ["open_artifact"]
@@ -32,6 +33,7 @@ class MlxRuntime:
 
     def __init__(self, folder: Path) -> None:
         import mlx.core
+        from mlx_lm.tokenizer_utils import load as load_tokenizer
         from mlx_lm.utils import load_model
 
         self._core: Any = mlx.core
@@ -43,6 +45,7 @@ class MlxRuntime:
         except Exception as error:  # the library raises what it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise FormatError(f"{folder}: mlx-lm does not load it ({reason})") from error
+        self.words = folder_tokenizer(folder, lambda path: load_tokenizer(path)._tokenizer)
         self.info = RuntimeInfo(
             name="mlx-lm",
             version=f"{version('mlx-lm')}, mlx {version('mlx')}",

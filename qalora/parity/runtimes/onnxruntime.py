@@ -22,7 +22,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.converters.huggingface import read_config
 from qalora.errors import FormatError, InputError, MissingLibraryError
-from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import Side, pad, positions, unpad
 
 __all__ = ["DecoderRuntime", "OnnxRuntime", "check_installed", "open_artifact"]
@@ -73,6 +73,7 @@ class DecoderRuntime(ABC):
     """
 
     info: RuntimeInfo
+    words: Tokenizing | None = None
 
     def __init__(
         self,

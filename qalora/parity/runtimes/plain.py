@@ -16,6 +16,7 @@ import transformers
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.kept import quiet
 from qalora.parity.runtimes.torch import ModuleRuntime
 
@@ -48,4 +49,4 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         dtype="float32",
         threads=torch.get_num_threads(),
     )
-    return ModuleRuntime(module.eval(), info)
+    return ModuleRuntime(module.eval(), info, folder_tokenizer(path))

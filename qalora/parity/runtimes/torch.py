@@ -12,7 +12,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.torch_module import build, layer_outputs
-from qalora.parity.runtimes import RuntimeInfo
+from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import pad, positions, unpad
 
 __all__ = ["ModuleRuntime", "open_artifact"]
@@ -21,8 +21,9 @@ __all__ = ["ModuleRuntime", "open_artifact"]
 class ModuleRuntime:
     """A transformers causal language model."""
 
-    def __init__(self, module: Any, info: RuntimeInfo) -> None:
+    def __init__(self, module: Any, info: RuntimeInfo, words: Tokenizing | None = None) -> None:
         self.info = info
+        self.words = words
         self._module = module
 
     @torch.inference_mode()

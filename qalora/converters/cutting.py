@@ -1,0 +1,131 @@
+"""How text is cut before tokens are merged: tokenizer.json's pre_tokenizer, and llama.cpp's names of the same rules.
+
+A rule that is not here is refused in both directions, as a wrong one gives other tokens without a word. Source of names
+and rules: llama.cpp, src/llama-vocab.cpp; the tests hold each of them against the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["CUTS", "Cut", "cut_named", "name_of"]
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD, _SIGNS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_START = r"[^\r\n\p{L}\p{N}]?"
+_MARKED = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _by(regex: str) -> tuple[dict[str, Any], ...]:
+    """Cut by an expression alone."""
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return split, _byte_level(use_regex=False)
+
+
+def _cased(end: str) -> str:
+    """Words that may begin in upper case and end in lower case, or the other way round."""
+    return f"{_START}{_UPPER}*{_LOWER}+{end}|{_START}{_UPPER}+{_LOWER}*{end}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A rule.
+
+    steps          of tokenizer.json's pre_tokenizer, in their order
+    ignore_merges  a piece of text that is a token becomes that token, whatever the merges would make of it
+    also           llama.cpp's other names for the same rule
+    begins         llama.cpp puts BOS before a text where a file does not say whether
+    """
+
+    steps: Sequence[Mapping[str, Any]]
+    ignore_merges: bool = False
+    also: tuple[str, ...] = ()
+    begins: bool = False
+
+    @property
+    def pre_tokenizer(self) -> Mapping[str, Any]:
+        """tokenizer.json's entry."""
+        return self.steps[0] if len(self.steps) == 1 else {"type": "Sequence", "pretokenizers": list(self.steps)}
+
+
+_LLAMA3 = _by(rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}")
+
+CUTS: dict[str, Cut] = {
+    "gpt-2": Cut(
+        steps=[_byte_level(use_regex=True)],
+        also=(
+            "phi-2",
+            "gigachat",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+            "exaone4",
+            "a.x-4.0",
+            "mellum",
+        ),
+    ),
+    "smollm": Cut(
+        steps=[{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
+        also=("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    ),
+    "llama-bpe": Cut(
+        steps=_LLAMA3,
+        ignore_merges=True,
+        begins=True,
+        also=("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    ),
+    "smaug-bpe": Cut(steps=_LLAMA3, also=("dbrx", "glm4", "chatglm-bpe")),
+    "qwen2": Cut(
+        steps=_by(rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_SIGNS}|{_SPACES}"),
+        also=("deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2"),
+    ),
+    "qwen35": Cut(steps=_by(rf"{_CONTRACTIONS}|{_MARKED}|{_SPACES}")),
+    "gpt-4o": Cut(
+        steps=_by(
+            rf"{_cased(_CONTRACTIONS + '?')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
+        ),
+        also=("llama4", "kanana2"),
+    ),
+    "tekken": Cut(
+        steps=_by(rf"{_cased('')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"),
+        ignore_merges=True,
+        begins=True,
+    ),
+}
+"""Rules by llama.cpp's name of them, tokenizer.ggml.pre."""
+
+_BY_NAME = {name: cut for first, cut in CUTS.items() for name in (first, *cut.also)}
+
+
+def cut_named(name: object) -> Cut | None:
+    """The rule that llama.cpp calls so; None for one that is not known here."""
+    return _BY_NAME.get(str(name))
+
+
+def name_of(pre_tokenizer: Mapping[str, Any] | None, *, ignore_merges: bool) -> str | None:
+    """llama.cpp's name for tokenizer.json's rule; None where it has none."""
+    cutting = pre_tokenizer or {}
+    steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
+    wanted = [_plain(step) for step in steps]
+    known = ((name, cut) for name, cut in CUTS.items() if cut.ignore_merges == ignore_merges)
+    return next((name for name, cut in known if [_plain(step) for step in cut.steps] == wanted), None)
+
+
+def _plain(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step without what does not change the tokens. An expression that matches all of a text may cut at its matches
+    or remove what lies between them.
+    """
+    found = {key: value for key, value in step.items() if key != "trim_offsets"}
+    if found.get("behavior") == "Removed" and found.get("invert"):
+        found |= {"behavior": "Isolated", "invert": False}
+    return found

@@ -1,0 +1,118 @@
+"""Texts that show whether two tokenizers are the same: a plain passage, rendered chats, and each added token in a text.
+
+The reference's tokenizer makes them, with its chat template and its added tokens; every other one gets the very same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qalora.converters.sentencepiece import normalizer_of, spaces_of
+from qalora.parity.text import default_text
+
+__all__ = ["PASSAGE", "Part", "parts_of"]
+
+PASSAGE = (
+    default_text()[:8000] + "\n\n  We'll see, it's DON'T: 1234567890 3.14159 0x1F 10,000\n\n\n"
+    "    def f(x):\n\t\treturn x ** 2  # na\u00efve \u00bd \u6f22\u5b57 \u0440\u0443\u0441 \U0001f600 ...\r\n   \n"
+)
+"""Without added tokens: digits, contractions, indentation, other scripts."""
+
+_SYSTEM = {"role": "system", "content": "Answer in one sentence."}
+_TURNS = (
+    {"role": "user", "content": "Hello there, who are you?"},
+    {"role": "assistant", "content": "I am a model.\nAsk me something."},
+    {"role": "user", "content": "What is 2+2, and why isn't it 5?"},
+    {"role": "assistant", "content": "It is 4."},
+)
+LONGEST = 20_000
+"""Characters of a rendered chat that are looked at; a template may say more."""
+
+MOST = 400
+"""Added tokens that are tried, those with flags and those of the chats first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A text.
+
+    kind    "text", "chat" or "token"
+    name    what it is, for a sentence
+    ids     what the reference's tokenizer makes of it, added tokens parsed and nothing put around
+    spaced  what it would make of it with spaces where llama.cpp puts them; the same as `ids` for most tokenizers
+    """
+
+    kind: str
+    name: str
+    text: str
+    ids: tuple[int, ...]
+    spaced: tuple[tuple[int, ...], ...]
+
+
+def parts_of(tokenizer: Any, rows: int) -> tuple[Part, ...]:
+    """The texts for a tokenizer of transformers' class, of a model with so many rows."""
+    chats = _chats(tokenizer)
+    said = "".join(text for _, text in chats)
+    texts = [("text", "a text", PASSAGE), *(("chat", name, text) for name, text in chats)]
+    texts += [("token", f"{token!r:.60} in a text", _around(token)) for token in _added(tokenizer, rows, said)]
+    encode, others = _encoder(tokenizer), _spaced(tokenizer)
+    return tuple(
+        Part(kind=kind, name=name, text=text, ids=encode(text), spaced=tuple(other(text) for other in others))
+        for kind, name, text in texts
+    )
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
+    return lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _chats(tokenizer: Any) -> list[tuple[str, str]]:
+    """A conversation as the chat template writes it, whole and up to the last answer; none without a template."""
+    if not tokenizer.chat_template:
+        return []
+    found = []
+    for name, turns, prompt in (
+        ("a chat", _TURNS, False),
+        ("a chat that waits for an answer", _TURNS[:3], True),
+        ("a chat with a system message", (_SYSTEM, *_TURNS[:1]), True),
+    ):
+        try:
+            text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
+        except Exception:  # a template that raises, on a system message for instance, has no such chat
+            continue
+        found.append((name, str(text)[:LONGEST]))
+    return found
+
+
+def _around(token: str) -> str:
+    """A token between letters, between spaces, on a line of its own, before lines, and twice."""
+    return f"x{token}y {token} z\n{token}\n\nw\t{token}{token} v"
+
+
+def _added(tokenizer: Any, rows: int, said: str) -> list[str]:
+    """Texts of added tokens that the model has a row for: of many, those that are most likely to matter."""
+    known = [token for number, token in sorted(tokenizer.added_tokens_decoder.items()) if number < rows]
+    flagged = [token.content for token in known if token.lstrip or token.rstrip or token.single_word]
+    spoken = [token.content for token in known if token.content in said]
+    texts = [token.content for token in known if token.content]
+    step = max(1, len(texts) // MOST)
+    return list(dict.fromkeys((*flagged, *spoken, *texts[::step])))[:MOST]
+
+
+def _spaced(tokenizer: Any) -> list[Callable[[str], tuple[int, ...]]]:
+    """The tokenizer with llama.cpp's two ways with spaces, where its own is neither."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    if spaces_of(content) not in ("first", "each without"):
+        return []
+
+    def other(prefix: bool) -> Callable[[str], tuple[int, ...]]:
+        changed = {**content, "normalizer": normalizer_of(prefix=prefix), "pre_tokenizer": None}
+        made = Tokenizer.from_str(json.dumps(changed))
+        return lambda text: tuple(made.encode(text, add_special_tokens=False).ids)
+
+    return [other(True), other(False)]

@@ -1,0 +1,232 @@
+"""Added tokens and what stands around a text: the same in llama.cpp as in transformers, or refused by name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load
+from qalora.converters.cutting import CUTS
+from qalora.converters.exports import export
+from qalora.converters.plan import ExportOptions
+from qalora.converters.tokenizer import gguf_tokenizer, load_tokenizer
+from qalora.demo import demo_text
+from qalora.errors import FormatError, InputError
+from qalora.formats.gguf import Value
+from qalora.parity import verify
+from qalora.parity.runtimes.llamacpp import LlamaCpp
+from qalora.parity.tokenizer_texts import parts_of
+from qalora.testing import byte_tokenizer, chat_layout, chat_model, random_model, small_tokenizer, tiny_llama
+
+TEXT = (
+    "a  b\n\n\tc 123456 3.14 na\u00efve \u65e5\u672c\u8a9e \U0001f642 don't I'LL WHO'S   \r\n x=1;// \u00c9T\u00c9s "
+    "HelloWorld fooBAR \u0440\u0443\u0441/mod\n/x" + demo_text()[:3000]
+)
+
+
+def edit(folder: Path, name: str, **changes: Any) -> None:
+    """Change keys of a JSON file."""
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), encoding="utf-8")
+
+
+def flagged(folder: Path, flags: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Give added tokens of tokenizer.json other flags, by their texts; "" stands for all others."""
+    added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    changed = [{**token, **flags.get(token["content"], flags.get("", {}))} for token in added]
+    edit(folder, "tokenizer.json", added_tokens=changed)
+    return folder
+
+
+def gguf_file(model: Checkpoint, folder: Path, name: str | None = None) -> Path:
+    export(model, ["gguf"], folder, ExportOptions(name=name))
+    (path,) = (folder / "gguf").glob("*.gguf")
+    return path
+
+
+def assert_the_same_in_llama_cpp(model: Checkpoint, path: Path) -> None:
+    """A passage, chats and every added token, in llama.cpp and converted back; and what is put around a text."""
+    tokenizer, back = load_tokenizer(model), load_tokenizer(load(path))
+    runtime = LlamaCpp(path, 1)
+    for part in parts_of(tokenizer, model.tensors["model.embed_tokens.weight"].shape[0]):
+        assert tuple(runtime.tokenize(part.text, special=part.kind != "text")) == part.ids, part.name
+        assert tuple(back(part.text, add_special_tokens=False)["input_ids"]) == part.ids, part.name
+    whole = tokenizer("Hi")["input_ids"]
+    assert runtime.tokenize("Hi", around=True) == whole == back("Hi")["input_ids"]
+    runtime.close()
+
+
+PHI3 = {token: {"rstrip": False} for token in ("<unk>", "<s>", "<|endoftext|>")} | {"": {"rstrip": True}}
+
+
+@pytest.mark.parametrize("name", ["mine", "Phi-3-mine"])
+def test_white_space_behind_tokens_as_phi_3_drops_it(name: str, tmp_path: Path) -> None:
+    """llama.cpp knows it by general.name alone, which says so where the model is called otherwise."""
+    folder = flagged(chat_model(tmp_path / name, "phi3"), PHI3)
+    model = random_model(load(folder))
+    path = gguf_file(model, tmp_path / "out")
+    metadata = load(path).gguf
+    assert metadata is not None
+    assert metadata.get("general.name") == ("mine-phi-3" if name == "mine" else name)
+    assert_the_same_in_llama_cpp(model, path)
+    plain = LlamaCpp(gguf_file(random_model(load(chat_model(tmp_path / "plain", "phi3"))), tmp_path / "plain-out"), 1)
+    text = "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    assert plain.tokenize(text, special=True) != load_tokenizer(model)(text, add_special_tokens=False)["input_ids"]
+    plain.close()
+    renamed = load(gguf_file(load(path), tmp_path / "renamed", name="Tiny Tim"))
+    assert renamed.gguf is not None and renamed.gguf.get("general.name") == "Tiny Tim-phi-3"
+
+
+def test_a_name_that_says_phi_3_drops_nothing_where_the_tokenizer_does_not(tmp_path: Path) -> None:
+    """With such a name llama.cpp would drop white space, or not load a vocabulary without Phi-3's tokens at all."""
+    for name, layout in (("Phi-3-plain", "phi3"), ("my-phi3-of-llama", "llama3")):
+        model = random_model(load(chat_model(tmp_path / name, layout)))
+        assert_the_same_in_llama_cpp(model, gguf_file(model, tmp_path / f"{name}-out"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags", "refusal"),
+    [
+        ("phi3", {**PHI3, "<s>": {"rstrip": True}}, r"rstrip of '<s>': expected none, or what Phi-3 has"),
+        ("phi3", {"<|end|>": {"rstrip": True}}, r"rstrip of '<\|end\|>': expected none, or what Phi-3 has"),
+        ("llama3", {"<|eot_id|>": {"rstrip": True}}, r"rstrip of '<\|eot_id\|>'"),
+        ("qwen3", {"<|im_end|>": {"lstrip": True}}, r"lstrip of '<\|im_end\|>': expected none, as llama\.cpp has no"),
+        ("smollm2", {"<repo_name>": {"single_word": True}}, r"single_word of '<repo_name>'"),
+        ("phi3", {"<|user|>": {"normalized": True}}, r"normalized of '<\|user\|>'"),
+    ],
+)
+def test_a_flag_that_llama_cpp_does_not_have_is_refused(
+    layout: str, flags: Mapping[str, Any], refusal: str, tmp_path: Path
+) -> None:
+    model = random_model(load(flagged(chat_model(tmp_path / "model", layout), flags)))
+    with pytest.raises(InputError, match=refusal):
+        export(model, ["gguf"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def processor(*before: str, behind: tuple[str, ...] = ()) -> Any:
+    """tokenizer.json's step that puts tokens of a byte tokenizer around a text."""
+    ids = {"<end>": 256, "a": 64}
+    special = [{"SpecialToken": {"id": token, "type_id": 0}} for token in before]
+    last = [{"SpecialToken": {"id": token, "type_id": 0}} for token in behind]
+    text = [*special, {"Sequence": {"id": "A", "type_id": 0}}, *last]
+    names = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in {*before, *behind}}
+    return {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": names}
+
+
+@pytest.mark.parametrize(
+    ("step", "settings"),
+    [
+        (processor(behind=("<end>",)), {}),
+        (processor("<end>", behind=("<end>",)), {"bos_token": "<end>"}),
+        (processor("<end>"), {"bos_token": "<end>", "add_bos_token": False}),
+        (None, {"bos_token": "<end>", "add_bos_token": True, "add_eos_token": True}),
+    ],
+)
+def test_what_stands_around_a_text(step: Any, settings: Any, tmp_path: Path) -> None:
+    """By the post-processor, and by tokenizer_config.json where transformers' class listens to it."""
+    folder = tiny_llama(tmp_path / "model", tokenizer=byte_tokenizer())
+    edit(folder, "tokenizer.json", post_processor=step)
+    edit(folder, "tokenizer_config.json", **settings)
+    theirs = AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
+    adds = (theirs[0] == 256, theirs[-1] == 256)
+    assert any(adds) or settings
+    model = random_model(load(folder))
+    path = gguf_file(model, tmp_path / "out")
+    metadata = load(path).gguf
+    assert metadata is not None
+    assert tuple(metadata.get(f"tokenizer.ggml.add_{key}_token") for key in ("bos", "eos")) == adds
+    assert_the_same_in_llama_cpp(model, path)
+
+
+def test_anything_else_around_a_text_is_refused(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model", tokenizer=byte_tokenizer())
+    edit(folder, "tokenizer.json", post_processor=processor("<end>", "<end>"))
+    edit(folder, "tokenizer_config.json", bos_token="<end>")
+    with pytest.raises(
+        InputError, match=r"puts nothing around a text but BOS.*got \[256, 256\] before and \[\] behind"
+    ):
+        gguf_tokenizer(load(folder))
+
+
+def test_merges_that_are_ignored_or_not(tmp_path: Path) -> None:
+    """Llama 3's rule has two names in llama.cpp; GPT-2's has only that which does not ignore them."""
+    folder = chat_model(tmp_path / "model", "llama3")
+    for flag, name in ((True, "llama-bpe"), (False, "smaug-bpe")):
+        content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        edit(folder, "tokenizer.json", model={**content["model"], "ignore_merges": flag})
+        model = random_model(load(folder))
+        assert gguf_tokenizer(model)["tokenizer.ggml.pre"].value == name
+        assert_the_same_in_llama_cpp(model, gguf_file(model, tmp_path / name))
+    other = tiny_llama(tmp_path / "other", tokenizer=small_tokenizer())
+    content = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    edit(other, "tokenizer.json", model={**content["model"], "ignore_merges": True})
+    with pytest.raises(InputError, match=r"ignore_merges: expected false, as llama\.cpp has it .*, got true"):
+        gguf_tokenizer(load(other))
+
+
+@pytest.fixture(scope="module")
+def cut_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cuts")
+    return gguf_file(random_model(load(tiny_llama(root / "model", tokenizer=small_tokenizer(size=700)))), root)
+
+
+def renamed(path: Path, pre: str, folder: Path) -> Path:
+    """The file with another name for its rule."""
+    model = load(path)
+    assert model.gguf is not None
+    return gguf_file(replace(model, gguf=model.gguf.with_entries({"tokenizer.ggml.pre": Value.text(pre)})), folder)
+
+
+@pytest.mark.parametrize("rule", CUTS)
+def test_every_name_of_a_rule_is_llama_cpps(rule: str, cut_file: Path, tmp_path: Path) -> None:
+    for name in (rule, *CUTS[rule].also):
+        path = renamed(cut_file, name, tmp_path / name)
+        runtime = LlamaCpp(path, 1)
+        found = runtime.tokenize(TEXT)
+        runtime.close()
+        assert load_tokenizer(load(path))(TEXT, add_special_tokens=False)["input_ids"] == found, name
+
+
+@pytest.mark.parametrize("pre", ["deepseek-llm", "default", "falcon"])
+def test_a_rule_that_is_not_known_is_carried_and_never_converted(pre: str, cut_file: Path, tmp_path: Path) -> None:
+    model = load(renamed(cut_file, pre, tmp_path / "source"))
+    for target in ("onnx", "mlx", "gptq", "hqq", "qalora"):
+        with pytest.raises(FormatError, match=rf"tokenizer\.ggml\.pre: expected a rule .* here: .*, got '{pre}'"):
+            export(model, [target], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    path = gguf_file(model, tmp_path / "again")
+    report = verify(model, [path], level="logits", max_tokens=24)
+    assert report.passed(), report.failure()
+    assert report.text == "random tokens, since its rule for cutting text is not known here"
+
+
+def test_a_chat_template_with_other_line_ends_is_the_same(tmp_path: Path) -> None:
+    """transformers reads a file's lines, and Jinja ends them its own way, whatever the file has."""
+    lines = "{% for m in messages %}\r\n{{ m['content'] }}\r\n{% endfor %}"
+    folder = tiny_llama(tmp_path / "model", tokenizer=byte_tokenizer())
+    (folder / "chat_template.jinja").write_bytes(lines.encode())
+    model = random_model(load(folder))
+    path = gguf_file(model, tmp_path / "out")
+    metadata = load(path).gguf
+    assert metadata is not None and metadata.get("tokenizer.chat_template") == lines.replace("\r\n", "\n")
+    export(model, ["mlx"], tmp_path)
+    assert (tmp_path / "mlx" / "chat_template.jinja").read_bytes() == lines.encode()
+    report = verify(model, [path, tmp_path / "mlx"], level="weights")
+    assert report.passed(), report.failure()
+
+
+def test_added_tokens_of_a_file_are_those_that_llama_cpp_looks_for(tmp_path: Path) -> None:
+    """Special ones, those of users, and none else; they come back with these parts."""
+    layout = chat_layout("qwen3")
+    model = random_model(load(chat_model(tmp_path / "model", layout)))
+    back = load_tokenizer(load(gguf_file(model, tmp_path / "out")))
+    mine, theirs = (one.added_tokens_decoder for one in (back, layout.tokenizer))
+    assert {n: token.content for n, token in mine.items()} == {n: token.content for n, token in theirs.items()}
+    assert mine[layout.token("<|im_end|>")].special
+    assert_the_same_in_llama_cpp(model, tmp_path / "out" / "gguf" / next((tmp_path / "out" / "gguf").iterdir()).name)
