@@ -1,5 +1,6 @@
 """Whole runs on tiny models: the trained model is the folded model, runs repeat and resume to the same bits."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -37,9 +38,26 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("minima", ["float16", "float32"])
-@pytest.mark.parametrize("pool_size", [None, 16, 64])
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def whole(
+    request: pytest.FixtureRequest, base: Checkpoint, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """How a run computed that nothing disturbed, and its adapter."""
+    folder = tmp_path_factory.mktemp("whole") / "adapter"
+    train(base, options(text, folder, compute=request.param))
+    return request.param, folder
+
+
+PAIRS = [(None, "float16", "float32"), (None, "float32", "bfloat16"), (16, "float16", "bfloat16")]
+PAIRS += [(16, "float32", "float32"), (64, "float16", "float32"), (64, "float32", "bfloat16")]
+"""Every two of a pool size, minima and a compute dtype; the other half of all three is long."""
+THREES = [
+    three if three in PAIRS else pytest.param(*three, marks=pytest.mark.long)
+    for three in itertools.product((None, 16, 64), ("float16", "float32"), ("float32", "bfloat16"))
+]
+
+
+@pytest.mark.parametrize(("pool_size", "minima", "compute"), THREES)
 def test_the_trained_model_is_the_folded_model(
     base: Checkpoint, text: Path, tmp_path: Path, minima: Any, pool_size: int | None, compute: str
 ) -> None:
@@ -116,14 +134,13 @@ def test_bfloat16_learns_what_float32_does(base: Checkpoint, text: Path, tmp_pat
     assert weights[0] != weights[1]
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ways", [{"gradient_checkpointing": True}, {"weights": "packed"}])
 def test_other_ways_to_the_same_adapter(
-    base: Checkpoint, text: Path, tmp_path: Path, compute: str, ways: dict[str, Any]
+    base: Checkpoint, text: Path, tmp_path: Path, whole: tuple[str, Path], ways: dict[str, Any]
 ) -> None:
-    train(base, options(text, tmp_path / "plain", compute=compute))
+    compute, folder = whole
     train(base, options(text, tmp_path / "other", compute=compute, **ways))
-    plain, other = files(tmp_path / "plain"), files(tmp_path / "other")
+    plain, other = files(folder), files(tmp_path / "other")
     logs = [json.loads(found.pop("training.json")) for found in (plain, other)]
     assert plain == other
     assert {**logs[0]["options"], **ways} == logs[1]["options"] != logs[0]["options"]
@@ -142,10 +159,11 @@ def test_what_was_chosen_automatically_is_recorded(
     assert (found["weights"], found["gradient_checkpointing"]) == ("kept", False)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stop", [2, 4])
-def test_resuming_gives_the_same_bits(base: Checkpoint, text: Path, tmp_path: Path, stop: int, compute: str) -> None:
-    train(base, options(text, tmp_path / "whole", compute=compute))
+def test_resuming_gives_the_same_bits(
+    base: Checkpoint, text: Path, tmp_path: Path, stop: int, whole: tuple[str, Path]
+) -> None:
+    compute, folder = whole
     torch.manual_seed(999)  # nothing may hang on the global generator
 
     class Interrupted(Exception):
@@ -159,12 +177,12 @@ def test_resuming_gives_the_same_bits(base: Checkpoint, text: Path, tmp_path: Pa
     with pytest.raises(Interrupted):
         train(base, chosen, interrupt)
     assert not (tmp_path / "parts").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.checkpoint", "whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["parts.checkpoint"]
     steps: list[int] = []
     train(base, replace(chosen, resume=True), lambda report: steps.append(report.step))
     assert steps == list(range(stop + 1, 7))
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+    assert files(tmp_path / "parts") == files(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
 
 
 def test_the_convention_changes_the_file_and_not_the_weights(base: Checkpoint, text: Path, tmp_path: Path) -> None:
