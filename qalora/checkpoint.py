@@ -119,9 +119,12 @@ class Checkpoint:
 
     @property
     def as_stored(self) -> bool:
-        """Whether `path` holds this very model: nothing that computes has been replaced since it was read."""
+        """Whether `path` holds this very model: neither tensors nor config nor files have been replaced since it was
+        read.
+        """
         read = self.stored
-        return read is not None and self.tensors is read.tensors and self.config is read.config
+        parts = ("tensors", "config", "files", "gguf")
+        return read is not None and all(getattr(self, part) is getattr(read, part) for part in parts)
 
     @property
     def quantized(self) -> bool:

@@ -119,15 +119,16 @@ ARTEFACTS = {
     "gptqmodel": "gptq",
     "mlx": "mlx",
     "hqq": "hqq",
+    "transformers": "",
 }
 
 
 @pytest.fixture(scope="module")
-def artefacts(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def artefacts(tiny: Path, base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("kept")
     export(base, ["qalora", "onnx", "gguf", "gptq", "mlx", "hqq"], folder)
     found = {kind: folder / place for kind, place in ARTEFACTS.items()}
-    return {**found, "llama.cpp": next((folder / "gguf").glob("*.gguf"))}
+    return {**found, "transformers": tiny, "llama.cpp": next((folder / "gguf").glob("*.gguf"))}
 
 
 def test_every_runtime_is_tried_here() -> None:

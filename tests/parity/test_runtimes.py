@@ -15,11 +15,12 @@ TOKENS = [(7 * n) % 300 for n in range(20)]
 
 
 @pytest.fixture(scope="module")
-def artefacts(made: Callable[[str, str], Path]) -> dict[str, Path]:
+def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
     """What each runtime opens: one model in each format."""
     places = {form: made(form, "base") for form in ("qalora", "onnx", "gguf", "gptq", "mlx", "hqq")}
     return {
         "torch": places["qalora"],
+        "transformers": tiny,
         "onnxruntime": places["onnx"],
         "onnxruntime-cuda": places["onnx"],
         "onnx.reference": places["onnx"] / "portable",
@@ -71,7 +72,7 @@ def test_generation_follows_the_logits(kind: str, artefacts: dict[str, Path]) ->
 
 
 def test_a_runtime_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"runtime: expected one of torch, llama\.cpp, .* got 'abacus'"):
+    with pytest.raises(InputError, match=r"runtime: expected one of torch, transformers, llama\.cpp, .* got 'abacus'"):
         open_runtime("abacus", tmp_path)
 
 
