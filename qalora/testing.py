@@ -220,12 +220,13 @@ def small_tokenizer(*, size: int = 512) -> Any:
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=size - 1,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator([demo_text()[:60_000]], trainer)
+    made.add_special_tokens(["<|tool|>"])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )

@@ -114,6 +114,23 @@ def other_tokenizer(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkp
     return replace(folded, files={**folded.files, "tokenizer.json": changed_file})
 
 
+def other_flags(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
+    """A special token is none: a text that has it is cut into letters."""
+    content = json.loads(folded.files["tokenizer.json"].read_text("utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|tool|>"]
+    changed_file = place / "other-flags.json"
+    changed_file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return replace(folded, files={**folded.files, "tokenizer.json": changed_file})
+
+
+def other_template(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
+    """A turn ends without its line."""
+    text = folded.files["chat_template.jinja"].read_text("utf-8")
+    changed_file = place / "other-template.jinja"
+    changed_file.write_text(text.replace("'<|im_end|>\n'", "'<|im_end|>'"), encoding="utf-8")
+    return replace(folded, files={**folded.files, "chat_template.jinja": changed_file})
+
+
 FAULTS: dict[str, tuple[Plant, str]] = {
     "one code": (layer(one_code), "codes"),
     "one scale by an ULP": (layer(one_scale_ulp), "scale"),
@@ -125,6 +142,8 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "a norm by an ULP": (norm_off_by_an_ulp, "floats"),
     "another rope base": (other_rope, "config"),
     "another tokenizer": (other_tokenizer, "tokenizer"),
+    "another added token's flags": (other_flags, "tokenizer"),
+    "another chat template": (other_template, "tokenizer"),
 }
 
 
@@ -150,10 +169,12 @@ def test_a_planted_fault_fails_its_gate(form: str, fault: str, base, adapter, fo
     assert failed(report) == {gate}
     assert not report.passed(allow_unproven=True)
     place = {"floats": NORM, "config": "rope_theta", "tokenizer": OTHER_WORDS}.get(gate, LAYER)
+    place = {"another added token's flags": "'<|tool|>'", "another chat template": "chat template"}.get(fault, place)
     assert place in report.failure()
 
 
-UNFELT = ("a norm by an ULP", "another tokenizer")
+OF_TEXT = ("another tokenizer", "another added token's flags", "another chat template")
+UNFELT = ("a norm by an ULP", *OF_TEXT)
 """The one is float32's noise; with the other, every runtime gets the same ids."""
 
 LARGE = ("zeros off by one", "q not permuted", "adapter left out of a layer", "another rope base")
