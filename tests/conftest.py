@@ -4,12 +4,14 @@ import importlib.util
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, threads take longer to meet than to compute
 
 import pytest
 import torch
@@ -22,10 +24,46 @@ from qalora.tensor import integer_zeros
 from qalora.testing import small_tokenizer, tiny_llama
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, those with most of them foremost: what is left for the end is short."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `long`, unless `-m` speaks of it. Files with slow tests come first, those with most of
+    them foremost: what is left for the end is short.
+    """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long and "long" not in config.getoption("markexpr"):
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`@pytest.mark.pairs(bits=..., zeros=...)`: parametrized over the product of the values; a row is `long` unless it
+    is one of the few in which every value meets every value of the others.
+    """
+    for mark in metafunc.definition.iter_markers("pairs"):
+        axes = list(mark.kwargs.values())
+        sizes = [len(values) for values in axes]
+        chosen = _pairs(sizes)
+        rows = [
+            pytest.param(
+                *(values[place] for values, place in zip(axes, row, strict=True)),
+                marks=() if row in chosen else pytest.mark.long,
+            )
+            for row in product(*map(range, sizes))
+        ]
+        metafunc.parametrize(list(mark.kwargs), rows)
+
+
+def _pairs(sizes: Sequence[int]) -> set[tuple[int, ...]]:
+    """Rows of places, one for each axis of these sizes, in which any two places of two axes meet; chosen greedily."""
+    rows = list(product(*map(range, sizes)))
+    meets = {row: set(combinations(enumerate(row), 2)) for row in rows}
+    missing, chosen = set().union(*meets.values()), set()
+    while missing:
+        best = max(rows, key=lambda row: len(meets[row] & missing))
+        chosen.add(best)
+        missing -= meets[best]
+    return chosen
 
 
 @pytest.fixture(scope="session")

@@ -66,9 +66,7 @@ def edit(folder: Path, change, file: str = "model.safetensors") -> None:
 # ---- there and back
 
 
-@pytest.mark.parametrize("form", ["auto", "nearest"])
-@pytest.mark.parametrize("group_size", [16, 32, 64, None])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.pairs(bits=BITS, group_size=[16, 32, 64, None], form=["auto", "nearest"])
 def test_real_zeros_come_back_bit_for_bit(
     tiny_untied: Path, tmp_path: Path, bits: int, group_size: int | None, form: str
 ) -> None:
@@ -82,9 +80,7 @@ def test_real_zeros_come_back_bit_for_bit(
     assert again.notes == ()
 
 
-@pytest.mark.parametrize("zeros", ["integer", "symmetric"])
-@pytest.mark.parametrize("group_size", [16, 32, 64, None])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.pairs(bits=BITS, group_size=[16, 32, 64, None], zeros=["integer", "symmetric"])
 def test_integer_zeros_keep_their_own(
     tiny_untied: Path, tmp_path: Path, bits: int, group_size: int | None, zeros: str
 ) -> None:

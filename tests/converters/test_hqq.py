@@ -28,9 +28,7 @@ def written(model: Checkpoint, out: Path, **options: Any) -> Path:
     return out / "hqq"
 
 
-@pytest.mark.parametrize("zeros", ["real", "integer", "symmetric"])
-@pytest.mark.parametrize("group_size", [16, 32, None])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.pairs(bits=BITS, group_size=[16, 32, None], zeros=["real", "integer", "symmetric"])
 def test_every_tensor_comes_back(
     tiny_untied: Path, tmp_path: Path, bits: int, group_size: int | None, zeros: Any
 ) -> None:

@@ -48,9 +48,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("zeros", ["real", "integer", "symmetric"])
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, None])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.pairs(bits=BITS, group_size=[32, 64, 128, 256, None], zeros=["real", "integer", "symmetric"])
 def test_every_tensor_comes_back(
     wide: Checkpoint, tmp_path: Path, bits: int, group_size: int | None, zeros: Any
 ) -> None:

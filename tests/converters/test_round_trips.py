@@ -50,9 +50,7 @@ def there_and_back(form: str, model: Checkpoint, folder: Path, options: ExportOp
     return load(next(place.glob("*.gguf")) if form == "gguf" else place)
 
 
-@pytest.mark.parametrize("zeros", ["real", "integer", "symmetric"])
-@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.pairs(bits=BITS, group_size=[16, 32, 64, 128, 256], zeros=["real", "integer", "symmetric"])
 def test_round_trip(bits: int, group_size: int, zeros: Zeros, floats: Checkpoint, tmp_path: Path) -> None:
     model = random_model(
         floats,
