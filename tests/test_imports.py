@@ -31,13 +31,12 @@ def _room(module: str) -> str:
     return module.split(".")[1]
 
 
-def _imports(path: Path, *, run_time: bool) -> set[str]:
-    """The qalora modules that a file imports, those for type checkers alone left out where `run_time` is set."""
+def _imports(path: Path) -> set[str]:
+    """The qalora modules that a file imports, but for those that are for type checkers alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    if run_time:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -54,25 +53,29 @@ def test_every_room_has_a_floor() -> None:
     assert rooms == set(HEIGHT)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_downwards(path: Path) -> None:
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    upwards = {name for name in _imports(path, run_time=True) if HEIGHT[_room(name)] > HEIGHT[room]}
+def test_imports_go_downwards() -> None:
+    upwards = {}
+    for path in MODULES:
+        place = path.relative_to(ROOT)
+        height = HEIGHT[place.parts[0].removesuffix(".py")]
+        if found := {name for name in _imports(path) if HEIGHT[_room(name)] > height}:
+            upwards[str(place)] = found
     assert not upwards
 
 
-@pytest.mark.parametrize(
-    ("code", "absent"),
-    [
-        ("import qalora.cli", {"torch", "transformers", "numpy", "onnx"}),
-        ("import qalora", {"torch", "transformers", "numpy", "onnx"}),
-        ("import qalora.converters.exports", {"transformers", "onnx", "onnxruntime"}),
-    ],
-)
-def test_light_imports_stay_light(code: str, absent: set[str]) -> None:
-    script = f"{code}; import sys; print(*[name for name in {sorted(absent)!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+LIGHT = {
+    "import qalora.cli": {"torch", "transformers", "numpy", "onnx"},  # the package's own first
+    "import qalora.converters.exports": {"transformers", "onnx", "onnxruntime"},
+}
+
+
+def test_light_imports_stay_light() -> None:
+    """One after the other in one process: what the second may not bring, the first may not either."""
+    lines = ["import sys"]
+    for code, absent in LIGHT.items():
+        lines += [code, f"[print({code!r}, 'brings', name) for name in {sorted(absent)} if name in sys.modules]"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("name", ["converters", "formats"])
