@@ -1,0 +1,116 @@
+"""What tensors a family has, in folders and in GGUF files: read by transformers, or missing, or called otherwise."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qalora import export
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load
+from qalora.converters.families import FAMILIES
+from qalora.converters.torch_module import build
+from qalora.errors import FormatError, InputError
+from qalora.parity.weights import compare_weights
+from qalora.testing import byte_tokenizer, tiny_model
+
+TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
+
+
+def written(model: Checkpoint, folder: Path) -> Path:
+    """The GGUF file of an export."""
+    export(model, "gguf", folder)
+    return next((folder / "gguf").glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma 3: the family with the most norms."""
+    return tiny_model(tmp_path_factory.mktemp("gemma") / "model", "gemma3_text")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "smollm3"])
+def test_transformers_opens_the_gguf_file(family: str, tmp_path: Path) -> None:
+    """A foreign reader of what we wrote: names, order of rows, norms and config. It knows no SmolLM3, and takes heads
+    of Qwen3 to be 128 and the padding of Phi-3 to be token 32000, as they are in the published models."""
+    from transformers import AutoModelForCausalLM
+
+    sizes: dict[str, dict[str, Any]] = {"qwen3": {"head_dim": 128}, "phi3": {"vocab_size": 32064}}
+    folder = tiny_model(tmp_path / "model", family, tokenizer=byte_tokenizer(), config=sizes.get(family))
+    path = written(load(folder), tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ours = build(load(folder)).state_dict()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+
+
+def test_norms_of_one_plus_a_weight_are_compared_as_they_are_used(tmp_path: Path) -> None:
+    """A float32 weight so small that 1 + weight drops bits of it: transformers drops them too, and nothing differs."""
+    model = load(tiny_model(tmp_path / "model", "gemma2"))
+    name = "model.layers.0.input_layernorm.weight"
+    small = torch.linspace(-1e-3, 1e-3, 64) / 3
+    lazy = replace(model.tensors[name], read=lambda start, stop: small[start:stop])
+    changed = replace(model, tensors={**model.tensors, name: lazy})
+    again = load(written(changed, tmp_path))
+    assert not torch.equal(again.tensors[name].load_float(), small)
+    assert torch.equal(again.tensors[name].load_float() + 1, small + 1)
+    assert compare_weights(again, changed).total.same
+    assert not compare_weights(again, model).total.same
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_the_text_part_of_gemma_3_is_read(renamed: bool, gemma: Path, tmp_path: Path) -> None:
+    """Against the whole model of transformers, given text; its tensors are called otherwise by some versions."""
+    from safetensors.torch import load_file, save_file
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = load(gemma)
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=dict(text.config),
+        vision_config={**sight, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=250,
+    )
+    whole = Gemma3ForConditionalGeneration(config).float().eval()
+    whole.save_pretrained(tmp_path / "model")
+    if renamed:
+        path = tmp_path / "model" / "model.safetensors"
+        tensors = {
+            name.replace("language_model.model.", "model.language_model."): x for name, x in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    model = load(tmp_path / "model")
+    assert model.config["model_type"] == "gemma3_text"
+    assert set(model.tensors) == set(text.tensors)
+    assert "the text part of a gemma3" in model.notes[0]
+    with torch.no_grad():
+        wanted, module = whole(input_ids=TOKENS).logits, build(model)
+        found = module(input_ids=TOKENS).logits
+        noise = float((module.double()(input_ids=TOKENS).logits - found).abs().max())
+    assert float((found - wanted).abs().max()) <= 8 * noise  # as in test_families
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+@pytest.mark.parametrize("module", ["self_attn.k_norm", "post_feedforward_layernorm"])
+def test_a_norm_that_a_family_has_must_be_there(module: str, target: str, gemma: Path, tmp_path: Path) -> None:
+    model = load(gemma)
+    name = f"model.layers.3.{module}.weight"
+    less = replace(model, tensors={key: lazy for key, lazy in model.tensors.items() if key != name})
+    with pytest.raises(InputError, match=f"tensor {name}: expected it, as config.json says"):
+        export(less, target, tmp_path)
+
+
+def test_a_bias_that_a_family_has_must_be_there(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model(tmp_path / "model", "qwen2")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.bias"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(FormatError, match=r"layers\.1\.self_attn\.k_proj\.bias: expected it, as config\.json says"):
+        load(folder)
