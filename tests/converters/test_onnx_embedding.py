@@ -16,7 +16,10 @@ from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
+from qalora.converters.exports import export_jobs
 from qalora.converters.onnx import read
+from qalora.converters.plan import ExportOptions
+from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build
 from qalora.errors import ExactnessError, FormatError, InputError
 from qalora.parity.runtimes import open_runtime
@@ -139,22 +142,21 @@ def test_a_table_elsewhere_is_refused(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smollm2_is_verified_and_a_third_smaller(smollm2: Path, tmp_path: Path) -> None:
     """Its own Q8_0 table, through the command line, by ONNX Runtime and onnxruntime-genai."""
-    sizes = {}
-    for form in ("float32", "quantized"):
-        line = ["export", str(smollm2), "--to", "onnx", "-o", str(tmp_path / form), "--onnx-embedding", form]
-        made = CliRunner().invoke(main, line)
-        assert made.exit_code == 0, made.output
-        sizes[form] = (tmp_path / form / "onnx" / "model.onnx.data").stat().st_size
-    assert sizes["float32"] - sizes["quantized"] > 75e6
-    line = ["verify", str(smollm2), str(tmp_path / "quantized" / "onnx" / "model.onnx"), "--max-tokens", "64"]
+    (usual,) = export_jobs(load(smollm2), ["onnx"], ExportOptions())
+    line = ["export", str(smollm2), "--to", "onnx", "-o", str(tmp_path), "--onnx-embedding", "quantized"]
+    made = CliRunner().invoke(main, line)
+    assert made.exit_code == 0, made.output
+    size, graph = usual.plan.files["model.onnx.data"], tmp_path / "onnx" / "model.onnx"
+    assert size is not None and size - graph.with_name("model.onnx.data").stat().st_size > 75e6
+    line = ["verify", str(smollm2), str(graph), "--max-tokens", "64"]
     proven = CliRunner().invoke(main, line)
     assert proven.exit_code == 0, proven.output
 
 
-def test_genai_generates_the_same(tiny: Path, smollm2_tokenizer: Any, tmp_path: Path) -> None:
+def test_genai_generates_the_same(tiny: Path, tmp_path: Path) -> None:
     model = coded(load(tiny), 8, 32)
     export(model, "onnx", tmp_path, onnx_embedding="quantized")
-    prompt = smollm2_tokenizer("The Python language is")["input_ids"]
+    prompt = load_tokenizer(model)("The Python language is")["input_ids"]
     runtime, oracle = open_runtime("onnxruntime-genai", tmp_path / "onnx"), open_runtime("torch", model)
     top = oracle.logits([*prompt, *oracle.generate(prompt, 20)]).topk(2).values
     assert float((top[:, 0] - top[:, 1]).min()) > 1e-4, "a near tie would make this test a coin toss"

@@ -33,11 +33,17 @@ def plain(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def test_our_gguf_file_gives_llama_cpp_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
-    """Over 20,000 characters of English about Python, and what splits badly."""
-    path = gguf_of(tiny, tmp_path)
-    tokenizer = load_tokenizer(load(tiny))
-    runtime = LlamaCpp(path, None)
+@pytest.mark.parametrize("kind", ["tiny", "SmolLM2"])
+def test_our_gguf_file_gives_llama_cpp_the_same_tokens(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Over 20,000 characters of English about Python, and what splits badly; of 512 tokens, and of 49,152."""
+    if kind == "tiny":
+        source = request.getfixturevalue("tiny")
+    else:  # as transformers makes it of the GGUF file, which drops the rule for digits
+        source = tiny_llama(tmp_path / "model", tokenizer=request.getfixturevalue("smollm2_tokenizer"))
+    tokenizer = load_tokenizer(load(source))
+    runtime = LlamaCpp(gguf_of(source, tmp_path), 1)
     for text in (HARD, demo_text()[:20_000]):
         assert runtime.tokenize(text) == plain(tokenizer, text)
     runtime.close()
@@ -46,7 +52,7 @@ def test_our_gguf_file_gives_llama_cpp_the_same_tokens(tiny: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_the_gguf_base_gives_the_same_tokens_over_the_whole_text(smollm2: Path) -> None:
     tokenizer = load_tokenizer(load(smollm2))
-    runtime = LlamaCpp(smollm2, None)
+    runtime = LlamaCpp(smollm2, 1)
     text = demo_text()
     tokens = runtime.tokenize(text)
     assert len(tokens) > 100_000
@@ -109,7 +115,7 @@ def test_sentencepiece_gives_llama_cpp_the_same_tokens(kind: str, tmp_path: Path
     folder = tiny_llama(tmp_path / "model", tokenizer=tokenizer)
     path = gguf_of(folder, tmp_path / "out")
     again = load_tokenizer(load(path))
-    runtime = LlamaCpp(path, None)
+    runtime = LlamaCpp(path, 1)
     for text in ("Hello there", "a  b\n\n\tc 3.14 naïve 日本語 🙂 don't", demo_text()[40_000:60_000]):
         assert runtime.tokenize(text) == plain(tokenizer, text)
         assert plain(again, text) == plain(tokenizer, text)
@@ -267,7 +273,7 @@ def test_a_tokenizer_in_two_files_is_converted(end: str, tmp_path: Path) -> None
     entries = load(path).gguf
     assert entries is not None and entries.get("tokenizer.ggml.eos_token_id") == 256
     assert entries.get("tokenizer.chat_template") == PLAIN
-    runtime = LlamaCpp(path, None)
+    runtime = LlamaCpp(path, 1)
     assert runtime.tokenize("the then, there") == plain(tokenizer, "the then, there")
     runtime.close()
     report = verify(model, [path, tmp_path / "mlx"], level="weights")

@@ -77,8 +77,10 @@ def test_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_smollm2(smollm2: Path) -> None:
+    """Each time, parity/test_foreign.py compares transformers' load of it, every weight and the logits."""
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
