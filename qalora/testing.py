@@ -267,15 +267,14 @@ _SIZES: dict[str, Any] = {
 def tiny_model(
     folder: Path, family: str, *, seed: int = 0, tokenizer: Any = None, config: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a tiny random model of a family (float32) as transformers saves it; `config` overrides its keys."""
+    """Write a tiny random model of a family (float32) as transformers saves it; `config` overrides its keys.
+
+    With a tokenizer, its vocabulary and its own end token are the model's.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings: dict[str, Any] = {
-        "vocab_size": len(tokenizer) if tokenizer is not None else 256,
-        **_SIZES,
-        **TINY[family],
-        **(config or {}),
-    }
+    own = {} if tokenizer is None else {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    settings: dict[str, Any] = {"vocab_size": 256, **_SIZES, **TINY[family], **own, **(config or {})}
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float()

@@ -141,7 +141,8 @@ def _text_part(
     family = family_of(text, folder)
     kept = {key: config[key] for key in _SHARED_KEYS if key in config}
     sizes = {key: value for key, value in family.defaults.items() if key in _SIZE_KEYS}
-    text = {**sizes, **kept, **text, "architectures": [family.architecture]}
+    outer = {key: kept[key] for key in _TOKEN_KEYS if kept.get(key) is not None}  # as in transformers' generation
+    text = {**sizes, **kept, **text, **outer, "architectures": [family.architecture]}
     found = {}
     for name, where in stored.items():
         for prefix, ours in _TEXT_PREFIXES:
@@ -163,7 +164,8 @@ _TEXT_PREFIXES = (
 )
 """What a decoder's tensors are called there, by the versions of transformers."""
 
-_SHARED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SHARED_KEYS = (*_TOKEN_KEYS, "tie_word_embeddings", "dtype", "torch_dtype")
 _SIZE_KEYS = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 """Sizes that text_config leaves out where they are those of its class."""
 

@@ -14,7 +14,7 @@ model.safetensors   (or several and their index, above --max-shard-size)
                     <module>.g_idx  int32 [in]                     act-order only
                     and every other tensor under its own name and dtype
 metadata.gguf       the metadata of the GGUF file that the model came from, if it did
-tokenizer and other companion files
+generation_config.json, tokenizer and other companion files
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes, write_generation
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
 from qalora.converters.specs import narrowed
@@ -210,8 +211,14 @@ def plan(model: Checkpoint, options: ExportOptions) -> NativePlan:
         tensors.append(PlannedTensor(name=lazy.name, carrier=carrier, file=file, offset=offset, nbytes=size))
     files: dict[str, int | None] = {**layout.sizes, "config.json": None}
     files |= {name: path.stat().st_size for name, path in model.files.items()}
+    files[GENERATION] = len(generation_bytes(model))
     return NativePlan(
-        target="qalora", tensors=tuple(tensors), files=files, layout=layout, config=_config(model), notes=model.notes
+        target="qalora",
+        tensors=tuple(tensors),
+        files=files,
+        layout=layout,
+        config=_config(model),
+        notes=(*model.notes, *end_notes(model)),
     )
 
 
@@ -251,7 +258,7 @@ def _config(model: Checkpoint) -> dict[str, Any]:
         "zero": common[2],
         "modules": {module: list(size) for module, size in sizes.items() if size != common},
     }
-    config = dict(model.config)
+    config = config_with_ends(model)
     if not {"dtype", "torch_dtype"} & set(config):
         floats = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in model.tensors.values() if lazy.spec is None)
         config["dtype"] = floats.most_common(1)[0][0] if floats else "float32"
@@ -269,6 +276,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
 
         (folder / GGUF_METADATA).write_bytes(metadata_bytes(model.gguf))
     write_tokenizer(model, folder)
+    write_generation(model, folder)
     write_json(folder / "config.json", plan.config)
     with ShardedWriter(folder, plan.layout) as weights:
         for tensor in plan.tensors:

@@ -12,10 +12,12 @@ from typing import Any
 from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import name_in_gguf, strips
 from qalora.converters.decoder import Decoder
+from qalora.converters.ends import ends_of, tokenizer_end
 from qalora.converters.families import settings_of
 from qalora.converters.gguf.hyperparameters import hyperparameters
 from qalora.converters.tokenizer import gguf_tokenizer
 from qalora.formats.gguf import Metadata, Value
+from qalora.formats.gguf_ends import with_ends
 
 __all__ = ["file_metadata", "file_name"]
 
@@ -27,11 +29,12 @@ def file_metadata(model: Checkpoint, decoder: Decoder, name: str | None, carrier
     """All metadata of the file; `carrier` is the type that most linear weights have."""
     numbers = hyperparameters(decoder, settings_of(model.config, model.path), model.path)
     changes = {"general.file_type": Value.uint32(FILE_TYPES[carrier])}
+    ends = ends_of(model).ids
     if model.gguf is not None:
         if name is not None:
             kept = name_in_gguf(name, stripping=strips(model.gguf.get("general.name")))
             changes["general.name"] = Value.text(kept)
-        return model.gguf.with_entries(changes)
+        return with_ends(model.gguf.with_entries(changes), ends, tokenizer_end(model), model.path)
     tokenizer = gguf_tokenizer(model, name or model.path.name)
     general = {
         "general.architecture": Value.text(decoder.family.gguf),
@@ -41,7 +44,8 @@ def file_metadata(model: Checkpoint, decoder: Decoder, name: str | None, carrier
         **changes,
         "general.quantization_version": Value.uint32(2),
     }
-    return Metadata(entries={**general, **numbers, **tokenizer})
+    metadata = Metadata(entries={**general, **numbers, **tokenizer})
+    return with_ends(metadata, ends, tokenizer_end(model), model.path)
 
 
 def file_name(model: Checkpoint, metadata: Metadata, name: str | None, carrier: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from qalora.converters.gguf.chat import Turns, turns_of
 from qalora.errors import FormatError
 from qalora.formats.gguf import Metadata
+from qalora.formats.gguf_ends import FILLING, eog_of, marked
 
 __all__ = ["MODELFILE", "modelfile"]
 
@@ -60,6 +61,7 @@ def modelfile(metadata: Metadata, names: Sequence[str]) -> str:
         lines += _NONE if template is None else _UNKNOWN
     stops = [eos, *(_token(metadata, f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom"))]
     stops += [turns.end] if turns is not None and turns.end in _control_tokens(metadata) else []
+    stops += _end_texts(metadata)
     return lines + "".join(f'PARAMETER stop "{stop}"\n' for stop in dict.fromkeys(stops) if _is_stop(stop))
 
 
@@ -100,6 +102,15 @@ def _sayable(text: str) -> bool:
 
 def _is_stop(text: str) -> bool:
     return 0 < len(text) <= LONGEST_STOP and text.isprintable() and '"' not in text
+
+
+def _end_texts(metadata: Metadata) -> list[str]:
+    """The texts of the model's end tokens, but for those that llama.cpp takes from the vocabulary for ends of a file
+    that is filled in."""
+    found, eog, tokens = marked(metadata), eog_of(metadata), _listed(metadata, "tokens")
+    ids = found if found is not None else () if eog is None else (*eog.keyed, *eog.named)
+    filling = {text for texts in FILLING.values() for text in texts} if found is None else set()
+    return [str(tokens[n]) for n in ids if n < len(tokens) and tokens[n] not in filling]
 
 
 def _listed(metadata: Metadata, key: str) -> tuple[Any, ...]:

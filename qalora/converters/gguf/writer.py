@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
+from qalora.converters.ends import end_notes, ends_of, in_words, token_texts
 from qalora.converters.families import Family, norm_names
 from qalora.converters.gguf.hyperparameters import factor_tensors
 from qalora.converters.gguf.loaders import check_tensors, clipped_window, context_notes
@@ -24,8 +25,9 @@ from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Pro
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.files import OutputFile
-from qalora.formats.gguf import GgufLayout, Value, create
+from qalora.formats.gguf import GgufLayout, Metadata, Value, create
 from qalora.formats.gguf_blocks import BLOCK, BLOCK_TYPES, encode
+from qalora.formats.gguf_ends import eog_of
 from qalora.formats.gguf_split import plan_split
 from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16, integer_zeros
 
@@ -94,7 +96,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
         target="gguf",
         tensors=tensors,
         files={**{part: layout.size for part, layout in layouts.items()}, MODELFILE: len(recipe.encode())},
-        notes=(*model.notes, *context_notes(decoder)),
+        notes=(*model.notes, *end_notes(model), *context_notes(decoder), *_end_notes(model, metadata)),
         longest=clipped_window(decoder),
         layouts=layouts,
         names=names,
@@ -102,6 +104,14 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
         where=where,
         modelfile=recipe,
     )
+
+
+def _end_notes(model: Checkpoint, metadata: Metadata) -> list[str]:
+    """What llama.cpp ends at by name, and the model does not."""
+    eog, ends = eog_of(metadata), ends_of(model).ids
+    more = [n for n in ([] if eog is None else eog.ids) if n not in ends]
+    names = in_words(more, token_texts(model))
+    return [f"gguf: llama.cpp knows more end tokens by name, whatever a file says: {names}"] if more else []
 
 
 def _carrier(lazy: LazyTensor, model: Checkpoint, options: ExportOptions) -> tuple[str, Loss | None]:

@@ -23,6 +23,7 @@ from qalora._version import __version__
 from qalora.adapter import Adapter
 from qalora.adapter.rewriting import alpha_for
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
 from qalora.converters.families import family_of
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
 from qalora.converters.gptq.forms import Form, encode
@@ -99,16 +100,16 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     beside = plan_layout(_lora_parts(model, ranks, options.adapter), metadata) if ranks else None
     rows = _rows(model, words, form, main, beside)
     files: dict[str, int | None] = {**main.sizes, "config.json": None, "quantize_config.json": None}
-    files |= {"generation_config.json": None, "README.md": None}
-    files |= dict.fromkeys(converted_files(model))
+    files |= {"README.md": None, **dict.fromkeys(converted_files(model))}
     files |= {name: path.stat().st_size for name, path in model.files.items()}
+    files[GENERATION] = len(generation_bytes(model))
     if beside is not None:
         files |= {ADAPTER_WEIGHTS: beside.size, ADAPTER_CONFIG: None}
     return GptqPlan(
         target="gptq",
         tensors=tuple(rows),
         files=files,
-        notes=(*model.notes, *_notes(ranks, beside, main, form, options.adapter)),
+        notes=(*model.notes, *end_notes(model), *_notes(ranks, beside, main, form, options.adapter)),
         form=form,
         words=words,
         symmetric=symmetric,
@@ -327,7 +328,7 @@ def _config(model: Checkpoint, words: Mapping[str, int], symmetric: bool, beside
         "pack_dtype": "int32",
         "meta": meta,
     }
-    config = {"architectures": [family_of(model.config, model.path).architecture], **model.config}
+    config = {"architectures": [family_of(model.config, model.path).architecture], **config_with_ends(model)}
     dtype = config.pop("torch_dtype", None)
     config["dtype"] = "float32" if beside else config.get("dtype") or dtype or "float32"
     return {**config, "quantization_config": quantization}

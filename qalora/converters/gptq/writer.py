@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.ends import write_generation
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
 from qalora.converters.gptq.forms import Encoded, encode
 from qalora.converters.gptq.head import HEAD
@@ -22,8 +23,6 @@ from qalora.formats.output import write_json
 from qalora.formats.safetensors import SafetensorsWriter, ShardedWriter
 
 __all__ = ["write"]
-
-GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
@@ -49,9 +48,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
 
 def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
     write_tokenizer(model, folder)
-    if "generation_config.json" not in model.files:
-        found = {key: model.config[key] for key in GENERATION_KEYS if model.config.get(key) is not None}
-        write_json(folder / "generation_config.json", {"_from_model_config": True, **found})
+    write_generation(model, folder)
     write_json(folder / "config.json", plan.config)
     write_json(folder / "quantize_config.json", plan.config["quantization_config"])
     if plan.adapter_config is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
 from qalora.converters.families import family_of
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
@@ -70,11 +71,12 @@ def plan(model: Checkpoint, options: ExportOptions) -> HqqPlan:
     files: dict[str, int | None] = {**layout.sizes, "config.json": None}
     files |= dict.fromkeys(converted_files(model))
     files |= {name: path.stat().st_size for name, path in model.files.items()}
+    files[GENERATION] = len(generation_bytes(model))
     return HqqPlan(
         target="hqq",
         tensors=tuple(tensors),
         files=files,
-        notes=(*model.notes, *_notes(specs)),
+        notes=(*model.notes, *end_notes(model), *_notes(specs)),
         layout=layout,
         config=_config(model, specs),
     )
@@ -162,4 +164,4 @@ def _config(model: Checkpoint, specs: Mapping[str, QuantSpec]) -> dict[str, Any]
         "skip_modules": ["lm_head"],
     }
     architecture = family_of(model.config, model.path).architecture
-    return {"architectures": [architecture], **model.config, "quantization_config": quantization}
+    return {"architectures": [architecture], **config_with_ends(model), "quantization_config": quantization}

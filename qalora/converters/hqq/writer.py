@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.ends import write_generation
 from qalora.converters.hqq.planner import HqqPlan, descriptors, is_quantized, parameter_type
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
@@ -22,6 +23,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
     if not isinstance(plan, HqqPlan):
         raise TypeError(f"expected HqqPlan, got {type(plan).__name__}")
     write_tokenizer(model, folder)
+    write_generation(model, folder)
     write_json(folder / "config.json", plan.config)
     with ShardedWriter(folder, plan.layout) as weights:
         for tensor in plan.tensors:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.ends import GENERATION, Ends, config_with_ends, end_notes, ends_of, generation_bytes, mark_text
 from qalora.converters.families import family_of
 from qalora.converters.mlx.config import mlx_config
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor
@@ -45,10 +46,12 @@ class MlxPlan(Plan):
 def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
     """Decide everything. ExactnessError for groups that MLX does not have; nothing is lost in those it has."""
     family = family_of(model.config, model.path)
-    config, notes, longest = mlx_config(model.config, tied=model.tied)
+    ends = ends_of(model)
+    config, notes, longest = mlx_config(config_with_ends(model), tied=model.tied)
     parts = {name: _parts(lazy) for name, lazy in model.tensors.items()}
     specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if lazy.spec is not None}
-    metadata = {"format": "mlx", **options.provenance} | ({TENSORS: specs_text(specs)} if specs else {})
+    metadata = {"format": "mlx", **options.provenance, **mark_text(model, ends)}
+    metadata |= {TENSORS: specs_text(specs)} if specs else {}
     layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
     tensors = []
     for lazy in model.tensors.values():
@@ -57,11 +60,12 @@ def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
     files: dict[str, int | None] = {**layout.sizes, "config.json": None}
     files |= dict.fromkeys(converted_files(model))
     files |= {name: path.stat().st_size for name, path in model.files.items()}
+    files[GENERATION] = len(generation_bytes(model))
     return MlxPlan(
         target="mlx",
         tensors=tuple(tensors),
         files=files,
-        notes=(*model.notes, *notes, *_notes(model)),
+        notes=(*model.notes, *end_notes(model), *notes, *_notes(model), *_end_note(model, ends)),
         longest=longest,
         layout=layout,
         config=_config(model, config, family.architecture),
@@ -130,6 +134,12 @@ def _notes(model: Checkpoint) -> list[str]:
         f"the tensors that are not quantized are {kinds}, and MLX computes in the types it finds; "
         "model.set_dtype(mlx.core.float32) after loading computes in float32"
     ]
+
+
+def _end_note(model: Checkpoint, ends: Ends) -> list[str]:
+    if not mark_text(model, ends):
+        return []
+    return ["mlx-lm ends at the tokenizer's own end token too, whatever the configs say"]
 
 
 def _config(model: Checkpoint, config: Mapping[str, Any], architecture: str) -> dict[str, Any]:

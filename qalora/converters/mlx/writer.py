@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.ends import write_generation
 from qalora.converters.mlx.planner import MlxPlan, mlx_group_size
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.specs import narrowed
@@ -23,6 +24,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
     if not isinstance(plan, MlxPlan):
         raise TypeError(f"expected MlxPlan, got {type(plan).__name__}")
     write_tokenizer(model, folder)
+    write_generation(model, folder)
     write_json(folder / "config.json", plan.config)
     with ShardedWriter(folder, plan.layout) as weights:
         for tensor in plan.tensors:

@@ -6,6 +6,8 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.decoder import Decoder
+from qalora.converters.ends import ends_of, special_token
+from qalora.errors import InputError
 
 __all__ = ["ACCURACY_LEVEL", "genai_config"]
 
@@ -14,17 +16,27 @@ ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 
 def genai_config(model: Checkpoint, decoder: Decoder, *, portable: bool) -> dict[str, Any]:
-    """The config of one graph. The fused attention of the fast one writes into the cache in place."""
+    """The config of one graph. The fused attention of the fast one writes into the cache in place.
+
+    InputError for a model that names no end token: the library takes the padding token where there is none.
+    """
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if portable:
         options[ACCURACY_LEVEL] = "1"
-    end = _token(model, "eos_token_id", 0)
+    ends = ends_of(model).ids
+    if not ends:
+        raise InputError(
+            f"onnx: {model.path}: no end token",
+            expected="one, which onnxruntime-genai cannot be without",
+            todo="name it as eos_token_id in generation_config.json",
+        )
+    bos, pad = (special_token(model, kind) for kind in ("bos", "pad"))
     return {
         "model": {
             "type": decoder.family.genai,
-            "bos_token_id": _first(_token(model, "bos_token_id", end)),
-            "eos_token_id": end,
-            "pad_token_id": _first(_token(model, "pad_token_id", end)),
+            "bos_token_id": ends[0] if bos is None else bos,
+            "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
+            "pad_token_id": ends[0] if pad is None else pad,
             "vocab_size": decoder.vocabulary,
             "context_length": decoder.positions,
             "decoder": {
@@ -62,12 +74,3 @@ def genai_config(model: Checkpoint, decoder: Decoder, *, portable: bool) -> dict
             "top_p": 1.0,
         },
     }
-
-
-def _token(model: Checkpoint, key: str, default: Any) -> Any:
-    found = model.config.get(key)
-    return default if found is None or found == [] else found
-
-
-def _first(token: Any) -> Any:
-    return token[0] if isinstance(token, list) else token

@@ -18,6 +18,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoder import decoder_of
+from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
 from qalora.converters.families import family_of, norm_names
 from qalora.converters.onnx.carriers import fast_parts, portable_parts
 from qalora.converters.onnx.decoder import check_decoder, rotary_parts
@@ -104,11 +105,16 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
         target="onnx",
         tensors=tuple(rows),
         files=_files(model, fast, portable),
-        notes=model.notes,
+        notes=(*model.notes, *end_notes(model)),
         fast=fast,
         portable=portable,
-        config={"architectures": [family_of(model.config, model.path).architecture], **model.config},
+        config=_config(model),
     )
+
+
+def _config(model: Checkpoint) -> dict[str, Any]:
+    architecture = family_of(model.config, model.path).architecture
+    return {"architectures": [architecture], **config_with_ends(model)}
 
 
 def _check_tensors(model: Checkpoint) -> None:
@@ -205,6 +211,7 @@ def _carrier(lazy: LazyTensor, coded: frozenset[str], *, portable: bool) -> str:
 def _files(model: Checkpoint, fast: GraphPlan, portable: GraphPlan) -> dict[str, int | None]:
     files: dict[str, int | None] = {name: path.stat().st_size for name, path in model.files.items()}
     files |= dict.fromkeys(converted_files(model))
+    files |= {GENERATION: len(generation_bytes(model))} if GENERATION in model.files else {}
     for folder, graph in (("", fast), (f"{PORTABLE}/", portable)):
         files |= {f"{folder}{GRAPH}": graph.proto.ByteSize(), f"{folder}{DATA}": graph.size}
         files |= {f"{folder}{name}": None for name in ("config.json", "genai_config.json")}

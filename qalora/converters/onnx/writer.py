@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoder import decoder_of
+from qalora.converters.ends import GENERATION, write_generation
 from qalora.converters.onnx.carriers import encode_fast, encode_portable
 from qalora.converters.onnx.decoder import rotary_tables
 from qalora.converters.onnx.graph import DATA
@@ -33,6 +34,8 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         raise TypeError(f"expected OnnxPlan, got {type(plan).__name__}")
     places = {folder: plan.fast, folder / PORTABLE: plan.portable}
     write_tokenizer(model, folder)
+    if GENERATION in model.files:
+        write_generation(model, folder)
     for place, graph in places.items():
         place.mkdir(exist_ok=True)
         write_json(place / "config.json", plan.config)
