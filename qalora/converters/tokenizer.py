@@ -27,6 +27,7 @@ from qalora.converters.sentencepiece import Spaces, normalizer_of, sentencepiece
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import read_limited
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
+from qalora.formats.gguf_ends import KNOWN
 from qalora.formats.json_text import read_json_object
 from qalora.formats.output import write_json
 
@@ -212,7 +213,7 @@ def _tidy(folder: Path, metadata: Metadata, *, stripping: bool) -> None:
     write_json(folder / "tokenizer_config.json", {**config, "add_bos_token": begins, "add_eos_token": ends})
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["added_tokens"] = listed_added(metadata, (), stripping=stripping)
+    content["added_tokens"] = listed_added(metadata, KNOWN, stripping=stripping)
     if spm:
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         content["normalizer"], content["pre_tokenizer"] = normalizer_of(prefix=prefix), None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qalora.parity.ends import EndDifferences
 from qalora.parity.foldcheck import FoldCheck
 from qalora.parity.metrics import LogitMetrics
 from qalora.parity.roundings import EXACT, Rounding
@@ -115,6 +116,7 @@ class Evidence:
 
     fold           the fold's check; weights: the artefact's; beside: layers of an unfolded adapter that differ
     tokenizer      what its tokenizer does otherwise; None where one of the two has none
+    ends           what it, or its runtime, ends a generation at otherwise
     rounding       what the runtime's kernels round, as the reference models it
     logits         y against the reference
     modelled       y against the reference under `rounding`
@@ -131,6 +133,7 @@ class Evidence:
     weights: WeightMetrics | None = None
     beside: tuple[str, ...] | None = None
     tokenizer: TokenizerFindings | None = None
+    ends: EndDifferences | None = None
     rounding: Rounding = EXACT
     logits: LogitMetrics | None = None
     modelled: LogitMetrics | None = None
@@ -220,6 +223,8 @@ def _status(gate: Gate, evidence: Evidence, value: float, bound: float) -> Statu
         return "fail" if evidence.tokenizer is None or evidence.tokenizer.wrong else "ambiguous"
     if (gate.name == "adapter" and good and bound > 0.5) or (gate.name == "steps" and not good):
         return "ambiguous"
+    if gate.name == "end" and not good and evidence.ends is not None and not evidence.ends.faulty:
+        return "ambiguous"
     return "pass" if good else "fail"
 
 
@@ -280,6 +285,13 @@ def _tokenizer(evidence: Evidence) -> tuple[float, float, str] | None:
         return None
     found = (*evidence.tokenizer.wrong, *evidence.tokenizer.limits)
     return float(len(found)), 0.0, _named(found)
+
+
+def _end(evidence: Evidence) -> tuple[float, float, str] | None:
+    found = evidence.ends
+    if found is None:
+        return None
+    return float(len(found.missing) + len(found.extra) + len(found.own)), 0.0, str(found)
 
 
 def _named(where: Sequence[str]) -> str:
@@ -446,6 +458,12 @@ GATES: tuple[Gate, ...] = (
         "writes them and of each added token in a text, at a text's ends, and the same chat templates; where a "
         "runtime's own tokenizer has another rule that no file can change (spaces in llama.cpp, plain text in "
         "onnxruntime-genai): ambiguous, but for chats",
+    ),
+    Gate(
+        name="end",
+        measure=_end,
+        derivation="generation ends at the same tokens, by id; what a runtime adds by a rule of its own, which no file "
+        "can switch off, is ambiguous",
     ),
     Gate(
         name="adapter beside",

@@ -11,6 +11,7 @@ from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint, remembered
 from qalora.errors import InputError
 from qalora.parity.artifacts import Artifact, reference_artifact
+from qalora.parity.ends import EndsCheck
 from qalora.parity.reference import Forward
 from qalora.parity.tokenizers import TokenizerCheck
 
@@ -37,8 +38,8 @@ def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """base: the reference; own: its own file or folder, None where no runtime but ours opens one; tokenizer: its own;
-    minima: the dtype of those of `folded`, which is base and adapter, and None where no artefact is to hold that.
+    """base: the reference; own: its own file or folder, None where no runtime but ours opens one; tokenizer, ends: its
+    own; minima: the dtype of those of `folded`, which is base and adapter, and None where no artefact is to hold that.
     """
 
     base: Checkpoint
@@ -47,6 +48,7 @@ class Job:
     adapter: Adapter | None
     minima: Literal["float16", "float32"]
     tokenizer: TokenizerCheck
+    ends: EndsCheck
 
     @classmethod
     def of(
@@ -72,8 +74,15 @@ class Job:
             from qalora.folding import fold
 
             folded = remembered(fold(base, adapter, minima=chosen), memory // 4)
-        check = TokenizerCheck(base)
-        return cls(base=base, own=own, folded=folded, adapter=adapter, minima=chosen, tokenizer=check)
+        return cls(
+            base=base,
+            own=own,
+            folded=folded,
+            adapter=adapter,
+            minima=chosen,
+            tokenizer=TokenizerCheck(base),
+            ends=EndsCheck(base),
+        )
 
     @property
     def alone(self) -> Job:

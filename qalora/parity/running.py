@@ -29,6 +29,7 @@ from qalora.parity.artifacts import (
     runtimes_of,
 )
 from qalora.parity.bench import Bench
+from qalora.parity.ends import EndDifferences
 from qalora.parity.gates import Evidence, Generation, Noise, TokenizerFindings, judge, refused, unproven
 from qalora.parity.job import FOLDED, Held, Job
 from qalora.parity.layerwise import LAYER_TOKENS, LayerError, compare_layers, first_fault
@@ -177,6 +178,7 @@ class Runner:
         stepwise, steps = _through_the_cache(runtime, window[:STEPS], passes.first)
         logits = summarize(passes.plain)
         evidence = Evidence(
+            ends=self._ends(runtime),
             tokenizer=self._tokenizer(runtime),
             rounding=rounding,
             logits=logits,
@@ -249,11 +251,18 @@ class Runner:
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(judged("runtime", str(error)),))
         with closing(runtime):
             made = self._generations(runtime, self.job.expected(held), max_logit)
-            return _run_report(kind, runtime.info, Evidence(generations=made, tokenizer=self._tokenizer(runtime)))
+            evidence = Evidence(generations=made, ends=self._ends(runtime), tokenizer=self._tokenizer(runtime))
+            return _run_report(kind, runtime.info, evidence)
 
     def _tokenizer(self, runtime: Runtime) -> TokenizerFindings | None:
         """What the runtime's own tokenizer does otherwise; None where it has none, or the reference has none."""
         return self.job.tokenizer.compare_runtime(runtime.words)
+
+    def _ends(self, runtime: Runtime) -> EndDifferences | None:
+        """What a runtime ends at otherwise; None where it does not say."""
+        ask = getattr(runtime, "ends", None)
+        found = None if ask is None else ask()
+        return None if found is None else self.job.ends.compare_runtime(found)
 
     def _generations(self, runtime: Runtime, expected: Forward, max_logit: float) -> tuple[Generation, ...]:
         if not self.generate:

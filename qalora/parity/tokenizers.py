@@ -29,7 +29,10 @@ __all__ = ["TokenizerCheck"]
 FILLER = re.compile(r"\[PAD\d+\]|<\|?(?:unused|pad|reserved)[^>]*>")
 """Names of ids that no text has, which writers choose as they like."""
 
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+EOS = "eos_token_id"
+"""Of a GGUF file it is one of the model's end tokens, and not always the tokenizer's: gate `end` is for those."""
+
+SPECIAL = ("bos_token_id", EOS, "pad_token_id", "unk_token_id")
 
 OTHER_FILES = ("LICENSE", "NOTICE", "generation_config.json")
 """How the names of companion files begin that say nothing of a tokenizer."""
@@ -168,7 +171,7 @@ def _facts(model: Checkpoint, tokenizer: Any, texts: Iterable[str]) -> _Facts:
         vocabulary=_vocabulary(model, tokenizer),
         ids={text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts},
         around=_ends(tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]),
-        special={key: _special(model, tokenizer, key) for key in SPECIAL},
+        special={key: _special(model, tokenizer, key) for key in SPECIAL if model.gguf is None or key != EOS},
         templates=_templates(tokenizer.chat_template),
         decode=tokenizer.decode,
     )
@@ -209,6 +212,8 @@ def _differences(mine: _Facts, theirs: _Facts) -> list[str]:
         *_of_ends(mine.around, theirs.around),
     ]
     for key in SPECIAL:
+        if key not in mine.special or key not in theirs.special:
+            continue
         a, b = mine.special[key], theirs.special[key]
         optional = key in ("pad_token_id", "unk_token_id") and None in (a, b)
         found.append("" if a == b or optional else f"{key} is {a} instead of {b}")

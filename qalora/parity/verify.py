@@ -183,7 +183,8 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
     beside = None
     if held == BESIDE and job.adapter is not None:
         beside = compare_adapters(_beside(artifact, checkpoint), job.adapter)
-    gates = judge(Evidence(weights=found, beside=beside, tokenizer=tokenizer))
+    ends = job.ends.compare(checkpoint)
+    gates = judge(Evidence(weights=found, beside=beside, tokenizer=tokenizer, ends=ends))
     layers = {}
     if job.adapter is not None and held == FOLDED:
         read = {*(one.name for one in found.different), *(line.partition(":")[0] for line in found.shapes)}

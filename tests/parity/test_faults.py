@@ -131,6 +131,14 @@ def other_template(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpo
     return replace(folded, files={**folded.files, "chat_template.jinja": changed_file})
 
 
+def another_end_token(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
+    """Generation ends at a word as well."""
+    content = json.loads(folded.files["generation_config.json"].read_text("utf-8"))
+    changed_file = place / "other-generation.json"
+    changed_file.write_text(json.dumps({**content, "eos_token_id": [content["eos_token_id"], 300]}), encoding="utf-8")
+    return replace(folded, files={**folded.files, "generation_config.json": changed_file})
+
+
 FAULTS: dict[str, tuple[Plant, str]] = {
     "one code": (layer(one_code), "codes"),
     "one scale by an ULP": (layer(one_scale_ulp), "scale"),
@@ -144,6 +152,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "another tokenizer": (other_tokenizer, "tokenizer"),
     "another added token's flags": (other_flags, "tokenizer"),
     "another chat template": (other_template, "tokenizer"),
+    "another end token": (another_end_token, "end"),
 }
 
 
@@ -168,14 +177,14 @@ def test_a_planted_fault_fails_its_gate(form: str, fault: str, base, adapter, fo
     report = verify(base, [write(form, plant(folded, base, tmp_path), tmp_path)], adapter=adapter, level="weights")
     assert failed(report) == {gate}
     assert not report.passed(allow_unproven=True)
-    place = {"floats": NORM, "config": "rope_theta", "tokenizer": OTHER_WORDS}.get(gate, LAYER)
+    place = {"floats": NORM, "config": "rope_theta", "tokenizer": OTHER_WORDS, "end": "it ends at 300"}.get(gate, LAYER)
     place = {"another added token's flags": "'<|tool|>'", "another chat template": "chat template"}.get(fault, place)
     assert place in report.failure()
 
 
-OF_TEXT = ("another tokenizer", "another added token's flags", "another chat template")
+OF_TEXT = ("another tokenizer", "another added token's flags", "another chat template", "another end token")
 UNFELT = ("a norm by an ULP", *OF_TEXT)
-"""The one is float32's noise; with the other, every runtime gets the same ids."""
+"""The first is float32's noise; with the others, every runtime gets the same ids."""
 
 LARGE = ("zeros off by one", "q not permuted", "adapter left out of a layer", "another rope base")
 """Faults that no rounding of inputs hides; the others are below the 8 bits that some kernels round them to."""

@@ -102,6 +102,8 @@ class Runtime(Protocol):
     """An open artefact.
 
     words  the runtime's own tokenizer of it; None where it has none
+
+    One that ends generations has `ends()`, the `RuntimeEnds` that it has loaded, or None where this artefact has none.
     """
 
     info: RuntimeInfo

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
+from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.onnxruntime import check_installed
 
@@ -61,6 +62,14 @@ class GenaiRuntime:
         if self._tokenizer is None:
             self._tokenizer = self._library.Tokenizer(self._model)
         return [int(token) for token in self._tokenizer.encode(text)]
+
+    def ends(self) -> RuntimeEnds | None:
+        """What its loaded config says; None for a folder without a tokenizer, through which it is asked."""
+        try:
+            tokenizer = self._library.Tokenizer(self._model)
+        except Exception:  # the library raises what it likes
+            return None
+        return RuntimeEnds(ids=frozenset(int(n) for n in tokenizer.eos_token_ids))
 
     def _generator(self, tokens: Sequence[int], length: int) -> Any:
         params = self._library.GeneratorParams(self._model)

@@ -30,7 +30,7 @@ from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.kept import quiet
-from qalora.parity.runtimes.torch import ModuleRuntime
+from qalora.parity.runtimes.torch import ModuleRuntime, runtime_ends
 
 __all__ = ["open_artifact"]
 
@@ -53,7 +53,9 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         dtype="float32 (weights rounded to float16)",
         threads=torch.get_num_threads(),
     )
-    return ModuleRuntime(_load(path), info, folder_tokenizer(path))
+    module = _load(path)
+    ends = runtime_ends(module.generation_config.eos_token_id)
+    return ModuleRuntime(module, info, folder_tokenizer(path), ends=ends)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from qalora.errors import FormatError
 from qalora.formats.files import InputFile
 from qalora.formats.safetensors import read_tensor
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
-from qalora.parity.runtimes.torch import ModuleRuntime
+from qalora.parity.runtimes.torch import ModuleRuntime, ends_in_transformers
 
 __all__ = ["open_artifact"]
 
@@ -50,7 +50,7 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
                 state[part] = read_tensor(file, entry)
         return _layer(path, module, state)
 
-    return ModuleRuntime(build(load(path), linear), info)
+    return ModuleRuntime(build(load(path), linear), info, ends=ends_in_transformers(path))
 
 
 def _layer(folder: Path, module: str, state: dict[str, Tensor]) -> nn.Module:

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
+from qalora.formats.gguf_ends import KNOWN
+from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.llamacpp_abi import EVAL_CALLBACK, LOG_CALLBACK, load_library
 
 __all__ = ["LlamaCpp", "open_artifact"]
 
 F32 = 0
+NO_VOCABULARY = 0
 DISABLED = 0
 ERROR = 4
 
@@ -82,6 +85,18 @@ class LlamaCpp:
         if count < 0:
             raise FormatError("llama.cpp: the text has more tokens than bytes")
         return list(out[:count])
+
+    def ends(self) -> RuntimeEnds | None:
+        """The tokens that it ends at, of which those whose text it knows are its own; None without a vocabulary.
+
+        None with llama-cpp-python, too, in a version that does not say.
+        """
+        is_eog = getattr(self._library, "llama_vocab_is_eog", None)
+        if is_eog is None or self._library.llama_vocab_type(self._vocab) == NO_VOCABULARY:
+            return None
+        ids = frozenset(n for n in range(self._width) if is_eog(self._vocab, n))
+        texts = {n: (self._library.llama_vocab_get_text(self._vocab, n) or b"").decode("utf-8", "replace") for n in ids}
+        return RuntimeEnds(ids=ids, own=frozenset(n for n, text in texts.items() if text in KNOWN))
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary]."""

@@ -132,6 +132,9 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_free": (None, (c.c_void_p,)),
     "llama_model_get_vocab": (c.c_void_p, (c.c_void_p,)),
     "llama_vocab_n_tokens": (c.c_int32, (c.c_void_p,)),
+    "llama_vocab_type": (c.c_int32, (c.c_void_p,)),
+    "llama_vocab_is_eog": (c.c_bool, (c.c_void_p, c.c_int32)),
+    "llama_vocab_get_text": (c.c_char_p, (c.c_void_p, c.c_int32)),
     "llama_tokenize": (
         c.c_int32,
         (c.c_void_p, c.c_char_p, c.c_int32, c.POINTER(c.c_int32), c.c_int32, c.c_bool, c.c_bool),

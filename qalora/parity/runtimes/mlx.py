@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
+from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.padding import pad, unpad
@@ -37,6 +38,7 @@ class MlxRuntime:
         from mlx_lm.utils import load_model
 
         self._core: Any = mlx.core
+        self._folder = folder
         try:
             with mlx.core.stream(mlx.core.cpu):
                 self._model, _ = load_model(folder, lazy=True)
@@ -58,6 +60,22 @@ class MlxRuntime:
         with self._core.stream(self._core.cpu):
             out = self._model(self._core.array([list(tokens)]), cache=cache)[0]
             return torch.from_numpy(np.array(out.astype(self._core.float32)))
+
+    def ends(self) -> RuntimeEnds | None:
+        """What mlx-lm's tokenizer ends at as its own load makes it, of which the tokenizer's own end token is added
+        whatever the configs say; None for a folder without a tokenizer.
+        """
+        from mlx_lm.utils import load_config, load_tokenizer
+
+        if not any((self._folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return None
+        try:
+            tokenizer = load_tokenizer(self._folder, eos_token_ids=load_config(self._folder).get("eos_token_id"))
+        except Exception as error:  # the library raises what it likes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise FormatError(f"{self._folder}: mlx-lm does not load its tokenizer ({reason})") from error
+        own = tokenizer.eos_token_id
+        return RuntimeEnds(ids=frozenset(tokenizer.eos_token_ids), own=frozenset() if own is None else frozenset({own}))
 
     def _cache(self) -> Any:
         from mlx_lm.models.cache import make_prompt_cache

@@ -18,7 +18,7 @@ from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.kept import quiet
-from qalora.parity.runtimes.torch import ModuleRuntime
+from qalora.parity.runtimes.torch import ModuleRuntime, runtime_ends
 
 __all__ = ["open_artifact"]
 
@@ -49,4 +49,5 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         dtype="float32",
         threads=torch.get_num_threads(),
     )
-    return ModuleRuntime(module.eval(), info, folder_tokenizer(path))
+    ends = runtime_ends(module.generation_config.eos_token_id)
+    return ModuleRuntime(module.eval(), info, folder_tokenizer(path), ends=ends)

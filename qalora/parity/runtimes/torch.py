@@ -12,19 +12,27 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.torch_module import build, layer_outputs
+from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import pad, positions, unpad
 
-__all__ = ["ModuleRuntime", "open_artifact"]
+__all__ = ["ModuleRuntime", "ends_in_transformers", "open_artifact", "runtime_ends"]
 
 
 class ModuleRuntime:
     """A transformers causal language model."""
 
-    def __init__(self, module: Any, info: RuntimeInfo, words: Tokenizing | None = None) -> None:
+    def __init__(
+        self, module: Any, info: RuntimeInfo, words: Tokenizing | None = None, *, ends: RuntimeEnds | None = None
+    ) -> None:
         self.info = info
         self.words = words
         self._module = module
+        self._ends = ends
+
+    def ends(self) -> RuntimeEnds | None:
+        """What transformers' generate ends at; None for a model in memory."""
+        return self._ends
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
@@ -80,4 +88,27 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
     info = RuntimeInfo(
         name="torch", version=torch.__version__, backend="cpu", dtype="float32", threads=torch.get_num_threads()
     )
-    return ModuleRuntime(build(model), info)
+    return ModuleRuntime(build(model), info, ends=ends_in_transformers(model.path) if model is not path else None)
+
+
+def ends_in_transformers(folder: Path) -> RuntimeEnds | None:
+    """What transformers' generate ends at with a model of this folder, as its from_pretrained finds it; None for what
+    is no folder of its own.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        found = GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )
+    return runtime_ends(found.eos_token_id)
+
+
+def runtime_ends(found: Any) -> RuntimeEnds:
+    """An eos_token_id as transformers has it: a number, a list, or nothing."""
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    return RuntimeEnds(ids=frozenset(listed))
