@@ -102,6 +102,7 @@ def _model(report: ModelReport) -> dict[str, Any]:
         "size": f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits a weight",
         "tensors": [str(kind) for kind in report.tensors],
         "output": "tied to the embedding" if report.tied else "a layer of its own",
+        "ends at": "not known" if report.ends is None else str(report.ends),
         "files": list(report.files),
         "notes": list(report.notes),
     }

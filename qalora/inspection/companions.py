@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.ends import end_notes, ends_of, token_texts
 from qalora.converters.huggingface import stored_tensors
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import InputError
 from qalora.formats.json_text import read_json
-from qalora.inspection.records import Finding
+from qalora.inspection.records import EndTokens, Finding
 
-__all__ = ["companion_findings"]
+__all__ = ["companion_findings", "end_tokens"]
 
 LIMIT = 64 << 20
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -39,6 +40,21 @@ def companion_findings(model: Checkpoint) -> list[Finding]:
         tokenizer = [*_template(model, where), *_pre_tokenizer(model)]
     more = {"onnx": _int8_activations, "mlx": _bfloat16_biases}.get(model.layout)
     return tokenizer + (more(model) if more is not None else [])
+
+
+def end_tokens(model: Checkpoint) -> tuple[EndTokens | None, tuple[str, ...], list[Finding]]:
+    """What ends a generation, notes where files disagree about it, and a warning where it is no token."""
+    try:
+        found, texts = ends_of(model), token_texts(model)
+    except InputError as error:
+        warning = Finding(
+            code="end-token",
+            message="what ends a generation is no token of the model: a runtime goes on for ever, or does not load it",
+            evidence=str(error),
+            todo="name the end tokens by their ids in generation_config.json",
+        )
+        return None, (), [warning]
+    return EndTokens(tokens=tuple((n, texts.get(n)) for n in found.ids), source=found.source), end_notes(model), []
 
 
 def _is_portable_graph(model: Checkpoint) -> bool:

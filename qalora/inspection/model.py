@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.formats.gguf_split import split_files
-from qalora.inspection.companions import companion_findings
+from qalora.inspection.companions import companion_findings, end_tokens
 from qalora.inspection.gptq import gptq_findings
 from qalora.inspection.records import Finding, ModelReport, TensorKind
 from qalora.inspection.values import read_values
@@ -31,6 +31,8 @@ def inspect_model(
         histogram, more = read_values(model, progress or (lambda name, weights: None))
         findings += more
     findings += companion_findings(model)
+    ends, notes, more = end_tokens(model)
+    findings += more
     files = _weight_files(model)
     return ModelReport(
         path=path,
@@ -42,8 +44,9 @@ def inspect_model(
         nbytes=sum(file.stat().st_size for file in files),
         tensors=_kinds(model.tensors.values()),
         histogram=histogram,
+        ends=ends,
         files=tuple(sorted({*(file.name for file in files), *model.files})),
-        notes=model.notes,
+        notes=(*model.notes, *notes),
         warnings=tuple(findings),
     )
 

@@ -9,8 +9,10 @@ A model:
                   "zeros": "integer" | "real" | null, "act_order": bool}],     one for each kind, commonest first
      "codes": {"scales": [[exponent, count], ...], "zero_scales": int, "negative_scales": int,
                "zero_points": [lowest, highest] | null} | null,    null without integers, and where values were not read
+     "ends": {"tokens": [{"id": int, "text": str | null}], "source": str} | null,
      "files": [str], "notes": [str], "warnings": [...]}
 
+    ends    the tokens that end a generation, and what names them; null where that is no token
     codes   of the linear layers; scales: how many |scale| lie in 2**exponent <= |scale| < 2**(exponent + 1)
 
 An adapter:
@@ -35,6 +37,7 @@ from typing import Any
 __all__ = [
     "WARNINGS",
     "AdapterReport",
+    "EndTokens",
     "Finding",
     "FolderReport",
     "ModelReport",
@@ -57,6 +60,7 @@ WARNINGS: dict[str, str] = {
     "residual-beside": "half of the model lies in a LoRA beside it",
     "no-tokenizer": "no tokenizer",
     "no-chat-template": "no chat template",
+    "end-token": "an end of generation that is no token of the model",
     "qalora-ignored": "use_qalora is set, and A's shape is that of an ordinary LoRA",
     "ordinary-lora": "an adapter that no minima can take up",
     "convention-unknown": "an adapter that does not say what its scaling means",
@@ -121,8 +125,23 @@ class ScaleHistogram:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndTokens:
+    """What ends a generation: (id, text) of each token, and what names them."""
+
+    tokens: tuple[tuple[int, str | None], ...]
+    source: str
+
+    def __str__(self) -> str:
+        """In words."""
+        listed = [str(n) if text is None else f"{n} {text!r}" for n, text in self.tokens]
+        return f"{', '.join(listed) or 'no token'} ({self.source})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReport:
-    """A model or an artefact. `histogram` is None without integers, and where values were not read."""
+    """A model or an artefact. `histogram` is None without integers, and where values were not read; `ends` where what
+    ends a generation is no token.
+    """
 
     path: Path
     layout: str
@@ -133,6 +152,7 @@ class ModelReport:
     nbytes: int
     tensors: tuple[TensorKind, ...]
     histogram: ScaleHistogram | None
+    ends: EndTokens | None
     files: tuple[str, ...]
     notes: tuple[str, ...]
     warnings: tuple[Finding, ...]
@@ -164,6 +184,9 @@ class ModelReport:
                 "negative_scales": held.negative,
                 "zero_points": None if held.zero_points is None else list(held.zero_points),
             },
+            "ends": None
+            if self.ends is None
+            else {"tokens": [{"id": n, "text": text} for n, text in self.ends.tokens], "source": self.ends.source},
             "files": list(self.files),
             "notes": list(self.notes),
             "warnings": [asdict(finding) for finding in self.warnings],

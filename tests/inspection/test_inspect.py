@@ -24,7 +24,7 @@ from qalora.formats.gptq import pack_qzeros, unpack_qzeros
 from qalora.inspection import WARNINGS, AdapterReport, Finding, FolderReport, ModelReport, inspect
 from qalora.quantization import quantize
 from qalora.tensor import GroupQuantTensor
-from qalora.testing import byte_tokenizer, random_adapter, random_model, tiny_llama
+from qalora.testing import byte_tokenizer, chat_model, random_adapter, random_model, tiny_llama
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 TEMPLATE = "{{ messages }}"
@@ -170,7 +170,8 @@ def test_the_json_is_what_the_docstring_says(artefacts: Path, gptq: Path) -> Non
     result = CliRunner().invoke(main, ["inspect", str(gptq), "--json"])
     assert result.exit_code == 0
     found = json.loads(result.stdout)
-    assert set(found) == keys | {"codes", "files", "notes", "warnings"}
+    assert set(found) == keys | {"codes", "ends", "files", "notes", "warnings"}
+    assert set(found["ends"]) == {"tokens", "source"}
     assert set(found["codes"]) == {"scales", "zero_scales", "negative_scales", "zero_points"}
     assert set(found["tensors"][0]) == {"count", "weights", "dtype", "bits", "group_size", "zeros", "act_order"}
     assert set(found["warnings"][0]) == {"code", "message", "evidence", "todo"}
@@ -508,3 +509,23 @@ def test_values_of_an_adapter(written: Callable[..., Path]) -> None:
     found = warned(folder)
     assert found["not-finite"].evidence == f"lora_A of {Q_PROJ}: 1 of 8 values"
     assert found["all-zero"].evidence == f"lora_B of {Q_PROJ}"
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ([385, 391], "385 '<|end_of_text|>', 391 '<|eot_id|>' (generation_config.json)"),
+        (None, "no token"),
+        ("x", "not"),
+    ],
+)
+def test_what_ends_a_generation(value: object, line: str, tmp_path: Path) -> None:
+    """With its texts and its source; a note where config.json says another, a warning where it is no token."""
+    folder = chat_model(tmp_path / "model", "llama3")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}), encoding="utf-8")
+    result = CliRunner().invoke(main, ["inspect", str(folder)])
+    assert result.exit_code == 0
+    (shown,) = [text for text in result.stdout.splitlines() if text.startswith("ends at")]
+    assert line in shown
+    assert ("[end-token]" in result.stdout) == (value == "x")
+    assert ("config.json says 385 '<|end_of_text|>'" in result.stdout) == (value != "x")
