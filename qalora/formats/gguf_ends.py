@@ -159,8 +159,10 @@ def _keys_for(metadata: Metadata, ends: Sequence[int], own: int | None, where: o
     bare = _without(metadata, {_name(key) for key in ("eos", *_SPARE)})
     known = eog_of(bare.with_entries({_name("eos"): Value.uint32(ends[0])}))
     covered = set() if known is None else {*known.named, *(n for n in known.keyed if n != ends[0])}
-    eos = own if own is not None and own in {*ends, *covered} else ends[0]
-    rest = [n for n in ends if n != eos and n not in covered]
+    needed = [n for n in ends if n not in covered]
+    fits = own is not None and (own in ends or (own in covered and len(needed) <= len(_SPARE)))
+    eos = own if own is not None and fits else next(iter(needed), ends[0])
+    rest = [n for n in needed if n != eos]
     if len(rest) > len(_SPARE):
         tokens = _tokens(metadata)
         raise InputError(

@@ -51,7 +51,8 @@ def test_a_reference_is_run_in_the_runtime_that_owns_its_format(kind: str, place
     (run,) = report.reference_runs
     assert run.kind == runtime
     assert gate in {result.gate for result in run.gates}
-    assert {result.status for result in run.gates} == {"pass"}
+    other = {result.gate: result.status for result in run.gates if result.status != "pass"}
+    assert other == ({"end": "ambiguous"} if kind == "gguf" else {})  # llama.cpp ends at <|endoftext|> by its name
     assert report.passed()
 
 
