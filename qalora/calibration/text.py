@@ -12,10 +12,12 @@ from torch import Tensor
 from qalora.calibration.quantizing import quantize_calibrated
 from qalora.calibration.widths import WIDTHS, choose_widths
 from qalora.checkpoint import Checkpoint
+from qalora.converters.first_tokens import first_tokens
 from qalora.errors import InputError
 from qalora.quantization.model import planned
 from qalora.quantization.options import QuantizeOptions
-from qalora.training.data import join_documents, read_documents
+from qalora.training.data import cut_tokens, join_documents, read_documents
+from qalora.training.documents import Account
 
 __all__ = ["Calibration", "calibration_windows", "quantize_on_text"]
 
@@ -29,10 +31,11 @@ class Calibration:
     length: int = 256
 
 
-def calibration_windows(model: Checkpoint, text: Calibration) -> Tensor:
+def calibration_windows(model: Checkpoint, text: Calibration, account: Account | None = None) -> Tensor:
     """int64 [windows, length]: token ids, `tokens` of them or as many as there are, spread over the whole text.
 
-    What a row marks as not to be learned is seen as well. InputError for data that makes no window or is not as
+    Each window begins with what the tokenizer puts in front of a text (BOS). What a row marks as not to be learned is
+    seen as well. account: is told what the data was taken for. InputError for data that makes no window or is not as
     `qalora.training.data` says, for a model without tokenizer, and for windows that are longer than its context.
     """
     from qalora.converters.tokenizer import load_tokenizer
@@ -41,18 +44,19 @@ def calibration_windows(model: Checkpoint, text: Calibration) -> Tensor:
     if isinstance(context, int) and text.length > context:
         raise InputError("--sequence-length", expected=f"at most {context}, the model's context", got=str(text.length))
     tokenizer = load_tokenizer(model)
-    ids, _ = join_documents(read_documents(text.data, tokenizer), tokenizer)
-    whole = len(ids) // text.length
-    if not whole:
+    first = first_tokens(tokenizer)
+    ids, _ = join_documents(read_documents(text.data, tokenizer, account), tokenizer)
+    places = cut_tokens(ids, first, text.length)
+    if not places:
         raise InputError(
             f"--calibration {text.data}",
             expected=f"at least {text.length} tokens, a window",
             got=f"{len(ids)}",
             todo="give more text, or a smaller --sequence-length",
         )
-    found = torch.tensor(ids[: whole * text.length]).view(whole, text.length)
-    count = min(len(found), max(1, text.tokens // text.length))
-    return found[torch.arange(count) * len(found) // count]
+    count = min(len(places), max(1, text.tokens // text.length))
+    chosen = [places[n * len(places) // count] for n in range(count)]
+    return torch.tensor([[*first[:lead], *ids[at : at + text.length - lead]] for at, lead in chosen])
 
 
 def quantize_on_text(
@@ -73,11 +77,13 @@ def quantize_on_text(
     The widths are chosen here and now; the rest is done when the first weight is read: see `quantize_calibrated`.
     """
     planned(model, dict.fromkeys(model.linears, options), requantize=requantize)
-    windows = calibration_windows(model, text)
+    account = Account()
+    windows = calibration_windows(model, text, account)
+    told = (*model.notes, *account.said())
     if budget is None:
-        return quantize_calibrated(model, windows, options, requantize=requantize, tick=tick)
+        return replace(quantize_calibrated(model, windows, options, requantize=requantize, tick=tick), notes=told)
     chosen = choose_widths(model, windows, options, budget, widths=widths, tick=tick)
     counts = sorted(Counter(each.bits for each in chosen.options.values()).items())
     found = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts)
     made = quantize_calibrated(model, windows, chosen.options, requantize=requantize, tick=tick)
-    return replace(made, notes=(*made.notes, f"{found}: {chosen.bits_per_weight:.4g} bits per weight"))
+    return replace(made, notes=(*told, f"{found}: {chosen.bits_per_weight:.4g} bits per weight"))

@@ -45,15 +45,9 @@ def card_options(function: F) -> F:
 
 def card_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Take what `card_options` added out of a command's settings: `card` and `template` of ReleaseOptions."""
-    from qalora.errors import FormatError
-    from qalora.formats.files import read_limited
+    from qalora.formats.text import read_utf8
 
     card: dict[str, Any] = {key: value for name, key in KEYS.items() if (value := settings.pop(name)) is not None}
     card |= {key: list(value) for name, key in LISTS.items() if (value := settings.pop(name))}
     path = settings.pop("card_template")
-    if path is None:
-        return {"card": card, "template": None}
-    try:
-        return {"card": card, "template": read_limited(path, LIMIT).decode("utf-8")}
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}", expected="text in UTF-8", got=f"byte {error.start} of another kind") from error
+    return {"card": card, "template": None if path is None else read_utf8(path, LIMIT)}

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qalora.formats.output import text_bytes
+
 if TYPE_CHECKING:
     from qalora.converters.plan import Progress
     from qalora.parity.report import ParityReport
@@ -82,8 +84,11 @@ def asks_for_json(arguments: Sequence[str]) -> bool:
 
 
 def log_event(event: str, **content: object) -> None:
-    """A JSON line on stderr."""
-    click.echo(json.dumps({"event": event, **content}), err=True)
+    """A JSON line on stderr. What UTF-8 cannot hold, such as a byte of a path, stands as an escape in its text."""
+    held = {
+        key: text_bytes(value).decode("utf-8") if isinstance(value, str) else value for key, value in content.items()
+    }
+    click.echo(json.dumps({"event": event, **held}), err=True)
 
 
 def say(message: str) -> None:

@@ -13,6 +13,7 @@ import click
 from qalora.cli.options import (
     MINIMA,
     checkpoint_format_option,
+    dry_run_option,
     force_option,
     json_flag,
     open_model,
@@ -23,8 +24,10 @@ from qalora.cli.progress import log_format_option, say, training_bar
 from qalora.errors import QaloraError
 
 if TYPE_CHECKING:
+    from qalora.checkpoint import Checkpoint
     from qalora.training import TrainOptions
     from qalora.training.distributed import Processes
+    from qalora.training.documents import Account
     from qalora.training.loop import StepReport
 
 __all__ = ["command", "train_options"]
@@ -36,7 +39,8 @@ __all__ = ["command", "train_options"]
     "--data",
     required=True,
     metavar="FILE",
-    help="A text file; JSONL with text, prompt and completion, or messages; or a dataset of the Hub.",
+    help="A text file; rows in JSON with text, prompt and completion, instruction and output, messages or "
+    "conversations; or a dataset of the Hub.",
 )
 @output_option("The folder of the adapter; PEFT's files and qalora's record.")
 @click.option(
@@ -124,14 +128,20 @@ __all__ = ["command", "train_options"]
 @checkpoint_format_option
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint beside DIR, to the same weights.")
 @force_option
+@dry_run_option
 @json_flag
 @log_format_option
-def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool, **settings: Any) -> None:
+def command(
+    model: str, out: Path, checkpoint_format: str | None, dry_run: bool, as_json: bool, **settings: Any
+) -> None:
     """Train a QA-LoRA adapter on MODEL, which holds integers, and write it to DIR.
 
     Each layer computes with the folded, rounded minima in training too: the trained model is the folded model, bit
     for bit. With --compute bfloat16 the steps round the base's weights to bfloat16, beside what the fold adds to them;
     held-out losses are those of the folded model in float32.
+
+    What the data was taken for and how much of it is learned is said before the first step; --dry-run shows the first
+    documents as they are learned, and writes nothing.
     """
     from qalora.converters import load
     from qalora.training import train
@@ -144,6 +154,9 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
             train(load(model, checkpoint_format=checkpoint_format), options)
             click.get_current_context().exit()
         base = open_model(model, checkpoint_format)
+        if dry_run:
+            _show_data(base, options, as_json=as_json)
+            return
         if slow := slowness(options.compute, find_device(options.device)):
             say(slow)
         seen: list[StepReport] = []
@@ -153,7 +166,7 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
                 seen.append(report)
                 show(report)
 
-            adapter = train(base, options, step)
+            adapter = train(base, options, step, _tell)
     last = seen[-1]
     found = {"steps": last.steps, "loss": last.loss, "held_out_loss": last.held_out, "strength": last.strength}
     if as_json:
@@ -161,6 +174,28 @@ def command(model: str, out: Path, checkpoint_format: str | None, as_json: bool,
     else:
         loss, at = last.held_out, "" if last.strength == 1 else f" at strength {last.strength:g}"
         click.echo(f"held-out loss {loss:.4f} (perplexity {math.exp(loss):.2f}){at} after {last.steps} steps: {out}")
+
+
+def _tell(account: Account) -> None:
+    """What is learned, as notes."""
+    for line in account.lines():
+        say(line)
+
+
+def _show_data(base: Checkpoint, options: TrainOptions, *, as_json: bool) -> None:
+    """What would be learned, and the first documents; InputError as the training itself."""
+    from qalora.adapter import ADAPTER_FILES
+    from qalora.formats.output import check_output
+    from qalora.training.loop import planned_data
+
+    check_output(options.out, force=options.force, names=ADAPTER_FILES)
+    account = planned_data(base, options)
+    if as_json:
+        runs = [[{"learned": on, "text": text} for on, text in shown.runs] for shown in account.shown]
+        print_json({**account.to_json(), "documents": runs})
+    else:
+        for line in [*account.lines(), *account.pieces()]:
+            click.echo(line)
 
 
 @contextmanager

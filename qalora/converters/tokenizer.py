@@ -25,11 +25,11 @@ from qalora.converters.cutting import CUTS, Cut, cut_named, name_of
 from qalora.converters.huggingface import TEMPLATES
 from qalora.converters.sentencepiece import Spaces, normalizer_of, sentencepiece_entries, spaces_of
 from qalora.errors import FormatError, InputError
-from qalora.formats.files import read_limited
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
 from qalora.formats.gguf_ends import KNOWN
 from qalora.formats.json_text import read_json_object
 from qalora.formats.output import write_json
+from qalora.formats.text import check_text, read_utf8
 
 __all__ = [
     "UnknownCutError",
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 TOKENIZER_LIMIT = 256 << 20
+TEXT_ENDS = (".json", ".jinja", ".txt")
 TWO_FILES = ("vocab.json", "merges.txt")
 """A byte-level BPE as transformers' own classes kept it before tokenizer.json."""
 
@@ -108,7 +109,7 @@ def template_name(name: str) -> str:
 
 def load_tokenizer(model: Checkpoint) -> Any:
     """The model's tokenizer as transformers' class; InputError if it has none, FormatError if transformers does not
-    take it. Code that a tokenizer brings is not run.
+    take it, or its files or chat template are not UTF-8. Code that a tokenizer brings is not run.
     """
     from transformers import AutoTokenizer
 
@@ -116,6 +117,9 @@ def load_tokenizer(model: Checkpoint) -> Any:
         raise InputError(f"{model.path}: the model has no tokenizer", todo="put tokenizer.json beside its config.json")
     with tempfile.TemporaryDirectory() as place:
         write_tokenizer(model, Path(place))
+        for path in model.files.values():
+            if path.suffix in TEXT_ENDS:
+                read_utf8(path, TOKENIZER_LIMIT)
         write_json(Path(place) / "config.json", {"model_type": model.config["model_type"]})
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
@@ -123,6 +127,7 @@ def load_tokenizer(model: Checkpoint) -> Any:
         except Exception as error:  # whatever damaged files make transformers raise
             reason = _reason(error, place, model)
             raise FormatError(f"{model.path}: its tokenizer cannot be loaded ({reason})") from error
+        check_text(tokenizer.chat_template, f"{model.path}: its chat template")
         return tokenizer
 
 
@@ -384,6 +389,7 @@ def _special_id(model: Checkpoint, tokenizer: Any, kind: str, tokens: list[str])
 def _template_entries(model: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Value]:
     """The chat templates under gguf-py's keys: the default one, the others by their names, and the list of these."""
     templates = _chat_templates(model, settings)
+    check_text(templates, f"{model.path}: its chat template")
     entries = {}
     if "default" in templates:
         entries[TEMPLATE_KEY] = Value.text(templates.pop("default"))
@@ -409,7 +415,11 @@ def _chat_templates(model: Checkpoint, settings: Mapping[str, Any]) -> dict[str,
         for name in model.files
         if name.startswith(f"{TEMPLATES}/")
     }
-    found: Any = {name: _read_text(model.files[file]) for name, file in files.items() if file in model.files}
+    found: Any = {
+        name: "\n".join(re.split("\r\n|\r", read_utf8(model.files[file], TOKENIZER_LIMIT, mark=True)))
+        for name, file in files.items()
+        if file in model.files
+    }  # with the line ends that Python makes of them
     if found:
         return dict(found)
     found = settings.get("chat_template")
@@ -432,14 +442,6 @@ def _listed(found: object) -> list[Any]:
 
 def _named(entry: object) -> tuple[Any, Any]:
     return (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (entry, entry)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = read_limited(path, TOKENIZER_LIMIT).decode("utf-8")
-        return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
-    except UnicodeDecodeError as error:
-        raise FormatError(str(path), expected="UTF-8 text", got=f"byte {error.object[error.start]:#x}") from error
 
 
 def _read_json(model: Checkpoint, name: str) -> dict[str, Any]:

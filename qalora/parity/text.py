@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.first_tokens import first_tokens
 from qalora.errors import InputError
 from qalora.formats.files import InputFile
+from qalora.formats.text import check_text, decode_text
 
 __all__ = ["Work", "default_text", "make_work", "read_text"]
 
@@ -41,17 +43,12 @@ class Work:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; as much of it as any run would use."""
+    """The text of a UTF-8 file; as much of it as any run would use. FormatError with the line of what is not UTF-8."""
     with InputFile(path) as file:
         found = file.read(0, min(file.size, TEXT_BYTES))
-    try:
-        return found.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.start > len(found) - 4:  # a character that the limit cut
-            return found[: error.start].decode("utf-8")
-        raise InputError(
-            f"{path}", expected="UTF-8 text", got=f"byte {found[error.start]:#x} at {error.start}"
-        ) from error
+        if file.size > TEXT_BYTES:  # the limit may have cut a character
+            found = found.rstrip(bytes(range(0x80, 0xC0))).rstrip(bytes(range(0xC0, 0x100)))
+    return decode_text(found, str(path))
 
 
 def default_text() -> str:
@@ -72,16 +69,20 @@ def make_work(
 ) -> Work:
     """Cut `tokens`, or those of `text`, or of a built-in passage, to `max_tokens`, in windows of about equal length.
 
-    Windows of text begin with the model's first token (BOS), where its config has one: a word in its place gets
-    activations of a size, and with them float32 noise of a size, that no token has in use.
+    Windows and prompts begin with what the tokenizer puts in front of a text, windows else with the BOS of the model's
+    config, where it has one: a word in its place gets activations of a size, and with them float32 noise of a size,
+    that no token has in use.
     A model without a tokenizer (transformers' class, or None) and without `tokens` gets random ones, the same at every
-    run; a text or prompt for it is refused. Raises InputError for tokens outside the vocabulary.
+    run; a text or prompt for it is refused. Raises InputError for tokens outside the vocabulary, and for text that
+    UTF-8 cannot hold.
     """
     from qalora.converters.tokenizer import has_tokenizer
 
     vocabulary = model.tensors["model.embed_tokens.weight"].shape[0]
     if tokenizer is None and (text is not None or prompts):
         raise InputError(f"{model.path}", expected="a tokenizer for the text", got="a model without one")
+    check_text(text, "--text")
+    check_text(prompts, "--prompt")
     if tokens is not None:
         chosen, source = list(tokens), "tokens given"
     elif tokenizer is not None:
@@ -93,23 +94,31 @@ def make_work(
         chosen = torch.randint(0, vocabulary, (max_tokens,), generator=rng).tolist()
         why = "its rule for cutting text is not known here" if has_tokenizer(model) else "the model has no tokenizer"
         source = f"random tokens, since {why}"
-    first = _first_token(model) if tokenizer is not None and tokens is None else ()
+    first = () if tokenizer is None or tokens is not None else first_tokens(tokenizer) or _first_token(model)
     longest = _longest(model)
     chosen = [int(token) for token in chosen[: max(1, max_tokens - len(first) * -(-max_tokens // longest))]]
-    if not chosen or min(chosen) < 0 or max(chosen) >= vocabulary:
-        got = f"{min(chosen)}..{max(chosen)}" if chosen else "none"
+    used = [*first, *chosen]
+    if not chosen or min(used) < 0 or max(used) >= vocabulary:
+        got = f"{min(used)}..{max(used)}" if chosen else "none"
         raise InputError("tokens", expected=f"at least one, each in 0..{vocabulary - 1}", got=got)
     starts = [chosen[:PROMPT_TOKENS]]
     if tokenizer is not None and (prompts or tokens is None):
-        starts = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts or (PROMPT,)]
-    if not all(starts):
-        raise InputError("prompt", expected="at least one token", got="an empty one")
+        starts = _started(prompts or (PROMPT,), tokenizer)
     return Work(
         windows=_windows(chosen, longest, first),
         prompts=tuple(map(tuple, starts)),
         source=source,
         decode=None if tokenizer is None else tokenizer.decode,
     )
+
+
+def _started(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Tokens of prompts, each behind the tokenizer's first ones."""
+    found = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    if not all(found):
+        raise InputError("prompt", expected="at least one token", got="an empty one")
+    first = list(first_tokens(tokenizer))
+    return [start if start[: len(first)] == first else [*first, *start] for start in found]
 
 
 def _first_token(model: Checkpoint) -> tuple[int, ...]:

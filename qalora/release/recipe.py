@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.errors import FormatError, InputError
-from qalora.formats.files import read_limited
+from qalora.formats.text import read_utf8
 from qalora.release.toml_lines import key_lines
 
 __all__ = ["Key", "Section", "Source", "check_recipe", "read_recipe"]
@@ -96,13 +96,7 @@ class Source:
 
 def read_recipe(path: Path) -> Source:
     """Read a recipe; FormatError, with the line, for what is no TOML."""
-    raw = read_limited(path, LIMIT)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise FormatError(f"{path}:{line}", expected="UTF-8 text", got=f"the byte {raw[error.start]:#04x}") from error
-    text = text.replace("\r\n", "\n")
+    text = read_utf8(path, LIMIT).replace("\r\n", "\n")
     length = max(1, text.rstrip("\n").count("\n") + 1)
     try:
         return Source(path=path, content=tomllib.loads(text), lines=key_lines(text), length=length)

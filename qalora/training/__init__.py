@@ -2,6 +2,10 @@
 
 options      what a user may choose
 data         documents, tokens, blocks
+documents    a document, and the account of what is learned
+sources      files and datasets, known by their content
+rows         a row and what it means
+chat         conversations through the chat template, and where answers stand
 layer        the linear layer that computes with folded, rounded minima
 starting     the rows that A starts with, and the rank of each layer
 loss         cross entropy without the whole logits

@@ -1,54 +1,62 @@
 """Text to train on: documents from files or the Hub, tokens with a mask of what is to be learned, blocks of one length.
 
-*.jsonl, *.json     a JSON object on each line, of one of three kinds, which may be mixed:
-                      {"text": ...}                        all of it is learned
-                      {"prompt": ..., "completion": ...}   the completion is learned
-                      {"messages": [{"role", "content"}]}  the assistant's turns are learned, through the chat template
-another file        UTF-8 text, one document
-neither             the name of a dataset of the Hub, or name:configuration; its "train" split, rows as above
+`qalora.training.sources` has which files there are, `qalora.training.rows` which rows, `qalora.training.chat` how a
+conversation is written and what of it is learned.
 
-Documents follow one another, each closed by the end token, and are cut into blocks of equal length; what is left over
-at the end is dropped. A token is learned when it is predicted: the first of a block is not.
+Documents follow one another, each behind what the tokenizer puts in front of a text (BOS) and closed by the end token,
+and are cut into blocks of equal length; what is left over at the end is dropped. A block that begins inside a document
+begins with BOS too: a model that has always seen one is at a loss without it. A token is learned when it is predicted
+from what stands before it in the data: the first of a block is not, nor is BOS.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qalora.errors import InputError, MissingLibraryError
-from qalora.formats.files import InputFile, may_be_of_the_hub, read_limited
-from qalora.formats.json_text import parse_json
+from qalora.checkpoint import Checkpoint
+from qalora.converters.first_tokens import first_tokens
+from qalora.errors import InputError
+from qalora.formats.text import check_text
+from qalora.training.chat import ChatTemplate
+from qalora.training.documents import SHOWN, Account, Document, Shown
 from qalora.training.loss import IGNORED
+from qalora.training.rows import kind_of, plain_document, read_conversation
+from qalora.training.sources import check_data, may_be_a_dataset, open_data
 
-__all__ = ["Blocks", "Document", "check_data", "join_documents", "make_blocks", "may_be_a_dataset", "read_documents"]
+__all__ = [
+    "READING",
+    "Blocks",
+    "Document",
+    "check_data",
+    "cut_tokens",
+    "join_documents",
+    "make_blocks",
+    "may_be_a_dataset",
+    "read_documents",
+    "training_blocks",
+]
 
-LINE_BYTES = 64 << 20
-TEXT_BYTES = 1 << 30
-FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zip", ".zst")
-"""Ends of names that are files'. A dataset of the Hub may have a point in its name, as in owner/name-2.5."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """text, and the spans of it that are learned (first character, one past the last); all of it if None."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...] | None = None
+READING = 2
+"""The number of the way in which data become tokens: what was made of the same file in another way is not the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Blocks:
-    """tokens int64 [blocks, length]; targets int64 [blocks, length]: the next token, or IGNORED."""
+    """tokens int64 [blocks, length]; targets int64 [blocks, length]: the next token, or IGNORED.
+
+    account  of the data that they were cut from
+    """
 
     tokens: Tensor
     targets: Tensor
+    account: Account = field(default_factory=Account)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -62,8 +70,8 @@ class Blocks:
         """(the blocks to train on, the last ones), at least one of each of two or more."""
         cut = max(1, len(self) - max(1, round(held_out * len(self))))
         return (
-            Blocks(tokens=self.tokens[:cut], targets=self.targets[:cut]),
-            Blocks(tokens=self.tokens[cut:], targets=self.targets[cut:]),
+            Blocks(tokens=self.tokens[:cut], targets=self.targets[:cut], account=self.account),
+            Blocks(tokens=self.tokens[cut:], targets=self.targets[cut:], account=self.account),
         )
 
     def digest(self) -> str:
@@ -73,176 +81,157 @@ class Blocks:
         return found.hexdigest()
 
 
-def check_data(data: str) -> None:
-    """InputError for a folder, and for what is neither a file nor looks like a dataset of the Hub."""
-    path = Path(data)
-    if path.is_dir():
-        raise InputError(data, expected="a text or JSONL file", got="a folder")
-    if not path.exists() and not may_be_a_dataset(data):
-        raise InputError(f"{data}: no such file")
+def read_documents(data: str, tokenizer: Any, account: Account | None = None) -> Iterator[Document]:
+    """Every document of a file or dataset; InputError names the line that is not as it should be.
 
-
-def may_be_a_dataset(data: str) -> bool:
-    """Whether it has the form of a Hub id, with or without :configuration, and does not end as files do."""
-    return may_be_of_the_hub(data) and not data.endswith(FILES)
-
-
-def read_documents(data: str, tokenizer: Any) -> Iterator[Document]:
-    """Every document of a file or dataset; InputError names the line that is not as it should be."""
-    check_data(data)
-    path = Path(data)
-    if not path.exists():
-        rows: Iterable[tuple[str, Any]] = _hub_rows(data)
-    elif path.suffix in (".jsonl", ".json"):
-        rows = _lines(path)
-    else:
-        yield Document(text=_decoded(path, read_limited(path, TEXT_BYTES)))
-        return
-    for where, row in rows:
-        yield _document(where, row, tokenizer)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with InputFile(path), path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            yield where, parse_json(_decoded(path, line), where, expected="a JSON object")
-
-
-def _decoded(path: Path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}", expected="UTF-8 text", got=f"byte {data[error.start]:#x} in it") from error
-
-
-def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingLibraryError("datasets", f"{name}: no such file, and reading it from the Hub", "train") from error
-    repo, _, configuration = name.partition(":")
-    try:
-        rows = datasets.load_dataset(repo, configuration or None, split="train")
-    except Exception as error:  # the library raises what it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: no such file, and not to be had from the Hub ({reason})") from error
-    for number, row in enumerate(rows):
-        yield f"{name}[{number}]", row
-
-
-def _document(where: str, row: Any, tokenizer: Any) -> Document:
-    if not isinstance(row, Mapping):
-        raise InputError(where, expected="a JSON object", got=type(row).__name__)
-    if "messages" in row:
-        return _conversation(where, row["messages"], tokenizer)
-    if "prompt" in row and "completion" in row:
-        prompt, completion = _string(where, row, "prompt"), _string(where, row, "completion")
-        return Document(text=prompt + completion, spans=((len(prompt), len(prompt) + len(completion)),))
-    if "text" in row:
-        return Document(text=_string(where, row, "text"))
-    raise InputError(
-        where,
-        expected="the key text, the keys prompt and completion, or messages",
-        got=", ".join(map(str, row)) or "none",
-    )
-
-
-def _string(where: str, row: Mapping[str, Any], key: str) -> str:
-    if not isinstance(row[key], str):
-        raise InputError(f"{where}: {key}", expected="a string", got=type(row[key]).__name__)
-    return str(row[key])
-
-
-def _conversation(where: str, messages: Any, tokenizer: Any) -> Document:
-    good = isinstance(messages, list) and bool(messages)
-    if not good or not all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in messages):
-        raise InputError(f"{where}: messages", expected="a list of {role, content}", got=repr(messages)[:60])
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"{where}: messages",
-            expected="a tokenizer with a chat template",
-            got="one without",
-            todo="use text, or prompt and completion",
-        )
-
-    def render(turns: list[Any], *, ask: bool = False) -> str:
-        try:
-            text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        except Exception as error:  # a template is a program; it raises what it likes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{where}: messages", expected="what the chat template takes", got=reason) from error
-        return text
-
-    whole, spans = render(messages), []
-    for n, turn in enumerate(messages):
-        if turn["role"] == "assistant":
-            before, after = render(messages[:n], ask=True) if n else "", render(messages[: n + 1])
-            stop = _end_of_turn(whole, before, after, str(turn["content"]).strip())
-            if stop is None:
-                raise InputError(
-                    f"{where}: messages",
-                    expected="a chat template that writes a turn in the same way whatever follows",
-                    got="one that does not",
-                    todo="use prompt and completion",
-                )
-            spans.append((len(before), stop))
-    return Document(text=whole, spans=tuple(spans))
-
-
-def _end_of_turn(whole: str, before: str, after: str, content: str) -> int | None:
-    """Where in a conversation the turn ends that begins after `before`; None where that is not to be told.
-
-    after  the conversation as far as that turn. A template may write a last turn in another way than an earlier one, as
-           Qwen3's does, which gives the last thoughts: then what follows the turn's content has to be the same
+    account  is told what the data was taken for, and what of it is left out
     """
-    if not (whole.startswith(before) and after.startswith(before)):
-        return None
-    if whole.startswith(after):
-        return len(after)
-    tail = after[after.rfind(content) + len(content) :] if content in after[len(before) :] else None
-    at = whole.find(content, len(before))
-    if tail is None or at != len(before) or not whole.startswith(tail, at + len(content)):
-        return None
-    return at + len(content) + len(tail)
+    account = Account() if account is None else account
+    found = open_data(data)
+    account.source, account.form = data, found.form
+    if found.note:
+        account.note(found.note, data)
+    if found.rows is None:
+        check_text(found.text, data)
+        yield Document(text=found.text, where=data)
+        return
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    template = ChatTemplate(tokenizer)
+    for where, given in found.rows:
+        kind, row = kind_of(where, given)
+        account.rows[kind] += 1
+        document = plain_document(where, kind, row, account, chat=chat)
+        if document is not None:
+            yield document
+        else:
+            template.check(where)
+            yield from template.documents(read_conversation(where, kind, row, account), account)
 
 
-def join_documents(documents: Iterable[Document], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """(token ids of all documents, each closed by the end token, and whether each of them is learned)."""
+def join_documents(
+    documents: Iterable[Document], tokenizer: Any, account: Account | None = None
+) -> tuple[list[int], list[bool]]:
+    """(token ids of all documents, each behind the tokenizer's first tokens and closed by the end token, and whether
+    each of them is learned).
+
+    account  is told what is learned
+    """
     tokens: list[int] = []
     learned: list[bool] = []
+    first = first_tokens(tokenizer)
     for document in documents:
-        found = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=document.spans is not None)
-        ids: list[int] = found["input_ids"]
-        tokens += ids
-        if document.spans is None:
-            learned += [True] * len(ids)
+        ids, inside = _tokenized(document, tokenizer)
+        if tuple(ids[: len(first)]) == first:  # the text has them itself, as chat templates write them
+            inside[: len(first)] = [False] * len(first)
         else:
-            inside = [any(a < stop and b > start for a, b in document.spans) for start, stop in found["offset_mapping"]]
-            learned += inside
-        if tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-            learned.append(True)
+            ids, inside = [*first, *ids], [False] * len(first) + inside
+        end = tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids, inside = [*ids, end], [*inside, document.closing and document.learns]
+        tokens += ids
+        learned += inside
+        if account is not None and any(inside):
+            _tell(account, document, ids, inside, tokenizer)
     return tokens, learned
 
 
-def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int) -> Blocks:
-    """Tokenize, join and cut. InputError where it does not make two blocks, or nothing is to be learned."""
-    tokens, learned = join_documents(documents, tokenizer)
-    count = len(tokens) // length
-    if count < 2:
+def _tokenized(document: Document, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Tokens of a text, and whether each has a character of a span."""
+    found = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=document.spans is not None)
+    ids: list[int] = list(found["input_ids"])
+    if document.spans is None:
+        return ids, [True] * len(ids)
+    inside, last = [], 0
+    for start, stop in found["offset_mapping"]:
+        start = min(start, last)  # a tokenizer may leave white space out of a token's place, and all of it
+        inside.append(any(a < stop and b > start for a, b in document.spans))
+        last = max(last, stop)
+    return ids, inside
+
+
+def _tell(account: Account, document: Document, ids: list[int], inside: list[bool], tokenizer: Any) -> None:
+    account.texts += document.spans is None
+    account.turns += len(document.spans or ())
+    if len(account.shown) >= SHOWN:
+        return
+    edges = [0, *(n for n in range(1, len(ids)) if inside[n] != inside[n - 1]), len(ids)]
+    runs = tuple((inside[a], str(tokenizer.decode(ids[a:b]))) for a, b in pairwise(edges))
+    account.shown.append(Shown(where=document.where, runs=runs))
+
+
+def cut_tokens(tokens: Sequence[int], first: tuple[int, ...], length: int) -> list[tuple[int, int]]:
+    """(where it begins among `tokens`, how many of `first` it begins with) for each block of `length` that is full.
+
+    first  stands before every block, of which it is a part, unless the block begins with it anyway
+    """
+    if len(first) >= length:
+        raise InputError("--sequence-length", expected=f"more than {len(first)}, the first tokens", got=str(length))
+    found, at = [], 0
+    while at < len(tokens):
+        lead = 0 if tuple(tokens[at : at + len(first)]) == first else len(first)
+        if at + length - lead > len(tokens):
+            break
+        found.append((at, lead))
+        at += length - lead
+    return found
+
+
+def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, account: Account | None = None) -> Blocks:
+    """Tokenize, join and cut. InputError where it does not make two blocks, or nothing is to be learned.
+
+    Documents of which nothing is learned are left out. account: is told what is learned
+    """
+    account = Account() if account is None else account
+    unused = 0
+
+    def wanted() -> Iterator[Document]:
+        nonlocal unused
+        for document in documents:
+            unused += not document.learns
+            if document.learns:
+                yield document
+
+    tokens, learned = join_documents(wanted(), tokenizer, account)
+    if unused and not any(learned):
+        raise InputError(account.source or "data", expected="completions or assistant turns to learn", got="none")
+    first = first_tokens(tokenizer)
+    places = cut_tokens(tokens, first, length)
+    if len(places) < 2:
         raise InputError(
             "data",
             expected=f"at least {2 * length} tokens, a block to train on and one to hold out",
             got=f"{len(tokens)}",
             todo="give more text, or a smaller --sequence-length",
         )
-    ids_of = torch.tensor(tokens[: count * length]).view(count, length)
-    kept = torch.tensor(learned[: count * length]).view(count, length)
+    ids_of = torch.tensor([[*first[:lead], *tokens[at : at + length - lead]] for at, lead in places])
+    # behind first tokens that are none of the data's own, the next is not predicted from what stands before it
+    kept = torch.tensor(
+        [[False] * (lead + bool(lead)) + learned[at + bool(lead) : at + length - lead] for at, lead in places]
+    )
     targets = torch.full_like(ids_of, IGNORED)
     targets[:, :-1] = torch.where(kept[:, 1:], ids_of[:, 1:], IGNORED)
-    if not bool((targets != IGNORED).any()):
-        raise InputError("data", expected="completions or assistant turns to learn", got="none")
-    return Blocks(tokens=ids_of, targets=targets)
+    counts = (targets != IGNORED).sum(1)
+    account.sequences, account.length, account.learned = len(places), length, int(counts.sum())
+    account.idle = int((counts == 0).sum())
+    if not account.learned:
+        raise InputError(account.source or "data", expected="completions or assistant turns to learn", got="none")
+    return Blocks(tokens=ids_of, targets=targets, account=account)
+
+
+def training_blocks(model: Checkpoint, data: str, length: int, held_out: float) -> tuple[Blocks, Blocks]:
+    """(what a model is trained on, what is held out) of a file or dataset.
+
+    InputError for a model without tokenizer, blocks longer than its context, and where one of the two has nothing to
+    learn, beside what `read_documents` and `make_blocks` raise.
+    """
+    from qalora.converters.tokenizer import load_tokenizer
+
+    context = model.config.get("max_position_embeddings")
+    if isinstance(context, int) and length > context:
+        raise InputError("--sequence-length", expected=f"at most {context}, the model's context", got=str(length))
+    tokenizer, account = load_tokenizer(model), Account()
+    kept, held = make_blocks(read_documents(data, tokenizer, account), tokenizer, length, account).split(held_out)
+    for part, name in ((kept, "the part to train on"), (held, "the held-out part")):
+        if not bool((part.targets != IGNORED).any()):
+            raise InputError(f"{data}: {name}", expected="something to learn", got="nothing")
+    return kept, held

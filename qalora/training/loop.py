@@ -27,8 +27,9 @@ from qalora.errors import DivergedError, InputError, OutputError
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_apart, check_output, check_writable, new_folder, write_json
 from qalora.training.compute import dtype_of, find_device
-from qalora.training.data import Blocks, check_data, make_blocks, read_documents
+from qalora.training.data import Blocks, check_data, training_blocks
 from qalora.training.distributed import ALONE, Processes, joined
+from qalora.training.documents import Account
 from qalora.training.interrupt import Interrupted, deferred
 from qalora.training.layer import FoldedLinear, folded_size, keep_weights
 from qalora.training.lean import checkpoint_layers, fit
@@ -47,7 +48,7 @@ from qalora.training.state import (
 )
 from qalora.training.strength import Tried, at_strength, best_of, try_strengths
 
-__all__ = ["LOG", "Progress", "StepReport", "train", "untrained"]
+__all__ = ["LOG", "Progress", "StepReport", "planned_data", "train", "untrained"]
 
 LOG = "training.json"
 
@@ -72,8 +73,13 @@ class StepReport:
 Progress = Callable[[StepReport], None]
 
 
-def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda report: None) -> Adapter:
-    """Train an adapter, write it to `options.out`, and give it as it was written.
+def train(
+    model: Checkpoint,
+    options: TrainOptions,
+    progress: Progress = lambda report: None,
+    told: Callable[[Account], None] = lambda account: None,
+) -> Adapter:
+    """Train an adapter, write it to `options.out`, and give it as it was written. told: called with what is learned.
 
     The folder holds an adapter that PEFT can read, and training.json: options, losses by step, held-out losses, in nats
     per token. Raises InputError for a float or act-order model, one without tokenizer, target modules that match
@@ -94,6 +100,8 @@ def train(model: Checkpoint, options: TrainOptions, progress: Progress = lambda 
             check_data(options.data)
             targets = _targets(model, options)
             kept, held = _data(model, options)
+            if processes.first:
+                told(kept.account)
             run = _Run(model, options, targets, kept, held, processes)
             state = run.resumed() if options.resume else State()
         run.check_same(state)
@@ -120,6 +128,12 @@ def untrained(model: Checkpoint, options: TrainOptions) -> Adapter:
             factor=options.scaling,
         )
     return Adapter(layers=layers, convention="paper", minima=options.minima)
+
+
+def planned_data(model: Checkpoint, options: TrainOptions) -> Account:
+    """What `train` would learn; raises as it does where model or data are not as they should be."""
+    _targets(model, options)
+    return _data(model, options)[0].account
 
 
 def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
@@ -154,20 +168,7 @@ def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
 
 
 def _data(model: Checkpoint, options: TrainOptions) -> tuple[Blocks, Blocks]:
-    from qalora.converters.tokenizer import load_tokenizer
-
-    context = model.config.get("max_position_embeddings")
-    if isinstance(context, int) and options.sequence_length > context:
-        raise InputError(
-            "--sequence-length", expected=f"at most {context}, the model's context", got=str(options.sequence_length)
-        )
-    tokenizer = load_tokenizer(model)
-    blocks = make_blocks(read_documents(options.data, tokenizer), tokenizer, options.sequence_length)
-    kept, held = blocks.split(options.held_out)
-    for part, name in ((kept, "the part to train on"), (held, "the held-out part")):
-        if not bool((part.targets != IGNORED).any()):
-            raise InputError(f"{options.data}: {name}", expected="something to learn", got="nothing")
-    return kept, held
+    return training_blocks(model, options.data, options.sequence_length, options.held_out)
 
 
 class _Run:
@@ -445,6 +446,7 @@ class _Run:
                 **({"processes": self._processes.size} if self._processes.size > 1 else {}),
             },
             "data_sha256": self._identity["data_sha256"],
+            "data": self._kept.account.to_json(),
             "trained_parameters": sum(parameter.numel() for parameter in self._parameters.values()),
             "trained_tokens": self._steps * self._each * self._options.sequence_length,
             "held_out_tokens": int((self._held.targets != IGNORED).sum()),

@@ -85,7 +85,7 @@ def test_a_template_that_writes_earlier_turns_in_another_way(tmp_path: Path, smo
     assert document.text.count("<think>") == 1
     assert document.spans is not None
     spans = [document.text[a:b] for a, b in document.spans]
-    assert spans == ["Good day.<|im_end|>\n", "<think>\n\n</think>\n\nGood day.<|im_end|>\n"]
+    assert spans == ["Good day.<|im_end|>", "<think>\n\n</think>\n\nGood day.<|im_end|>"]
     with pytest.raises(InputError, match=r"a.jsonl:1: messages: .* use prompt and completion"):
         list(read_documents(write(tmp_path / "a.jsonl", {"messages": turns}), tokenizer))
 
@@ -103,7 +103,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a number": (b'{"text": 3}\n', r"a.jsonl:1: text: expected a string, got int"),
     "no turns": (b'{"messages": []}\n', r"a.jsonl:1: messages: expected a list of"),
     "turns without role": (b'{"messages": [{"content": "x"}]}\n', r"a.jsonl:1: messages: expected a list of"),
-    "no UTF-8": (b'{"text": "\xff"}\n', r"a.jsonl: expected UTF-8 text, got byte 0xff"),
+    "no UTF-8": (b'{"text": "\xff"}\n', r"a.jsonl:1: expected UTF-8 text, got the byte 0xff"),
     "deep": (b"[" * 100_000, r"a.jsonl:1: expected a JSON object"),
 }
 

@@ -180,7 +180,11 @@ class Pipeline:
         if "train" not in self.found:
             return None
         settings = self._settings(train.command, "train", ["--output=-", "--", "-"])
-        left = {key: value for key, value in settings.items() if key not in ("model", "as_json", "checkpoint_format")}
+        left = {
+            key: value
+            for key, value in settings.items()
+            if key not in ("model", "as_json", "checkpoint_format", "dry_run")
+        }
         adapter = untrained(model, train.train_options(**left))
         row = rows["train"]
         if row.nbytes is None:
@@ -285,9 +289,8 @@ class Pipeline:
         settings = self._portable(
             quantize.command, self._settings(quantize.command, "quantize", ["--output=-", "--", "-"])
         )
-        return Step(
-            kind="quantize", name=name, options=settings, inputs={"base": base.digest}, libraries=versions(MAKERS)
-        )
+        made = versions(MAKERS) if settings["calibration"] is None else _readers()
+        return Step(kind="quantize", name=name, options=settings, inputs={"base": base.digest}, libraries=made)
 
     def _train_step(self, model: _Thing) -> Step:
         settings = self._settings(train.command, "train", ["--output=-", "--", "-"])
@@ -298,7 +301,7 @@ class Pipeline:
             name="adapter",
             options=self._portable(train.command, settings),
             inputs={"model": model.digest, "data": told},
-            libraries=versions(MAKERS),
+            libraries=_readers(),
         )
 
     def _release_step(self, model: _Thing, adapter: _Thing | None) -> Step:
@@ -370,6 +373,13 @@ class Pipeline:
         return re.search(rf"(?:^|: ){named}", said) is not None or bool(
             begun and re.match(rf"(?:{begun})(?![\w-])", said)
         )
+
+
+def _readers() -> dict[str, str]:
+    """The versions of what decides a result made of a text: how data become tokens among them."""
+    from qalora.training.data import READING
+
+    return {**versions(MAKERS), "reading": str(READING)}
 
 
 def _notice(step: str, state: str, seconds: float | None) -> None:
