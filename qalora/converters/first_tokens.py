@@ -1,10 +1,11 @@
-"""What a tokenizer puts in front of every text: BOS for Llama 3, Gemma and Mistral, nothing for Qwen and SmolLM."""
+"""What a tokenizer puts around every text: BOS before it for Llama 3, Gemma and Mistral, nothing for Qwen and SmolLM."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["first_tokens"]
+__all__ = ["PROBE", "around", "first_tokens", "tokens_around"]
 
 PROBE = "a"
 
@@ -15,9 +16,18 @@ def first_tokens(tokenizer: Any) -> tuple[int, ...]:
     tokenizer  transformers' class. A model that saw BOS before every text it learned from is at a loss without it:
                Gemma's perplexity is 10^9 times as high.
     """
-    alone = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer(PROBE)["input_ids"])
-    for at in range(len(whole) - len(alone) + 1):
-        if alone and whole[at : at + len(alone)] == alone:
-            return tuple(whole[:at])
-    return ()
+    return tokens_around(tokenizer)[0]
+
+
+def tokens_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those that stand before a text's own, and behind them."""
+    return around(tokenizer(PROBE, add_special_tokens=False)["input_ids"], tokenizer(PROBE)["input_ids"])
+
+
+def around(bare: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What stands in `whole` before the ids of `bare`, and behind them; nothing where they are not in it."""
+    alone, ids = tuple(bare), tuple(whole)
+    for at in range(len(ids) - len(alone) + 1):
+        if alone and ids[at : at + len(alone)] == alone:
+            return ids[:at], ids[at + len(alone) :]
+    return (), ()

@@ -22,6 +22,7 @@ from typing import Any
 from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import check_added, listed_added, name_in_gguf, strips
 from qalora.converters.cutting import CUTS, Cut, cut_named, name_of
+from qalora.converters.first_tokens import tokens_around
 from qalora.converters.huggingface import TEMPLATES
 from qalora.converters.sentencepiece import Spaces, normalizer_of, sentencepiece_entries, spaces_of
 from qalora.errors import FormatError, InputError
@@ -298,15 +299,13 @@ def _added(model: Checkpoint, content: Mapping[str, Any]) -> list[Mapping[str, A
 
 def _around(model: Checkpoint, tokenizer: Any, entries: Mapping[str, Value]) -> tuple[bool, bool]:
     """Whether the tokenizer puts BOS before a text, and EOS behind it; InputError where it puts anything else."""
-    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
-    before, behind = whole[:at], whole[at + len(bare) :]
-    bos, eos = ([entries[key].value] if key in entries else None for key in ("bos_token_id", "eos_token_id"))
-    if before not in ([], bos) or behind not in ([], eos):
+    before, behind = tokens_around(tokenizer)
+    bos, eos = ((entries[key].value,) if key in entries else None for key in ("bos_token_id", "eos_token_id"))
+    if before not in ((), bos) or behind not in ((), eos):
         raise InputError(
             f"{model.path}: its tokenizer",
             expected="one that puts nothing around a text but BOS before it and EOS behind it, as llama.cpp does",
-            got=f"{before} before and {behind} behind",
+            got=f"{list(before)} before and {list(behind)} behind",
             todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
         )
     return bool(before), bool(behind)

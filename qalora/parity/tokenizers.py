@@ -18,6 +18,7 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import strips
+from qalora.converters.first_tokens import PROBE, around, tokens_around
 from qalora.converters.tokenizer import UnknownCutError, has_tokenizer, load_tokenizer, template_name, tokenizer_part
 from qalora.formats.gguf import metadata_bytes
 from qalora.parity.gates import TokenizerFindings
@@ -98,8 +99,8 @@ class TokenizerCheck:
         )
         if "around" not in runtime.follows:
             return found
-        around = _ends(runtime.tokenize("a"), runtime.tokenize("a", special=True, around=True))
-        return TokenizerFindings(wrong=(*found.wrong, *_of_ends(around, known.around)), limits=found.limits)
+        own = around(runtime.tokenize(PROBE), runtime.tokenize(PROBE, special=True, around=True))
+        return TokenizerFindings(wrong=(*found.wrong, *_of_ends(own, known.around)), limits=found.limits)
 
     def _differing(
         self,
@@ -170,7 +171,7 @@ def _facts(model: Checkpoint, tokenizer: Any, texts: Iterable[str]) -> _Facts:
     return _Facts(
         vocabulary=_vocabulary(model, tokenizer),
         ids={text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts},
-        around=_ends(tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]),
+        around=tokens_around(tokenizer),
         special={key: _special(model, tokenizer, key) for key in SPECIAL if model.gguf is None or key != EOS},
         templates=_templates(tokenizer.chat_template),
         decode=tokenizer.decode,
@@ -233,12 +234,6 @@ def _of_vocabularies(mine: Mapping[str, int], theirs: Mapping[str, int]) -> str:
 
 
 _Ends = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _ends(bare: Sequence[int], whole: Sequence[int]) -> _Ends:
-    """What stands before a text's own tokens, and what behind them."""
-    at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
-    return tuple(whole[:at]), tuple(whole[at + len(bare) :])
 
 
 def _of_ends(mine: _Ends, theirs: _Ends) -> tuple[str, ...]:

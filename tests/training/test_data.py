@@ -86,7 +86,7 @@ def test_a_template_that_writes_earlier_turns_in_another_way(tmp_path: Path, smo
     assert document.spans is not None
     spans = [document.text[a:b] for a, b in document.spans]
     assert spans == ["Good day.<|im_end|>", "<think>\n\n</think>\n\nGood day.<|im_end|>"]
-    with pytest.raises(InputError, match=r"a.jsonl:1: messages: .* use prompt and completion"):
+    with pytest.raises(InputError, match=r"a.jsonl:1: messages\[1\]: .* use prompt and completion"):
         list(read_documents(write(tmp_path / "a.jsonl", {"messages": turns}), tokenizer))
 
 
