@@ -1,4 +1,4 @@
-"""What a tokenizer puts around every text: BOS before it for Llama 3, Gemma and Mistral, nothing for Qwen and SmolLM."""
+"""What a tokenizer puts around every text: BOS before it for Llama 3, Gemma, Mistral, nothing for Qwen and SmolLM."""
 
 from __future__ import annotations
 
