@@ -1,6 +1,5 @@
 """What is forked is as a cold process would be, and nothing of it stays."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forks import ALWAYS, Forks
+from forks import Forks
 
 
 def alive(pid: int) -> bool:
@@ -83,9 +82,9 @@ def test_a_script_and_a_module(light_forks: Forks, tmp_path: Path) -> None:
 def test_its_folder_its_variables_its_limit_and_what_goes_before(light_forks: Forks, tmp_path: Path) -> None:
     code = "import os, pathlib; print(os.getcwd(), os.environ.get('MINE'), 'PATH' in os.environ, made)\n"
     code += "pathlib.Path('a').write_bytes(b'123456')"
-    mine = {**os.environ, **ALWAYS, "MINE": "x"}
+    mine = {"MINE": "x", "PATH": None}
     done = light_forks.run("-c", code, before="made = 7", folder=tmp_path, limit=5, environment=mine)
-    assert done.stdout == f"{tmp_path} x True 7\n"
+    assert done.stdout == f"{tmp_path} x False 7\n"
     assert "OSError: [Errno 27] File too large" in done.stderr
     assert done.returncode == 1
     assert (tmp_path / "a").read_bytes() == b"12345"
@@ -130,14 +129,22 @@ os.rename("some", "pids")
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "PYTHONHASHSEED", "LANG"])
 def test_what_was_read_at_import_cannot_be_changed(light_forks: Forks, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is read while (sys|torch) is imported"):
-        light_forks.run("-c", "", environment={**os.environ, **ALWAYS, name: "2"})
+        light_forks.run("-c", "", environment={name: "2"})
 
 
 def test_what_is_not_imported_has_its_variables(light_forks: Forks) -> None:
     code = "import sys; print('huggingface_hub' in sys.modules)\n"
     code += "from huggingface_hub import constants; print(constants.ENDPOINT)"
-    environment = {**os.environ, **ALWAYS, "HF_ENDPOINT": "http://localhost:7"}
-    assert light_forks.run("-c", code, environment=environment).stdout == "False\nhttp://localhost:7\n"
+    assert (
+        light_forks.run("-c", code, environment={"HF_ENDPOINT": "http://localhost:7"}).stdout
+        == "False\nhttp://localhost:7\n"
+    )
+
+
+def test_what_is_set_in_the_tests_process_is_not_passed_on(light_forks: Forks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_MINE", "x")
+    code = "import os; print('TORCH_MINE' in os.environ)"
+    assert light_forks.run("-c", code).stdout == "False\n"
 
 
 def test_a_server_that_cannot_fork_safely_does_not(tmp_path: Path) -> None:

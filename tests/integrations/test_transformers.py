@@ -1,8 +1,6 @@
 """Our own folder through transformers' from_pretrained and save_pretrained, and PEFT beside it."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from forks import Forks
 from qalora.adapter import to_plain_lora, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
@@ -79,9 +78,10 @@ def with_quantized_embedding(model: Checkpoint) -> Checkpoint:
         "import qalora, transformers.quantizers.auto; import qalora.integrations.hook as h; h.install()",
     ],
 )
-def test_either_may_be_imported_first(imports: str) -> None:
-    script = f"""{imports}
-import sys, inspect
+def test_either_may_be_imported_first(light_forks: Forks, imports: str) -> None:
+    script = f"""import sys, inspect
+assert sys.modules.keys().isdisjoint({{"qalora", "transformers"}})
+{imports}
 from transformers.quantizers import auto
 assert auto.AUTO_QUANTIZER_MAPPING["qalora"].__name__ == "QaloraQuantizer"
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["qalora"].__name__ == "QaloraConfig"
@@ -89,17 +89,19 @@ assert not [f for f in sys.meta_path if type(f).__module__.startswith("qalora")]
 assert type(auto.__spec__.loader).__module__.startswith("_frozen"), auto.__spec__.loader
 assert "register_quantizer" in inspect.getsource(auto)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    done = light_forks.run("-c", script)
+    assert done.returncode == 0, done.stderr
 
 
-def test_a_transformers_without_the_registry_is_a_warning(tmp_path: Path) -> None:
+def test_a_transformers_without_the_registry_is_a_warning(light_forks: Forks, tmp_path: Path) -> None:
     """Another package of that name, whose registry has nothing to register with."""
     place = tmp_path / "transformers" / "quantizers"
     place.mkdir(parents=True)
     for file in (place.parent / "__init__.py", place / "__init__.py", place / "auto.py"):
         file.write_text("", encoding="utf-8")
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import qalora, transformers.quantizers.auto"
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    done = light_forks.run("-c", script)
+    assert done.returncode == 0
     assert "this transformers does not open qalora folders" in done.stderr
 
 

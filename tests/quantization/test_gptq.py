@@ -1,12 +1,10 @@
 """GPTQ against a slow obvious loop; what it promises; and that it beats rounding on the inputs it was given."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
+from forks import Forks
 from qalora.errors import InputError
 from qalora.quantization import METHODS, ZEROS, QuantizeOptions, quantize_weight
 from qalora.quantization.gptq import GptqOptions, _descended, damped, gptq_tensor, output_error
@@ -91,6 +89,7 @@ def run(h, w):
 run(h[:512, :512].contiguous(), w[:, :512])  # what the first call brings
 def peak():  # not ru_maxrss, in which the process that started this one counts
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use now
 before = peak()
 run(h, w)
 print(peak() - before)
@@ -98,13 +97,14 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize(("passes", "act_order", "most"), [(0, False, 1.5), (1, False, 2.0), (0, True, 2.0)])
-def test_one_matrix_of_float64_is_held(passes: int, act_order: bool, most: float) -> None:
+def test_one_matrix_of_float64_is_held(light_forks: Forks, passes: int, act_order: bool, most: float) -> None:
     """Beside H: H damped, which becomes its own factor, and that in float32; with passes H damped in float32 as well;
     in another order, H damped while it is put in that order, rows then columns. `most` is in matrices of float64
     [in, in]; 24 MiB are for the linear algebra's own buffers, which a large matrix needs no more of.
     """
-    words = [sys.executable, "-c", MEASURED, "2048", str(passes), str(act_order)]
-    got = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    done = light_forks.run("-c", MEASURED, 2048, passes, act_order)
+    assert done.returncode == 0, done.stderr
+    got = int(done.stdout)
     matrix = 8 * 2048**2
     assert matrix <= got <= most * matrix + (24 << 20)
 

@@ -1,9 +1,7 @@
 """Uploads to a Hub on this machine, by huggingface_hub in a fresh process: what arrives is the folder, to the byte."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from forks import Forks
 from qalora.cli.release.push import command
 from qalora.errors import FormatError, InputError, ProofError
 from qalora.release.checksums import check_sums, write_sums
@@ -41,19 +40,31 @@ def dist(tmp_path: Path) -> Path:
     return folder
 
 
-def fresh(hub_url: str, tmp_path: Path, code: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Python code in a fresh process that knows no Hub but ours."""
-    away = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE")
-    environment = {key: value for key, value in os.environ.items() if key not in away and "proxy" not in key.lower()}
-    environment |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_" + "a" * 34}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    environment |= more
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def upload(hub_url: str, dist: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    arguments = ["--push-to", "me/tiny", str(dist), "--upload", *words]
-    code = f"""
+@pytest.fixture
+def fresh(light_forks: Forks, tmp_path: Path) -> Run:
+    """fresh(url, code): Python in a fresh process that knows no Hub but ours."""
+
+    def run(hub_url: str, code: str, **more: str) -> subprocess.CompletedProcess[str]:
+        away = ["HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_OFFLINE"]
+        away += [name for name in light_forks.environment if "proxy" in name.lower()]
+        environment: dict[str, str | None] = dict.fromkeys(away)
+        environment |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_" + "a" * 34}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return light_forks.run("-c", code, environment=environment | more)
+
+    return run
+
+
+@pytest.fixture
+def upload(fresh: Run) -> Run:
+    """upload(url, folder, words): `qalora release --push-to me/tiny --upload` in a fresh process."""
+
+    def run(hub_url: str, dist: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["--push-to", "me/tiny", str(dist), "--upload", *words]
+        code = f"""
 import sys
 from qalora.cli import LazyGroup
 from qalora.cli.release.push import command
@@ -62,10 +73,12 @@ group.get_command = lambda context, name: command
 sys.argv[1:] = ["release", *{arguments!r}]
 group()
 """
-    return fresh(hub_url, dist.parent, code, **more)
+        return fresh(hub_url, code, **more)
+
+    return run
 
 
-def test_what_arrives_is_the_folder(hub: Any, dist: Path, tmp_path: Path) -> None:
+def test_what_arrives_is_the_folder(hub: Any, dist: Path, tmp_path: Path, upload: Run, fresh: Run) -> None:
     done = upload(hub.url, dist, "--private")
     assert done.returncode == 0, done.stdout + done.stderr
     there = dict(hub.repos["me/tiny"])
@@ -75,7 +88,7 @@ def test_what_arrives_is_the_folder(hub: Any, dist: Path, tmp_path: Path) -> Non
     assert f"uploaded: {hub.url}/me/tiny/commit/" in done.stdout
     # and back again, as a stranger gets it
     code = "import huggingface_hub as h, sys; print(h.snapshot_download('me/tiny', local_dir=sys.argv[1]))"
-    back = fresh(hub.url, tmp_path, code.replace("sys.argv[1]", repr(str(tmp_path / "back"))))
+    back = fresh(hub.url, code.replace("sys.argv[1]", repr(str(tmp_path / "back"))))
     assert back.returncode == 0, back.stderr
     check_sums(tmp_path / "back")
     (tmp_path / "back" / "gptq" / "config.json").unlink()
@@ -83,7 +96,7 @@ def test_what_arrives_is_the_folder(hub: Any, dist: Path, tmp_path: Path) -> Non
         check_sums(tmp_path / "back")
 
 
-def test_a_second_upload(hub: Any, dist: Path) -> None:
+def test_a_second_upload(hub: Any, dist: Path, upload: Run) -> None:
     """Files of an earlier release are refused by name, and deleted on request."""
     assert upload(hub.url, dist, "--revision", "v2").returncode == 0
     assert hub.branches == ["v2"]
@@ -116,7 +129,7 @@ def test_a_second_upload(hub: Any, dist: Path) -> None:
         (lambda hub: setattr(hub, "status", 418), "the Hub answers 418"),
     ],
 )
-def test_what_the_hub_refuses(hub: Any, dist: Path, plant: Callable[[Any], object], sentence: str) -> None:
+def test_what_the_hub_refuses(hub: Any, dist: Path, upload: Run, plant: Callable[[Any], object], sentence: str) -> None:
     plant(hub)
     done = upload(hub.url, dist)
     assert done.returncode == 2, done.stderr
@@ -133,7 +146,7 @@ def test_what_the_hub_refuses(hub: Any, dist: Path, plant: Callable[[Any], objec
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
     ],
 )
-def test_no_way_to_the_hub(dist: Path, environment: dict[str, str], sentence: str) -> None:
+def test_no_way_to_the_hub(dist: Path, upload: Run, environment: dict[str, str], sentence: str) -> None:
     done = upload("http://127.0.0.1:9", dist, **environment)
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()

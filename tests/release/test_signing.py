@@ -13,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+from forks import Forks
 from qalora.errors import FormatError, InputError, MissingLibraryError, OutputError
 from qalora.release.checksums import check_sums, write_sums
 from qalora.release.signing import SIGNATURE, check_key, sign, verify_signature
@@ -272,7 +273,7 @@ def test_without_the_library(dist: Path, key: Path, monkeypatch: pytest.MonkeyPa
             call()
 
 
-def test_no_import_before_it_is_needed() -> None:
+def test_no_import_before_it_is_needed(light_forks: Forks) -> None:
     code = "import qalora.release.signing, sys; print(*{'model_signing', 'cryptography', 'OpenSSL'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    done = light_forks.run("-c", code)
+    assert (done.returncode, done.stdout.split()) == (0, [])

@@ -39,7 +39,7 @@ from typing import IO, Any, NoReturn
 
 READ_AT_IMPORT = {
     "sys": ("LANG", "LC_", "LD_", "PYTHON", "TZ"),
-    "torch": ("CUDA_", "HIP_", "MKL_", "OMP_", "OPENBLAS_", "PYTORCH_", "TORCH_"),
+    "torch": ("MKL_", "OMP_", "OPENBLAS_", "PYTORCH_", "TORCH_"),
     "triton": ("TRITON_",),
     "huggingface_hub": ("HF_", "HOME", "HUGGING", "XDG_"),
     "transformers": ("TRANSFORMERS_", "USE_"),
@@ -95,12 +95,13 @@ class Forks:
     """A server of forks: `Forks("torch", "qalora.training")` has imported these modules."""
 
     def __init__(self, *modules: str) -> None:
+        self.environment = {**os.environ, **ALWAYS}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - __exit__ closes it
         self._end, other = socket.socketpair()
         with other:
             self._server = subprocess.Popen(
                 [sys.executable, __file__, str(other.fileno()), str(self._log.fileno()), *modules],
-                env={**os.environ, **ALWAYS, NO_CUDA: "1"},
+                env={**self.environment, NO_CUDA: "1"},
                 pass_fds=[other.fileno(), self._log.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -127,21 +128,23 @@ class Forks:
         self,
         *words: object,
         before: str = "",
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
         folder: Path | None = None,
         limit: int | None = None,
     ) -> Fork:
         """Start `python` with these words: `-c CODE`, `-m MODULE` or a script's path, and arguments.
 
         before       Python that is run first, in the same namespace if it is followed by CODE
-        environment  the variables, those of this process and of ALWAYS by default; ValueError for those read at import
+        environment  variables beside those that the server began with, None to take one away; what a library has set
+                     in this process since then is not passed on. ValueError for one that a module has read
         folder       the working directory, this process's by default
         limit        bytes that a file may have at most (RLIMIT_FSIZE)
         """
+        variables = {**self.environment, **(environment or {})}
         request = {
             "words": list(map(str, words)),
             "before": before,
-            "environment": dict({**os.environ, **ALWAYS} if environment is None else environment),
+            "environment": {name: value for name, value in variables.items() if value is not None},
             "folder": str(folder or Path.cwd()),
             "limit": limit,
         }

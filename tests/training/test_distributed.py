@@ -59,8 +59,7 @@ def forked(forks: Forks) -> Start:
         started = []
         for rank in range(count):
             own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            environment = {**os.environ, **ALWAYS, **own}
-            started.append(forks.start("-m", "qalora", *words, before=before, environment=environment))
+            started.append(forks.start("-m", "qalora", *words, before=before, environment=own))
         done = forks.finish(*started)
         return [process.returncode for process in done], "".join(process.stderr for process in done)
 
