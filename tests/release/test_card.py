@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from forks import Forks
 from qalora.converters import TARGETS, load
 from qalora.converters.plan import ExportOptions
 from qalora.errors import FormatError, InputError
@@ -244,7 +244,7 @@ def test_every_target_has_its_usage(light: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_blocks_of_a_card_run(whole: Path) -> None:
+def test_the_blocks_of_a_card_run(light_forks: Forks, whole: Path) -> None:
     """Each in a fresh process, in the release's folder; a block of Python prints what it made of its prompt."""
     card = (whole / "README.md").read_text("utf-8")
     found = blocks(card)
@@ -252,15 +252,15 @@ def test_the_blocks_of_a_card_run(whole: Path) -> None:
     assert [language for language, _ in found].count("python") == 7
     for language, text in found:
         if language == "python":
-            done = _run([sys.executable, "-c", text], whole)
+            done = light_forks.run("-c", text, folder=whole, timeout=600)
             assert done.returncode == 0, f"{text}\n{done.stderr[-2000:]}"
             assert len(done.stdout.replace("Once upon a time", "").strip()) > 4, f"{text}\n{done.stdout}"
         else:
             for line in text.splitlines():
-                _shell(line, whole)
+                _shell(light_forks, line, whole)
 
 
-def _shell(line: str, folder: Path) -> None:
+def _shell(forks: Forks, line: str, folder: Path) -> None:
     """Run a line, or hold what it names: its files are there, its flags are known."""
     words = shlex.split(line)
     if words[0] in EXTERNAL:
@@ -269,16 +269,12 @@ def _shell(line: str, folder: Path) -> None:
         return
     if words[:3] == ["qalora", "release", "--check"] and find_spec("qalora.cli.release.check") is None:
         return
-    if words[0] == "qalora":
-        words = [sys.executable, "-m", *words]
-    elif words[0] == "python":
-        words[0] = sys.executable
-    done = _run(words, folder)
+    if words[0] in ("qalora", "python"):
+        given = ["-m", *words] if words[0] == "qalora" else words[1:]
+        done = forks.run(*given, folder=folder, timeout=600)
+    else:
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=600)
     assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
-
-
-def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=600)
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ class Forks:
         finally:
             for pipe in (pipe for fork in forks for pipe in fork.pipes):
                 pipe.close()
-        texts = [data.decode().replace("\r\n", "\n").replace("\r", "\n") for data in written]
+        texts = [data.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n") for data in written]
         return [
             subprocess.CompletedProcess(["python", *fork.words], status[fork.pid], out, err)
             for fork, out, err in zip(forks, texts[::2], texts[1::2], strict=True)
@@ -313,12 +313,14 @@ def run(before: str, kind: str, *words: str) -> None:
     space = types.ModuleType("__main__")
     space.__dict__.update(__annotations__={}, __builtins__=builtins)
     sys.modules["__main__"] = space
+    sys.argv = [kind, *words]
     code: str | bytes = ""
-    sys.argv = [kind, *words] if kind not in ("-c", "-m") else [kind, *words[1:]]
-    if kind == "-m":
+    name = "<string>"
+    if kind == "-c":
+        code = sys.argv.pop(1)
+    elif kind == "-m":
+        del sys.argv[1]
         sys.path[0] = str(Path.cwd())
-    elif kind == "-c":
-        code, name = words[0], "<string>"
     else:
         code, name = Path(kind).read_bytes(), str(Path(kind).absolute())
         sys.path[0] = str(Path(name).parent)
