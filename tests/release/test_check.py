@@ -392,24 +392,32 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
+@pytest.fixture
+def alone(place: Path, tmp_path: Path) -> Path:
+    """A release of a GGUF artefact alone, since each artefact costs a process that imports its runtime."""
+    options = ReleaseOptions(targets=("gguf",), level="weights")
+    release(plan_release(base_of(place), options, tmp_path / "alone"), tmp_path / "alone")
+    return tmp_path / "alone"
+
+
 @pytest.mark.slow
-def test_every_artefact_is_opened_in_a_fresh_process(place: Path, dist: Path) -> None:
-    good = run("release", "--check", dist)
+def test_every_artefact_is_opened_in_a_fresh_process(alone: Path) -> None:
+    good = run("release", "--check", alone)
     assert good.exit_code == 0, good.output
     assert "opening  right" in good.stdout
-    flip(gguf(dist), 1)  # the magic
-    write_sums(dist)
-    bad = run("release", "--check", dist, "--json")
+    flip(gguf(alone), 1)  # the magic
+    write_sums(alone)
+    bad = run("release", "--check", alone, "--json")
     assert bad.exit_code == 1
     stages = {stage["question"]: stage for stage in json.loads(bad.stdout)["stages"]}
     assert stages["files"]["findings"][0]["where"].startswith("gguf/")
 
 
 @pytest.mark.slow
-def test_what_does_not_open_is_named(place: Path, dist: Path) -> None:
+def test_what_does_not_open_is_named(alone: Path) -> None:
     """The sums are right, and the file is not: its head says more tensors than it has."""
-    path = gguf(dist)
+    path = gguf(alone)
     path.write_bytes(path.read_bytes()[:-4096])
-    write_sums(dist)
-    found = check_release(dist).findings
+    write_sums(alone)
+    found = check_release(alone).findings
     assert any(str(one).startswith(f"gguf/{path.name} in llama.cpp: it does not open") for one in found)
