@@ -2,13 +2,12 @@
 
 Each case is a small valid model; one of its files is mutated, blindly (bytes flipped, cut, doubled, overwritten with
 extreme numbers) or by structure (a JSON value replaced by another, a key dropped or renamed), and everything in it is
-read. The number of rounds is QALORA_FUZZ_ROUNDS for each file, 150 by default.
+read. Each file has 150 rounds to be read in and 50 to be inspected in, and twenty times as many under `long`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import struct
@@ -32,7 +31,12 @@ from qalora.inspection import inspect
 from qalora.quantization import quantize
 from qalora.testing import random_adapter, tiny_llama
 
-ROUNDS = int(os.environ.get("QALORA_FUZZ_ROUNDS", "150"))
+
+def rounds(count: int) -> pytest.MarkDecorator:
+    """Seeds from 0, `count` of them; as `long`, those after them, up to twenty times as many."""
+    more = pytest.param(range(count, 20 * count), marks=pytest.mark.long, id="more")
+    return pytest.mark.parametrize("seeds", [pytest.param(range(count), id="few"), more])
+
 
 SMALL = (0, 1, 2, 3, 7, 8, 31, 32, 255, 256, 1 << 16)
 EXTREMES = (*SMALL, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
@@ -221,9 +225,10 @@ FILES = [
 ]
 
 
+@rounds(150)
 @pytest.mark.parametrize(("kind", "name"), FILES, ids=["/".join(file) for file in FILES])
 def test_damage_is_one_sentence(
-    kind: str, name: str, models: dict[str, tuple[Path, Callable[[Path], object]]], tmp_path: Path
+    kind: str, name: str, seeds: range, models: dict[str, tuple[Path, Callable[[Path], object]]], tmp_path: Path
 ) -> None:
     source, read = models[kind]
     folder = tmp_path / "model"
@@ -231,7 +236,7 @@ def test_damage_is_one_sentence(
     read(folder)
     good = (folder / name).read_bytes()
     refused = 0
-    for seed in range(ROUNDS):
+    for seed in seeds:
         (folder / name).write_bytes(good)
         _mutate(folder / name, random.Random(seed))
         try:
@@ -241,12 +246,13 @@ def test_damage_is_one_sentence(
             assert "\n" not in str(error), f"seed {seed}: {error}"
         except Exception as error:
             pytest.fail(f"seed {seed}: {type(error).__name__}: {error}")
-    assert refused > ROUNDS // 10  # the mutations do damage
+    assert refused > len(seeds) // 10  # the mutations do damage
 
 
+@rounds(50)
 @pytest.mark.parametrize(("kind", "name"), FILES, ids=["/".join(file) for file in FILES])
 def test_inspect_of_damage_is_a_report_or_one_sentence(
-    kind: str, name: str, models: dict[str, tuple[Path, Callable[[Path], object]]], tmp_path: Path
+    kind: str, name: str, seeds: range, models: dict[str, tuple[Path, Callable[[Path], object]]], tmp_path: Path
 ) -> None:
     source, _ = models[kind]
     folder = tmp_path / "model"
@@ -255,7 +261,7 @@ def test_inspect_of_damage_is_a_report_or_one_sentence(
         folder / name if kind in ("gguf", "lora") else folder / "model.onnx" if kind in ("onnx", "foreign") else folder
     )
     good = (folder / name).read_bytes()
-    for seed in range(ROUNDS // 3):
+    for seed in seeds:
         (folder / name).write_bytes(good)
         _mutate(folder / name, random.Random(seed))
         try:
