@@ -78,7 +78,7 @@ def test_onnx_runtime_fills_the_slots(case: Case, tmp_path: Path) -> None:
     run.add_active_adapter(adapter)
     for graph in ("model.onnx", "portable/model.onnx"):
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
         session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / graph), options, ["CPUExecutionProvider"])
         for used, wanted in ((run, case.adapted), (None, case.base)):
             found = torch.from_numpy(session.run(["logits"], _feed(session), used)[0][0]).double()

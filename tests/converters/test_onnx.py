@@ -47,6 +47,7 @@ def assert_close(got: np.ndarray, wanted: torch.Tensor, noise: float) -> None:
 
 def session(path: Path, provider: str = "CPUExecutionProvider") -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return onnxruntime.InferenceSession(path / "model.onnx", options, providers=[provider])
 

@@ -39,7 +39,9 @@ def coded(source: Checkpoint, bits: int, group_size: int, zeros: Any = "integer"
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
 
 
 def feed(tokens: torch.Tensor) -> dict[str, np.ndarray]:

@@ -72,6 +72,7 @@ def feed(model: Checkpoint, tokens: torch.Tensor) -> dict[str, np.ndarray]:
 
 def session(folder: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
