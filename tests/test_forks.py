@@ -11,6 +11,19 @@ import pytest
 from forks import Forks
 
 
+def cold_run(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A process that imports everything anew; Ctrl-C ends it, also where a shell had these tests ignore that."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        check=False,
+    )
+
+
 def alive(pid: int) -> bool:
     """Whether a process is there and has not ended."""
     try:
@@ -34,7 +47,7 @@ def gone(pid: int) -> bool:
 def test_a_command_does_what_it_does_in_a_cold_process(forks: Forks, tiny: Path, tmp_path: Path, good: bool) -> None:
     words = ["inspect", tiny] if good else ["train", tiny, "--data", tmp_path / "no.txt", "-o", tmp_path / "adapter"]
     command = ["-m", "qalora", *map(str, words)]
-    cold = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    cold = cold_run(*command)
     found = forks.run(*command)
     assert (found.returncode, found.stdout, found.stderr) == (cold.returncode, cold.stdout, cold.stderr)
     assert cold.returncode == (0 if good else 2)
@@ -64,7 +77,7 @@ ENDS = {
 @pytest.mark.parametrize("how", ENDS)
 def test_it_ends_as_a_cold_process_does(light_forks: Forks, how: str) -> None:
     words = ["-c", f"here = {how!r}\n{ENDS[how]}", "a", "-b"]
-    cold = subprocess.run([sys.executable, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    cold = cold_run(*words)
     found = light_forks.run(*words)
     assert (found.returncode, found.stdout, found.stderr) == (cold.returncode, cold.stdout, cold.stderr)
 
@@ -73,7 +86,7 @@ def test_a_script_and_a_module(light_forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("here = 'beside'", encoding="utf-8")
     (tmp_path / "script.py").write_text("import beside, sys\nprint(beside.here, sys.argv, __name__, __file__)", "utf-8")
     for words in (["script.py", "a"], ["-m", "script", "a"], [str(tmp_path / "script.py")], ["-m", "nothing"]):
-        cold = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+        cold = cold_run(*words, folder=tmp_path)
         found = light_forks.run(*words, folder=tmp_path)
         assert (found.returncode, found.stdout) == (cold.returncode, cold.stdout)
         assert (cold.returncode == 0) == bool(cold.stdout) == (words[-1] != "nothing")
