@@ -23,6 +23,7 @@ from qalora.adapter import Adapter, read_adapter
 from qalora.calibration import Calibration, calibration_windows
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
+from qalora.converters.first_tokens import first_tokens
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build
 from qalora.demo import smollm2_file
@@ -78,15 +79,16 @@ def prepare(work: Path, protocol: Protocol) -> None:
 
 
 def cut(work: Path, protocol: Protocol) -> None:
-    """Cut the text into what is trained on and windows."""
+    """Cut the text into what is trained on and windows, which begin with the tokenizer's first tokens, as blocks do."""
     work.mkdir(parents=True, exist_ok=True)
     text = Path(protocol.text).read_text("utf-8") if protocol.text else shuffled_topics()
     tokenizer = load_tokenizer(load(protocol.model or smollm2_file()))
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, places = found["input_ids"], found["offset_mapping"]
+    ids, places, first = found["input_ids"], found["offset_mapping"], first_tokens(tokenizer)
+    own = protocol.length - len(first)  # tokens of the text in a block
     # a block more than is trained on, for the held-out part that `train` wants, and half of one that is dropped
-    head = (protocol.steps * protocol.batch + 1) * protocol.length + protocol.length // 2
-    rest = [ids[at : at + protocol.length] for at in range(head, len(ids) - protocol.length + 1, protocol.length)]
+    head = (protocol.steps * protocol.batch + 1) * own + protocol.length // 2
+    rest = [[*first, *ids[at : at + own]] for at in range(head, len(ids) - own + 1, own)]
     wanted = (protocol.held_out + protocol.validation) // protocol.length
     if len(rest) < wanted:
         expected = f"{head + protocol.held_out + protocol.validation} tokens"

@@ -25,6 +25,7 @@ from torch import Tensor
 from qalora.calibration import Calibration, calibration_windows, choose_widths, quantize_calibrated
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import load
+from qalora.converters.first_tokens import first_tokens
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build
 from qalora.demo import demo_text, smollm2_file
@@ -139,8 +140,10 @@ def texts(model: Checkpoint, work: Path) -> tuple[Tensor, Tensor]:
     cut = int(len(text) * 0.95)
     head = work / "head.txt"
     head.write_text(text[:cut], encoding="utf-8")
-    ids = load_tokenizer(model)(text[cut:], add_special_tokens=False)["input_ids"]
-    held = torch.tensor(ids[:HELD_OUT]).view(-1, WINDOW)
+    tokenizer = load_tokenizer(model)
+    ids, first = tokenizer(text[cut:], add_special_tokens=False)["input_ids"], first_tokens(tokenizer)
+    own = WINDOW - len(first)
+    held = torch.tensor([[*first, *ids[at : at + own]] for at in range(0, HELD_OUT // WINDOW * own, own)])
     return calibration_windows(model, Calibration(data=str(head), tokens=CALIBRATION, length=WINDOW)), held
 
 

@@ -62,7 +62,7 @@ __all__ = ["command", "quantized_model"]
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A text to compute the layers' inputs on; text or JSONL.",
+    help="A text to compute the layers' inputs on; a text file, or rows as `train` takes them.",
 )
 @click.option("--calibration-tokens", type=click.IntRange(1), default=8192, show_default=True, help="Of that text.")
 @click.option("--sequence-length", type=click.IntRange(2), default=256, show_default=True, help="Of the calibration.")

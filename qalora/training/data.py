@@ -46,6 +46,9 @@ __all__ = [
 READING = 2
 """The number of the way in which data become tokens: what was made of the same file in another way is not the same."""
 
+SHOWN_TOKENS = 200
+"""Of the beginning and of the end of a run of tokens, in an account."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Blocks:
@@ -155,7 +158,12 @@ def _tell(account: Account, document: Document, ids: list[int], inside: list[boo
     if len(account.shown) >= SHOWN:
         return
     edges = [0, *(n for n in range(1, len(ids)) if inside[n] != inside[n - 1]), len(ids)]
-    runs = tuple((inside[a], str(tokenizer.decode(ids[a:b]))) for a, b in pairwise(edges))
+
+    def text(run: list[int]) -> str:
+        parts = [run] if len(run) <= 2 * SHOWN_TOKENS else [run[:SHOWN_TOKENS], run[-SHOWN_TOKENS:]]
+        return " ... ".join(str(tokenizer.decode(part)) for part in parts)
+
+    runs = tuple((inside[a], text(ids[a:b])) for a, b in pairwise(edges))
     account.shown.append(Shown(where=document.where, runs=runs))
 
 

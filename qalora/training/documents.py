@@ -28,7 +28,7 @@ class Document:
     @property
     def learns(self) -> bool:
         """Whether any of it is learned."""
-        return bool(self.text.strip()) if self.spans is None else bool(self.spans)
+        return bool(self.text) and not self.text.isspace() if self.spans is None else bool(self.spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
