@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qalora._version import __version__
 from qalora.errors import InputError, QaloraError
@@ -27,10 +27,20 @@ if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
     from qalora.converters.plan import Plan
     from qalora.parity import ParityReport
+    from qalora.training import TrainOptions
 
 _install_hook()
 
-__all__ = ["QaloraError", "__version__", "export", "fold", "load", "quantize", "train", "verify"]
+
+def __getattr__(name: str) -> Any:
+    if name == "TrainOptions":  # torch is imported when somebody asks for it
+        from qalora.training import TrainOptions
+
+        return TrainOptions
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["QaloraError", "TrainOptions", "__version__", "export", "fold", "load", "quantize", "train", "verify"]
 
 
 def load(path: str | Path, **options: Any) -> Checkpoint:
@@ -72,7 +82,7 @@ def quantize(
 
 
 def train(model: str | Path | Checkpoint, data: str | Path, out: str | Path, **options: Any) -> Adapter:
-    """Train a QA-LoRA adapter on text, write it to the folder `out` and give it; see `qalora.training.TrainOptions`."""
+    """Train a QA-LoRA adapter on text, write it to the folder `out` and give it; see `qalora.TrainOptions`."""
     from qalora.training import TrainOptions
     from qalora.training import train as train_model
 
@@ -92,15 +102,28 @@ def export(
     targets: str | Sequence[str],
     out: str | Path,
     *,
+    adapter: str | Path | Adapter | None = None,
+    minima: Literal["float16", "float32"] | None = None,
     force: bool = False,
     **options: Any,
 ) -> list[Plan]:
-    """Write a model to `out/<target>/` for each target; see `qalora.converters.plan.ExportOptions`."""
-    from qalora.converters.exports import export as export_model
+    """Write a model to `out/<target>/` for each target; see `qalora.converters.plan.ExportOptions` for options.
+
+    adapter  folded into what is written, or put beside it where the target can
+    minima   what the fold rounds to: what the adapter was trained with, or float16, by default
+    force    replaces what is there
+    """
+    from qalora.converters.exports import export_jobs, run_jobs
     from qalora.converters.plan import ExportOptions
 
+    if minima is not None and adapter is None:
+        raise InputError("minima are rounded by a fold", expected="an adapter to fold", got="none")
+    base = _opened(model)
+    read = None if adapter is None else _read(adapter, base)
     names = [targets] if isinstance(targets, str) else targets
-    return export_model(_opened(model), names, Path(out), ExportOptions(**options), force=force)
+    jobs = export_jobs(base, names, ExportOptions(**options), adapter=read, minima=minima)
+    run_jobs(jobs, Path(out), force=force)
+    return [job.plan for job in jobs]
 
 
 def verify(

@@ -96,6 +96,7 @@ def test_no_room_hides_a_function() -> None:
 def test_public_names() -> None:
     assert sorted(qalora.__all__) == [
         "QaloraError",
+        "TrainOptions",
         "__version__",
         "export",
         "fold",
