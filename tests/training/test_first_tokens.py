@@ -112,7 +112,7 @@ def test_calibration_and_verification_have_them(model: Checkpoint, place: Path, 
     assert windows.shape == (8, 32)
     assert {tuple(row[: len(first)].tolist()) for row in windows} == {first}
     assert int((windows == first[0]).sum()) == len(windows)
-    work = make_work(model, text="Some words. " * 100, tokens=None, prompts=["Say"], max_tokens=512)
+    work = make_work(model, begun, text="Some words. " * 100, tokens=None, prompts=["Say"], max_tokens=512)
     assert {row[: len(first)] for row in work.windows} == {first}, "and not the config's, which is another"
     assert begun.decode(work.prompts[0]) == "<s>Say"
 

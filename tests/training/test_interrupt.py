@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,9 +57,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+DATA = re.compile(r"^note: (.*: plain text$|learned: |the first piece that is learned: )")
+"""What `train` says of its data at the start."""
+
+
 def said(stderr: str) -> str:
-    """What was said of ours, without the lines of steps and of other libraries."""
-    return "\n".join(line for line in stderr.splitlines() if line.startswith(("qalora: ", "note: ")))
+    """What was said of ours, without the lines of data, of steps and of other libraries."""
+    lines = [line for line in stderr.splitlines() if line.startswith(("qalora: ", "note: "))]
+    return "\n".join(line for line in lines if not DATA.match(line))
 
 
 # The signal comes from within, so that it comes at a known place.
