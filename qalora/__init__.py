@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _install_hook()
 
+__all__ = ["QaloraError", "TrainOptions", "__version__", "export", "fold", "load", "quantize", "train", "verify"]
+
 
 def __getattr__(name: str) -> Any:
     if name == "TrainOptions":  # torch is imported when somebody asks for it
@@ -38,9 +40,6 @@ def __getattr__(name: str) -> Any:
 
         return TrainOptions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-__all__ = ["QaloraError", "TrainOptions", "__version__", "export", "fold", "load", "quantize", "train", "verify"]
 
 
 def load(path: str | Path, **options: Any) -> Checkpoint:
@@ -113,7 +112,7 @@ def export(
     minima   what the fold rounds to: what the adapter was trained with, or float16, by default
     force    replaces what is there
     """
-    from qalora.converters.exports import export_jobs, run_jobs
+    from qalora.converters.exports import export as export_model
     from qalora.converters.plan import ExportOptions
 
     if minima is not None and adapter is None:
@@ -121,9 +120,7 @@ def export(
     base = _opened(model)
     read = None if adapter is None else _read(adapter, base)
     names = [targets] if isinstance(targets, str) else targets
-    jobs = export_jobs(base, names, ExportOptions(**options), adapter=read, minima=minima)
-    run_jobs(jobs, Path(out), force=force)
-    return [job.plan for job in jobs]
+    return export_model(base, names, Path(out), ExportOptions(**options), adapter=read, minima=minima, force=force)
 
 
 def verify(

@@ -78,9 +78,16 @@ def run_jobs(
 
 
 def export(
-    model: Checkpoint, targets: Sequence[str], out: Path, options: ExportOptions | None = None, *, force: bool = False
+    model: Checkpoint,
+    targets: Sequence[str],
+    out: Path,
+    options: ExportOptions | None = None,
+    *,
+    adapter: Adapter | None = None,
+    minima: Literal["float16", "float32"] | None = None,
+    force: bool = False,
 ) -> list[Plan]:
-    """Plan and write a model to `out/<target>/` for each target; gives the plans."""
-    jobs = export_jobs(model, targets, options or ExportOptions())
+    """Plan and write a model to `out/<target>/` for each target, as `export_jobs` has it; gives the plans."""
+    jobs = export_jobs(model, targets, options or ExportOptions(), adapter=adapter, minima=minima)
     run_jobs(jobs, out, force=force)
     return [job.plan for job in jobs]

@@ -22,6 +22,7 @@ from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
 from qalora.tensor import check_finite
 
 __all__ = [
+    "LICENCES",
     "TEMPLATES",
     "companion_files",
     "download",
@@ -35,6 +36,7 @@ __all__ = [
 
 CONFIG_LIMIT = 16 << 20
 
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -46,11 +48,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "NOTICE.txt",
+    *LICENCES,
 )
 """Files that travel with a model unchanged."""
 

@@ -23,7 +23,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import check_added, listed_added, name_in_gguf, strips
 from qalora.converters.cutting import CUTS, Cut, cut_named, name_of
 from qalora.converters.first_tokens import tokens_around
-from qalora.converters.huggingface import TEMPLATES
+from qalora.converters.huggingface import LICENCES, TEMPLATES
 from qalora.converters.sentencepiece import Spaces, normalizer_of, sentencepiece_entries, spaces_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
@@ -40,6 +40,7 @@ __all__ = [
     "load_tokenizer",
     "template_name",
     "tokenizer_part",
+    "with_line_ends",
     "write_tokenizer",
 ]
 
@@ -108,6 +109,11 @@ def template_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]", "_", name)
 
 
+def with_line_ends(text: str) -> str:
+    """A chat template with the line ends that Python makes of a file's, and Jinja of a template's."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def load_tokenizer(model: Checkpoint) -> Any:
     """The model's tokenizer as transformers' class; InputError if it has none, FormatError if transformers does not
     take it, or its files or chat template are not UTF-8. Code that a tokenizer brings is not run.
@@ -118,14 +124,14 @@ def load_tokenizer(model: Checkpoint) -> Any:
         raise InputError(f"{model.path}: the model has no tokenizer", todo="put tokenizer.json beside its config.json")
     with tempfile.TemporaryDirectory() as place:
         write_tokenizer(model, Path(place))
-        for path in model.files.values():
-            if path.suffix in TEXT_ENDS:
-                read_utf8(path, TOKENIZER_LIMIT)
         write_json(Path(place) / "config.json", {"model_type": model.config["model_type"]})
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
             tokenizer("a")
         except Exception as error:  # whatever damaged files make transformers raise
+            for name, path in model.files.items():
+                if path.suffix in TEXT_ENDS and name not in LICENCES:
+                    read_utf8(path, TOKENIZER_LIMIT)  # which names the line that is not UTF-8
             reason = _reason(error, place, model)
             raise FormatError(f"{model.path}: its tokenizer cannot be loaded ({reason})") from error
         check_text(tokenizer.chat_template, f"{model.path}: its chat template")
@@ -415,10 +421,10 @@ def _chat_templates(model: Checkpoint, settings: Mapping[str, Any]) -> dict[str,
         if name.startswith(f"{TEMPLATES}/")
     }
     found: Any = {
-        name: "\n".join(re.split("\r\n|\r", read_utf8(model.files[file], TOKENIZER_LIMIT, mark=True)))
+        name: with_line_ends(read_utf8(model.files[file], TOKENIZER_LIMIT, mark=True))
         for name, file in files.items()
         if file in model.files
-    }  # with the line ends that Python makes of them
+    }
     if found:
         return dict(found)
     found = settings.get("chat_template")

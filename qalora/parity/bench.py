@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qalora.parity.gates import Noise
 from qalora.parity.job import Job
+from qalora.parity.noise import Noise
 from qalora.parity.reference import Forward, Reference
 from qalora.parity.spool import Spool
 from qalora.parity.text import Work

@@ -1,9 +1,9 @@
 """The gates: a table of what an artefact must fulfil, each bound with its derivation.
 
 A gate looks at `Evidence` about one run of one artefact and gives a value, a bound and a status. Metrics are computed
-in `metrics` and `weights` and know no tolerance; every tolerance is here. Bounds on logits are derived from two
-measurements on the very model and text: float32's own noise (the reference summed in another order), and the
-reference under the same rounding as the runtime's kernels (`roundings.Rounding`).
+in `metrics` and `weights` and know no tolerance; every tolerance is here, and float32's own noise in `noise`. Bounds on
+logits are derived from two measurements on the very model and text: float32's own noise (the reference summed in
+another order), and the reference under the same rounding as the runtime's kernels (`roundings.Rounding`).
 """
 
 from __future__ import annotations
@@ -13,33 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qalora.parity.ends import EndDifferences
-from qalora.parity.foldcheck import FoldCheck
+from qalora.parity.evidence import Evidence, Generation
 from qalora.parity.metrics import LogitMetrics
-from qalora.parity.roundings import EXACT, Rounding
-from qalora.parity.weights import TensorDifference, WeightMetrics
+from qalora.parity.weights import TensorDifference
 
-__all__ = [
-    "GATES",
-    "Evidence",
-    "Gate",
-    "GateResult",
-    "Generation",
-    "Noise",
-    "Status",
-    "TokenizerFindings",
-    "judge",
-    "refused",
-    "unproven",
-]
+__all__ = ["GATES", "Gate", "GateResult", "Status", "judge", "refused", "unproven"]
 
 Status = Literal["pass", "fail", "ambiguous", "not proven"]
 STATUSES: tuple[Status, ...] = ("pass", "ambiguous", "not proven", "fail")
 """From the best to the worst."""
-
-NOISE_FACTOR = 4.0
-NOISE_FLOOR = 8 * 2.0**-24
-"""What eight float32 roundings make of a value."""
 
 ROUNDING_FACTOR = 2.0
 TOP1 = 0.98
@@ -48,103 +30,6 @@ NEARLY_ALL = 0.9
 
 NAMED = 3
 """Tensors or keys that a detail names; it counts the rest."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Noise:
-    """Float32's own noise on logits: of the reference summed in another order, and never below float32's last places.
-
-    max, rms  |permuted - reference| over tokens x vocabulary
-    floor     8 * 2^-24 * max|logit|: what eight roundings of the largest logit make
-    """
-
-    max: float
-    rms: float
-    floor: float
-
-    @property
-    def bound(self) -> float:
-        """What two right float32 computations may differ by: NOISE_FACTOR times the noise, not below the floor."""
-        return max(NOISE_FACTOR * self.max, self.floor)
-
-    def scaled(self, times: float) -> Noise:
-        """That of a runtime whose sums have `times` the usual noise."""
-        return Noise(max=times * self.max, rms=times * self.rms, floor=times * self.floor)
-
-    @property
-    def rms_bound(self) -> float:
-        """The same for the RMS."""
-        return max(NOISE_FACTOR * self.rms, self.floor)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """Greedy tokens of a runtime, checked by one forward of the reference over prompt and continuation.
-
-    tokens      what the runtime generated
-    text        the same, decoded, where there is a tokenizer
-    divergence  the first position whose token is not the reference's, None if there is none
-    expected    the reference's token there
-    gap         how much larger the reference's logit of its own token is there
-    max_logit   the artefact's largest logit difference, as measured
-    """
-
-    tokens: tuple[int, ...]
-    text: str | None
-    divergence: int | None
-    expected: int | None
-    gap: float | None
-    max_logit: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerFindings:
-    """What a tokenizer does otherwise, in sentences.
-
-    wrong   what is the artefact's fault
-    limits  what the runtime cannot do, whatever a file says: spaces where llama.cpp puts them, the rules that
-            onnxruntime-genai does not have
-    """
-
-    wrong: tuple[str, ...] = ()
-    limits: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What is known of one artefact (weights) or one run of it (the rest); None where it was not asked for.
-
-    fold           the fold's check; weights: the artefact's; beside: layers of an unfolded adapter that differ
-    tokenizer      what its tokenizer does otherwise; None where one of the two has none
-    ends           what it, or its runtime, ends a generation at otherwise
-    rounding       what the runtime's kernels round, as the reference models it
-    logits         y against the reference
-    modelled       y against the reference under `rounding`
-    simulated      the reference under `rounding` against the reference
-    stepwise       a token at a time through the runtime's cache, against its own single pass
-    batch          sequences of several lengths in one batch, against each of them alone
-    noise          float32's own
-    lost           as `metrics` defines it
-    fold_lost      |reference - adapted| / |adapted - base|: what rounding the minima costs; 0 where trained with it
-    effect_rms     RMS of adapted - base over tokens x vocabulary
-    """
-
-    fold: FoldCheck | None = None
-    weights: WeightMetrics | None = None
-    beside: tuple[str, ...] | None = None
-    tokenizer: TokenizerFindings | None = None
-    ends: EndDifferences | None = None
-    rounding: Rounding = EXACT
-    logits: LogitMetrics | None = None
-    modelled: LogitMetrics | None = None
-    simulated: LogitMetrics | None = None
-    stepwise: LogitMetrics | None = None
-    batch: LogitMetrics | None = None
-    noise: Noise | None = None
-    lost: float | None = None
-    fold_lost: float = 0.0
-    effect_rms: float = 0.0
-    generations: tuple[Generation, ...] = ()
 
 
 Measure = Callable[[Evidence], tuple[float, float, str] | None]

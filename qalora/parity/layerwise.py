@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from qalora.parity.gates import NOISE_FACTOR, NOISE_FLOOR, ROUNDING_FACTOR
+from qalora.parity.gates import ROUNDING_FACTOR
+from qalora.parity.noise import NOISE_FACTOR, NOISE_FLOOR
 from qalora.parity.reference import Forward, Reference
 from qalora.parity.roundings import EXACT, Rounding
 from qalora.parity.weights import WeightMetrics

@@ -15,7 +15,8 @@ from typing import Any
 
 from qalora.errors import FormatError
 from qalora.parity.findings import TensorDifference
-from qalora.parity.gates import GateResult, Noise
+from qalora.parity.gates import GateResult
+from qalora.parity.noise import Noise
 from qalora.parity.report import (
     SCHEMA,
     AdapterSummary,

@@ -17,10 +17,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qalora.parity.gates import GateResult, Generation, Noise, Status, worst
+from qalora.parity.evidence import Generation
+from qalora.parity.gates import GateResult, Status, worst
 from qalora.parity.job import Held
 from qalora.parity.layerwise import LayerError
 from qalora.parity.metrics import LogitMetrics
+from qalora.parity.noise import Noise
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.weights import TensorDifference, WeightMetrics
 

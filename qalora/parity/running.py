@@ -30,12 +30,14 @@ from qalora.parity.artifacts import (
 )
 from qalora.parity.bench import Bench
 from qalora.parity.ends import EndDifferences
-from qalora.parity.gates import Evidence, Generation, Noise, TokenizerFindings, judge, refused, unproven
+from qalora.parity.evidence import Evidence, Generation, TokenizerFindings
+from qalora.parity.gates import judge, refused, unproven
 from qalora.parity.job import FOLDED, Held, Job
 from qalora.parity.layerwise import LAYER_TOKENS, LayerError, compare_layers, first_fault
 from qalora.parity.memory import resident_memory
 from qalora.parity.metrics import LogitMetrics, TokenMetrics, concatenate, lost, squared_distance, summarize
 from qalora.parity.metrics import token_metrics as compare_tokens
+from qalora.parity.noise import Noise
 from qalora.parity.reference import Forward
 from qalora.parity.report import ByToken, RunReport, Speed
 from qalora.parity.roundings import EXACT, Rounding, running_sum
@@ -260,8 +262,7 @@ class Runner:
 
     def _ends(self, runtime: Runtime) -> EndDifferences | None:
         """What a runtime ends at otherwise; None where it does not say."""
-        ask = getattr(runtime, "ends", None)
-        found = None if ask is None else ask()
+        found = runtime.ends()
         return None if found is None else self.job.ends.compare_runtime(found)
 
     def _generations(self, runtime: Runtime, expected: Forward, max_logit: float) -> tuple[Generation, ...]:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qalora.parity.gates import NOISE_FLOOR, Noise
 from qalora.parity.metrics import LogitMetrics, concatenate, squared_distance, summarize, token_metrics
+from qalora.parity.noise import NOISE_FLOOR, Noise
 from qalora.parity.reference import Forward, Reference
 
 __all__ = ["Spool"]

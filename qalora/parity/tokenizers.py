@@ -19,9 +19,17 @@ from typing import Any
 from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import strips
 from qalora.converters.first_tokens import PROBE, around, tokens_around
-from qalora.converters.tokenizer import UnknownCutError, has_tokenizer, load_tokenizer, template_name, tokenizer_part
+from qalora.converters.huggingface import LICENCES
+from qalora.converters.tokenizer import (
+    UnknownCutError,
+    has_tokenizer,
+    load_tokenizer,
+    template_name,
+    tokenizer_part,
+    with_line_ends,
+)
 from qalora.formats.gguf import metadata_bytes
-from qalora.parity.gates import TokenizerFindings
+from qalora.parity.evidence import TokenizerFindings
 from qalora.parity.runtimes import Tokenizing
 from qalora.parity.tokenizer_texts import Part, parts_of
 
@@ -35,8 +43,8 @@ EOS = "eos_token_id"
 
 SPECIAL = ("bos_token_id", EOS, "pad_token_id", "unk_token_id")
 
-OTHER_FILES = ("LICENSE", "NOTICE", "generation_config.json")
-"""How the names of companion files begin that say nothing of a tokenizer."""
+OTHER_FILES = (*LICENCES, "generation_config.json")
+"""Companion files that say nothing of a tokenizer."""
 
 NEAR = 24
 """Characters before a token that differ in the sentence about it."""
@@ -152,7 +160,7 @@ def _digest(model: Checkpoint) -> bytes:
     if model.gguf is not None:
         parts += [metadata_bytes(tokenizer_part(model.gguf)), bytes([strips(model.gguf.get("general.name"))])]
     for name, path in sorted(model.files.items()):
-        parts += [] if name.startswith(OTHER_FILES) else [name.encode("utf-8", "surrogateescape"), path.read_bytes()]
+        parts += [] if name in OTHER_FILES else [name.encode("utf-8", "surrogateescape"), path.read_bytes()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
 
 
@@ -182,7 +190,7 @@ def _templates(found: object) -> dict[str, str]:
     """What transformers has as chat_template, by the names that GGUF knows; its lines as Jinja ends them."""
     named = found if isinstance(found, dict) else {"default": found}
     texts = {template_name(name): text for name, text in named.items() if isinstance(text, str)}
-    return {name: "\n".join(re.split("\r\n|\r|\n", text)).removesuffix("\n") for name, text in texts.items()}
+    return {name: with_line_ends(text).removesuffix("\n") for name, text in texts.items()}
 
 
 def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:

@@ -24,8 +24,9 @@ from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
 from qalora.parity.artifacts import Artifact, open_artifact, recognize, runtimes_of
 from qalora.parity.bench import Bench
+from qalora.parity.evidence import Evidence
 from qalora.parity.foldcheck import check_fold, compare_adapters
-from qalora.parity.gates import Evidence, GateResult, judge
+from qalora.parity.gates import GateResult, judge
 from qalora.parity.job import BESIDE, FOLDED, Held, Job, holds
 from qalora.parity.layers import adapter_by_layer
 from qalora.parity.memory import available_memory

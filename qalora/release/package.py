@@ -19,6 +19,7 @@ from qalora.adapter import Adapter
 from qalora.adapter.writing import write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters.exports import ExportJob, export_jobs, run_jobs
+from qalora.converters.huggingface import LICENCES
 from qalora.converters.plan import Plan, Progress
 from qalora.errors import ProofError
 from qalora.formats.output import check_apart, check_output, new_folder, text_bytes, write_json
@@ -61,7 +62,6 @@ REPORT = "report.json"
 PAGE = "report.html"
 CARD = "README.md"
 ADAPTER = "adapter"
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

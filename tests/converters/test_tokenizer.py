@@ -389,6 +389,15 @@ def test_what_transformers_does_not_take_is_one_sentence(name: str, content: str
     assert "\n" not in str(caught.value) and "/tmp/tmp" not in str(caught.value)
 
 
+def test_a_licence_that_is_not_utf_8_is_none_of_the_tokenizer(tmp_path: Path) -> None:
+    """It travels along with the tokenizer's files, and is not read with them."""
+    folder = tiny_llama(tmp_path / "model", tokenizer=byte_tokenizer())
+    (folder / "LICENSE.txt").write_bytes("\u00a9 somebody".encode("latin-1"))
+    model = load(folder)
+    assert "LICENSE.txt" in model.files
+    assert load_tokenizer(model)("a")["input_ids"]
+
+
 def test_a_model_without_one(tiny_untied: Path) -> None:
     model = load(tiny_untied)
     assert not has_tokenizer(model)

@@ -12,7 +12,8 @@ from qalora.converters import load
 from qalora.converters.ends import GENERATION, ends_of
 from qalora.parity import ParityReport, verify
 from qalora.parity.ends import EndDifferences, EndsCheck, RuntimeEnds
-from qalora.parity.gates import Evidence, judge
+from qalora.parity.evidence import Evidence
+from qalora.parity.gates import judge
 from qalora.parity.runtimes import open_runtime
 from qalora.testing import CHAT_LAYOUTS, chat_layout, chat_model, random_model
 

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from qalora.parity.evidence import Evidence, Generation
 from qalora.parity.foldcheck import FoldCheck
-from qalora.parity.gates import GATES, Evidence, Generation, Noise, judge, unproven
+from qalora.parity.gates import GATES, judge, unproven
 from qalora.parity.metrics import LogitMetrics
+from qalora.parity.noise import Noise
 from qalora.parity.roundings import Rounding
 from qalora.parity.weights import TensorDifference, WeightMetrics
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from qalora.parity.gates import Evidence, Generation, Noise, judge, unproven
+from qalora.parity.evidence import Evidence, Generation
+from qalora.parity.gates import judge, unproven
 from qalora.parity.metrics import LogitMetrics
+from qalora.parity.noise import Noise
 from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport, render
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.weights import TensorDifference, WeightMetrics

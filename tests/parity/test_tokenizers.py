@@ -12,7 +12,7 @@ from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.parity import verify
-from qalora.parity.gates import TokenizerFindings
+from qalora.parity.evidence import TokenizerFindings
 from qalora.parity.tokenizer_texts import PASSAGE
 from qalora.parity.tokenizers import TokenizerCheck
 from qalora.quantization import quantize

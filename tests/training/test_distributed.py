@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from qalora.demo import demo_text
 from qalora.errors import InputError
 from qalora.testing import byte_tokenizer, tiny_llama
 from qalora.training.distributed import ALONE, Processes, joined
+from said import besides_data
 
 STEPS = 4
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -97,13 +97,9 @@ def start(request: pytest.FixtureRequest) -> Start:
     return found
 
 
-DATA = re.compile(r"^note: (.*: plain text$|learned: |the first piece that is learned: )")
-"""What `train` says of its data at the start."""
-
-
 def ours(stderr: str) -> list[str]:
     lines = [line for line in stderr.splitlines() if line.startswith(("qalora: ", "note: "))]
-    return [line for line in lines if not DATA.match(line)]
+    return besides_data(lines)
 
 
 def assert_same_training(one: Path, other: Path, processes: int) -> None:

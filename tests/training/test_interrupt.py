@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from forks import ALWAYS, Forks
 from qalora.demo import demo_text
 from qalora.formats.safetensors import read_header
 from qalora.testing import byte_tokenizer, tiny_llama
+from said import besides_data
 
 pytestmark = pytest.mark.slow  # two processes a test
 
@@ -57,14 +57,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-DATA = re.compile(r"^note: (.*: plain text$|learned: |the first piece that is learned: )")
-"""What `train` says of its data at the start."""
-
-
 def said(stderr: str) -> str:
     """What was said of ours, without the lines of data, of steps and of other libraries."""
     lines = [line for line in stderr.splitlines() if line.startswith(("qalora: ", "note: "))]
-    return "\n".join(line for line in lines if not DATA.match(line))
+    return "\n".join(besides_data(lines))
 
 
 # The signal comes from within, so that it comes at a known place.

@@ -18,6 +18,7 @@ from qalora.errors import InputError, MissingLibraryError
 
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
+    from qalora.parity.ends import RuntimeEnds
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "RuntimeParts", "Tokenizing", "check_libraries", "open_runtime"]
 
@@ -102,8 +103,6 @@ class Runtime(Protocol):
     """An open artefact.
 
     words  the runtime's own tokenizer of it; None where it has none
-
-    One that ends generations has `ends()`, the `RuntimeEnds` that it has loaded, or None where this artefact has none.
     """
 
     info: RuntimeInfo
@@ -123,6 +122,9 @@ class Runtime(Protocol):
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """The tokens that greedy decoding appends; a runtime may stop at an end token."""
+
+    def ends(self) -> RuntimeEnds | None:
+        """What generation ends at, as the runtime has loaded it; None where it does not say."""
 
     def close(self) -> None:
         """Free the model."""

@@ -44,7 +44,7 @@ class GenaiRuntime:
         except Exception as error:  # the library raises what it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise FormatError(f"{folder}: onnxruntime-genai does not load it ({reason})") from error
-        self._tokenizer: Any = None
+        self._opened: Any = None
         self.words = self
         self.info = RuntimeInfo(
             name="onnxruntime-genai",
@@ -59,17 +59,21 @@ class GenaiRuntime:
 
     def tokenize(self, text: str, *, special: bool = False, around: bool = False) -> list[int]:
         """The tokens of a text; special ones are always parsed."""
-        if self._tokenizer is None:
-            self._tokenizer = self._library.Tokenizer(self._model)
-        return [int(token) for token in self._tokenizer.encode(text)]
+        return [int(token) for token in self._tokenizer().encode(text)]
 
     def ends(self) -> RuntimeEnds | None:
         """What its loaded config says; None for a folder without a tokenizer, through which it is asked."""
         try:
-            tokenizer = self._library.Tokenizer(self._model)
+            ids = self._tokenizer().eos_token_ids
         except Exception:  # the library raises what it likes
             return None
-        return RuntimeEnds(ids=frozenset(int(n) for n in tokenizer.eos_token_ids))
+        return RuntimeEnds(ids=frozenset(map(int, ids)))
+
+    def _tokenizer(self) -> Any:
+        """The library's own, opened at the first call."""
+        if self._opened is None:
+            self._opened = self._library.Tokenizer(self._model)
+        return self._opened
 
     def _generator(self, tokens: Sequence[int], length: int) -> Any:
         params = self._library.GeneratorParams(self._model)

@@ -22,6 +22,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.converters.huggingface import read_config
 from qalora.errors import FormatError, InputError, MissingLibraryError
+from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import Side, pad, positions, unpad
 
@@ -92,6 +93,10 @@ class DecoderRuntime(ABC):
     @abstractmethod
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
         """float32 [tokens, hidden] after each layer."""
+
+    def ends(self) -> RuntimeEnds | None:
+        """None: a graph has no end; onnxruntime-genai, which generates, says it."""
+        return None
 
     @abstractmethod
     def close(self) -> None:
