@@ -46,6 +46,9 @@ __all__ = [
 READING = 2
 """The number of the way in which data become tokens: what was made of the same file in another way is not the same."""
 
+LEAST = 1000
+"""Tokens of which at least one is learned: with fewer, a training passes over its data and learns next to nothing."""
+
 SHOWN_TOKENS = 200
 """Of the beginning and of the end of a run of tokens, in an account."""
 
@@ -185,7 +188,8 @@ def cut_tokens(tokens: Sequence[int], first: tuple[int, ...], length: int) -> li
 
 
 def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, account: Account | None = None) -> Blocks:
-    """Tokenize, join and cut. InputError where it does not make two blocks, or nothing is to be learned.
+    """Tokenize, join and cut. InputError where it does not make two blocks, or nothing, or almost nothing, is to
+    be learned.
 
     Documents of which nothing is learned are left out. account: is told what is learned
     """
@@ -223,6 +227,13 @@ def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, acco
     account.idle = int((counts == 0).sum())
     if not account.learned:
         raise InputError(account.source or "data", expected="completions or assistant turns to learn", got="none")
+    if account.learned * LEAST < account.tokens:
+        raise InputError(
+            f"{account.source or 'data'}: tokens that are learned",
+            expected=f"at least 1 in {LEAST:,}",
+            got=f"{account.learned:,} of {account.tokens:,}",
+            todo="leave out rows, or parts of them, that are only seen",
+        )
     return Blocks(tokens=ids_of, targets=targets, account=account)
 
 

@@ -28,7 +28,7 @@ __all__ = ["Conversation", "Turn", "kind_of", "plain_document", "read_conversati
 CHATS = ("messages", "conversations", "conversation")
 CHAT_KEYS = ("system", "tools", "documents", "chat_template_kwargs")
 PAIR, ALPACA = ("prompt", "completion"), ("instruction", "output")
-KNOWN = "the key text, the keys prompt and completion, the keys instruction and output, or messages"
+KNOWN = "the key text, the keys prompt and completion, the keys instruction and output, messages or conversations"
 
 FLAGS = ("weight", "train", "loss")
 OTHER_FLAGS = {

@@ -102,6 +102,20 @@ def test_sequences_without_anything_to_learn_are_counted(tmp_path: Path) -> None
     assert any(line.startswith(f"{account.idle} of these sequences have nothing") for line in account.lines())
 
 
+def test_where_almost_nothing_is_learned_nothing_is_trained(tmp_path: Path) -> None:
+    """One answer of two tokens behind as much as a thousand times that."""
+    tokenizer = small_tokenizer()
+    for words, refused in ((300, False), (3000, True)):
+        rows = [{"prompt": "1 " * words, "completion": "2"}] * 4
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        documents = list(read_documents(str(tmp_path / "a.jsonl"), tokenizer))
+        if refused:
+            with pytest.raises(InputError, match=r"learned: expected at least 1 in 1,000, got [4-8] of \d\d,\d\d\d"):
+                make_blocks(documents, tokenizer, 32)
+        else:
+            assert make_blocks(documents, tokenizer, 32).account.learned in range(4, 9)
+
+
 def test_an_account_of_the_calibration_is_said(place: Path, tmp_path: Path) -> None:
     words = ("--method", "gptq", "--sequence-length", 32, "--calibration-tokens", 64, "--dry-run")
     result = run("quantize", place / "float", "-o", tmp_path / "q", "--calibration", place / "chat.txt", *words)
