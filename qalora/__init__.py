@@ -14,6 +14,7 @@ transformers know our own folders, as soon as transformers is imported: see `qal
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ from qalora.errors import InputError, QaloraError
 from qalora.integrations.hook import install as _install_hook
 
 if TYPE_CHECKING:
-    from qalora.adapter import Adapter
+    from qalora.adapter import Adapter, Convention
     from qalora.checkpoint import Checkpoint
     from qalora.converters.plan import Plan
     from qalora.parity import ParityReport
@@ -33,23 +34,24 @@ _install_hook()
 
 __all__ = ["QaloraError", "TrainOptions", "__version__", "export", "fold", "load", "quantize", "train", "verify"]
 
+_RECORDS = {"TrainOptions": "qalora.training"}
+"""Records that are imported when they are first asked for, and the module that holds each."""
+
 
 def __getattr__(name: str) -> Any:
-    if name == "TrainOptions":  # torch is imported when somebody asks for it
-        from qalora.training import TrainOptions
-
-        return TrainOptions
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _RECORDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_RECORDS[name]), name)
 
 
-def load(path: str | Path, **options: Any) -> Checkpoint:
+def load(path: str | Path, *, checkpoint_format: Literal["gptq", "gptq_v2"] | None = None) -> Checkpoint:
     """Open a model, lazily: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, or a Hub id.
 
-    options  `checkpoint_format`, for GPTQ folders with a wrong label
+    checkpoint_format  what a GPTQ folder's zeros are stored as, where its label is wrong; refused for any other model
     """
     from qalora.converters import load as load_model
 
-    return load_model(path, **options)
+    return load_model(path, checkpoint_format=checkpoint_format)
 
 
 def quantize(
@@ -57,43 +59,63 @@ def quantize(
     *,
     calibration: str | Path | None = None,
     budget: float | None = None,
+    requantize: bool = False,
     **options: Any,
 ) -> Checkpoint:
     """Quantize a float model, lazily; see `qalora.quantization.QuantizeOptions` for bits, group_size, zeros, method.
 
     calibration  a text to compute the layers' inputs on, which gptq and fit_minima need
     budget       bits per weight at most, a width chosen for each layer; see `qalora.calibration`
-    requantize   among the options: of a model that holds integers already
-    """
-    from qalora.quantization.model import quantize as quantize_model
+    requantize   whether a model that holds integers already is rounded again
 
-    opened = _opened(model)
-    if calibration is None:
-        if budget is not None:
-            raise InputError("a budget needs the layers' inputs", todo="give a text: calibration=FILE")
-        return quantize_model(opened, **options)
-    from qalora.calibration import Calibration, quantize_on_text
+    Options are checked before the model is opened.
+    """
     from qalora.quantization import QuantizeOptions
 
-    again = options.pop("requantize", False)
+    if budget is not None and "bits" in options:
+        raise InputError("bits and budget", expected="one of them", got="both")
+    if budget is not None and calibration is None:
+        raise InputError("a budget needs the layers' inputs", todo="give a text: calibration=FILE")
+    chosen = QuantizeOptions(**options)
+    chosen.check_use(text=calibration is not None, automatic=budget is not None)
+    if calibration is None:
+        from qalora.quantization.model import quantize as quantize_model
+
+        return quantize_model(_opened(model), requantize=requantize, **options)
+    from qalora.calibration import Calibration, quantize_on_text
+
     text = Calibration(data=str(calibration))
-    return quantize_on_text(opened, text, QuantizeOptions(**options), budget=budget, requantize=again)
+    return quantize_on_text(_opened(model), text, chosen, budget=budget, requantize=requantize)
 
 
 def train(model: str | Path | Checkpoint, data: str | Path, out: str | Path, **options: Any) -> Adapter:
     """Train a QA-LoRA adapter on text, write it to the folder `out` and give it; see `qalora.TrainOptions`."""
-    from qalora.training import TrainOptions
+    from qalora.training import TrainOptions, check_before
     from qalora.training import train as train_model
 
-    return train_model(_opened(model), TrainOptions(data=str(data), out=Path(out), **options))
+    chosen = TrainOptions(data=str(data), out=Path(out), **options)
+    check_before(chosen)
+    return train_model(_opened(model), chosen)
 
 
-def fold(model: str | Path | Checkpoint, adapter: str | Path | Adapter, **options: Any) -> Checkpoint:
-    """Fold an adapter into the model's minima, lazily; the codes stay. See `qalora.folding.fold` for minima."""
+def fold(
+    model: str | Path | Checkpoint,
+    adapter: str | Path | Adapter,
+    *,
+    minima: Literal["float16", "float32"] | None = None,
+    convention: Convention | None = None,
+) -> Checkpoint:
+    """Fold an adapter into the model's minima, lazily; the codes stay.
+
+    minima      what the new minima are rounded to: what the adapter was trained with, or float16, by default
+    convention  what the scaling means, where an adapter's folder does not say
+    """
+    from qalora.folding import check_minima
     from qalora.folding import fold as fold_model
 
+    check_minima(minima)
     base = _opened(model)
-    return fold_model(base, _read(adapter, base), **options)
+    return fold_model(base, _read(adapter, base, convention), minima=minima)
 
 
 def export(
@@ -103,46 +125,59 @@ def export(
     *,
     adapter: str | Path | Adapter | None = None,
     minima: Literal["float16", "float32"] | None = None,
+    convention: Convention | None = None,
     force: bool = False,
     **options: Any,
 ) -> list[Plan]:
-    """Write a model to `out/<target>/` for each target; see `qalora.converters.plan.ExportOptions` for options.
+    """Write a model to `out/<target>/` for each target; see `qalora.converters.plan.ExportOptions`.
 
-    adapter  folded into what is written, or put beside it where the target can
-    minima   what the fold rounds to: what the adapter was trained with, or float16, by default
-    force    replaces what is there
+    adapter     what is folded into the model first; GPTQ may get it beside the base, see `qalora.converters.exports`
+    minima, convention   as in `fold`
+    force       whether an earlier output is replaced
+
+    Options are checked before the model is opened.
     """
+    from qalora.converters.exports import check_places, check_targets
     from qalora.converters.exports import export as export_model
     from qalora.converters.plan import ExportOptions
+    from qalora.folding import check_minima
 
-    if minima is not None and adapter is None:
-        raise InputError("minima are rounded by a fold", expected="an adapter to fold", got="none")
+    names = [targets] if isinstance(targets, str) else list(targets)
+    chosen = ExportOptions(**options)
+    check_targets(names, chosen)
+    check_places(Path(out), names, force=force)
+    check_minima(minima)
     base = _opened(model)
-    read = None if adapter is None else _read(adapter, base)
-    names = [targets] if isinstance(targets, str) else targets
-    return export_model(base, names, Path(out), ExportOptions(**options), adapter=read, minima=minima, force=force)
+    read = None if adapter is None else _read(adapter, base, convention)
+    return export_model(base, names, Path(out), chosen, adapter=read, minima=minima, force=force)
 
 
 def verify(
     reference: str | Path | Checkpoint,
-    artifacts: Sequence[str | Path],
+    artifacts: str | Path | Sequence[str | Path],
     *,
     adapter: str | Path | Adapter | None = None,
+    convention: Convention | None = None,
     **options: Any,
 ) -> ParityReport:
-    """Run artefacts in their own runtimes and compare; see `qalora.parity.verify` for the options."""
+    """Run artefacts in their own runtimes and compare; see `qalora.parity.verify` for the options.
+
+    adapter     what the artefacts hold beside the reference, which is the base
+    convention  as in `fold`
+    """
     from qalora.parity import verify as verify_artifacts
 
-    base = _opened(reference)
-    read = None if adapter is None else _read(adapter, base)
-    return verify_artifacts(base, [Path(path) for path in artifacts], adapter=read, **options)
+    paths = [artifacts] if isinstance(artifacts, str | Path) else artifacts
+    return verify_artifacts(
+        reference, [Path(path) for path in paths], adapter=adapter, convention=convention, **options
+    )
 
 
 def _opened(model: str | Path | Checkpoint) -> Checkpoint:
     return load(model) if isinstance(model, str | Path) else model
 
 
-def _read(adapter: str | Path | Adapter, model: Checkpoint) -> Adapter:
-    from qalora.adapter import Adapter, read_adapter
+def _read(adapter: str | Path | Adapter, model: Checkpoint, convention: Convention | None) -> Adapter:
+    from qalora.adapter import given_adapter
 
-    return adapter if isinstance(adapter, Adapter) else read_adapter(Path(adapter), model)
+    return given_adapter(adapter, model, convention=convention)

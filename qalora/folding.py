@@ -34,6 +34,7 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 __all__ = [
     "FoldProof",
     "Minima",
+    "check_minima",
     "check_pool",
     "fold",
     "fold_tensor",
@@ -54,9 +55,8 @@ def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -
     Layers without adapter are unchanged. Every module and shape is checked before anything is read: InputError for a
     model that holds floats, AdapterError for an adapter that does not fit or cannot be folded.
     """
+    check_minima(minima)
     chosen = minima or adapter.minima or "float16"
-    if chosen not in ("float16", "float32"):
-        raise InputError("minima", expected="float16 or float32", got=repr(chosen))
     if not any(model.tensors[name].spec for name in model.linears):
         raise InputError(
             f"{model.path} holds no integers, and an adapter is folded into integer weights",
@@ -69,6 +69,12 @@ def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -
             raise AdapterError(name, expected=f"a weight of {model.path}", got="none", todo="it is another model's")
         tensors[name] = _folded(tensors[name], layer, chosen)
     return replace(model, tensors=tensors)
+
+
+def check_minima(minima: object) -> None:
+    """InputError for what minima cannot be rounded to; None is what the adapter says."""
+    if minima not in (None, "float16", "float32"):
+        raise InputError("minima", expected="float16 or float32", got=repr(minima))
 
 
 def _folded(source: LazyTensor, layer: AdapterLayer, minima: Minima) -> LazyTensor:

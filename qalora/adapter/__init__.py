@@ -4,7 +4,7 @@
 config means, `reading` and `writing` the folders. `qalora.folding` puts an adapter into a model's minima.
 """
 
-from qalora.adapter.reading import open_adapter, read_adapter
+from qalora.adapter.reading import given_adapter, open_adapter, read_adapter
 from qalora.adapter.records import CONVENTIONS, Adapter, AdapterLayer, Convention, convention_factor
 from qalora.adapter.rewriting import convert, repool, to_plain_lora
 from qalora.adapter.writing import ADAPTER_FILES, adapter_sizes, write_adapter
@@ -18,6 +18,7 @@ __all__ = [
     "adapter_sizes",
     "convention_factor",
     "convert",
+    "given_adapter",
     "open_adapter",
     "read_adapter",
     "repool",

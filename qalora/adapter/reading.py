@@ -32,7 +32,7 @@ from qalora.formats.safetensors import Entry, read_header, read_tensor
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
 
-__all__ = ["AdapterRecord", "AdapterSource", "convention_of", "open_adapter", "read_adapter"]
+__all__ = ["AdapterRecord", "AdapterSource", "convention_of", "given_adapter", "open_adapter", "read_adapter"]
 
 NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.\-]+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 NAME_LENGTH = 256
@@ -91,6 +91,21 @@ def read_adapter(path: Path | str, model: Checkpoint | None = None, *, conventio
             layers[module] = AdapterLayer(a=a, b=b, pool_size=pools[module], scaling=scaling, factor=factor)
     minima = source.record.minima if source.record is not None else None
     return Adapter(layers=layers, convention=chosen, minima=minima, metadata=source.config.carried)
+
+
+def given_adapter(
+    adapter: Adapter | Path | str, model: Checkpoint | None = None, *, convention: Convention | None = None
+) -> Adapter:
+    """An adapter that is given as such, or else as its folder, which `read_adapter` reads.
+
+    InputError for a convention that an adapter in memory does not have.
+    """
+    if not isinstance(adapter, Adapter):
+        return read_adapter(adapter, model, convention=convention)
+    if convention not in (None, adapter.convention):
+        got = f"{convention!r} for an adapter in memory, which is {adapter.convention}"
+        raise InputError("convention", expected="none, or the adapter's own", got=got)
+    return adapter
 
 
 def open_adapter(folder: Path) -> AdapterSource:

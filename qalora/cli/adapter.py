@@ -45,19 +45,27 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     is that again in a file that llama.cpp applies over a GGUF file of the base: llama-cli -m BASE.gguf --lora FILE. An
     ONNX adapter fills the slots of a graph made by qalora export --to onnx --lora-slots ADAPTER.
     """
-    from qalora.adapter import ADAPTER_FILES, read_adapter, to_plain_lora, write_adapter
+    from qalora.adapter import ADAPTER_FILES, open_adapter, read_adapter, to_plain_lora, write_adapter
     from qalora.adapter import convert as convert_adapter
     from qalora.converters import load
+    from qalora.converters.gguf.lora import read_lora
+    from qalora.errors import InputError
     from qalora.formats.output import check_apart, check_output, new_folder
 
     check_output(out, force=force, names=ADAPTER_FILES)
+    foreign = adapter.is_file() and adapter.suffix == ".gguf"
+    if model is None and (foreign or form == "gguf-lora"):
+        what = f"{adapter}: a GGUF LoRA" if foreign else "gguf-lora"
+        raise InputError(f"{what} needs the base model, for names and row order", todo="give --base MODEL")
+    if not foreign:
+        open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     base = None if model is None else load(model)
     check_apart(out, adapter, *([] if base is None else [base.path]))
-    if adapter.is_file() and adapter.suffix == ".gguf":
-        read = _read_gguf_lora(adapter, base)
+    if foreign and base is not None:
+        read = read_lora(adapter, base)
     else:
         read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
-    if form == "gguf-lora":
+    if form == "gguf-lora" and base is not None:
         click.echo(_write_gguf_lora(read, base, out, force=force))
         return
     if form == "onnx-adapter":
@@ -69,22 +77,10 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     click.echo(_summary(read, written, form))
 
 
-def _read_gguf_lora(path: Path, base: Checkpoint | None) -> Adapter:
-    from qalora.converters.gguf.lora import read_lora
-    from qalora.errors import InputError
-
-    if base is None:
-        raise InputError(f"{path}: a GGUF LoRA needs the base model, for names and row order", todo="give --base MODEL")
-    return read_lora(path, base)
-
-
-def _write_gguf_lora(adapter: Adapter, base: Checkpoint | None, out: Path, *, force: bool) -> str:
+def _write_gguf_lora(adapter: Adapter, base: Checkpoint, out: Path, *, force: bool) -> str:
     from qalora.converters.gguf.lora import plan_lora, write_lora
-    from qalora.errors import InputError
     from qalora.formats.output import new_file
 
-    if base is None:
-        raise InputError("gguf-lora needs the base model, for names and row order", todo="give --base MODEL")
     plan = plan_lora(adapter, base)
     with new_file(out, force=force) as path:
         write_lora(plan, adapter, path)

@@ -40,7 +40,7 @@ from qalora.cli.progress import log_format_option, progress_bar
     help="ONNX: the modules of this adapter take a LoRA at run time; see adapter convert --to onnx-adapter.",
 )
 @convention_option
-@minima_option
+@minima_option()
 @export_options
 @checkpoint_format_option
 @force_option
@@ -67,17 +67,19 @@ def command(
     --allow-loss names the loss.
     """
     from qalora.adapter import open_adapter, read_adapter
-    from qalora.converters.exports import export_jobs, run_jobs
+    from qalora.converters.exports import check_places, check_targets, export_jobs, run_jobs
     from qalora.converters.plan import ExportOptions
-    from qalora.errors import InputError
 
-    if lora_slots is not None and "onnx" not in targets:
-        raise InputError("--lora-slots", expected="--to onnx", got=", ".join(targets))
-    base = open_model(model, checkpoint_format)
+    if adapter is not None:
+        open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     options = ExportOptions(
         **export_settings(settings),
         lora_slots=frozenset() if lora_slots is None else frozenset(open_adapter(lora_slots).pairs),
     )
+    check_targets(targets, options)
+    if not dry_run:
+        check_places(out, targets, force=force)
+    base = open_model(model, checkpoint_format)
     read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     jobs = export_jobs(base, targets, options, adapter=read, minima=minima)  # type: ignore[arg-type]
     if not dry_run:

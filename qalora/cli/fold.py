@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @output_option("The folder to write.")
-@minima_option
+@minima_option()
 @convention_option
 @max_shard_size_option
 @checkpoint_format_option
@@ -60,12 +60,14 @@ def command(
 
     Then read the folder back and prove each layer: no code changed, each minimum the nearest to min + factor * B @ A.
     """
-    from qalora.adapter import read_adapter
+    from qalora.adapter import open_adapter, read_adapter
     from qalora.cli.writing import write_native
     from qalora.converters import native
     from qalora.folding import fold
-    from qalora.formats.output import check_apart
+    from qalora.formats.output import check_apart, check_output
 
+    check_output(out, force=force, names=["config.json"])
+    open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     base = open_model(model, checkpoint_format)
     check_apart(out, base.path, adapter)
     read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]

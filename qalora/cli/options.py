@@ -45,7 +45,8 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MINIMA = {"fp16": "float16", "float16": "float16", "fp32": "float32", "float32": "float32"}
+MINIMA = {"float16": "float16", "float32": "float32", "fp16": "float16", "fp32": "float32"}
+"""What --minima takes, and what it means."""
 
 
 def output_option(what: str) -> Callable[[F], F]:
@@ -80,18 +81,35 @@ def targets_option(default: Sequence[str] = ()) -> Callable[[F], F]:
         default=default or None,
         metavar="FORMAT",
         show_default=bool(default),
+        callback=_targets,
         help="gptq, gguf, onnx, mlx, hqq, qalora (our own folder). Repeatable.",
     )
 
 
-def minima_option(function: F) -> F:
-    """--minima, None where it is not given."""
+def _targets(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
+    """Formats that there are, before any model is opened."""
+    from qalora.converters import TARGETS
+
+    wrong = next((name for name in value if name not in TARGETS), None)
+    if wrong is not None:
+        raise click.BadParameter(f"expected one of {', '.join(TARGETS)}, got {wrong!r}", context, parameter)
+    return tuple(value)
+
+
+def minima_option(
+    what: str = "What the folded minima are rounded to; what the adapter was trained with, or float16, by default.",
+    *,
+    default: str | None = None,
+) -> Callable[[F], F]:
+    """--minima, float16 or float32; None where it is not given and there is no default."""
     return click.option(
         "--minima",
-        type=click.Choice(["fp16", "float32"]),
+        type=click.Choice(list(MINIMA)),
+        default=default,
+        show_default=default is not None,
         callback=lambda ctx, param, value: MINIMA.get(value),
-        help="What the folded minima are rounded to; what the adapter was trained with, or fp16, by default.",
-    )(function)
+        help=what,
+    )
 
 
 def convention_option(function: F) -> F:

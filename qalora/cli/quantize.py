@@ -97,6 +97,7 @@ def command(
     from qalora.formats.output import check_apart, check_output, check_writable
 
     check_output(out, force=force, names=["config.json"])
+    _options(settings)
     source = open_model(model, checkpoint_format)
     check_apart(out, source.path)
     if not dry_run:
@@ -142,12 +143,19 @@ def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
     """The options, and whether each layer's width is to be chosen; InputError for what does not go together."""
     from qalora.calibration import Calibration
     from qalora.quantization import QuantizeOptions
+    from qalora.tensor import BITS
+    from qalora.training.data import check_data
 
     bits, size, automatic = settings["bits"], settings["group_size"], settings["bits"] == "auto"
     if not automatic and not bits.isdecimal():
         raise InputError("--bits", expected="a whole number or `auto`", got=repr(bits))
     if size != "row" and not size.isdecimal():
         raise InputError("--group-size", expected="a whole number or `row`", got=repr(size))
+    if settings["calibration"] is not None:
+        check_data(str(settings["calibration"]))
+    wrong = next((width for width in settings["widths"] if width not in BITS), None)
+    if wrong is not None:
+        raise InputError("--widths", expected=f"some of {', '.join(map(str, BITS))}", got=str(wrong))
     if automatic != (settings["budget"] is not None):
         raise InputError("--bits auto and --budget go together, and one is missing")
     if settings["widths"] and not automatic:
@@ -158,17 +166,9 @@ def _options(settings: dict[str, Any]) -> tuple[QuantizeOptions, bool]:
         group_size=None if size == "row" else int(size),
         **{key: settings[key] for key in keys},
     )
-    usual = QuantizeOptions()
-    for key in ("act_order", "damping", "passes"):
-        if chosen.method != "gptq" and getattr(chosen, key) != getattr(usual, key):
-            raise InputError(f"--{key.replace('_', '-')} is for --method gptq, and the method is {chosen.method}")
-    needs = "--bits auto" if automatic else "--fit-minima" if chosen.fit_minima else f"--method {chosen.method}"
-    if settings["calibration"] is None and (automatic or chosen.needs_inputs):
-        raise InputError(f"{needs} needs the layers' inputs on a text", todo="give one: --calibration FILE")
+    chosen.check_use(text=settings["calibration"] is not None, automatic=automatic)
     ours = Calibration(data="")
     for key, default in (("calibration_tokens", ours.tokens), ("sequence_length", ours.length)):
         if settings["calibration"] is None and settings[key] != default:
             raise InputError(f"--{key.replace('_', '-')} is of the text that --calibration gives, and there is none")
-    if settings["calibration"] is not None and not automatic and not chosen.fit_minima and chosen.method == "rtn":
-        raise InputError("--method rtn makes no use of --calibration", todo="give --fit-minima, or another method")
     return chosen, automatic

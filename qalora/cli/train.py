@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qalora.cli.options import (
-    MINIMA,
     checkpoint_format_option,
     dry_run_option,
     force_option,
     json_flag,
+    minima_option,
     open_model,
     output_option,
     print_json,
@@ -72,13 +72,7 @@ __all__ = ["command", "train_options"]
     help="What the files are written in; the training is the same.",
 )
 @click.option("--pool-size", type=click.IntRange(1), help="Columns that share an input; the group size by default.")
-@click.option(
-    "--minima",
-    type=click.Choice(["fp16", "float32"]),
-    default="fp16",
-    show_default=True,
-    help="What the folded minima are rounded to, in training and in the fold.",
-)
+@minima_option("What the folded minima are rounded to, in training and in the fold.", default="float16")
 @click.option(
     "--target-modules", multiple=True, metavar="NAME", help="q_proj, mlp.up_proj, ...; every linear layer by default."
 )
@@ -144,12 +138,13 @@ def command(
     documents as they are learned, and writes nothing.
     """
     from qalora.converters import load
-    from qalora.training import train
+    from qalora.training import check_before, train
     from qalora.training.compute import find_device, slowness
     from qalora.training.distributed import joined
 
     with joined(settings["device"]) as processes, _one_voice(processes):
         options = train_options(out=out, **settings)
+        check_before(options)
         if not processes.first:
             train(load(model, checkpoint_format=checkpoint_format), options)
             click.get_current_context().exit()
@@ -226,8 +221,8 @@ def _rank(value: str) -> int | str:
     return int(value)
 
 
-def train_options(*, minima: str, **settings: Any) -> TrainOptions:
+def train_options(**settings: Any) -> TrainOptions:
     """What the command's settings say of the training."""
     from qalora.training import TrainOptions
 
-    return TrainOptions(minima=MINIMA[minima], **settings)  # type: ignore[arg-type]
+    return TrainOptions(**settings)

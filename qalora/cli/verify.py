@@ -29,7 +29,7 @@ from qalora.errors import ProofError
 @click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--adapter", type=click.Path(path_type=Path), help="What the artefacts hold beside REFERENCE, the base.")
 @convention_option
-@minima_option
+@minima_option()
 @checkpoint_format_option
 @click.option(
     "--level",
@@ -67,9 +67,10 @@ def command(
     bound is derived from a measurement on this very model, and the report says how. Exit status 1 if a gate fails, or
     if a runtime is missing.
     """
-    from qalora.adapter import read_adapter
+    from qalora.adapter import open_adapter
     from qalora.formats.output import check_output, new_file, text_bytes, write_json
     from qalora.parity import verify
+    from qalora.parity.artifacts import recognize
     from qalora.parity.html import to_html
     from qalora.parity.junit import to_junit
     from qalora.parity.report import render
@@ -77,16 +78,21 @@ def command(
     for file in (json_file, html_file, junit_file):
         if file is not None:
             check_output(file, force=force)
+    recognize(artifacts)
+    if adapter is not None:
+        open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
+    chosen = verify_settings(**settings)
     base = open_model(reference, checkpoint_format)
     with verification_bar() as progress:
         report = verify(
             base,
             artifacts,
-            adapter=None if adapter is None else read_adapter(adapter, base, convention=convention),  # type: ignore[arg-type]
+            adapter=adapter,
+            convention=convention,  # type: ignore[arg-type]
             minima=minima,  # type: ignore[arg-type]
             level=level,  # type: ignore[arg-type]
             progress=progress,
-            **verify_settings(**settings),
+            **chosen,
         )
     log_gates(report)
     if json_file is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from qalora.checkpoint import Checkpoint
 from qalora.converters.plan import Target
 from qalora.errors import FormatError, InputError
+from qalora.formats.gptq import VERSIONS
 
 __all__ = ["TARGETS", "load", "target"]
 
@@ -40,10 +41,17 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
     Reads headers only. A folder with model.onnx is an ONNX decoder where it has no safetensors.
 
     checkpoint_format overrides what a GPTQ folder says of its zeros: "gptq" (stored minus one) or "gptq_v2".
-    Raises InputError for what is not there or not recognised, FormatError for what is damaged.
+    Raises InputError for what is not there or not recognised, and for a checkpoint_format of what is no GPTQ folder,
+    FormatError for what is damaged.
     """
-    read = _load(model, checkpoint_format)
-    return read if checkpoint_format is not None else replace(read, stored=read)  # its own label says something else
+    if checkpoint_format not in (None, *VERSIONS):
+        raise InputError("checkpoint_format", expected=" or ".join(VERSIONS), got=repr(checkpoint_format))
+    found = _load(model, checkpoint_format)
+    if checkpoint_format is not None and found.layout != "gptq":
+        raise InputError(
+            f"--checkpoint-format is for GPTQ folders, and {found.path} is {found.layout}", todo="leave it out"
+        )
+    return found if checkpoint_format is not None else replace(found, stored=found)  # its own label says something else
 
 
 def _load(model: str | Path, checkpoint_format: str | None) -> Checkpoint:

@@ -14,12 +14,13 @@ from typing import Literal
 
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
-from qalora.converters import target
+from qalora.converters import TARGETS, target
 from qalora.converters.plan import ExportOptions, Plan, Progress
+from qalora.errors import InputError
 from qalora.folding import fold
 from qalora.formats.output import check_apart, check_output, new_folder
 
-__all__ = ["ExportJob", "export", "export_jobs", "run_jobs"]
+__all__ = ["ExportJob", "check_places", "check_targets", "export", "export_jobs", "run_jobs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,22 @@ class ExportJob:
 
     plan: Plan
     model: Checkpoint
+
+
+def check_targets(targets: Sequence[str], options: ExportOptions) -> None:
+    """InputError for a format that is none, for none at all, and for an option that concerns none of them."""
+    if not targets:
+        raise InputError("--to", expected=f"at least one of {', '.join(TARGETS)}", got="none")
+    for name in targets:
+        target(name)
+    if options.lora_slots and "onnx" not in targets:
+        raise InputError("--lora-slots", expected="--to onnx", got=", ".join(targets))
+
+
+def check_places(out: Path, targets: Sequence[str], *, force: bool) -> None:
+    """OutputError for an output that exists, without `force`; with it the plans say what it may replace."""
+    for name in () if force else targets:
+        check_output(out / name, force=False)
 
 
 def export_jobs(
@@ -40,8 +57,12 @@ def export_jobs(
 ) -> list[ExportJob]:
     """Plan each target; raises if one of them cannot be, or would lose what is not allowed.
 
-    minima defaults to what the adapter was trained with, and to float16 where it does not say.
+    minima defaults to what the adapter was trained with, and to float16 where it does not say. Whether the adapter lies
+    beside the base or is folded is decided here for each format, so that options.adapter is to be None.
     """
+    check_targets(targets, options)
+    if options.adapter is not None:
+        raise InputError("ExportOptions.adapter", expected="None where several formats are planned", got="an adapter")
     writers = {name: target(name) for name in dict.fromkeys(targets)}
     ships = adapter is not None and "gptq" in writers and options.gptq_form == "auto" and _ships_adapter(model)
     beside = {"gptq"} if ships else set()
@@ -87,7 +108,7 @@ def export(
     minima: Literal["float16", "float32"] | None = None,
     force: bool = False,
 ) -> list[Plan]:
-    """Plan and write a model to `out/<target>/` for each target, as `export_jobs` has it; gives the plans."""
+    """Plan and write a model to `out/<target>/` for each target, with an adapter as `export_jobs` has it; the plans."""
     jobs = export_jobs(model, targets, options or ExportOptions(), adapter=adapter, minima=minima)
     run_jobs(jobs, out, force=force)
     return [job.plan for job in jobs]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qalora.adapter import Adapter
     from qalora.checkpoint import Checkpoint
 
-__all__ = ["LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress", "Target"]
+__all__ = ["CHOICES", "LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress", "Target"]
 
 PROVENANCE = "qalora.provenance."
 """What the keys of `ExportOptions.provenance` begin with; a reader of ours ignores them."""
@@ -32,6 +32,13 @@ LOSSES: dict[str, str] = {
     "narrowing": "a float tensor stored in a narrower float type",
 }
 """The losses that a user can allow by name, and what each means."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "gptq_form": ("auto", "nearest", "eight-bit", "round"),
+    "gguf_form": ("auto", "wide"),
+    "onnx_embedding": ("float32", "quantized"),
+}
+"""The options of an export that are words, and the words there are."""
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and its bytes once it is written."""
@@ -116,7 +123,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What a user may choose for an export. Each target reads what concerns it. InputError for a loss that is none.
+    """What a user may choose for an export. Each target reads what concerns it; all of it is checked here, InputError.
 
     name            the model's name in file names and metadata; the source's own by default
     allow_loss      names of LOSSES
@@ -146,9 +153,22 @@ class ExportOptions:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for key in ("allow_loss", "lora_slots"):
+            given: Collection[str] = getattr(self, key)
+            object.__setattr__(self, key, frozenset([given] if isinstance(given, str) else given))
         unknown = sorted(self.allow_loss - set(LOSSES))
         if unknown:
             raise InputError("allow-loss", expected=f"one of {', '.join(LOSSES)}", got=repr(unknown[0]))
+        for key, words in CHOICES.items():
+            if getattr(self, key) not in words:
+                known = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(words)
+                raise InputError(f"--{key.replace('_', '-')}", expected=known, got=repr(getattr(self, key)))
+        if not 0 <= self.accuracy_level <= 4:
+            raise InputError("--accuracy-level", expected="0..4", got=str(self.accuracy_level))
+        for key in ("max_shard_size", "split_max_size"):
+            size = getattr(self, key)
+            if size is not None and size < 1:
+                raise InputError(f"--{key.replace('_', '-')}", expected="at least a byte", got=str(size))
 
 
 class Target(Protocol):

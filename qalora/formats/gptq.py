@@ -30,12 +30,13 @@ from torch import Tensor
 from qalora.errors import FormatError, InputError
 from qalora.tensor import pack_codes, unpack_codes
 
-__all__ = ["BITS", "Version", "pack_qweight", "pack_qzeros", "unpack_qweight", "unpack_qzeros"]
+__all__ = ["BITS", "VERSIONS", "Version", "pack_qweight", "pack_qzeros", "unpack_qweight", "unpack_qzeros"]
 
 BITS = (2, 3, 4, 8)
 """The widths that are stored as a continuous bit stream."""
 
 Version = Literal["gptq", "gptq_v2"]
+VERSIONS: tuple[Version, ...] = ("gptq", "gptq_v2")
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """1 in every field of a word."""

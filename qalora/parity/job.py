@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from qalora.adapter import Adapter
@@ -53,21 +52,18 @@ class Job:
     @classmethod
     def of(
         cls,
-        reference: Checkpoint | str | Path,
+        base: Checkpoint,
         adapter: Adapter | None,
         minima: Literal["float16", "float32"] | None,
         held: Sequence[Held],
         *,
         memory: int,
     ) -> Job:
-        """Load the reference, and fold the adapter if one of the artefacts holds the folded model.
+        """The reference, with the adapter folded if one of the artefacts holds the folded model.
 
         memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once
         """
-        from qalora.converters import load
-
-        read = reference if isinstance(reference, Checkpoint) else load(reference)
-        base, own = remembered(read, memory // 4), reference_artifact(read)
+        base, own = remembered(base, memory // 4), reference_artifact(base)
         chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
         if adapter is not None and FOLDED in held:

@@ -19,9 +19,11 @@ from typing import Literal
 
 import torch
 
-from qalora.adapter import Adapter, read_adapter
+from qalora.adapter import Adapter, Convention, given_adapter, read_adapter
 from qalora.checkpoint import Checkpoint
+from qalora.converters import load
 from qalora.errors import InputError
+from qalora.folding import check_minima
 from qalora.parity.artifacts import Artifact, open_artifact, recognize, runtimes_of
 from qalora.parity.bench import Bench
 from qalora.parity.evidence import Evidence
@@ -51,7 +53,8 @@ def verify(
     reference: Checkpoint | str | Path,
     artifacts: Sequence[Path],
     *,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Path | str | None = None,
+    convention: Convention | None = None,
     minima: Literal["float16", "float32"] | None = None,
     level: Level = "generation",
     text: str | None = None,
@@ -69,6 +72,7 @@ def verify(
 
     reference    the base if there is an adapter, else the model that the artefacts hold
     artifacts    files and folders, recognised by what they are; a folder of artefacts stands for all of them
+    adapter      what the artefacts hold beside the base, or its folder; convention: see `qalora.adapter.read_adapter`
     minima       what the fold rounds to: what the adapter was trained with, or float16, by default
     level        "weights": read back; "logits": run over the tokens; "generation": greedy tokens from prompts as well
     text, tokens, max_tokens   what to compute on: see `qalora.parity.text.make_work`
@@ -81,14 +85,13 @@ def verify(
     A runtime that is not installed, or that needs more memory, makes its artefact "not proven". Raises InputError for
     what cannot be read.
     """
-    if level not in LEVELS:
-        raise InputError("--level", expected=f"one of {', '.join(LEVELS)}", got=repr(level))
-    if max_tokens < 1 or generate < 1:
-        raise InputError("max_tokens and generate", expected="at least 1", got=f"{max_tokens} and {generate}")
+    _check_options(level, minima, max_tokens=max_tokens, generate=generate, threads=threads, memory=memory)
     opened = [(artifact, open_artifact(artifact)) for artifact in recognize(artifacts, relative_to)]
-    held = [holds(adapter, *found) for found in opened]
+    base = reference if isinstance(reference, Checkpoint) else load(reference)
+    read = None if adapter is None else given_adapter(adapter, base, convention=convention)
+    held = [holds(read, *found) for found in opened]
     room = available_memory() if memory is None else memory
-    job = Job.of(reference, adapter, minima, held, memory=room)
+    job = Job.of(base, read, minima, held, memory=room)
     gates = _fold_gates(job, progress)
     weights = [_weights(job, artifact, checkpoint, progress) for artifact, checkpoint in opened]
     if level == "weights":
@@ -124,6 +127,16 @@ def verify(
             with _threads_kept(), settings_kept():
                 comparison = runner.dynamic_int8()
         return replace(_report(job, level, reports, gates, bench), reference_runs=own, comparison=comparison)
+
+
+def _check_options(level: str, minima: str | None, **numbers: int | None) -> None:
+    """InputError for an option out of range, before anything is opened."""
+    if level not in LEVELS:
+        raise InputError("--level", expected=f"one of {', '.join(LEVELS)}", got=repr(level))
+    check_minima(minima)
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(name, expected="at least 1", got=str(number))
 
 
 @contextmanager

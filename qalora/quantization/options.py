@@ -53,6 +53,22 @@ class QuantizeOptions:
         if not 0 <= self.passes <= 100:
             raise InputError("passes", expected="0 to 100", got=str(self.passes))
 
+    def check_use(self, *, text: bool, automatic: bool = False) -> None:
+        """InputError for options that do not go together, or would change nothing.
+
+        text       whether there is a text to compute the layers' inputs on
+        automatic  whether a width is to be chosen for each layer
+        """
+        usual = QuantizeOptions()
+        for key in ("act_order", "damping", "passes"):
+            if self.method != "gptq" and getattr(self, key) != getattr(usual, key):
+                raise InputError(f"--{key.replace('_', '-')} is for --method gptq, and the method is {self.method}")
+        needs = "--bits auto" if automatic else "--fit-minima" if self.fit_minima else f"--method {self.method}"
+        if not text and (automatic or self.needs_inputs):
+            raise InputError(f"{needs} needs the layers' inputs on a text", todo="give one: --calibration FILE")
+        if text and not automatic and not self.fit_minima and self.method == "rtn":
+            raise InputError("--method rtn makes no use of --calibration", todo="give --fit-minima, or another method")
+
     @property
     def needs_inputs(self) -> bool:
         """Whether nothing can be done without the layers' inputs."""

@@ -38,7 +38,7 @@ from qalora.release.manifest import MANIFEST, read_manifest
 from qalora.release.opening import open_all
 from qalora.release.rederive import Inputs, make_again
 
-__all__ = ["Checked", "check_release"]
+__all__ = ["Checked", "check_is_release", "check_release"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,12 @@ class Checked:
     def findings(self) -> tuple[Finding, ...]:
         """What is wrong, in the order of the questions."""
         return tuple(finding for stage in self.stages for finding in stage.findings)
+
+
+def check_is_release(folder: Path) -> None:
+    """InputError for a folder that has nothing of a release."""
+    if not (folder / SUMS).is_file() and not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}", expected=f"a release, with {SUMS} and {MANIFEST}", got="neither of them")
 
 
 def check_release(
@@ -80,8 +86,7 @@ def check_release(
     Raises InputError for a folder that is no release, or an input that cannot be read. What is wrong with a release is
     no error but a finding.
     """
-    if not (folder / SUMS).is_file() and not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}", expected=f"a release, with {SUMS} and {MANIFEST}", got="neither of them")
+    check_is_release(folder)
     asked = _Asked(progress)
     sums = asked.ask("checksums", lambda: check_sums_stage(folder))
     manifest = asked.get("form", lambda: read_manifest(folder), MANIFEST)

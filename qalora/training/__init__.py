@@ -1,6 +1,6 @@
 """Training QA-LoRA adapters on integer weights, with the fold in the loop: what is trained is what ships.
 
-options      what a user may choose
+options      what a user may choose; checks: what is refused before the model is opened
 data         documents, tokens, blocks
 documents    a document, and the account of what is learned
 sources      files and datasets, known by their content
@@ -15,7 +15,8 @@ interrupt    Ctrl-C waits for the step
 loop         steps, held-out loss, the adapter's folder
 """
 
+from qalora.training.checks import check_before
 from qalora.training.loop import StepReport, train
 from qalora.training.options import TrainOptions
 
-__all__ = ["StepReport", "TrainOptions", "train"]
+__all__ = ["StepReport", "TrainOptions", "check_before", "train"]

@@ -25,9 +25,10 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.errors import DivergedError, InputError, OutputError
 from qalora.folding import FLOAT16_MAX
-from qalora.formats.output import check_apart, check_output, check_writable, new_folder, write_json
+from qalora.formats.output import check_apart, check_writable, new_folder, write_json
+from qalora.training.checks import check_before
 from qalora.training.compute import dtype_of, find_device
-from qalora.training.data import Blocks, check_data, training_blocks
+from qalora.training.data import Blocks, training_blocks
 from qalora.training.distributed import ALONE, Processes, joined
 from qalora.training.documents import Account
 from qalora.training.interrupt import Interrupted, deferred
@@ -38,7 +39,6 @@ from qalora.training.options import TrainOptions
 from qalora.training.starting import SEQUENCES, first_rows
 from qalora.training.state import (
     State,
-    check_state,
     checkpoint_of,
     forget_state,
     has_state,
@@ -91,13 +91,10 @@ def train(
     """
     with joined(options.device) as processes:
         with processes.together():
-            check_output(options.out, force=options.force, names=ADAPTER_FILES)
+            check_before(options)
             check_apart(options.out, model.path)
-            if options.save_every:
-                check_state(options.out, force=options.force or options.resume)
             if processes.first:
                 check_writable(options.out)
-            check_data(options.data)
             targets = _targets(model, options)
             kept, held = _data(model, options)
             if processes.first:

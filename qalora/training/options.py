@@ -125,6 +125,9 @@ class TrainOptions:
             if getattr(self, name) not in known:
                 raise InputError(name, expected=" or ".join(known), got=repr(getattr(self, name)))
 
+        if self.weights == "packed" and self.compute == "float32":
+            raise InputError("weights packed is for compute bfloat16, and the computation is in float32")
+
     def _check_rank(self) -> None:
         if self.rank == "auto":
             if self.alpha is not None:

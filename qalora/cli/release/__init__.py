@@ -11,34 +11,60 @@ qalora release --push-to REPO DIST        push      upload one
 from __future__ import annotations
 
 import importlib
-from itertools import pairwise
 from typing import Any
 
 import click
 
 from qalora.cli.release import make
 
-__all__ = ["WAYS", "command"]
+__all__ = ["WAYS", "command", "way_of"]
 
-WAYS = {"--check": "check", "--apply": "apply", "--init": "init", "--push-to": "push"}
-"""The option that leads to each module; without one of them it is `recipe` for a .toml file, else `make`."""
+WAYS = ("check", "apply", "init", "push", "recipe", "make")
+"""The ways, each the name of its module, which holds the command. Those of a flag of their own are the first three."""
 
 
-def way_of(arguments: list[str]) -> tuple[str, list[str]]:
-    """The module, and the arguments that its command gets."""
-    if "-o" in arguments or "--output" in arguments:  # a release that is also uploaded
-        known = [flag for flag in WAYS if flag not in ("--check", "--push-to")]
-    else:
-        known = list(WAYS)
-    flags = [flag for flag in known if flag in arguments]
-    if flags:
-        rest = list(arguments)
-        if flags[0] != "--push-to":
-            rest.remove(flags[0])
-        return WAYS[flags[0]], rest
-    words = [word for before, word in pairwise(["", *arguments]) if before != "--log-format" and word[:1] != "-"]
-    first = next(iter(words), "")
-    return ("recipe", arguments) if first.endswith(".toml") else ("make", arguments)
+def _command(way: str) -> click.Command:
+    found: click.Command = importlib.import_module(f"qalora.cli.release.{way}").command
+    return found
+
+
+def all_options() -> click.Command:
+    """A command that has every option of every way and does nothing: what it parses says which way is meant.
+
+    ValueError where two ways spell an option alike, and one takes a value where the other takes none.
+    """
+    takes: dict[str, tuple[bool, int]] = {}
+    params: list[click.Parameter] = [
+        click.Option(["-h", "--help", "help"], is_flag=True),
+        click.Argument(["words"], nargs=-1, type=click.UNPROCESSED),
+    ]
+    for option in (one for way in WAYS for one in _command(way).params if isinstance(one, click.Option)):
+        form = (option.is_flag, option.nargs)
+        for spelled in (option.opts, option.secondary_opts):
+            if any(takes.get(one, form) != form for one in spelled):
+                raise ValueError(f"qalora release: {spelled[0]} has two forms")
+            new = [one for one in spelled if one not in takes]
+            takes |= dict.fromkeys(new, form)
+            if not new:
+                continue
+            name = f"{option.name}" if spelled is option.opts else f"no_{option.name}"
+            kind = {"is_flag": True} if option.is_flag else {"type": click.UNPROCESSED, "nargs": option.nargs}
+            params.append(click.Option([*new, name], expose_value=True, **kind))
+    settings = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+    return click.Command("release", params=params, context_settings=settings, add_help_option=False)
+
+
+def way_of(arguments: list[str]) -> tuple[str, bool]:
+    """The way that arguments mean, which need not be right, and whether they ask for its help."""
+    found = all_options().make_context("release", list(arguments), resilient_parsing=True).params
+    words = [word for word in found["words"] if word[:1] != "-"]
+    asks = bool(found["help"]) or found["repo"] in ("-h", "--help")
+    for way in WAYS[:3]:
+        if found[way]:
+            return way, asks
+    if words and words[0].endswith(".toml"):
+        return "recipe", asks
+    return ("push" if found["repo"] is not None and found["out"] is None else "make"), asks
 
 
 class _Ways(click.Command):
@@ -47,13 +73,11 @@ class _Ways(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        way, rest = way_of(args)
+        way, asks = way_of(args)
         if way == "make":
             return super().make_context(info_name, args, parent, **extra)
-        if {"-h", "--help"} & set(rest):  # which --push-to would take for its repository
-            rest = ["--help"]
-        found: click.Command = importlib.import_module(f"qalora.cli.release.{way}").command
-        return found.make_context(found.name, rest, parent, **extra)
+        found = _command(way)
+        return found.make_context(found.name, ["--help"] if asks else args, parent, **extra)
 
 
 command = _Ways(
@@ -63,3 +87,4 @@ command = _Ways(
     help=make.command.help,
     epilog=make.command.epilog,
 )
+"""qalora release MODEL."""

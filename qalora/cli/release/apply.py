@@ -13,6 +13,7 @@ __all__ = ["command"]
 
 
 @click.command("release --apply", epilog="Example: qalora release --apply dist.delta base-dist -o dist")
+@click.option("--apply", is_flag=True, expose_value=False, hidden=True)
 @click.argument("delta", type=click.Path(path_type=Path))
 @click.argument("base", type=click.Path(path_type=Path))
 @output_option("The folder to write; it appears only when every file has the digest that the delta promises.")

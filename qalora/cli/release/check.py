@@ -19,6 +19,7 @@ __all__ = ["command"]
 @click.command(
     "release --check", epilog="Example: qalora release --check dist --base base --adapter adapter --public-key key.pub"
 )
+@click.option("--check", is_flag=True, expose_value=False, hidden=True)
 @click.argument("dist", type=click.Path(path_type=Path))
 @click.option("--base", help="The model it was made from: every byte is computed again.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter; else the release's own copy.")
@@ -47,17 +48,23 @@ def command(
 
     Everything that is wrong is named. Exit status 1 if anything is.
     """
-    from qalora.errors import ProofError
+    from qalora.errors import InputError, ProofError
     from qalora.parity.text import read_text
-    from qalora.release.check import check_release
+    from qalora.release.check import check_is_release, check_release
 
+    told = {"text": text, "template": card_template}
+    texts = {name: None if path is None else read_text(path) for name, path in told.items()}
+    for path in (adapter, public_key):
+        if path is not None and not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+    check_is_release(dist)
     found = check_release(
         dist,
         base=None if base is None else open_model(base, checkpoint_format),
         adapter=adapter,
         public_key=public_key,
-        text=None if text is None else read_text(text),
-        template=None if card_template is None else read_text(card_template),
+        text=texts["text"],
+        template=texts["template"],
         open_artifacts=opens,
         allow_unproven=allow_unproven,
         progress=say_stage,

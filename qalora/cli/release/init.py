@@ -13,6 +13,7 @@ __all__ = ["command"]
 
 
 @click.command("release --init", epilog="Example: qalora release --init recipe.toml")
+@click.option("--init", is_flag=True, expose_value=False, hidden=True)
 @click.argument("file", metavar="[FILE]", default="recipe.toml", type=click.Path(path_type=Path))
 @force_option
 @log_format_option

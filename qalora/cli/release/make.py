@@ -64,7 +64,7 @@ PACKAGING = (
 @targets_option()
 @output_option("The folder to write; it appears only when every gate has passed.")
 @convention_option
-@minima_option
+@minima_option()
 @export_options
 @verify_options
 @click.option("--with-adapter/--without-adapter", default=True, help="Whether the adapter lies beside it all.")
@@ -112,11 +112,13 @@ def make(
     **settings: Any,
 ) -> None:
     """What the command does; steps may know results of an earlier run."""
-    from qalora.adapter import read_adapter
+    from qalora.adapter import open_adapter, read_adapter
     from qalora.release.package import plan_release, preview, release
 
     options, memory = release_options(settings)
     _check_packaging(out, sign_key, delta_from, repo, upload=upload, force=force)
+    if adapter is not None:
+        open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     base = open_model(model, checkpoint_format)
     read = None if adapter is None else read_adapter(adapter, base, convention=options.convention)
     if dry_run:
@@ -149,6 +151,10 @@ def _check_packaging(
 ) -> None:
     """Refuse before the long work what would be refused after it."""
     from qalora.errors import InputError
+    from qalora.formats.output import check_output
+    from qalora.release.checksums import SUMS
+
+    check_output(out, force=force, names=[SUMS])
 
     if sign_key is not None:
         from qalora.release.signing import check_key

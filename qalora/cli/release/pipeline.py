@@ -220,12 +220,14 @@ class Pipeline:
         return _Thing(path=str(result.path), digest=result.digest)
 
     def _quantize(self, base: _Thing, out: Path) -> None:
-        words = [*self._words(quantize.command, "quantize"), *self._format(), f"--output={out}", "--", str(base.path)]
+        given = self._format("quantize")
+        words = [*self._words(quantize.command, "quantize"), *given, f"--output={out}", "--", str(base.path)]
         self._call(quantize.command, words)
 
     def _train(self, model: _Thing, step: Step, out: Path) -> None:
         goes_on = ["--resume"] if self.store.begun(step) is not None else []
-        words = [*self._words(train.command, "train"), *self._format(), *goes_on, f"--output={out}", "--"]
+        given = self._format("train")
+        words = [*self._words(train.command, "train"), *given, *goes_on, f"--output={out}", "--"]
         self._call(train.command, [*words, str(model.path)])
 
     def _release(self, model: _Thing, adapter: _Thing | None) -> None:
@@ -326,18 +328,19 @@ class Pipeline:
         convention = self.found.get("adapter", {}).get("convention")
         words += [f"--convention={convention}"] if convention is not None else []
         words += [f"--adapter={adapter}"] if adapter is not None else []
-        return [*words, *self._format(), *(["--force"] if self.force else []), "--", model]
+        return [*words, *self._format("release"), *(["--force"] if self.force else []), "--", model]
 
     def _words(self, command: click.Command, section: str) -> list[str]:
         return arguments(command, self.found.get(section, {}))
 
-    def _format(self) -> list[str]:
-        """--checkpoint-format for what reads the base; other models of a recipe are folders of ours, and ignore it."""
+    def _format(self, section: str) -> list[str]:
+        """--checkpoint-format for the sections that read the base; what [quantize] makes is a folder of ours."""
         given = self.found["base"].get("checkpoint-format")
-        return [] if given is None else [f"--checkpoint-format={given}"]
+        ours = "quantize" in self.found and section != "quantize"
+        return [] if given is None or ours else [f"--checkpoint-format={given}"]
 
     def _settings(self, command: click.Command, section: str, rest: list[str]) -> dict[str, Any]:
-        words = [*self._words(command, section), *self._format(), *rest]
+        words = [*self._words(command, section), *self._format(section), *rest]
         return dict(command.make_context(command.name, words, parent=self.context).params)
 
     def _portable(self, command: click.Command, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,22 +42,19 @@ from qalora.errors import ExactnessError, FormatError, InputError
 from qalora.formats.onnx import Initializer, Stored
 from qalora.tensor import QuantSpec
 
-__all__ = ["EMBEDDING", "FORMS", "check_table", "check_tables", "look_up", "tables"]
+__all__ = ["EMBEDDING", "check_table", "check_tables", "look_up", "tables"]
 
 EMBEDDING = "model.embed_tokens"
-FORMS = ("float32", "quantized")
 OPTION = "--onnx-embedding"
 HALVES = ("", "_high")
 
 
 def check_table(model: Checkpoint, form: str) -> bool:
-    """Whether the fast graph holds the embedding's codes.
+    """Whether the fast graph holds the embedding's codes; `form` is one of ExportOptions.onnx_embedding.
 
-    InputError for another form, a float embedding or an untied output; ExactnessError for codes that the look-up cannot
+    InputError for a float embedding or an untied output; ExactnessError for codes that the look-up cannot
     take as they are.
     """
-    if form not in FORMS:
-        raise InputError(OPTION, expected=" or ".join(FORMS), got=repr(form))
     if form == "float32":
         return False
     spec, where = model.tensors[f"{EMBEDDING}.weight"].spec, f"{OPTION} {form}: {EMBEDDING}.weight"

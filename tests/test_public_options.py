@@ -1,0 +1,650 @@
+"""Every keyword of every public function does what it says: one effect for each, and none without."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+
+import qalora
+from qalora.adapter import Adapter, read_adapter, write_adapter
+from qalora.calibration import bits_per_weight
+from qalora.checkpoint import Checkpoint
+from qalora.converters import load
+from qalora.converters.plan import ExportOptions
+from qalora.demo import demo_text
+from qalora.errors import ExactnessError, InputError, OutputError
+from qalora.folding import fold
+from qalora.formats.gguf import read_header
+from qalora.parity.artifacts import accuracy_level
+from qalora.parity.verify import verify
+from qalora.quantization import QuantizeOptions
+from qalora.quantization import quantize as quantize_model
+from qalora.testing import assert_same_model, random_adapter, random_model
+from qalora.training import TrainOptions
+from qalora.training import train as train_model
+from qalora.training.layer import FoldedLinear
+
+OPTIONS: dict[str, list[Any]] = {
+    "load": [],
+    "quantize": [QuantizeOptions],
+    "train": [TrainOptions],
+    "fold": [],
+    "export": [ExportOptions],
+    "verify": [verify],
+}
+"""Each public function, and the records and functions whose fields and keywords it passes on."""
+
+
+def keywords(source: Any) -> list[str]:
+    """What may be given by name: a record's fields, a function's parameters but for its **options."""
+    if inspect.isclass(source):
+        return [field.name for field in fields(source)]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, one in inspect.signature(source).parameters.items() if one.kind in kinds]
+
+
+def every_keyword() -> list[tuple[str, str]]:
+    functions = [name for name in qalora.__all__ if inspect.isfunction(getattr(qalora, name))]
+    return [
+        (name, key)
+        for name in functions
+        for key in dict.fromkeys(key for one in (getattr(qalora, name), *OPTIONS[name]) for key in keywords(one))
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What effects are tried on; `out` is an empty folder of each effect's own."""
+
+    float_model: Path
+    base: Checkpoint
+    whole: Checkpoint
+    adapter: Adapter
+    text: Path
+    artifact: Path
+    out: Path
+
+    def trained(self, name: str, **options: Any) -> tuple[Adapter, dict[str, Any]]:
+        """A run of two steps, and its log."""
+        given = {"steps": 2, "sequence_length": 32, "batch_size": 2, "start": "uniform", **options}
+        made = qalora.train(self.base, self.text, self.out / name, **given)
+        return made, json.loads((self.out / name / "training.json").read_text("utf-8"))
+
+    def verified(self, **options: Any) -> Any:
+        given = {"adapter": self.adapter, "max_tokens": 24, "generate": 2, "threads": 1, **options}
+        return qalora.verify(self.base, [self.artifact], **given)
+
+    def exported(self, target: str, name: str = "x", model: Checkpoint | None = None, **options: Any) -> Path:
+        qalora.export(model or self.base, target, self.out / name, **options)
+        return self.out / name / target
+
+
+@pytest.fixture(scope="module")
+def shared(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    place = tmp_path_factory.mktemp("public")
+    base = quantize_model(load(tiny), bits=4, group_size=32)
+    adapter = random_adapter(base, pool_size=None, seed=1, a_size=0.05, b_size=0.05, scaling=2.0)
+    (place / "text.txt").write_text(demo_text()[:9000], encoding="utf-8")
+    write_adapter(adapter, place / "adapter")
+    qalora.export(fold(base, adapter), "qalora", place)
+    return World(
+        float_model=tiny,
+        base=base,
+        whole=quantize_model(load(tiny), bits=4, group_size=32, zeros="integer"),
+        adapter=adapter,
+        text=place / "text.txt",
+        artifact=place / "qalora",
+        out=place,
+    )
+
+
+@pytest.fixture
+def world(shared: World, tmp_path: Path) -> World:
+    return replace(shared, out=tmp_path)
+
+
+EFFECTS: dict[tuple[str, str], Callable[[World], None]] = {}
+
+
+def effect(function: str, *names: str) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
+    def put(proof: Callable[[World], None]) -> Callable[[World], None]:
+        for name in names:
+            assert (function, name) not in EFFECTS
+            EFFECTS[function, name] = proof
+        return proof
+
+    return put
+
+
+def unlike(one: Checkpoint, two: Checkpoint) -> bool:
+    """Whether a linear weight of two models differs."""
+    return any(not torch.equal(one.tensors[name].load_float(), two.tensors[name].load_float()) for name in one.linears)
+
+
+def same_layers(one: Adapter, two: Adapter) -> bool:
+    return one.layers.keys() == two.layers.keys() and all(
+        torch.equal(layer.a, two.layers[path].a) and torch.equal(layer.b, two.layers[path].b)
+        for path, layer in one.layers.items()
+    )
+
+
+# load
+
+
+@effect("load", "path")
+def _(world: World) -> None:
+    assert qalora.load(world.artifact).layout == "qalora"
+    assert qalora.load(str(world.float_model)).layout == "huggingface"
+
+
+@effect("load", "checkpoint_format")
+def _(world: World) -> None:
+    place = world.exported("gptq", model=random_model(world.base, zeros="integer"))
+    for file in ("config.json", "quantize_config.json"):  # or our own name in it makes the label believed
+        text = json.loads((place / file).read_text("utf-8"))
+        text.get("quantization_config", text).pop("meta")
+        (place / file).write_text(json.dumps(text), encoding="utf-8")
+    assert unlike(qalora.load(place, checkpoint_format="gptq"), qalora.load(place, checkpoint_format="gptq_v2"))
+    for other, name in ((world.artifact, "qalora"), (world.float_model, "huggingface")):
+        with pytest.raises(InputError, match=f"checkpoint-format is for GPTQ folders, and .* is {name}; leave it out"):
+            qalora.load(other, checkpoint_format="gptq")
+    with pytest.raises(InputError, match="checkpoint_format: expected gptq or gptq_v2, got 'v1'"):
+        qalora.load(world.out / "nothing", checkpoint_format="v1")  # type: ignore[arg-type]
+
+
+# quantize
+
+
+def quantized(world: World, **options: Any) -> Checkpoint:
+    return qalora.quantize(world.float_model, **options)
+
+
+def spec_of(model: Checkpoint) -> Any:
+    return model.tensors[model.linears[0]].spec
+
+
+@effect("quantize", "model")
+def _(world: World) -> None:
+    assert not unlike(qalora.quantize(load(world.float_model)), qalora.quantize(str(world.float_model)))
+
+
+@effect("quantize", "bits", "group_size", "zeros")
+def _(world: World) -> None:
+    spec = spec_of(quantized(world, bits=3, group_size=64, zeros="integer"))
+    assert (spec.bits, spec.group_size, spec.zeros) == (3, 64, "integer")
+
+
+@effect("quantize", "method")
+def _(world: World) -> None:
+    assert unlike(quantized(world, method="clip"), quantized(world))
+
+
+@effect("quantize", "calibration")
+def _(world: World) -> None:
+    assert unlike(quantized(world, method="hqq", calibration=world.text), quantized(world, method="hqq"))
+    with pytest.raises(InputError, match="--method rtn makes no use of --calibration"):
+        quantized(world, calibration=world.text)
+
+
+@effect("quantize", "fit_minima")
+def _(world: World) -> None:
+    assert unlike(quantized(world, fit_minima=True, calibration=world.text), quantized(world))
+
+
+@effect("quantize", "act_order", "damping", "passes")
+def _(world: World) -> None:
+    usual = quantized(world, method="gptq", calibration=world.text, bits=3)
+    for one in ({"act_order": True}, {"damping": 0.5}, {"passes": 0}):
+        assert unlike(quantized(world, method="gptq", calibration=world.text, bits=3, **one), usual)
+        with pytest.raises(InputError, match="is for --method gptq, and the method is rtn"):
+            quantized(world, **one)
+
+
+@effect("quantize", "budget")
+def _(world: World) -> None:
+    made = quantized(world, budget=4.3, calibration=world.text)
+    assert bits_per_weight(made) <= 4.3
+    with pytest.raises(InputError, match="bits and budget: expected one of them, got both"):
+        quantized(world, budget=4.3, calibration=world.text, bits=4)
+
+
+@effect("quantize", "requantize")
+def _(world: World) -> None:
+    with pytest.raises(InputError, match="holds integers already"):
+        qalora.quantize(world.base, bits=3)
+    assert spec_of(qalora.quantize(world.base, bits=3, requantize=True)).bits == 3
+
+
+# train
+
+
+@effect("train", "model", "data", "out")
+def _(world: World) -> None:
+    made, _ = world.trained("a")
+    assert same_layers(made, read_adapter(world.out / "a", world.base))
+    with pytest.raises(InputError, match="no such file"):
+        qalora.train(world.base, world.out / "none.txt", world.out / "b")
+
+
+@effect("train", "rank", "alpha")
+def _(world: World) -> None:
+    made, _ = world.trained("a", rank=3, alpha=6.0)
+    assert {(layer.rank, layer.factor) for layer in made.layers.values()} == {(3, 2.0)}
+
+
+@effect("train", "budget")
+def _(world: World) -> None:
+    made, _ = world.trained("a", rank="auto", budget=1200, start="gradient")
+    assert sum(layer.a.numel() + layer.b.numel() for layer in made.layers.values()) <= 1200
+
+
+@effect("train", "convention", "pool_size", "target_modules")
+def _(world: World) -> None:
+    made, _ = world.trained("a", convention="official", pool_size=16, target_modules=("q_proj", "mlp.up_proj"))
+    assert made.convention == "official"
+    assert {layer.pool_size for layer in made.layers.values()} == {16}
+    assert {path.rpartition(".")[2] for path in made.layers} == {"q_proj", "up_proj"}
+
+
+@effect("train", "minima")
+def _(world: World) -> None:
+    assert world.trained("a", minima="float32")[0].minima == "float32"
+
+
+DECIDE: Sequence[tuple[str, Any]] = (
+    ("start", "gradient"),
+    ("steps", 3),
+    ("batch_size", 1),
+    ("gradient_accumulation", 2),
+    ("sequence_length", 48),
+    ("learning_rate", 1e-2),
+    ("warmup", 0.9),
+    ("weight_decay", 0.9),
+    ("max_gradient_norm", 1e-3),
+    ("held_out", 0.5),
+    ("strength", 0.5),
+    ("seed", 7),
+    ("compute", "bfloat16"),
+)
+"""Options that another value of makes another adapter, and the value."""
+
+
+@effect("train", *(name for name, _ in DECIDE))
+def _(world: World) -> None:
+    usual, log = world.trained("usual", steps=4, learning_rate=3e-3)
+    for name, value in DECIDE:
+        made, other = world.trained(name, **{"steps": 4, "learning_rate": 3e-3, name: value})
+        assert not same_layers(made, usual), name
+        assert other["options"][name] == value != log["options"][name], name
+
+
+@effect("train", "evaluate_every")
+def _(world: World) -> None:
+    assert [one["step"] for one in world.trained("a", steps=3)[1]["held_out"]] == [0, 3]
+    assert [one["step"] for one in world.trained("b", steps=3, evaluate_every=1)[1]["held_out"]] == [0, 1, 2, 3]
+
+
+@effect("train", "device")
+def _(world: World) -> None:
+    assert world.trained("a", device="cpu")[1]["options"]["device"] == "cpu"
+    with pytest.raises(InputError, match="abacus"):
+        world.trained("b", device="abacus")
+
+
+@effect("train", "weights")
+def _(world: World) -> None:
+    """Held in bfloat16 beside the packed ones, or not; the adapter is the same to the bit."""
+    kept, made = {}, {}
+    for weights in ("kept", "packed"):
+        chosen = TrainOptions(
+            data=str(world.text),
+            out=world.out / weights,
+            steps=2,
+            sequence_length=32,
+            compute="bfloat16",
+            weights=weights,
+        )
+        seen: list[bool] = []
+
+        def look(report: object, seen: list[bool] = seen) -> None:
+            seen += [one._wide is not None for one in gc.get_objects() if type(one) is FoldedLinear]
+
+        made[weights] = train_model(world.base, chosen, look)
+        kept[weights] = any(seen)
+        gc.collect()
+    assert kept == {"kept": True, "packed": False}
+    assert same_layers(made["kept"], made["packed"])
+    with pytest.raises(InputError, match="weights packed is for compute bfloat16"):
+        world.trained("b", weights="packed")
+
+
+@effect("train", "gradient_checkpointing")
+def _(world: World) -> None:
+    """Less is kept for the backward; the adapter is the same to the bit."""
+    held, made = {}, {}
+    for flag in (False, True):
+        count = [0]
+
+        def pack(value: torch.Tensor, count: list[int] = count) -> torch.Tensor:
+            count[0] += value.numel()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            made[flag], _ = world.trained(str(flag), gradient_checkpointing=flag)
+        held[flag] = count[0]
+    assert same_layers(made[False], made[True])
+    assert held[True] != held[False]
+
+
+def left(world: World, name: str, **options: Any) -> Path:
+    """A run that was left after its second step; gives its output."""
+
+    def stop(report: Any) -> None:
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    out = world.out / name
+    chosen = TrainOptions(data=str(world.text), out=out, steps=3, sequence_length=32, batch_size=2, **options)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(world.base, chosen, stop)
+    return out
+
+
+@effect("train", "save_every", "resume", "force")
+def _(world: World) -> None:
+    settings = {"steps": 3, "start": "gradient"}
+    whole, _ = world.trained("whole", **settings)
+    assert not (left(world, "none", save_every=0).parent / "none.checkpoint").exists()
+    assert (left(world, "a", save_every=1).parent / "a.checkpoint").exists()
+    with pytest.raises(InputError, match="resume"):
+        world.trained("a", **settings)
+    assert same_layers(world.trained("a", resume=True, **settings)[0], whole)
+    with pytest.raises(OutputError, match="exists already"):
+        world.trained("a", **settings)
+    assert same_layers(world.trained("a", force=True, **settings)[0], whole)
+
+
+# fold
+
+
+@effect("fold", "model", "adapter")
+def _(world: World) -> None:
+    write_adapter(world.adapter, world.out / "adapter")
+    made = qalora.fold(world.base, world.adapter)
+    assert unlike(made, world.base)
+    assert not unlike(made, qalora.fold(world.base, world.out / "adapter"))
+
+
+@effect("fold", "minima")
+def _(world: World) -> None:
+    assert spec_of(qalora.fold(world.base, world.adapter, minima="float32")).min_dtype == torch.float32
+    with pytest.raises(InputError, match="minima: expected float16 or float32, got 'fp8'"):
+        qalora.fold(world.out / "nothing", world.adapter, minima="fp8")  # type: ignore[arg-type]
+
+
+def unrecorded(world: World) -> Path:
+    """An adapter's folder that does not say what its scaling means."""
+    write_adapter(world.adapter, world.out / "foreign")
+    (world.out / "foreign" / "qalora_adapter.json").unlink()
+    return world.out / "foreign"
+
+
+@effect("fold", "convention")
+def _(world: World) -> None:
+    place = unrecorded(world)
+    with pytest.raises(InputError, match="give --convention"):
+        qalora.fold(world.base, place)
+    assert unlike(*(qalora.fold(world.base, place, convention=one) for one in ("paper", "official")))
+    with pytest.raises(InputError, match="convention: expected none, or the adapter's own"):
+        qalora.fold(world.base, world.adapter, convention="official")
+
+
+# export
+
+
+@effect("export", "model", "targets", "out")
+def _(world: World) -> None:
+    plans = qalora.export(world.base, ["qalora", "mlx"], world.out)
+    assert [plan.target for plan in plans] == ["qalora", "mlx"]
+    assert load(world.out / "mlx").layout == "mlx"
+    for wrong in ("foo", ["gptq", "foo"]):
+        with pytest.raises(InputError, match=r"--to: expected one of .* got 'foo'"):
+            qalora.export(world.out / "nothing", wrong, world.out)
+    with pytest.raises(InputError, match="--to: expected at least one of"):
+        qalora.export(world.out / "nothing", [], world.out)
+
+
+@effect("export", "adapter")
+def _(world: World) -> None:
+    """The fine-tune is in every format: folded, or, over a base of integer zero points, beside it."""
+    write_adapter(world.adapter, world.out / "adapter")
+    for name, given in (
+        ("record", world.adapter),
+        ("folder", world.out / "adapter"),
+        ("text", str(world.out / "adapter")),
+    ):
+        made = load(world.exported("qalora", name, adapter=given))
+        assert_same_model(made, fold(world.base, world.adapter))
+    beside = load(world.exported("gptq", "whole", world.whole, adapter=world.adapter)).beside
+    assert beside is not None
+    assert read_adapter(beside, world.whole).layers.keys() == world.adapter.layers.keys()
+
+
+@effect("export", "minima")
+def _(world: World) -> None:
+    made = load(world.exported("qalora", adapter=world.adapter, minima="float32"))
+    assert_same_model(made, fold(world.base, world.adapter, minima="float32"))
+    with pytest.raises(InputError, match="minima: expected float16 or float32"):
+        world.exported("qalora", adapter=world.adapter, minima="fp8")
+
+
+@effect("export", "convention")
+def _(world: World) -> None:
+    place = unrecorded(world)
+    with pytest.raises(InputError, match="give --convention"):
+        world.exported("qalora", adapter=place)
+    made = load(world.exported("qalora", adapter=place, convention="official"))
+    assert_same_model(made, fold(world.base, read_adapter(place, world.base, convention="official")))
+
+
+@effect("export", "force")
+def _(world: World) -> None:
+    world.exported("qalora")
+    with pytest.raises(OutputError, match="exists already"):
+        world.exported("qalora")
+    world.exported("qalora", force=True)
+
+
+@effect("export", "name")
+def _(world: World) -> None:
+    qalora.export(world.base, "gguf", world.out, name="Ours")
+    (file,) = (world.out / "gguf").glob("*.gguf")
+    assert file.name.startswith("Ours")
+
+
+@effect("export", "allow_loss")
+def _(world: World) -> None:
+    wide = fold(world.base, world.adapter, minima="float32")
+    with pytest.raises(ExactnessError, match="--allow-loss minima"):
+        world.exported("gguf", model=wide)
+    for name, given in (("a", "minima"), ("b", ["minima"]), ("c", frozenset({"minima"}))):
+        assert list(world.exported("gguf", name, wide, allow_loss=given).glob("*.gguf"))
+    with pytest.raises(InputError, match=r"allow-loss: expected one of .* got 'quality'"):
+        qalora.export(world.out / "nothing", "gguf", world.out, allow_loss="quality")
+
+
+@effect("export", "gptq_form")
+def _(world: World) -> None:
+    assert load(world.exported("gptq", "a")).quantized
+    assert spec_of(load(world.exported("gptq", "b", gptq_form="eight-bit", allow_loss="eight-bit"))).bits == 8
+
+
+@effect("export", "gguf_form")
+def _(world: World) -> None:
+    for form, kind in (("auto", "Q4_1"), ("wide", "Q8_0")):
+        (file,) = world.exported(
+            "gguf", form, world.whole, gguf_form=form, allow_loss="minima" if form == "auto" else ()
+        ).glob("*.gguf")
+        assert kind in {tensor.type for tensor in read_header(file).tensors.values()}
+
+
+@effect("export", "accuracy_level")
+def _(world: World) -> None:
+    assert accuracy_level(world.exported("onnx", accuracy_level=4) / "model.onnx") == 4
+
+
+@effect("export", "onnx_embedding")
+def _(world: World) -> None:
+    name = "model.embed_tokens.weight"
+    coded = replace(world.base, tensors={**world.base.tensors, name: _coded(world, name)})
+    place = world.exported("onnx", model=coded, onnx_embedding="quantized")
+    graph = onnx.load(place / "model.onnx", load_external_data=False).graph
+    assert any(item.name.startswith("model.embed_tokens.table") for item in graph.initializer)
+
+
+def _coded(world: World, name: str) -> Any:
+    only = replace(world.base, tensors={name: load(world.float_model).tensors[name]}, linears=(name,))
+    return quantize_model(only, bits=8, zeros="symmetric").tensors[name]
+
+
+@effect("export", "lora_slots")
+def _(world: World) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    for name, given in (("a", [module]), ("b", module)):
+        graph = onnx.load(world.exported("onnx", name, lora_slots=given) / "model.onnx", load_external_data=False).graph
+        assert f"{module}.lora_A" in {value.name for value in graph.input}
+    with pytest.raises(InputError, match="--lora-slots: expected --to onnx, got mlx"):
+        world.exported("mlx", lora_slots=[module])
+
+
+@effect("export", "max_shard_size", "split_max_size")
+def _(world: World) -> None:
+    assert len(list(world.exported("qalora", max_shard_size=40_000).glob("*.safetensors"))) > 1
+    assert len(list(world.exported("gguf", split_max_size=40_000).glob("*.gguf"))) > 1
+
+
+@effect("export", "provenance")
+def _(world: World) -> None:
+    place = world.exported("qalora", provenance={"qalora.provenance.of": "ours"})
+    with safe_open(place / "model.safetensors", "pt") as file:
+        assert file.metadata()["qalora.provenance.of"] == "ours"
+
+
+# verify
+
+
+@effect("verify", "reference", "artifacts")
+def _(world: World) -> None:
+    assert qalora.verify(world.artifact, world.artifact, level="weights").passed()
+    assert not qalora.verify(world.base, [str(world.artifact)], level="weights").passed()
+
+
+@effect("verify", "adapter", "level")
+def _(world: World) -> None:
+    write_adapter(world.adapter, world.out / "adapter")
+    for given in (world.adapter, world.out / "adapter", str(world.out / "adapter")):
+        report = world.verified(adapter=given, level="weights")
+        assert report.passed()
+        assert report.adapter.layers == len(world.adapter.layers)
+        assert report.artifacts[0].runs == ()
+    with pytest.raises(InputError, match="--level: expected one of"):
+        qalora.verify(world.out / "nothing", [], level="colour")
+
+
+@effect("verify", "convention")
+def _(world: World) -> None:
+    place = unrecorded(world)
+    assert world.verified(adapter=place, convention="paper", level="weights").passed()
+    assert not world.verified(adapter=place, convention="official", level="weights").passed()
+
+
+@effect("verify", "minima")
+def _(world: World) -> None:
+    assert world.verified(level="weights").passed()
+    assert not world.verified(minima="float32", level="weights").passed()
+
+
+@effect("verify", "text", "max_tokens")
+def _(world: World) -> None:
+    report = world.verified(level="logits", text="some words " * 50, max_tokens=17)
+    assert (report.text, report.tokens) == ("text given", 17)
+
+
+@effect("verify", "tokens")
+def _(world: World) -> None:
+    report = world.verified(level="logits", tokens=[1, 2, 3, 4] * 3)
+    assert (report.text, report.tokens) == ("tokens given", 12)
+
+
+@effect("verify", "prompts", "generate", "threads")
+def _(world: World) -> None:
+    report = world.verified(prompts=["one", "two", "three"], generate=3)
+    (run,) = report.artifacts[0].runs
+    assert [len(made.tokens) for made in run.generations] == [3, 3, 3]
+    assert run.runtime.threads == 1
+    for name in ("generate", "threads", "max_tokens", "memory"):
+        with pytest.raises(InputError, match=f"{name}: expected at least 1, got 0"):
+            qalora.verify(world.out / "nothing", [], **{name: 0})
+
+
+@effect("verify", "memory")
+def _(world: World) -> None:
+    report = world.verified(level="logits", memory=1000)
+    assert "of memory, and there are" in report.failure()
+
+
+@effect("verify", "dynamic_int8", "progress")
+def _(world: World) -> None:
+    said: list[str] = []
+    report = world.verified(level="logits", dynamic_int8=True, progress=lambda stage, share: said.append(stage))
+    assert report.comparison is not None
+    assert {"reference", "running dynamic INT8"} <= set(said)
+
+
+@effect("verify", "relative_to")
+def _(world: World) -> None:
+    report = world.verified(level="weights", relative_to=world.artifact.parent.parent)
+    assert report.artifacts[0].name == f"{world.artifact.parent.name}/qalora"
+
+
+# all of them
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's dynamic INT8
+@pytest.mark.parametrize(
+    "proof",
+    dict.fromkeys(EFFECTS.values()),
+    ids=lambda proof: "-".join(name for (_, name), one in EFFECTS.items() if one is proof)[:60],
+)
+def test_a_keyword_does_what_it_says(proof: Callable[[World], None], world: World) -> None:
+    proof(world)
+
+
+def test_every_public_function_is_known_here() -> None:
+    assert set(OPTIONS) == {name for name in qalora.__all__ if inspect.isfunction(getattr(qalora, name))}
+
+
+def test_every_keyword_has_an_effect_here() -> None:
+    """A new keyword without an entry fails, and an entry of none."""
+    assert set(every_keyword()) == set(EFFECTS)
+
+
+def test_what_is_no_keyword_is_refused(world: World) -> None:
+    for call in (
+        lambda: qalora.export(world.base, "gguf", world.out, adaptor=world.adapter),
+        lambda: qalora.quantize(world.base, group=32),
+        lambda: qalora.verify(world.base, [world.artifact], adaptor=world.adapter),
+        lambda: qalora.train(world.base, world.text, world.out / "x", ranks=3),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            call()
