@@ -23,7 +23,18 @@ from qalora.errors import AdapterError
 from qalora.formats.files import contained
 from qalora.formats.json_text import read_json_object
 
-__all__ = ["CONFIG", "PeftConfig", "check_number", "check_work", "parse_config", "read_json"]
+__all__ = [
+    "CONFIG",
+    "PATTERNS",
+    "STEPS",
+    "PeftConfig",
+    "check_number",
+    "check_work",
+    "is_safe",
+    "matching_steps",
+    "parse_config",
+    "read_json",
+]
 
 CONFIG = "adapter_config.json"
 JSON_LIMIT = 16 << 20
@@ -104,25 +115,37 @@ class PeftConfig:
 
 
 def check_work(config: PeftConfig, modules: Collection[str], where: str) -> None:
-    """AdapterError for expressions that could take more than STEPS to be matched with an adapter's modules.
-
-    An expression with n repetitions and k ways through its alternatives tries at most k * comb(length + n, n) places
-    behind each dot of a name.
-    """
-    names = Counter((len(module), module.count(".")) for module in modules)
-    forms = Counter(_ways(pattern.pattern) for pattern, _ in (*config.rank_pattern, *config.alpha_pattern))
-    steps = sum(
-        expressions * count * (10 + (dots + 1) * ways * math.comb(length + loops, loops))
-        for (loops, ways), expressions in forms.items()
-        for (length, dots), count in names.items()
-    )
-    if steps > STEPS:
+    """AdapterError for expressions that could take more than STEPS to be matched with an adapter's modules."""
+    texts = [pattern.pattern for pattern, _ in (*config.rank_pattern, *config.alpha_pattern)]
+    if matching_steps(texts, modules) > STEPS:
         raise AdapterError(
             f"{where}: rank_pattern and alpha_pattern",
             expected=f"expressions that match in {STEPS} steps",
             got=f"some that could take more with {len(modules)} modules",
             todo="name the modules in full",
         )
+
+
+def matching_steps(texts: Collection[str], modules: Collection[str]) -> int:
+    """What matching all expressions with all names may take, at most, for expressions that `is_safe` takes.
+
+    An expression with n repetitions and k ways through its alternatives tries at most k * comb(length + n, n) places
+    behind each dot of a name.
+    """
+    names = Counter((len(module), module.count(".")) for module in modules)
+    return sum(
+        expressions * count * (10 + (dots + 1) * ways * math.comb(length + loops, loops))
+        for (loops, ways), expressions in Counter(map(_ways, texts)).items()
+        for (length, dots), count in names.items()
+    )
+
+
+def is_safe(text: str) -> bool:
+    """Whether an expression takes no exponential time, and no high power of a name's length."""
+    plain = re.fullmatch(r"[\w.\-\\]*", text) is not None
+    branches = text.count("|") if text.count("(") > 1 else 0
+    looped = re.search(r"\)[*+?{]", text) is not None or _repetitions(text) > REPETITIONS or branches > 16
+    return len(text) <= PATTERN_LENGTH and (plain or not looped)
 
 
 def _repetitions(text: str) -> int:
@@ -217,13 +240,8 @@ def _patterns(
 
 
 def _pattern(text: str, where: str) -> re.Pattern[str]:
-    """Compile PEFT's expression; what is refused could take exponential time, or a high power of a name's length."""
-    plain = re.fullmatch(r"[\w.\-\\]*", text) is not None
-    loops = _repetitions(text)
-    branches = text.count("|") if text.count("(") > 1 else 0
-    if len(text) > PATTERN_LENGTH or (
-        not plain and (re.search(r"\)[*+?{]", text) or loops > REPETITIONS or branches > 16)
-    ):
+    """Compile PEFT's expression."""
+    if not is_safe(text):
         raise AdapterError(
             f"{where}: the expression {text[:80]!r}",
             expected=f"at most {PATTERN_LENGTH} characters and {REPETITIONS} repetitions, none of them of a group",

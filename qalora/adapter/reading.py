@@ -26,6 +26,7 @@ from qalora.adapter.peft_config import CONFIG, PeftConfig, check_number, check_w
 from qalora.adapter.records import CONVENTIONS, Adapter, AdapterLayer, Convention, convention_factor
 from qalora.adapter.writing import RECORD, RECORD_VERSION, WEIGHTS
 from qalora.errors import AdapterError, FormatError, InputError
+from qalora.formats.around import instead_of_adapter
 from qalora.formats.files import InputFile, contained
 from qalora.formats.safetensors import Entry, read_header, read_tensor
 
@@ -134,13 +135,12 @@ def _check_folder(folder: Path) -> None:
             todo=f"convert it in a process of its own: python tools/convert_pickle.py {pickle}",
         )
     if not folder.is_dir():
-        got = "a file" if folder.exists() else "nothing"
-        raise InputError(str(folder), expected=f"an adapter's folder with {CONFIG} and {WEIGHTS}", got=got)
+        got, todo = instead_of_adapter(folder, CONFIG)
+        raise InputError(str(folder), expected=f"an adapter's folder with {CONFIG} and {WEIGHTS}", got=got, todo=todo)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).exists():
-            inside = folder / "adapter_model"  # where the official repository's trainer puts it
-            todo = f"give {inside}" if (inside / CONFIG).exists() else ""
-            raise FormatError(str(folder), expected=f"an adapter's folder with {name}", got="none", todo=todo)
+            got, todo = instead_of_adapter(folder, name)
+            raise FormatError(str(folder), expected=f"an adapter's folder with {name}", got=got, todo=todo)
 
 
 def _pairs(entries: Mapping[str, Entry], where: str) -> dict[str, tuple[Entry, Entry]]:

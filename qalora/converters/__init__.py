@@ -12,6 +12,7 @@ from pathlib import Path
 from qalora.checkpoint import Checkpoint
 from qalora.converters.plan import Target
 from qalora.errors import FormatError, InputError
+from qalora.formats.files import InputFile
 from qalora.formats.gptq import VERSIONS
 
 __all__ = ["TARGETS", "load", "target"]
@@ -99,8 +100,8 @@ def _load_onnx(path: Path) -> Checkpoint:
 def _load_file(path: Path) -> Checkpoint:
     if path.suffix == ".onnx":
         return _load_onnx(path)
-    with path.open("rb") as file:
-        magic = file.read(4)
+    with InputFile(path) as file:
+        magic = file.read(0, min(4, file.size))
     if magic == b"GGUF":
         from qalora.converters.gguf.reader import read as read_gguf
 

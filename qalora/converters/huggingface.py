@@ -16,7 +16,8 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import bias_names, family_of, linear_names, settings_of
 from qalora.errors import FormatError, InputError
-from qalora.formats.files import InputFile, contained, may_be_of_the_hub
+from qalora.formats.around import instead_of_config
+from qalora.formats.files import InputFile, check_content, contained, may_be_of_the_hub
 from qalora.formats.json_text import read_json_object
 from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
 from qalora.tensor import check_finite
@@ -63,7 +64,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A JSON object of `folder`; FormatError if it is missing or not one."""
     path = contained(folder, name)
     if not path.exists():
-        raise FormatError(f"{folder}", expected=f"a model folder with {name}", got="none")
+        got, todo = instead_of_config(folder) if name == "config.json" else ("none", "")
+        raise FormatError(f"{folder}", expected=f"a model folder with {name}", got=got, todo=todo)
     return read_json_object(path, CONFIG_LIMIT)
 
 
@@ -85,9 +87,12 @@ def quant_method(folder: Path) -> str | None:
 
 
 def companion_files(folder: Path) -> dict[str, Path]:
-    """The tokenizer and other small files that travel along, by name."""
+    """The tokenizer and other small files that travel along, by name; FormatError for a Git LFS pointer among them."""
     templates = [f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja"))]
-    return {name: contained(folder, name) for name in (*COMPANIONS, *templates) if (folder / name).exists()}
+    found = {name: contained(folder, name) for name in (*COMPANIONS, *templates) if (folder / name).exists()}
+    for path in found.values():
+        check_content(path)
+    return found
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
@@ -124,11 +129,47 @@ def read(folder: Path) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if str(config.get("model_type")) in TEXT_PARTS and isinstance(config.get("text_config"), dict):
         config, stored, notes = _text_part(config, stored, folder)
+    _check_floats(folder, stored)
     tensors = {name: float_tensor(name, *where) for name, where in stored.items()}
     return model_of(folder, "huggingface", config, tensors, notes=notes)
 
 
 Stored = dict[str, tuple[Path, Entry]]
+
+_INTEGERS = {
+    ".qweight": ("GPTQ", "quantize_config.json, which came with the model, is missing: put it beside config.json"),
+    ".codes": ("qalora", "its quantization_config is missing: take config.json from where the model came from"),
+    ".W_q": ("HQQ", "its quantization_config is missing: take config.json from where the model came from"),
+    ".weight_packed": ("compressed-tensors", "it is not read here: start from the float model"),
+    ".weight.absmax": ("bitsandbytes", "it is not read here: start from the float model"),
+    ".weight_scale_inv": ("FP8", "it is not read here: start from the float model"),
+    ".biases": ("MLX", "`quantization` is missing in config.json: take it from where the model came from"),
+}
+"""Ends of tensors' names that tell integers, whose they are, and what to do where the config says nothing of them."""
+
+
+def _check_floats(folder: Path, stored: Stored) -> None:
+    """FormatError for a model whose config says nothing of the integers that it holds."""
+    for end, (kind, todo) in _INTEGERS.items():
+        found = sorted(name for name in stored if name.endswith(end))
+        if not found:
+            continue
+        if kind == "GPTQ" and _is_awq(found[0], stored):
+            kind, todo = "AWQ", "it is not read here: start from the float model, or from its GPTQ version"
+        raise FormatError(
+            f"{folder} holds {kind} integers, {len(found)} tensors such as {found[0]}, and config.json has no "
+            "quantization_config",
+            todo=todo,
+        )
+
+
+def _is_awq(name: str, stored: Stored) -> bool:
+    """AWQ packs along `out`, so that its words are fewer than its scales, and has no g_idx."""
+    module = name.removesuffix(".qweight")
+    scales, words = stored.get(f"{module}.scales"), stored[name][1].shape
+    if scales is None or f"{module}.g_idx" in stored or len(words) != 2 or len(scales[1].shape) != 2:
+        return False
+    return words[1] != scales[1].shape[1] and words[1] * 32 % scales[1].shape[1] == 0
 
 
 def _text_part(

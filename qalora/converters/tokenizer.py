@@ -373,14 +373,22 @@ def _vocabulary(vocab: Mapping[str, int], added: list[Any], vocab_size: int) -> 
     types = [UNUSED] * vocab_size
     for token, n in vocab.items():
         if not isinstance(n, int) or not 0 <= n < vocab_size:
-            raise InputError("tokenizer.json: token id", expected=f"0..{vocab_size - 1}", got=repr(n))
+            raise _outside(token, n, vocab_size)
         tokens[n], types[n] = token, NORMAL
     for entry in added:
         n = entry["id"]
         if not isinstance(n, int) or not 0 <= n < vocab_size:
-            raise InputError("tokenizer.json: added token id", expected=f"0..{vocab_size - 1}", got=repr(n))
+            raise _outside(entry["content"], n, vocab_size)
         tokens[n], types[n] = entry["content"], CONTROL if entry.get("special") else USER_DEFINED
     return tokens, types
+
+
+def _outside(token: object, n: object, vocab_size: int) -> InputError:
+    return InputError(
+        f"tokenizer.json: token {token!r:.80} has id {n!r:.40}",
+        expected=f"0..{vocab_size - 1}, the rows that the model has",
+        todo="resize the model's embedding for it (resize_token_embeddings), or remove the token",
+    )
 
 
 def _special_id(model: Checkpoint, tokenizer: Any, kind: str, tokens: list[str]) -> int | None:

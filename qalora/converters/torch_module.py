@@ -68,6 +68,8 @@ def _empty(config: Mapping[str, Any], where: object) -> Any:
         with torch.device("meta"):
             settings = AutoConfig.for_model(**plain)
             return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=attention)
+    except InputError:  # of ours, and a sentence already
+        raise
     except Exception as error:  # whatever a config that is damaged makes transformers raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{where}: config.json", expected="one that transformers takes", got=reason) from error

@@ -24,11 +24,35 @@ from torch import Tensor
 
 from qalora.errors import FormatError, InputError, OutputError
 
-__all__ = ["InputFile", "OutputFile", "check_dimensions", "contained", "may_be_of_the_hub", "read_limited"]
+__all__ = [
+    "InputFile",
+    "OutputFile",
+    "check_content",
+    "check_dimensions",
+    "contained",
+    "may_be_of_the_hub",
+    "read_limited",
+]
 
 
 MAX_DIMENSIONS = 8
 """Of a stored tensor; the product of a million sizes would take minutes, and torch has no more than 64."""
+
+
+POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+"""What a Git LFS pointer begins with. Source: git-lfs, docs/spec.md."""
+
+POINTER_SIZE = 1024
+"""Bytes that a pointer has fewer than."""
+
+
+def check_content(path: Path) -> None:
+    """FormatError for a file that is a Git LFS pointer: a few lines in the place of the file that they stand for.
+
+    `InputFile` asks this of every file that it opens; this is for those that others open, or that are only carried.
+    """
+    with InputFile(path):
+        pass
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -83,7 +107,10 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 class InputFile:
-    """A regular file, read by offset; every read is checked against the size the file had when it was opened."""
+    """A regular file, read by offset; every read is checked against the size the file had when it was opened.
+
+    Raises InputError for what cannot be opened, FormatError for a Git LFS pointer in its place.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,6 +122,12 @@ class InputFile:
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}") from error
         self.size = status.st_size
+        if self.size < POINTER_SIZE and self._file.read(max(map(len, POINTERS))).startswith(POINTERS):
+            self._file.close()
+            raise FormatError(
+                f"{path}: a Git LFS pointer, which stands for the file and is not it",
+                todo="fetch the file itself: git lfs pull, or download it from the Hub",
+            )
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`; FormatError if the file does not hold them."""

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError
+from qalora.formats.around import instead_of_weights
 from qalora.formats.files import InputFile, OutputFile, check_dimensions, contained, read_limited
 from qalora.formats.json_text import parse_json
 from qalora.formats.output import json_bytes
@@ -226,7 +227,8 @@ def shards(folder: Path, stem: str = "model") -> dict[str, Path]:
         return dict.fromkeys(read_header(path).entries, path)
     index = folder / f"{stem}.safetensors.index.json"
     if not index.exists():
-        raise FormatError(f"{folder}", expected=f"{single.name} or {index.name}", got="neither")
+        got, todo = instead_of_weights(folder, stem)
+        raise FormatError(f"{folder}", expected=f"{single.name} or {index.name}", got=got, todo=todo)
     content = _parse_json(read_limited(contained(folder, index.name), MAX_HEADER), index)
     names = content.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(value, str) for value in names.values()):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
+from qalora.formats.around import instead_of_model
+from qalora.formats.files import InputFile
 from qalora.formats.gguf_split import part_number, split_files
 from qalora.formats.onnx import read_model
 
@@ -74,9 +76,8 @@ def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Ar
     for path in paths:
         here = _artifacts(path)
         if not here:
-            raise InputError(
-                str(path), expected="a GGUF or ONNX file, a model folder, or a folder of them", got=_what(path)
-            )
+            wanted = "a GGUF or ONNX file, a model folder, or a folder of them"
+            raise InputError(str(path), expected=wanted, got=instead_of_model(path))
         for kind, place in here:
             found.append(Artifact(name=_name(place, path, relative_to), kind=kind, path=place))
     return _distinct(_paired(found))
@@ -100,8 +101,8 @@ def _artifacts(path: Path) -> list[tuple[str, Path]]:
     if path.is_file():
         if path.suffix == ".onnx":
             return [("onnx", path)]
-        with path.open("rb") as file:
-            return [("gguf", path)] if file.read(4) == b"GGUF" else []
+        with InputFile(path) as file:
+            return [("gguf", path)] if file.read(0, min(4, file.size)) == b"GGUF" else []
     if not path.is_dir():
         return []
     if (path / "model.onnx").is_file():
@@ -120,12 +121,6 @@ def _folder_kind(path: Path) -> str:
 
     method = quant_method(path)
     return method if method in RUNTIMES else "huggingface"
-
-
-def _what(path: Path) -> str:
-    if not path.exists():
-        return "nothing there"
-    return "a folder without one" if path.is_dir() else "a file of another kind"
 
 
 def _name(place: Path, given: Path, relative_to: Path | None) -> str:

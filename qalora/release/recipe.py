@@ -99,7 +99,7 @@ def read_recipe(path: Path) -> Source:
     text = read_utf8(path, LIMIT).replace("\r\n", "\n")
     length = max(1, text.rstrip("\n").count("\n") + 1)
     try:
-        return Source(path=path, content=tomllib.loads(text), lines=key_lines(text), length=length)
+        content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         said = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
         what, at, column = (str(error), None, None) if said is None else said.groups()
@@ -107,6 +107,7 @@ def read_recipe(path: Path) -> Source:
         raise FormatError(place, expected="TOML", got=f"a mistake ({what})") from error
     except (RecursionError, ValueError) as error:  # what is nested too deep; a number of thousands of digits
         raise FormatError(f"{path}:1", expected="TOML of a recipe's size", got=type(error).__name__) from error
+    return Source(path=path, content=content, lines=key_lines(text), length=length)
 
 
 def check_recipe(source: Source, sections: Sequence[Section]) -> dict[str, dict[str, Any]]:
@@ -174,6 +175,8 @@ def _check_keys(source: Source, section: Section, held: Mapping[str, Any]) -> di
 def _checked(place: str, key: Key, value: Any, section: Section) -> Any:
     try:
         return key.check(value)
+    except InputError as error:  # a ValueError too, and a sentence already
+        raise InputError(f"{place}: {error}") from error
     except ValueError as error:
         said = str(error)
         if said.startswith("expected "):

@@ -369,7 +369,7 @@ def test_layers_of_their_own_width_are_read_where_config_allows_it(tiny_untied: 
     written(model, folder)
     other = random_tensor(64, 64, bits=8, group_size=64, zeros="integer")
     layer = encode(other, "own")
-    relabel(folder, dynamic={"+:.*q_proj": {"bits": 8, "group_size": 64}})
+    relabel(folder, dynamic={r"+:.*\.0\..*q_proj": {"bits": 8, "group_size": 64}})
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{Q_PROJ}.qweight"] = pack_qweight(layer.packed)

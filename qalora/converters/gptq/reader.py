@@ -25,6 +25,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of, linear_names
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, StoredResidual, find_residual, pooling_matrix
+from qalora.converters.gptq.dynamic import Rule, check_rules, parse_rules, rule_of
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
@@ -48,7 +49,7 @@ _Stored = Mapping[str, tuple[Path, Entry]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settings:
-    """What quantization_config says. group_size -1: whole rows. dynamic: layers may differ from it."""
+    """What quantization_config says. group_size -1: whole rows. rules: of layers that differ; where: it was read."""
 
     bits: int
     group_size: int
@@ -56,7 +57,8 @@ class _Settings:
     symmetric: bool
     ours: bool
     minima: torch.dtype
-    dynamic: bool
+    rules: tuple[Rule, ...]
+    where: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,7 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     modules = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
     if not modules:
         raise FormatError(f"{folder}", expected="tensors named <layer>.qweight", got="none")
+    check_rules(settings.rules, modules, settings.where)
     layers = {module: _layer(folder, module, stored, settings) for module in modules}
     version, symmetric, notes = _version(folder, settings, list(layers.values()), checkpoint_format)
     linears = linear_names(config, folder)
@@ -149,7 +152,8 @@ def _settings(folder: Path, config: object) -> _Settings:
         symmetric=config.get("sym") is True,
         ours=ours,
         minima=torch.float16 if ours and meta.get("minima") == "float16" else torch.float32,
-        dynamic=bool(config.get("dynamic")),
+        rules=parse_rules(config.get("dynamic"), where),
+        where=where,
     )
 
 
@@ -164,16 +168,16 @@ def _layer(folder: Path, module: str, stored: _Stored, settings: _Settings) -> _
     entries = {part: entry for part, (_, entry) in parts.items()}
     _check_dtypes(where, entries)
     words, rows = entries["qweight"].shape
-    bits = _bits(entries, settings)
+    bits, group_size, why = _sizes(module, settings)
     columns, groups = words * 32 // bits, entries["scales"].shape[0]
     if rows == 0 or groups == 0 or words == 0 or words * 32 % bits or columns % groups:
         raise FormatError(
             where, expected=f"{bits}-bit rows in equal groups", got=f"{words} words in {groups} groups of {rows} rows"
         )
-    if not settings.dynamic and groups != _groups(columns, settings.group_size):
+    if groups != _groups(columns, group_size):
         raise FormatError(
             f"{where}.scales",
-            expected=f"{_groups(columns, settings.group_size)} groups of {settings.group_size} in {columns} columns",
+            expected=f"{_groups(columns, group_size)} groups of {group_size} in {columns} columns{why}",
             got=f"{groups}",
         )
     shapes = {"qzeros": (groups, rows * bits // 32), "scales": (groups, rows), "g_idx": (columns,)}
@@ -206,12 +210,18 @@ def _check_dtypes(where: str, entries: Mapping[str, Entry]) -> None:
             )
 
 
-def _bits(entries: Mapping[str, Entry], settings: _Settings) -> int:
-    """The width of one layer: config's, unless layers may differ and g_idx tells `in`."""
-    if not settings.dynamic or "g_idx" not in entries or entries["g_idx"].shape[0] == 0:
-        return settings.bits
-    bits, rest = divmod(entries["qweight"].shape[0] * 32, entries["g_idx"].shape[0])
-    return bits if rest == 0 and bits in BITS else settings.bits
+def _sizes(module: str, settings: _Settings) -> tuple[int, int, str]:
+    """Width and group size of one layer by the rules, and a word about the rule; FormatError if one leaves it out."""
+    rule = rule_of(settings.rules, module)
+    if rule is None:
+        return settings.bits, settings.group_size, ""
+    told = f"the rule {rule.text[:120]!r} of dynamic"
+    if rule.out:
+        raise FormatError(
+            f"{settings.where}: {told} leaves out {module}", expected="floats there", got="tensors named qweight"
+        )
+    size = settings.group_size if rule.group_size is None else rule.group_size
+    return rule.bits or settings.bits, size, f" at {rule.bits or settings.bits} bits, by {told}"
 
 
 def _groups(columns: int, group_size: int) -> int:

@@ -31,6 +31,7 @@ from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
 from qalora.converters.onnx.order import ungathered
 from qalora.errors import AdapterError, FormatError, InputError, OutputError
+from qalora.formats.files import check_content
 
 __all__ = ["RANK", "add_slots", "read_adapter_file", "rounded_modules", "slot_names", "write_adapter_file"]
 
@@ -125,6 +126,7 @@ def read_adapter_file(path: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
     """lora_A and lora_B of each module in an .onnx_adapter file, as copies; FormatError for what is none."""
     import onnxruntime
 
+    check_content(path)
     try:
         values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
     except Exception as error:  # onnxruntime has no error tree that could be named

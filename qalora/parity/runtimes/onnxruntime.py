@@ -174,8 +174,9 @@ class OnnxRuntime(DecoderRuntime):
         self._providers: list[Any] = [provider]
         if provider == "CUDAExecutionProvider":  # without TF32, whose products have 11 significant bits
             self._providers = [(provider, {"use_tf32": "0"}), "CPUExecutionProvider"]
+        options = self._options()
         try:
-            self._session = onnxruntime.InferenceSession(str(self._file), self._options(), providers=self._providers)
+            self._session = onnxruntime.InferenceSession(str(self._file), options, providers=self._providers)
         except Exception as error:  # onnxruntime has no error tree that could be named
             raise _refused(self._file, "load", error) from error
         inputs = {node.name: (node.type, node.shape) for node in self._session.get_inputs()}
