@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qalora.adapter import Adapter, AdapterLayer
+from qalora.adapter import Adapter, AdapterLayer, carry
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import AdapterError, InputError
 from qalora.tensor import GroupQuantTensor, QuantSpec
@@ -48,7 +48,8 @@ FLOAT16_MAX = 65504.0
 
 
 def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -> Checkpoint:
-    """The model with the adapter in its minima; each layer is folded when it is read.
+    """The model with the adapter in its minima; each layer is folded when it is read. Tensors that the adapter brings
+    whole take the place of the model's, see `qalora.adapter.saved`.
 
     minima  what the new minima are rounded to: what the adapter was trained with, or float16, by default
 
@@ -62,6 +63,7 @@ def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -
             f"{model.path} holds no integers, and an adapter is folded into integer weights",
             todo=f"quantize it first: qalora quantize {model.path} -o DIR",
         )
+    model = carry(model, adapter)
     tensors = dict(model.tensors)
     for module, layer in adapter.layers.items():
         name = f"{module}.weight"

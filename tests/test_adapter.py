@@ -255,8 +255,9 @@ def test_sixteen_bits_widen_exactly_and_names_may_hold_the_adapters(
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "ADALORA"}, "expected LORA, got 'ADALORA'"),
     ({"use_dora": True}, "use_dora is set"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
-    ({"bias": "all"}, "bias: expected none, got 'all'"),
+    ({"bias": "some"}, "bias: expected none or all or lora_only, got 'some'"),
+    ({"modules_to_save": 1}, "modules_to_save: expected a list of names, got 1"),
+    ({"trainable_token_indices": [1, 1]}, "expected token ids, each once"),
     ({"lora_bias": True}, "lora_bias is set"),
     ({"init_lora_weights": "pissa_niter_4"}, "changes the base's weights"),
     ({"r": 8}, r"expected the rank of adapter_config.json, 8, got \[4, "),

@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,6 @@ JSON_LIMIT = 16 << 20
 UNSUPPORTED: dict[str, str] = {
     "use_dora": "DoRA",
     "lora_bias": "a bias in lora_B",
-    "modules_to_save": "whole modules trained beside",
-    "trainable_token_indices": "trained token embeddings",
     "target_parameters": "parameters that are no modules",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
@@ -69,6 +67,11 @@ CARRIED = (
 )
 """Keys that an adapter carries along in its metadata."""
 
+SAVING = ("bias", "ensure_weight_tying", "modules_to_save", "trainable_token_indices")
+"""Keys of tensors of the base that are trained too."""
+
+BIASES = ("none", "all", "lora_only")
+
 BEFORE, BEHIND = r"(.*\.)?(", ")$"
 """What PEFT puts around an expression."""
 
@@ -88,7 +91,8 @@ class PeftConfig:
     """The part of adapter_config.json that decides what the adapter adds.
 
     use_qalora and group_size are PEFT's `use_qalora` and `qalora_group_size`; PEFT ignores both, silently, on layers
-    that are not GPTQ's, so that the shape of A decides, not the flag.
+    that are not GPTQ's, so that the shape of A decides, not the flag. bias, modules_to_save and token_indices (by the
+    end of a module's path) say which tensors of the base are trained too; saving: those keys as they are.
     """
 
     rank: int
@@ -99,6 +103,10 @@ class PeftConfig:
     use_qalora: bool
     group_size: int
     carried: Mapping[str, Any]
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    saving: Mapping[str, Any] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         """The rank of a module."""
@@ -180,8 +188,8 @@ def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:
                 f"{where}: {key} is set ({meaning}), so that the adapter is more than W + s*B@A",
                 todo="only LoRA and QA-LoRA are supported",
             )
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{where}: bias", expected="none", got=repr(config["bias"]), todo="train it without biases")
+    if config.get("bias", "none") not in BIASES:
+        raise AdapterError(f"{where}: bias", expected=" or ".join(BIASES), got=repr(config["bias"])[:80])
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         raise AdapterError(
@@ -198,7 +206,31 @@ def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:
         use_qalora=_flag(config, "use_qalora", where),
         group_size=int(check_number(config.get("qalora_group_size", 16), f"{where}: qalora_group_size", whole=True)),
         carried={key: _carried(config[key], f"{where}: {key}") for key in CARRIED if config.get(key) is not None},
+        bias=str(config.get("bias", "none")),
+        modules_to_save=_modules_to_save(config.get("modules_to_save"), f"{where}: modules_to_save"),
+        token_indices=_token_indices(config.get("trainable_token_indices"), f"{where}: trainable_token_indices"),
+        saving={key: config[key] for key in SAVING if config.get(key) not in (None, "none", False, [], {})},
     )
+
+
+def _modules_to_save(value: object, where: str) -> tuple[str, ...]:
+    """Ends of module paths."""
+    found = [value] if isinstance(value, str) else value or []
+    if not isinstance(found, list) or not all(isinstance(name, str) and name.isprintable() and name for name in found):
+        raise AdapterError(where, expected="a list of names", got=ascii(value)[:80])
+    return tuple(found)
+
+
+def _token_indices(value: object, where: str) -> dict[str, tuple[int, ...]]:
+    """Rows of each embedding, by the end of its path; a list is of the input embedding."""
+    found = {"embed_tokens": value} if isinstance(value, list) else value or {}
+    if not isinstance(found, dict):
+        raise AdapterError(where, expected="a list of token ids, or an object of them", got=ascii(value)[:80])
+    for name, ids in found.items():
+        whole = isinstance(ids, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in ids)
+        if not whole or not ids or len(set(ids)) != len(ids):
+            raise AdapterError(f"{where}: {name[:80]!r}", expected="token ids, each once", got=ascii(ids)[:80])
+    return {name: tuple(ids) for name, ids in found.items()}
 
 
 def _carried(value: object, where: str) -> object:

@@ -13,7 +13,6 @@ Tensors are float32, float16 or bfloat16, and are widened exactly. Nothing is un
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from qalora.adapter.keys import sort_keys
 from qalora.adapter.peft_config import CONFIG, PeftConfig, check_number, check_work, parse_config, read_json
 from qalora.adapter.records import CONVENTIONS, Adapter, AdapterLayer, Convention, convention_factor
+from qalora.adapter.saved import SavedTensors
+from qalora.adapter.saving import check_names, check_saved, saved_tensors
 from qalora.adapter.writing import RECORD, RECORD_VERSION, WEIGHTS
+from qalora.checkpoint import module_of
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.formats.around import instead_of_adapter
 from qalora.formats.files import InputFile, contained
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterRecord", "AdapterSource", "convention_of", "given_adapter", "open_adapter", "read_adapter"]
 
-NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.\-]+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
-NAME_LENGTH = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAME_FACTOR = 2.0**-48
 """How far, relatively, a recorded factor may be from what alpha gives, which is rounded at each of five steps."""
@@ -53,12 +54,13 @@ class AdapterRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSource:
-    """An adapter's folder before its tensors are read: for each module where its A and B are."""
+    """An adapter's folder before its tensors are read: for each module where its A and B are; what it brings whole."""
 
     folder: Path
     config: PeftConfig
     record: AdapterRecord | None
     pairs: Mapping[str, tuple[Entry, Entry]]
+    saved: SavedTensors | None = None
 
     def columns(self, module: str) -> int:
         """The columns of the module's A."""
@@ -91,7 +93,7 @@ def read_adapter(path: Path | str, model: Checkpoint | None = None, *, conventio
             factor = _factor(source, module, chosen, pools[module])
             layers[module] = AdapterLayer(a=a, b=b, pool_size=pools[module], scaling=scaling, factor=factor)
     minima = source.record.minima if source.record is not None else None
-    return Adapter(layers=layers, convention=chosen, minima=minima, metadata=source.config.carried)
+    return Adapter(layers=layers, convention=chosen, minima=minima, metadata=source.config.carried, saved=source.saved)
 
 
 def given_adapter(
@@ -113,8 +115,15 @@ def open_adapter(folder: Path) -> AdapterSource:
     """Check an adapter's folder and read config, record and headers, no values; raises as `read_adapter` does."""
     _check_folder(folder)
     config = parse_config(read_json(folder, CONFIG), str(folder / CONFIG))
-    pairs = _pairs(read_header(contained(folder, WEIGHTS)).entries, str(folder / WEIGHTS))
-    check_work(config, pairs, str(folder / CONFIG))
+    weights = contained(folder, WEIGHTS)
+    entries, where = read_header(weights).entries, str(folder / WEIGHTS)
+    keys = sort_keys(entries, where)
+    pairs = {
+        module: _pair({part: entries[name] for part, name in parts.items()}, f"{where}: {module}")
+        for module, parts in keys.pairs.items()
+    }
+    check_work(config, {*pairs, *keys.wrapped.values()}, str(folder / CONFIG))
+    check_names(config, keys, str(folder / CONFIG))
     for module, (a, _) in pairs.items():
         if a.shape[0] != config.rank_of(module):
             raise AdapterError(
@@ -122,7 +131,8 @@ def open_adapter(folder: Path) -> AdapterSource:
                 expected=f"the rank of {CONFIG}, {config.rank_of(module)}",
                 got=str(list(a.shape)),
             )
-    return AdapterSource(folder=folder, config=config, record=_read_record(folder, pairs), pairs=pairs)
+    saved = saved_tensors(folder, weights, config, keys, entries)
+    return AdapterSource(folder=folder, config=config, record=_read_record(folder, pairs), pairs=pairs, saved=saved)
 
 
 def _check_folder(folder: Path) -> None:
@@ -141,23 +151,6 @@ def _check_folder(folder: Path) -> None:
         if not (folder / name).exists():
             got, todo = instead_of_adapter(folder, name)
             raise FormatError(str(folder), expected=f"an adapter's folder with {name}", got=got, todo=todo)
-
-
-def _pairs(entries: Mapping[str, Entry], where: str) -> dict[str, tuple[Entry, Entry]]:
-    """A and B of each module, shapes and dtypes checked against each other."""
-    found: dict[str, dict[str, Entry]] = {}
-    for name, entry in entries.items():
-        match = NAME.fullmatch(name)
-        if match is None or len(name) > NAME_LENGTH or match["part"] in found.get(match["module"], {}):
-            raise AdapterError(
-                f"{where}: tensor {name[:NAME_LENGTH]!r}",
-                expected="base_model.model.<module>.lora_A.weight or lora_B.weight, once for each module",
-                todo="only LoRA and QA-LoRA of linear layers are supported",
-            )
-        found.setdefault(match["module"], {})[match["part"]] = entry
-    if not found:
-        raise AdapterError(where, expected="lora_A and lora_B tensors", got="none")
-    return {module: _pair(parts, f"{where}: {module}") for module, parts in sorted(found.items())}
 
 
 def _pair(parts: Mapping[str, Entry], where: str) -> tuple[Entry, Entry]:
@@ -208,10 +201,12 @@ def _check_model(source: AdapterSource, model: Checkpoint) -> None:
     if unknown:
         raise AdapterError(
             f"{source.folder}: {unknown[0]} ({len(unknown)} of {len(source.pairs)} modules)",
-            expected=f"modules of {model.path}",
+            expected=f"modules of {model.path}, such as {module_of(model.linears[0]) if model.linears else 'none'}",
             got="unknown ones",
             todo="it is an adapter of another model",
         )
+    if source.saved is not None:
+        check_saved(source.config, source.saved, model, str(source.folder))
     for module, (a, b) in source.pairs.items():
         shape = model.tensors[f"{module}.weight"].shape
         if len(shape) != 2 or b.shape[0] != shape[0] or shape[1] % a.shape[1]:

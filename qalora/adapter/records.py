@@ -18,12 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from qalora.errors import AdapterError
+
+if TYPE_CHECKING:
+    from qalora.adapter.saved import SavedTensors
 
 __all__ = ["CONVENTIONS", "Adapter", "AdapterLayer", "Convention", "convention_factor"]
 
@@ -89,9 +92,11 @@ class Adapter:
     convention  what its file follows
     minima      "float16" or "float32": the minima it was trained with (fold in the loop); None if trained elsewhere
     metadata    what its file says beside: base model, target modules, and so on
+    saved       tensors of the base that it brings whole, or rows of them; None where there are none
     """
 
     layers: Mapping[str, AdapterLayer]
     convention: Convention
     minima: Literal["float16", "float32"] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    saved: SavedTensors | None = None

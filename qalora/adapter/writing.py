@@ -6,6 +6,7 @@ adapter_config.json         PEFT's LoraConfig: r and lora_alpha are the commones
                             only, since PEFT refuses A's shape without them, which is better than another factor
 adapter_model.safetensors   base_model.model.<module>.lora_A.weight   float32 [rank, in/pool_size]
                             base_model.model.<module>.lora_B.weight   float32 [out, rank]
+                            and what it brings whole, see `qalora.adapter.saved`, with the tokenizer as files beside it
 qalora_adapter.json         {"version": 1, "convention", "minima": "float16" | "float32" | null,
                              "layers": {module: {"pool_size", "factor"}}}
 
@@ -19,6 +20,7 @@ alpha is not what it says.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch
 from qalora.adapter.peft_config import CONFIG
 from qalora.adapter.records import Adapter, Convention
 from qalora.adapter.rewriting import alpha_for, convert
+from qalora.checkpoint import LazyTensor, module_of
 from qalora.errors import AdapterError
 from qalora.formats.output import write_json
 from qalora.formats.safetensors import Layout, SafetensorsWriter, plan_layout
@@ -54,6 +57,12 @@ def write_adapter(adapter: Adapter, folder: Path | str, *, convention: Conventio
             name_a, name_b = _names(module)
             weights.write(name_a, layer.a)
             weights.write(name_b, layer.b)
+        for name, lazy in _brought(adapter).items():
+            for row, tile in lazy.float_tiles():
+                weights.write(name, tile, row)
+    for name, path in ({} if adapter.saved is None else adapter.saved.files).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
     write_json(folder / CONFIG, peft_config(adapter))
     write_json(folder / RECORD, _record(adapter))
 
@@ -63,7 +72,8 @@ def adapter_sizes(adapter: Adapter, *, convention: Convention | None = None) -> 
     adapter = _in_convention(adapter, convention)
     texts = {CONFIG: peft_config(adapter), RECORD: _record(adapter)}
     sizes = {name: len(_text(content).encode("utf-8")) for name, content in texts.items()}
-    return {**sizes, WEIGHTS: _layout(adapter).size}
+    files = {} if adapter.saved is None else adapter.saved.files
+    return {**sizes, WEIGHTS: _layout(adapter).size, **{name: path.stat().st_size for name, path in files.items()}}
 
 
 def _in_convention(adapter: Adapter, convention: Convention | None) -> Adapter:
@@ -84,11 +94,30 @@ def _names(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
+def _brought(adapter: Adapter) -> dict[str, LazyTensor]:
+    """The tensors of the base that the adapter brings, and rows of them, by PEFT's names."""
+    if adapter.saved is None:
+        return {}
+    whole = {f"base_model.model.{_inside(adapter, name)}": lazy for name, lazy in sorted(adapter.saved.whole.items())}
+    rows = {
+        f"base_model.model.{module_of(name)}.token_adapter.trainable_tokens_delta": rows.values
+        for name, rows in sorted(adapter.saved.rows.items())
+    }
+    return {**whole, **rows}
+
+
+def _inside(adapter: Adapter, name: str) -> str:
+    """A tensor's name in PEFT's model, where the module of a LoRA has the base's inside."""
+    module, _, part = name.rpartition(".")
+    return f"{module}.base_layer.{part}" if module in adapter.layers else name
+
+
 def _layout(adapter: Adapter) -> Layout:
     parts: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for module, layer in sorted(adapter.layers.items()):
         name_a, name_b = _names(module)
         parts += [(name_a, torch.float32, tuple(layer.a.shape)), (name_b, torch.float32, tuple(layer.b.shape))]
+    parts += [(name, lazy.dtype or torch.float32, lazy.shape) for name, lazy in _brought(adapter).items()]
     return plan_layout(parts, {"format": "pt"})
 
 
@@ -116,7 +145,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
     if adapter.convention == "peft":
         pool = next(iter(adapter.layers.values())).pool_size
         config |= {"use_qalora": True, "qalora_group_size": pool}
-    return config
+    return config if adapter.saved is None else {**config, **adapter.saved.config}
 
 
 def _plain(alpha: float) -> float | int:

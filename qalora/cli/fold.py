@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +59,9 @@ def command(
     """Fold ADAPTER into the minima of MODEL and write a qalora folder; the codes stay, bit for bit.
 
     Then read the folder back and prove each layer: no code changed, each minimum the nearest to min + factor * B @ A.
+    Embeddings and other tensors that ADAPTER brings whole take the place of MODEL's.
     """
-    from qalora.adapter import open_adapter, read_adapter
+    from qalora.adapter import carry, open_adapter, read_adapter
     from qalora.cli.writing import write_native
     from qalora.converters import native
     from qalora.folding import fold
@@ -76,15 +77,31 @@ def command(
         fold(base, read, minima=chosen), out, max_shard_size=max_shard_size, force=force, dry_run=dry_run
     )
     proofs = {} if dry_run else _prove(base, read, native.read(out), chosen)
+    brought = () if read.saved is None else read.saved.names
     if as_json:
-        print_json({"plan": plan.to_json(), "minima": chosen, "layers": _rows(read, proofs)})
+        print_json({"plan": plan.to_json(), "minima": chosen, "layers": _rows(read, proofs), "saved": list(brought)})
     elif dry_run:
         print_plans([plan], details=True)
     else:
         _print(read, proofs, chosen)
     wrong = [module for module, proof in proofs.items() if not proof.exact]
+    wrong += [] if dry_run else _differing(carry(base, read), native.read(out), brought)
     if wrong:
-        raise ProofError(f"{out} is not the folded model: {len(wrong)} layers differ, the first is {wrong[0]}")
+        raise ProofError(f"{out} is not the folded model: {len(wrong)} tensors differ, the first is {wrong[0]}")
+
+
+def _differing(wanted: Checkpoint, folded: Checkpoint, names: Sequence[str]) -> list[str]:
+    """Those of the tensors that the adapter brings whole which are not what was written."""
+    import torch
+
+    def same(name: str) -> bool:
+        mine, theirs = folded.tensors.get(name), wanted.tensors[name]
+        return mine is not None and all(
+            torch.equal(tile, mine.rows(row, row + tile.shape[0]))  # type: ignore[arg-type]
+            for row, tile in theirs.float_tiles()
+        )
+
+    return [name for name in names if name in wanted.tensors and not same(name)]
 
 
 def _prove(base: Checkpoint, adapter: Adapter, folded: Checkpoint, minima: Minima) -> dict[str, FoldProof]:
@@ -135,5 +152,7 @@ def _print(adapter: Adapter, proofs: Mapping[str, FoldProof], minima: Minima) ->
             str(sum(proof.beyond for proof in found)),
         )
     console.print(table)
+    if adapter.saved is not None:
+        console.print(f"  brought whole: {', '.join(adapter.saved.names)}")
     if adapter.minima not in (None, minima):
         console.print(f"  note: the adapter was trained with {adapter.minima} minima")

@@ -1,7 +1,8 @@
 """Exports of one model to several formats: everything is planned before anything is written, and all appear or none.
 
 With an adapter, each format gets the folded model, except GPTQ over a base with integer zero points: there the base
-keeps its own zeros, and the adapter travels beside it as an exact plain LoRA, which is small.
+keeps its own zeros, and the adapter travels beside it as an exact plain LoRA, which is small. Tensors that an adapter
+brings whole, such as embeddings with new tokens, are the model's own then, in every format.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from qalora.adapter import Adapter
+from qalora.adapter import Adapter, carry
 from qalora.checkpoint import Checkpoint
 from qalora.converters import TARGETS, target
 from qalora.converters.plan import ExportOptions, Plan, Progress
@@ -63,6 +64,7 @@ def export_jobs(
     check_targets(targets, options)
     if options.adapter is not None:
         raise InputError("ExportOptions.adapter", expected="None where several formats are planned", got="an adapter")
+    model = carry(model, adapter)
     writers = {name: target(name) for name in dict.fromkeys(targets)}
     ships = adapter is not None and "gptq" in writers and options.gptq_form == "auto" and _ships_adapter(model)
     beside = {"gptq"} if ships else set()

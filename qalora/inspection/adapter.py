@@ -66,9 +66,20 @@ def inspect_adapter(folder: Path, base: str | Path | None, convention: Conventio
         parameters=sum(int(torch.Size(entry.shape).numel()) for entry in entries),
         nbytes=weights.stat().st_size,
         layers=dict(kinds.most_common()),
-        notes=() if model is None else _split_groups(source, model, pools),
+        notes=(*_brought(source), *(() if model is None else _split_groups(source, model, pools))),
         warnings=tuple(findings),
     )
+
+
+def _brought(source: AdapterSource) -> tuple[str, ...]:
+    """What takes the place of the base's."""
+    saved = source.saved
+    if saved is None:
+        return ()
+    rows = {name: len(rows.indices) for name, rows in saved.rows.items()}
+    told = [*saved.whole, *(f"{count} rows of {name}" for name, count in rows.items())]
+    files = "; with a tokenizer of its own" if saved.files else ""
+    return (f"it brings {len(told)} tensors of the base: {', '.join(told[:4])}{files}",)
 
 
 def _split_groups(source: AdapterSource, model: Checkpoint, pools: Mapping[str, int | None]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qalora.adapter import Adapter
+from qalora.adapter import Adapter, carry
 from qalora.checkpoint import Checkpoint, remembered
 from qalora.errors import InputError
 from qalora.parity.artifacts import Artifact, reference_artifact
@@ -37,8 +37,9 @@ def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """base: the reference; own: its own file or folder, None where no runtime but ours opens one; tokenizer, ends: its
-    own; minima: the dtype of those of `folded`, which is base and adapter, and None where no artefact is to hold that.
+    """base: the reference, with what the adapter brings whole; own: its own file or folder, None where no runtime but
+    ours opens one; tokenizer, ends: its own; minima: the dtype of those of `folded`, which is base and adapter,
+    and None where no artefact is to hold that.
     """
 
     base: Checkpoint
@@ -63,7 +64,8 @@ class Job:
 
         memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once
         """
-        base, own = remembered(base, memory // 4), reference_artifact(base)
+        carried = carry(base, adapter)
+        base, own = remembered(carried, memory // 4), reference_artifact(carried)
         chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
         if adapter is not None and FOLDED in held:

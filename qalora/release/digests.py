@@ -34,6 +34,7 @@ __all__ = [
     "files_below",
     "model_digests",
     "range_digest",
+    "saved_digests",
     "tensor_digest",
 ]
 
@@ -82,6 +83,19 @@ def model_digests(model: Checkpoint) -> dict[str, dict[str, Any]]:
 def adapter_digests(adapter: Adapter) -> dict[str, dict[str, Any]]:
     """For each layer rank, pool_size and factor, and the digests of A and B, float32 little-endian."""
     return {module: _layer_digest(layer) for module, layer in adapter.layers.items()}
+
+
+def saved_digests(adapter: Adapter) -> dict[str, str]:
+    """Of each tensor that the adapter brings whole, of rows that it brings, with their numbers, and of the files of its
+    tokenizer, by name.
+    """
+    saved = adapter.saved
+    if saved is None:
+        return {}
+    found = {name: combined_digest({name: tensor_digest(lazy)}) for name, lazy in saved.whole.items()}
+    for name, rows in saved.rows.items():
+        found[name] = combined_digest({"values": tensor_digest(rows.values), "rows": list(rows.indices)})
+    return {**found, **{name: file_digest(path) for name, path in saved.files.items()}}
 
 
 def _layer_digest(layer: AdapterLayer) -> dict[str, Any]:

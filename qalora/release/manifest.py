@@ -45,6 +45,7 @@ from qalora.release.digests import (
     files_below,
     model_digests,
     range_digest,
+    saved_digests,
 )
 from qalora.release.manifest_form import MANIFEST_FORM
 from qalora.release.options import ReleaseOptions
@@ -94,9 +95,10 @@ def adapter_part(adapter: Adapter | None) -> dict[str, Any] | None:
     """What the manifest says of the adapter."""
     if adapter is None:
         return None
-    layers = adapter_digests(adapter)
+    layers, saved = adapter_digests(adapter), saved_digests(adapter)
     record = {"convention": adapter.convention, "minima": adapter.minima}
-    return {"digest": combined_digest({**layers, "adapter": record}), **record, "layers": layers}
+    parts = {**layers, "adapter": record, **({"saved": saved} if saved else {})}
+    return {"digest": combined_digest(parts), **record, "layers": layers, "saved": saved}
 
 
 def provenance(base: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> dict[str, str]:

@@ -44,6 +44,7 @@ _ADAPTER = {
     "convention": str,
     "minima": (str, None),
     "layers": {str: {"rank": int, "pool_size": int, "factor": float, "a": _DIGEST, "b": _DIGEST}},
+    "saved": {str: _DIGEST},
 }
 _OPTIONS = {
     "targets": [str],

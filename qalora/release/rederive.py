@@ -139,6 +139,10 @@ def _compare_told(told: Mapping[str, Any] | None, said: Mapping[str, Any] | None
         if mine != theirs:
             again.add(f"adapter: {module}", f"{_difference(mine, theirs)}: it is not the adapter of this release")
             return
+    for name in sorted({*told["saved"], *said["saved"]}):
+        if told["saved"].get(name) != said["saved"].get(name):
+            again.add(f"adapter: {name}", "another one: it is not the adapter of this release")
+            return
     for key in ("convention", "minima", "digest"):
         if told[key] != said[key]:
             again.add(f"adapter: {key}", f"{told[key]} where {MANIFEST} says {said[key]}")
@@ -171,10 +175,10 @@ def _compare_adapter(folder: Path, planned: ReleasePlan, again: _Again) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="qalora-check-") as temporary:
         write_adapter(planned.adapter, Path(temporary))
-        for path in sorted(Path(temporary).iterdir()):
-            there = folder / ADAPTER / path.name
-            if not there.is_file() or differing_tensor(path, there, []) is not None:
-                again.add(f"{ADAPTER}/{path.name}", "not the adapter's")
+        for name in files_below(Path(temporary)):
+            there = folder / ADAPTER / name
+            if not there.is_file() or differing_tensor(Path(temporary) / name, there, []) is not None:
+                again.add(f"{ADAPTER}/{name}", "not the adapter's")
 
 
 def _measure(

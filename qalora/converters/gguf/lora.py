@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qalora.adapter import Adapter, AdapterLayer
+from qalora.adapter import Adapter, AdapterLayer, check_plain
 from qalora.checkpoint import Checkpoint
 from qalora.converters.families import family_of
 from qalora.converters.gguf.names import gguf_names, head_count, rows_from, rows_to
@@ -69,6 +69,7 @@ class GgufLora:
 
 def plan_lora(adapter: Adapter, model: Checkpoint, name: str | None = None) -> GgufLora:
     """Lay the file out. AdapterError for modules that the model, or a GGUF file of it, does not have."""
+    check_plain(adapter, "a GGUF LoRA")
     family = family_of(model.config, model.path)
     known = gguf_names(family, int(model.config["num_hidden_layers"]))
     for module, layer in adapter.layers.items():

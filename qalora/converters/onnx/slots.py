@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora.adapter import Adapter, AdapterLayer
+from qalora.adapter import Adapter, AdapterLayer, check_plain
 from qalora.checkpoint import Checkpoint
 from qalora.converters.onnx.order import ungathered
 from qalora.errors import AdapterError, FormatError, InputError, OutputError
@@ -108,6 +108,7 @@ def write_adapter_file(adapter: Adapter, path: Path) -> None:
 
     if not adapter.layers:
         raise AdapterError("adapter", expected="at least one layer", got="none")
+    check_plain(adapter, "an ONNX Runtime adapter")
     parameters: dict[str, Any] = {}
     for module, layer in sorted(adapter.layers.items()):
         for name, matrix in zip(slot_names(module), _matrices(layer), strict=True):
