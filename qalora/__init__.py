@@ -145,8 +145,10 @@ def export(
     names = [targets] if isinstance(targets, str) else list(targets)
     chosen = ExportOptions(**options)
     check_targets(names, chosen)
-    check_places(Path(out), names, force=force)
     check_minima(minima)
+    if adapter is None and (minima or convention):
+        raise InputError("options of a fold", expected="an adapter to fold", got="minima or convention without one")
+    check_places(Path(out), names, force=force)
     base = _opened(model)
     read = None if adapter is None else _read(adapter, base, convention)
     return export_model(base, names, Path(out), chosen, adapter=read, minima=minima, force=force)

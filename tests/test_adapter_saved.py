@@ -116,7 +116,7 @@ class Trained:
 
 
 def base_of(case: Case, folder: Path) -> Checkpoint:
-    settings = {"tie_word_embeddings": case.tied, "vocab_size": 300 if case.resized else 256}
+    settings = {"tie_word_embeddings": case.tied, "vocab_size": 300 if case.resized else 256, "eos_token_id": 2}
     tokenizer = small_tokenizer(size=300) if case.resized else None
     made = tiny_model(folder, case.family, config=settings)
     if tokenizer is not None:

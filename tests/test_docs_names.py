@@ -12,12 +12,13 @@ import qalora
 from qalora.converters.gguf.hyperparameters import CONFIG, MODEL_TYPE
 from qalora.converters.plan import PROVENANCE
 from qalora.converters.specs import TENSORS
+from qalora.formats.gguf_ends import MARK
 
 ROOT = Path(qalora.__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = sorted((ROOT / "qalora").rglob("*.py"))
 
-KEYS = {TENSORS, PROVENANCE.rstrip("."), MODEL_TYPE, CONFIG}
+KEYS = {TENSORS, MARK, PROVENANCE.rstrip("."), MODEL_TYPE, CONFIG}
 """What stands in files of ours."""
 
 NAME = re.compile(r"(?<![\w./@:-])qalora(?:\.[A-Za-z_]\w*)+")

@@ -446,6 +446,9 @@ def _(world: World) -> None:
     assert_same_model(made, fold(world.base, world.adapter, minima="float32"))
     with pytest.raises(InputError, match="minima: expected float16 or float32"):
         world.exported("qalora", adapter=world.adapter, minima="fp8")
+    for option in ({"minima": "float32"}, {"convention": "official"}):
+        with pytest.raises(InputError, match="options of a fold: expected an adapter to fold"):
+            world.exported("qalora", **option)
 
 
 @effect("export", "convention")

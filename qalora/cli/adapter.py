@@ -52,6 +52,7 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     from qalora.errors import InputError
     from qalora.formats.output import check_apart, check_output, new_folder
 
+    check_apart(out, adapter, *([] if model is None else [model]))
     check_output(out, force=force, names=ADAPTER_FILES)
     foreign = adapter.is_file() and adapter.suffix == ".gguf"
     if model is None and (foreign or form == "gguf-lora"):
@@ -60,7 +61,7 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     if not foreign:
         open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     base = None if model is None else load(model)
-    check_apart(out, adapter, *([] if base is None else [base.path]))
+    check_apart(out, *([] if base is None else [base.path]))
     if foreign and base is not None:
         read = read_lora(adapter, base)
     else:

@@ -67,10 +67,11 @@ def command(
     from qalora.folding import fold
     from qalora.formats.output import check_apart, check_output
 
+    check_apart(out, model, adapter)
     check_output(out, force=force, names=["config.json"])
     open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     base = open_model(model, checkpoint_format)
-    check_apart(out, base.path, adapter)
+    check_apart(out, base.path)
     read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     chosen: Minima = minima or read.minima or "float16"  # type: ignore[assignment]
     plan = write_native(

@@ -96,6 +96,7 @@ def command(
     from qalora.cli.writing import write_native
     from qalora.formats.output import check_apart, check_output, check_writable
 
+    check_apart(out, model)
     check_output(out, force=force, names=["config.json"])
     _options(settings)
     source = open_model(model, checkpoint_format)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError
-from qalora.formats.files import InputFile, check_dimensions, contained, read_limited
+from qalora.formats.files import InputFile, check_content, check_dimensions, contained, read_limited
 
 __all__ = [
     "ALIGN",
@@ -157,6 +157,8 @@ def _check(path: Path, proto: Any) -> Stored:
     )
     if _number(where, entries.get("length", str(item.nbytes))) != item.nbytes:
         raise FormatError(where, expected=f"{item.nbytes} bytes for {name} {list(shape)}", got=entries["length"])
+    if item.path.is_file():
+        check_content(item.path)
     if not item.path.is_file() or item.offset + item.nbytes > item.path.stat().st_size:
         raise FormatError(
             where, expected=f"{item.nbytes} bytes at {item.offset} of {item.path.name}", got="a file that is shorter"

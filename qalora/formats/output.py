@@ -48,10 +48,13 @@ def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> Non
         raise OutputError(f"{path} exists and does not look like an earlier output; --force does not replace it")
 
 
-def check_apart(path: Path, *sources: Path) -> None:
-    """Refuse an output that is, or holds, something that is read: replacing it would delete that."""
-    for source in sources:
-        if source.resolve().is_relative_to(path.resolve()):
+def check_apart(path: Path, *sources: str | Path) -> None:
+    """Refuse an output that is, or holds, something that is read: replacing it would delete that.
+
+    sources  what lies here; one that does not, such as a Hub id that is to be fetched, is passed over
+    """
+    for source in map(Path, sources):
+        if source.exists() and source.resolve().is_relative_to(path.resolve()):
             raise OutputError(
                 f"{path}",
                 expected="a place apart from what is read",

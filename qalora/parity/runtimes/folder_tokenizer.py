@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.converters.tokenizer import TOKENIZER_FILES
-from qalora.errors import FormatError
+from qalora.errors import FormatError, QaloraError
 from qalora.parity.runtimes.kept import quiet
 
 __all__ = ["FolderTokenizer", "folder_tokenizer"]
@@ -37,6 +37,8 @@ def folder_tokenizer(folder: Path, load: Callable[[Path], Any] | None = None) ->
     try:
         with quiet():
             made = _auto(folder) if load is None else load(folder)
+    except QaloraError:
+        raise
     except Exception as error:  # whatever damaged files make a foreign loader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
