@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qalora.converters.families import Family, family_of, settings_of
+from qalora.converters.families import LAYER_KINDS, Family, family_of, settings_of
 from qalora.converters.rope import Rope, rope_of
 from qalora.errors import InputError
 
-__all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of"]
+__all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of", "tensor_shape"]
 
 FULL, LOCAL = "full", "local"
 """The two kinds of rotary positions."""
 
-SLIDING = "sliding_attention"
+SLIDING = LAYER_KINDS[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,32 @@ def check_activation(decoder: Decoder, where: object) -> None:
     family = decoder.family
     if decoder.activation != family.activation:
         raise InputError(f"{where}: {family.activation_key}", expected=family.activation, got=repr(decoder.activation))
+
+
+def tensor_shape(decoder: Decoder, name: str) -> tuple[int, ...] | None:
+    """The shape of a weight, a bias or a norm, by transformers' name; None for a name that a decoder does not have."""
+    hidden, inner, size = decoder.hidden, decoder.intermediate, decoder.head_size
+    queries, keys = decoder.heads * size, decoder.kv_heads * size
+    matrices = {
+        "embed_tokens": (decoder.vocabulary, hidden),
+        "lm_head": (decoder.vocabulary, hidden),
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "qkv_proj": (queries + 2 * keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    module, _, part = name.rpartition(".")
+    last = module.rpartition(".")[2]
+    if last in matrices:
+        return matrices[last] if part == "weight" else matrices[last][:1]
+    if part == "weight" and last in ("q_norm", "k_norm"):
+        return (size,)
+    return (hidden,) if part == "weight" and last.endswith("norm") else None
 
 
 def _layers(settings: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:

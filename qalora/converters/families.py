@@ -7,14 +7,26 @@ beside this file says how a family is added.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qalora.converters.rope import rope_of
+from qalora.converters.rope import LOCAL_THETA, PLACES, SHARE, joined_parameters, rope_of
 from qalora.errors import InputError
 
-__all__ = ["FAMILIES", "Family", "bias_names", "check_config", "family_of", "linear_names", "norm_names", "settings_of"]
+__all__ = [
+    "FAMILIES",
+    "LAYER_KINDS",
+    "SOME",
+    "Family",
+    "bias_names",
+    "check_config",
+    "family_of",
+    "linear_names",
+    "norm_names",
+    "settings_of",
+]
 
 Names = tuple[tuple[str, str], ...]
 
@@ -32,7 +44,12 @@ class Family:
     outer           (transformers' tensor, GGUF tensor) outside the layers; the output layer is absent where it is tied
     permuted        modules whose rows GGUF stores in llama.cpp's rotary order: rows of a head [2, d/2] -> [d/2, 2]
     biases          linear modules that have a bias in every model of the family
-    defaults        what transformers takes for a key that a config leaves out, where it changes the logits
+    biased          linear modules that have one where the config has this key
+    defaults        what transformers takes for a key that a config leaves out, where it changes the logits; a key of
+                    SOME that is not here is one that transformers' class does not read
+    fixed           what holds in every model of the family, whatever a config says
+    rope_aliases    other names of rope kinds
+    ropes           the kinds that transformers' class takes, where it does not take every one
     activation      the one activation of the family, and the key that names it
     norm_offset     norms multiply with 1 + weight; GGUF and the graphs hold that sum
     scaled_embedding  embeddings are multiplied with the root of hidden_size
@@ -51,7 +68,11 @@ class Family:
     outer: Names
     permuted: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    biased: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    rope_aliases: Mapping[str, str] = field(default_factory=lambda: {"su": "longrope"})
+    ropes: tuple[str, ...] = ()
     activation: str = "silu"
     activation_key: str = "hidden_act"
     norm_offset: bool = False
@@ -64,6 +85,10 @@ class Family:
         """Whether a layer has this linear module or norm."""
         return any(name == module for name, _ in (*self.linears, *self.norms))
 
+    def reads(self, key: str) -> bool:
+        """Whether transformers' class reads a key of a config: one of SOME where the family has it, and any other."""
+        return key not in SOME or key in self.defaults
+
     def adds_one(self, name: str) -> bool:
         """Whether a tensor is a norm that multiplies with 1 + weight.
 
@@ -72,6 +97,23 @@ class Family:
         """
         return self.norm_offset and name.endswith("norm.weight")
 
+
+SOME = (
+    "attention_bias",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "layer_types",
+    "max_window_layers",
+    "mlp_bias",
+    "no_rope_layer_interval",
+    "no_rope_layers",
+    "query_pre_attn_scalar",
+    LOCAL_THETA,
+    "sliding_window",
+    "sliding_window_pattern",
+    "use_sliding_window",
+)
+"""Keys that the classes of some families read; in a config of another one they say nothing."""
 
 _OUTER = (
     ("model.embed_tokens.weight", "token_embd.weight"),
@@ -101,15 +143,28 @@ _NORMS_AROUND = (
     ("pre_feedforward_layernorm", "ffn_norm"),
     ("post_feedforward_layernorm", "post_ffw_norm"),
 )
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
 _GEMMA = {
     "hidden_activation": "gelu_pytorch_tanh",
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "head_dim": 256,
+    "num_key_value_heads": 4,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "layer_types": None,
+    "attention_bias": False,
     "tie_word_embeddings": True,
+}
+_QWEN = {
+    **_DEFAULTS,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -122,7 +177,8 @@ FAMILIES: dict[str, Family] = {
         norms=_NORMS,
         outer=_OUTER,
         permuted=("self_attn.q_proj", "self_attn.k_proj"),
-        defaults=_DEFAULTS,
+        biased={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+        defaults={**_DEFAULTS, "attention_bias": False, "mlp_bias": False},
     ),
     "qwen2": Family(
         model_type="qwen2",
@@ -133,7 +189,7 @@ FAMILIES: dict[str, Family] = {
         norms=_NORMS,
         outer=_OUTER,
         biases=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        defaults={**_DEFAULTS, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+        defaults=_QWEN,
         windows="typed",
     ),
     "qwen3": Family(
@@ -144,13 +200,8 @@ FAMILIES: dict[str, Family] = {
         linears=_LINEARS,
         norms=(*_NORMS, *_QK_NORMS),
         outer=_OUTER,
-        defaults={
-            **_DEFAULTS,
-            "head_dim": 128,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
+        biased={"attention_bias": _ATTENTION},
+        defaults={**_QWEN, "head_dim": 128, "attention_bias": False},
         windows="typed",
     ),
     "mistral": Family(
@@ -162,7 +213,7 @@ FAMILIES: dict[str, Family] = {
         norms=_NORMS,
         outer=_OUTER,
         permuted=("self_attn.q_proj", "self_attn.k_proj"),
-        defaults={**_DEFAULTS, "sliding_window": 4096},
+        defaults={**_DEFAULTS, "num_key_value_heads": 8, "sliding_window": 4096},
         windows="all",
     ),
     "gemma2": Family(
@@ -173,12 +224,9 @@ FAMILIES: dict[str, Family] = {
         linears=_LINEARS,
         norms=_NORMS_AROUND,
         outer=_OUTER,
-        defaults={
-            **_GEMMA,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window_pattern": 2,
-        },
+        biased={"attention_bias": _ATTENTION},
+        defaults={**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        fixed={"sliding_window_pattern": 2},
         activation="gelu_pytorch_tanh",
         activation_key="hidden_activation",
         norm_offset=True,
@@ -193,14 +241,15 @@ FAMILIES: dict[str, Family] = {
         linears=_LINEARS,
         norms=(*_NORMS_AROUND, *_QK_NORMS),
         outer=_OUTER,
+        biased={"attention_bias": _ATTENTION},
         defaults={
             **_GEMMA,
+            "final_logit_softcapping": None,
             "vocab_size": 262208,
             "num_attention_heads": 8,
-            "num_key_value_heads": 4,
             "max_position_embeddings": 131072,
             "rope_theta": 1e6,
-            "rope_local_base_freq": 1e4,
+            LOCAL_THETA: 1e4,
             "sliding_window_pattern": 6,
         },
         activation="gelu_pytorch_tanh",
@@ -222,8 +271,11 @@ FAMILIES: dict[str, Family] = {
             **_DEFAULTS,
             "rms_norm_eps": 1e-5,
             "original_max_position_embeddings": 4096,
-            "partial_rotary_factor": 1.0,
+            SHARE: 1.0,
+            "sliding_window": None,
         },
+        rope_aliases={"su": "longrope", "yarn": "longrope"},
+        ropes=("default", "longrope"),
         windows="all",
     ),
     "smollm3": Family(
@@ -235,11 +287,18 @@ FAMILIES: dict[str, Family] = {
         norms=_NORMS,
         outer=_OUTER,
         permuted=("self_attn.q_proj", "self_attn.k_proj"),
+        biased={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
         defaults={
             **_DEFAULTS,
+            "num_key_value_heads": 4,
             "rope_theta": 2e6,
             "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
             "no_rope_layer_interval": 4,
+            "attention_bias": False,
+            "mlp_bias": False,
             "tie_word_embeddings": True,
         },
         windows="typed",
@@ -274,9 +333,16 @@ def _missing(config: Mapping[str, Any]) -> str:
 
 
 def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """The config with the family's defaults for what it leaves out, or has as null where null says nothing."""
+    """The numbers of a config, each in one place: what transformers' class reads of it, with the family's defaults.
+
+    What it leaves out counts, or what it has as null where null says nothing. All that it says of rotary positions is
+    in `rope_parameters`, as `joined_parameters` makes it; keys of SOME that the family does not have are not there.
+    """
+    family = family_of(config, where)
     said = {key: value for key, value in config.items() if value is not None or key not in _NEVER_NULL}
-    return {**family_of(config, where).defaults, **said}
+    settings = {**family.defaults, **{key: said[key] for key in said if family.reads(key)}, **family.fixed}
+    joined = joined_parameters(settings, where, family.rope_aliases)
+    return {**{key: value for key, value in settings.items() if key not in PLACES}, "rope_parameters": joined}
 
 
 _NEVER_NULL = (
@@ -285,9 +351,9 @@ _NEVER_NULL = (
     "max_window_layers",
     "no_rope_layer_interval",
     "original_max_position_embeddings",
-    "partial_rotary_factor",
+    SHARE,
     "rms_norm_eps",
-    "rope_local_base_freq",
+    LOCAL_THETA,
     "rope_theta",
     "sliding_window_pattern",
 )
@@ -321,21 +387,52 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         raise InputError(
             f"{where}: max_window_layers", expected="a whole number", got=repr(settings["max_window_layers"])
         )
-    for key in ("layer_types", "no_rope_layers"):
-        value = settings.get(key)
-        if value is not None and (not isinstance(value, list) or len(value) < settings["num_hidden_layers"]):
+    _check_layers(settings, family, where)
+    _check_whole(config, where)
+    for kind in LAYER_KINDS if family.local_rope else LAYER_KINDS[:1]:
+        rope = rope_of(settings, where, kind)
+        share = rope.share
+        if family.ropes and rope.kind not in family.ropes:
+            expected = f"{' or '.join(family.ropes)} in a {family.model_type}"
+            raise InputError(f"{where}: rope_type", expected=expected, got=repr(rope.kind)[:60])
+        if share != 1 and SHARE not in family.defaults:
+            raise InputError(f"{where}: {SHARE}", expected=f"none in a {family.model_type}", got=str(share))
+
+
+def _check_layers(settings: Mapping[str, Any], family: Family, where: object) -> None:
+    """Refuse lists with another number of layers or other kinds of them, and a window that is none."""
+    layers = settings["num_hidden_layers"]
+    types, rotating = settings.get("layer_types"), settings.get("no_rope_layers")
+    for key, value, most in (("layer_types", types, layers), ("no_rope_layers", rotating, _SIZES[0][1])):
+        if value is not None and (not isinstance(value, list) or not layers <= len(value) <= most):
             raise InputError(f"{where}: {key}", expected="a list with an entry for each layer", got=repr(value)[:60])
-    if settings.get("use_bidirectional_attention"):
-        raise InputError(
-            f"{where}: use_bidirectional_attention", expected="a decoder, which looks back only", got="true"
-        )
-    rope = rope_of(settings, where)
-    if rope.share != 1 and "partial_rotary_factor" not in family.defaults:
-        raise InputError(
-            f"{where}: partial_rotary_factor", expected=f"none in a {family.model_type}", got=str(rope.share)
-        )
-    if family.local_rope:
-        rope_of(settings, where, "sliding_attention")
+    if types is not None and not all(isinstance(kind, str) and kind in LAYER_KINDS for kind in types):
+        other = next(kind for kind in types if not isinstance(kind, str) or kind not in LAYER_KINDS)
+        raise InputError(f"{where}: layer_types", expected=" or ".join(LAYER_KINDS), got=repr(other)[:60])
+    used = settings.get("use_sliding_window", True) and settings.get("sliding_window") is not None
+    slides = family.windows == "alternate" if types is None else LAYER_KINDS[1] in types
+    if slides and not used and family.windows != "all":
+        expected = f"sliding_window{' and use_sliding_window' if 'use_sliding_window' in family.defaults else ''}"
+        raise InputError(f"{where}: layer_types", expected=f"{expected} for its {LAYER_KINDS[1]}", got="none")
+
+
+LAYER_KINDS = ("full_attention", "sliding_attention")
+
+_DECODER = {
+    "use_bidirectional_attention": (False, "a decoder, which looks back only"),
+    "is_causal": (True, "a decoder, which looks back only"),
+    "per_layer_config": ({}, "layers that are alike"),
+    "text_config": ({}, "none in a model of text alone"),
+}
+"""Keys that transformers reads in any config: the value that changes nothing, and what is expected."""
+
+
+def _check_whole(config: Mapping[str, Any], where: object) -> None:
+    """Refuse what makes of any family another model."""
+    for key, (usual, expected) in _DECODER.items():
+        value = config.get(key)
+        if value is not None and bool(value) != bool(usual):
+            raise InputError(f"{where}: {key}", expected=expected, got=json.dumps(value, default=repr)[:60])
 
 
 _SIZES = (
@@ -364,9 +461,11 @@ def linear_names(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
 
 
 def bias_names(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
-    """The names of the biases that every model of the family has; a config may announce others."""
+    """The names of the biases that a model has: those of its family, and those that its config announces."""
+    family, settings = family_of(config, where), settings_of(config, where)
+    announced = [module for key, modules in family.biased.items() if settings.get(key) for module in modules]
     layers = range(int(config["num_hidden_layers"]))
-    return tuple(f"model.layers.{n}.{module}.bias" for n in layers for module in family_of(config, where).biases)
+    return tuple(f"model.layers.{n}.{module}.bias" for n in layers for module in (*family.biases, *announced))
 
 
 def norm_names(config: Mapping[str, Any], where: object) -> tuple[str, ...]:

@@ -6,15 +6,17 @@ that look alike are read by `native` and `gptq`, which share the helpers here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import bias_names, family_of, linear_names, settings_of
+from qalora.converters.config_places import tidied
+from qalora.converters.decoder import decoder_of, tensor_shape
+from qalora.converters.families import bias_names, family_of, linear_names, norm_names, settings_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.around import instead_of_config
 from qalora.formats.files import InputFile, check_content, contained, may_be_of_the_hub
@@ -23,6 +25,7 @@ from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
 from qalora.tensor import check_finite
 
 __all__ = [
+    "HEAD",
     "LICENCES",
     "TEMPLATES",
     "companion_files",
@@ -181,15 +184,24 @@ def _text_part(
     kept = {key: config[key] for key in _SHARED_KEYS if key in config}
     sizes = {key: value for key, value in family.defaults.items() if key in _SIZE_KEYS}
     outer = {key: kept[key] for key in _TOKEN_KEYS if kept.get(key) is not None}  # as in transformers' generation
-    text = {**sizes, **kept, **text, **outer, "architectures": [family.architecture]}
+    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}  # the outer class's, and its default
+    twice = [key for key in text if key != "model_type" and key in config and config[key] != text[key]]
+    text = {**sizes, **kept, **text, **outer, **tied, "architectures": [family.architecture]}
     found = {}
     for name, where in stored.items():
         for prefix, ours in _TEXT_PREFIXES:
             if name.startswith(prefix):
-                found[ours + name.removeprefix(prefix)] = where
+                whole = ours + name.removeprefix(prefix)
+                if whole in found:
+                    raise FormatError(f"{folder}: tensor {name}", expected=f"one that is {whole}", got="two")
+                found[whole] = where
                 break
     left = len(stored) - len(found)
-    return text, found, (f"{folder.name}: the text part of a {config['model_type']}; {left} tensors are left out",)
+    notes = [f"{folder.name}: the text part of a {config['model_type']}; {left} tensors are left out"]
+    if twice:
+        listed = ", ".join(f"{key} {text[key]!r:.60}" for key in twice)
+        notes.append(f"{folder.name}: text_config of config.json and what is outside differ; what counts: {listed}")
+    return text, found, tuple(notes)
 
 
 TEXT_PARTS = {"gemma3": "gemma3_text"}
@@ -209,19 +221,29 @@ _SIZE_KEYS = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_
 """Sizes that text_config leaves out where they are those of its class."""
 
 
-def check_shapes(
-    where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], linears: tuple[str, ...]
-) -> None:
-    """Refuse a model that lacks a linear weight or a bias of its family, or has a weight that is no matrix."""
-    for name in (*linears, *bias_names(config, where)):
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def announced(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
+    """The tensors that a config says a model has, without an output layer of its own; the config is checked first."""
+    linears = linear_names(config, where)
+    return (*linears, *bias_names(config, where), *norm_names(config, where), EMBEDDING)
+
+
+def check_shapes(where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> None:
+    """Refuse a model that lacks a tensor that its config announces, or has one of another shape.
+
+    transformers makes up what is missing, with a warning, and refuses other shapes.
+    """
+    decoder = decoder_of(config, where)
+    for name in announced(config, where):
         if name not in tensors:
             raise FormatError(f"{where}: tensor {name}", expected="it, as config.json says", got="no such tensor")
-        if len(tensors[name].shape) != (2 if name in linears else 1) or 0 in tensors[name].shape:
-            raise FormatError(
-                f"{where}: {name}",
-                expected="a matrix" if name in linears else "a list",
-                got=f"shape {list(tensors[name].shape)}",
-            )
+    for name, lazy in tensors.items():
+        shape = tensor_shape(decoder, name)
+        if shape is not None and lazy.shape != shape:
+            expected = f"shape {list(shape)}, as config.json says"
+            raise FormatError(f"{where}: {name}", expected=expected, got=f"shape {list(lazy.shape)}")
 
 
 def model_of(
@@ -231,26 +253,48 @@ def model_of(
     tensors: Mapping[str, LazyTensor],
     *,
     notes: tuple[str, ...] = (),
+    others: Literal["pass over", "refuse"] = "pass over",
+    silent: Collection[str] = (),
 ) -> Checkpoint:
     """The model that a reader of a folder has found, checked, with the folder's companion files.
+
+    others  what becomes of tensors that the config does not announce. transformers passes them over with a warning,
+            which is a note here; where the format's owner does not load such a file, or uses them, it is refused
+    silent  those of them that need no note
 
     tie_word_embeddings is what the tensors say: an output layer that is stored is used, as transformers does whatever
     the config says. Where the config says that there is one, and none is stored, transformers makes up a random one,
     and this raises FormatError, as `check_shapes` does.
     """
+    config, more = tidied(config, folder)
     linears = linear_names(config, folder)
-    check_shapes(folder, config, tensors, linears)
+    known = {*announced(config, folder), HEAD}
+    unknown = sorted(set(tensors) - known)
+    if unknown and others == "refuse":
+        raise FormatError(f"{folder}: tensor {unknown[0]}", expected="none that config.json does not announce")
+    tensors = {name: lazy for name, lazy in tensors.items() if name in known}
+    check_shapes(folder, config, tensors)
+    notes = (*notes, *more, *_others_note(folder, [name for name in unknown if name not in silent]))
     files = companion_files(folder)
     model = Checkpoint(
         path=folder, layout=layout, config=config, tensors=tensors, linears=linears, files=files, notes=notes
     )
     said = bool(settings_of(config, folder).get("tie_word_embeddings"))
     if model.tied and not said:
-        raise FormatError(f"{folder}: tensor lm_head.weight", expected="it, as config.json says", got="no such tensor")
+        raise FormatError(f"{folder}: tensor {HEAD}", expected="it, as config.json says", got="no such tensor")
     if model.tied == said:
         return model
     note = "config.json ties the output to the embedding, and there is an output layer of its own: it is used"
     return replace(model, config={**config, "tie_word_embeddings": False}, notes=(*notes, f"{folder.name}: {note}"))
+
+
+def _others_note(folder: Path, names: list[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    listed = ", ".join(f"{name!r:.100}" for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    counted = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
+    return (f"{folder.name}: {counted} that config.json does not announce, {listed}{more}: passed over",)
 
 
 def download(repo: str, *, here: bool = False) -> Path:

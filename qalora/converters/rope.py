@@ -5,7 +5,9 @@
     longrope two lists of factors: one while a sequence is within the original context, the other beyond it
 
 transformers 5 writes `rope_parameters`, one object or one for each kind of layer; before, it was `rope_scaling` and
-`rope_theta`, and Gemma 3 had `rope_local_base_freq` beside them. Source: transformers, modeling_rope_utils.py.
+`rope_theta`, and Gemma 3 had `rope_local_base_freq` beside them. `joined_parameters` makes one object of all of these,
+as transformers' classes do where several are there. Source: transformers 5.23, modeling_rope_utils.py,
+convert_rope_params_to_dict and standardize_rope_params, and those of configuration_gemma3.py and configuration_phi3.py.
 """
 
 from __future__ import annotations
@@ -23,9 +25,14 @@ from qalora.errors import InputError
 __all__ = [
     "KINDS",
     "LISTS",
+    "LOCAL_THETA",
     "ORIGINAL",
+    "PLACES",
+    "SHARE",
+    "WITH_ORIGINAL",
     "Rope",
     "check_rope",
+    "joined_parameters",
     "llama3_factors",
     "rope_of",
     "rotary_table",
@@ -50,9 +57,16 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 
 DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
 
-ALIASES = {"su": "longrope"}
-ORIGINAL = "original_max_position_embeddings"
+ORIGINAL, SHARE = "original_max_position_embeddings", "partial_rotary_factor"
 LISTS = ("short_factor", "long_factor")
+WITH_ORIGINAL = ("llama3", "yarn", "longrope")
+"""The kinds for which the context before its extension counts."""
+
+LOCAL_THETA = "rope_local_base_freq"
+PLACES = ("rope_scaling", "rope_parameters", "rope_theta", LOCAL_THETA, SHARE)
+"""The keys of a config that say something of rotary positions, besides ORIGINAL."""
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,61 +103,107 @@ class Rope:
     def parameters(self) -> dict[str, Any]:
         """As transformers' `rope_parameters`."""
         numbers = {key: list(value) if isinstance(value, tuple) else value for key, value in self.numbers.items()}
-        partial = {} if self.share == 1.0 else {"partial_rotary_factor": self.share}
+        partial = {} if self.share == 1.0 else {SHARE: self.share}
         return {"rope_type": self.kind, "rope_theta": self.theta, **partial, **numbers}
 
 
-def rope_of(config: Mapping[str, Any], where: object, layer_type: str = "full_attention") -> Rope:
+def joined_parameters(settings: Mapping[str, Any], where: object, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """`rope_parameters` of all places of a config, with theta, share and original context in them.
+
+    One object; or, where the settings have LOCAL_THETA, one for each of LAYER_TYPES. rope_scaling replaces
+    rope_parameters (in Gemma 3 it adds to those of the layers without a window); theta and share of an object count
+    more than those beside it, and the original context beside an object more than its own.
+
+    settings  a config with its family's defaults
+    aliases   other names of kinds: {"su": "longrope"}
+
+    Raises InputError for what is no such object, and for an object by kinds of layers where all layers are alike.
+    """
+    if LOCAL_THETA in settings:
+        return _by_layer(settings, where, aliases)
+    found = _object(settings, "rope_scaling", where) or _object(settings, "rope_parameters", where) or {}
+    parts = [key for key, value in found.items() if isinstance(value, Mapping)]
+    if parts:
+        expected = "one object, for layers that all have the same positions"
+        raise InputError(f"{where}: rope_parameters", expected=expected, got=f"one for {parts[0]!r:.40}")
+    return _completed(found, settings, where, aliases, settings.get("rope_theta", 10000.0))
+
+
+def _by_layer(settings: Mapping[str, Any], where: object, aliases: Mapping[str, str]) -> dict[str, Any]:
+    given, scaling = _object(settings, "rope_parameters", where), settings.get("rope_scaling")
+    by_layer = {kind: {} for kind in LAYER_TYPES} if given is None else {kind: given.get(kind) for kind in LAYER_TYPES}
+    made = {}
+    for kind, key in zip(LAYER_TYPES, ("rope_theta", LOCAL_THETA), strict=True):
+        found = _object(by_layer, kind, where)
+        if kind == LAYER_TYPES[0] and scaling is not None:
+            if found is None:
+                raise InputError(f"{where}: rope_parameters", expected=f"a {kind}, to which rope_scaling adds")
+            start = {"rope_type": "default"} if given is None else {}
+            found = {**start, **found, **(_object(settings, "rope_scaling", where) or {})}
+        beside = {key: value for key, value in settings.items() if key != ORIGINAL}
+        made[kind] = _completed(found or {}, beside, where, aliases, settings[key])
+    return made
+
+
+def _object(holder: Mapping[str, Any], key: str, where: object) -> dict[str, Any] | None:
+    found = holder.get(key)
+    if found is None or isinstance(found, Mapping):
+        return None if found is None else dict(found)
+    what = f"an object for {key}" if key in LAYER_TYPES else "an object with rope_type"
+    raise InputError(f"{where}: rope_parameters", expected=what, got=repr(found)[:60])
+
+
+def _completed(
+    found: Mapping[str, Any], settings: Mapping[str, Any], where: object, aliases: Mapping[str, str], theta: Any
+) -> dict[str, Any]:
+    """An object with its kind as rope_type, the numbers of that kind, and what stands beside it."""
+    kind = found.get("rope_type", found.get("type", "default"))
+    if not isinstance(kind, str):
+        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(found)[:60])
+    kind = aliases.get(kind, kind)
+    known = (SHARE, *KINDS[kind], *OPTIONAL.get(kind, ())) if kind in KINDS else tuple(found)
+    told = {key: found[key] for key in known if found.get(key) is not None and key != "type"}
+    made = {"rope_type": kind, "rope_theta": found.get("rope_theta", theta), **told}
+    if settings.get(SHARE) is not None:
+        made.setdefault(SHARE, settings[SHARE])
+    if kind in WITH_ORIGINAL:
+        made[ORIGINAL] = settings.get(ORIGINAL) or found.get(ORIGINAL) or settings.get("max_position_embeddings")
+    return made
+
+
+def rope_of(settings: Mapping[str, Any], where: object, layer_type: str = "full_attention") -> Rope:
     """The rotary positions of a kind of layer; InputError for numbers that are missing or absurd.
+
+    settings  with `rope_parameters` as `joined_parameters` gives them
 
     A kind that is not in KINDS is given as it is: what needs to know it refuses it.
     """
-    given = _given(config, where, layer_type)
-    kind = given.get("rope_type", given.get("type", "default"))
+    parameters = _object(settings, "rope_parameters", where) or {}
+    given = _object(parameters, layer_type, where) if layer_type in parameters else parameters
+    given = {"rope_type": "default", **(given or {})}
+    kind = given["rope_type"]
     if not isinstance(kind, str):
-        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(given)[:60])
-    kind = ALIASES.get(kind, kind)
+        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(kind)[:60])
     numbers = {}
     for key in (*KINDS.get(kind, ()), *OPTIONAL.get(kind, ())):
-        value = _original(config, given) if key == ORIGINAL else given.get(key)
-        if value is None and kind == "yarn" and key == "factor":
-            value = config["max_position_embeddings"] / _original(config, given)
+        value = given.get(key)
+        if value is None and kind == "yarn" and key == "factor" and given.get(ORIGINAL):
+            value = settings["max_position_embeddings"] / _number(where, ORIGINAL, given[ORIGINAL])
         value = DEFAULTS.get(key) if value is None else value
         if value is None and key in KINDS[kind]:
             raise InputError(f"{where}: rope_parameters", expected=f"a {key} for {kind} scaling", got="none")
         if value is not None:
             numbers[key] = _number(where, key, value)
-    share = given.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    share = given.get(SHARE)
     rope = Rope(
         kind=kind,
-        theta=float(_number(where, "rope_theta", given["rope_theta"])),
+        theta=float(_number(where, "rope_theta", given.get("rope_theta", 10000.0))),
         numbers=numbers,
-        share=float(_number(where, "partial_rotary_factor", share)),
+        share=float(_number(where, SHARE, 1.0 if share is None else share)),
     )
     if rope.share > 1:
-        raise InputError(f"{where}: partial_rotary_factor", expected="at most 1", got=str(rope.share))
+        raise InputError(f"{where}: {SHARE}", expected="at most 1", got=str(rope.share))
     return rope
-
-
-def _given(config: Mapping[str, Any], where: object, layer_type: str) -> dict[str, Any]:
-    """The object for a kind of layer, with its theta."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(found, Mapping):
-        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(found)[:60])
-    local = layer_type == "sliding_attention" and config.get("rope_local_base_freq") is not None
-    theta = config["rope_local_base_freq"] if local else config.get("rope_theta")
-    if any(isinstance(part, Mapping) for part in found.values()):
-        found = found.get(layer_type) or {}
-        if not isinstance(found, Mapping):
-            raise InputError(f"{where}: rope_parameters", expected=f"an object for {layer_type}", got=repr(found)[:60])
-    elif local:
-        found = {}
-    return {**found, "rope_theta": found.get("rope_theta") or theta or 10000.0}
-
-
-def _original(config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """Phi-3 says it beside the object, which counts more; who does not say it means the context of the model."""
-    return config.get(ORIGINAL) or given.get(ORIGINAL) or config.get("max_position_embeddings")
 
 
 def _number(where: object, key: str, value: Any) -> Any:
@@ -186,7 +246,7 @@ def rotary_table(rope: Rope, head_size: int, positions: int, where: object) -> t
 
     check_rope(rope, head_size, where)
     size = rope.size(head_size)
-    whole = {key: value for key, value in rope.parameters().items() if key != "partial_rotary_factor"}
+    whole = {key: value for key, value in rope.parameters().items() if key != SHARE}
     config = LlamaConfig(
         head_dim=size, hidden_size=size, num_attention_heads=1, max_position_embeddings=positions, rope_parameters=whole
     )

@@ -278,12 +278,12 @@ def test_keys_of_ours_that_lie_are_refused(key: str, value: str, words: str) -> 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": -1.0}}, "factor: expected a number above 0, got -1"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "expected a low_freq_factor for llama3 scaling"),
-        ({"rope_parameters": {"rope_type": "longrope", "short_factor": "x", "long_factor": []}}, "a list of numbers"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -1.0}}, "factor: expected a number above 0, got -1"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "expected a low_freq_factor for llama3 scaling"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": "x", "long_factor": []}}, "a list of numbers"),
         ({"rope_parameters": {"full_attention": 3, "sliding_attention": {}}}, "expected an object for full_attention"),
         (
-            {"rope_parameters": {"rope_type": "longrope", "short_factor": 2.0, "long_factor": [1.0]}},
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": 2.0, "long_factor": [1.0]}},
             "a list of numbers",
         ),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected at most 1"),
@@ -292,8 +292,14 @@ def test_keys_of_ours_that_lie_are_refused(key: str, value: str, words: str) -> 
         ({"final_logit_softcapping": "x"}, "final_logit_softcapping: expected a number above 0"),
         ({"sliding_window": "x"}, "sliding_window: expected a whole number"),
         ({"layer_types": ["full_attention"]}, "layer_types: expected a list with an entry for each layer"),
-        ({"no_rope_layers": 7}, "no_rope_layers: expected a list with an entry for each layer"),
-        ({"max_window_layers": "x"}, "max_window_layers: expected a whole number"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": 7},
+            "no_rope_layers: expected a list with an entry for each layer",
+        ),
+        (
+            {"model_type": "qwen2", "num_key_value_heads": 4, "max_window_layers": "x"},
+            "max_window_layers: expected a whole number",
+        ),
         ({"use_bidirectional_attention": True}, "expected a decoder, which looks back only"),
     ],
 )

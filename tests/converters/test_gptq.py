@@ -17,6 +17,7 @@ from qalora.converters.gptq.forms import encode
 from qalora.converters.plan import ExportOptions
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
+from qalora.parity.runtimes.gptqmodel import open_artifact
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import (
     assert_same_model,
@@ -385,11 +386,16 @@ def test_layers_of_their_own_width_are_read_where_config_allows_it(tiny_untied: 
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_biases_of_zeros_that_a_family_has_not_are_dropped(family: str, tmp_path: Path) -> None:
-    folder = tmp_path / "gptq"
+def test_biases_that_a_family_has_not_count_for_nothing(family: str, tmp_path: Path) -> None:
+    """As in GPTQModel; those of zeros, which old AutoGPTQ writes for all layers, are not worth a note."""
+    folder, bias = tmp_path / "gptq", f"{Q_PROJ}.bias"
     model = quantized(tiny_model(tmp_path / "model", family), zeros="integer")
     written(model, folder)
-    edit(folder, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.zeros(64, dtype=torch.float16)}))
+    plain = open_artifact(folder, 1).logits([1, 2, 3])
+    edit(folder, lambda tensors: tensors.update({bias: torch.zeros(64, dtype=torch.float16)}))
     assert_same_model(gptq.read(folder), model)
-    edit(folder, lambda tensors: tensors.update({f"{Q_PROJ}.bias": torch.ones(64, dtype=torch.float16)}))
-    assert f"{Q_PROJ}.bias" in gptq.read(folder).tensors
+    assert not any(bias in note for note in gptq.read(folder).notes)
+    edit(folder, lambda tensors: tensors.update({bias: torch.ones(64, dtype=torch.float16)}))
+    assert torch.equal(open_artifact(folder, 1).logits([1, 2, 3]), plain)
+    assert_same_model(gptq.read(folder), model)
+    assert any(f"'{bias}': passed over" in note for note in gptq.read(folder).notes)

@@ -28,7 +28,8 @@ def head_count(family: Family, config: Mapping[str, Any], name: str) -> int | No
     if not any(name.endswith(f".{module}.weight") or name.endswith(f".{module}.bias") for module in family.permuted):
         return None
     heads = int(config["num_attention_heads"])
-    return int(config.get("num_key_value_heads") or heads) if ".k_proj." in name else heads
+    of_keys = config.get("num_key_value_heads", family.defaults.get("num_key_value_heads")) or heads
+    return int(of_keys) if ".k_proj." in name else heads
 
 
 def rows_to(rows: int, heads: int) -> Tensor:

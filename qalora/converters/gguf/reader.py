@@ -62,7 +62,7 @@ def read(path: Path) -> Checkpoint:
         name = known[gguf]
         lazy = _lazy(file, info, name, head_count(family, config, name))
         tensors[name] = _without_one(lazy) if family.adds_one(name) else lazy
-    check_shapes(path, config, tensors, linears)
+    check_shapes(path, config, tensors)
     _check_heads(path, tensors, config)
     notes = (*_restore(file, tensors), *_float_notes(file))
     kept = {key: value for key, value in file.metadata.entries.items() if not _of_this_file(key)}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import family_of, linear_names
+from qalora.converters.families import linear_names
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, StoredResidual, find_residual, pooling_matrix
 from qalora.converters.gptq.dynamic import Rule, check_rules, parse_rules, rule_of
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
@@ -117,11 +117,12 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
     for module, layer in layers.items():
         tensors[f"{module}.weight"] = _lazy(layer, settings, version, symmetric, residuals.get(module))
-    _drop_unused_biases(config, tensors, modules)
     if other:
         own = f"{folder / ADAPTER_CONFIG} is an adapter of its own; it is not part of the model as it is read here"
         notes = (*notes, own)
-    return replace(model_of(folder, "gptq", config, tensors, notes=notes), beside=folder if other else None)
+    silent = _zero_biases(tensors, modules)
+    model = model_of(folder, "gptq", config, tensors, notes=notes, silent=silent)
+    return replace(model, beside=folder if other else None)
 
 
 def _settings(folder: Path, config: object) -> _Settings:
@@ -312,11 +313,7 @@ def _lazy(
     return LazyTensor(name=f"{layer.module}.weight", shape=(layer.rows, layer.columns), spec=spec, read=read_rows)
 
 
-def _drop_unused_biases(config: Mapping[str, Any], tensors: dict[str, LazyTensor], modules: list[str]) -> None:
-    """Forget the biases of zeros that old AutoGPTQ writes for families that have none."""
-    if family_of(config, "config.json").biases or config.get("attention_bias") or config.get("mlp_bias"):
-        return
-    for module in modules:
-        bias = tensors.get(f"{module}.bias")
-        if bias is not None and not bool(bias.load_float().any()):
-            del tensors[f"{module}.bias"]
+def _zero_biases(tensors: Mapping[str, LazyTensor], modules: list[str]) -> set[str]:
+    """The biases of zeros, which old AutoGPTQ writes for layers that have none."""
+    names = [f"{module}.bias" for module in modules if f"{module}.bias" in tensors]
+    return {name for name in names if not bool(tensors[name].load_float().any())}

@@ -122,7 +122,7 @@ def read(file: Path, proto: Any, stored: Mapping[str, Stored]) -> Checkpoint:
     config = _completed(graph, tensors)
     tensors |= _norms(graph, config)
     linears = linear_names(config, file)
-    check_shapes(file.parent, config, tensors, linears)
+    check_shapes(file.parent, config, tensors)
     return Checkpoint(
         path=file,
         layout="onnx",

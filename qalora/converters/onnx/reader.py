@@ -57,7 +57,7 @@ def read(path: Path) -> Checkpoint:
     for name, item in stored.items():
         if name not in used and item.dtype == "FLOAT" and item.inline is None:
             tensors[name] = _float(name, item, transposed=name in linears, offset=1.0 if family.adds_one(name) else 0.0)
-    return replace(model_of(file.parent, "onnx", config, tensors), path=path)
+    return replace(model_of(file.parent, "onnx", config, tensors, others="refuse"), path=path)
 
 
 def _quantized(
