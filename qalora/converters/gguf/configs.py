@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qalora.converters.families import FAMILIES, Family
+from qalora.converters.families import FAMILIES, LAYER_KINDS, Family
 from qalora.converters.gguf.hyperparameters import CARRIED, CONFIG, FREQS, LONGROPE, MODEL_TYPE, yarn_attention
-from qalora.converters.gguf.loaders import LOADERS
-from qalora.converters.rope import ORIGINAL, llama3_factors, rope_of
+from qalora.converters.gguf.loaders import LOADERS, check_keys
+from qalora.converters.rope import ORIGINAL, SHARE, llama3_factors, rope_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Metadata
 
-__all__ = ["config_of", "family_of_metadata"]
+__all__ = ["config_notes", "config_of", "family_of_metadata"]
 
 
 def family_of_metadata(metadata: Metadata, where: object) -> Family:
@@ -45,11 +46,14 @@ def config_of(
     shapes: Mapping[str, tuple[int, ...]],
     factors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Transformers' config from a file's metadata; FormatError for a key that is missing or absurd.
+    """Transformers' config from a file's metadata, as llama.cpp reads it.
 
     shapes   of all tensors of the file, by GGUF's names
     factors  the tensors of `factor_tensors` that the file has
+
+    Raises FormatError for a key that is missing or absurd, InputError for one that is not understood.
     """
+    check_keys({key: metadata.get(key) for key in metadata.entries}, family, where)
     read = _Numbers(metadata, family.gguf, where)
     heads, hidden = int(read("attention.head_count")), int(read("embedding_length"))
     size = int(read("attention.key_length", max(1, hidden // heads)))
@@ -70,17 +74,53 @@ def config_of(
         "tie_word_embeddings": "output.weight" not in shapes,
         "rope_parameters": _rope_of(read, factors, size),
     }
-    if "blk.0.attn_q.bias" in shapes and not family.biases:
-        config["attention_bias"] = True
-    if "blk.0.ffn_gate.bias" in shapes:
-        config["mlp_bias"] = True
+    for key, modules in family.biased.items():
+        config[key] = any(f".{name}.bias" in tensor for tensor in shapes for name in _gguf_names(family, modules))
     if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
         raise FormatError(f"{where}", expected="key-value heads that divide the heads, and an even head size")
     for key, ours in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         token = metadata.get(f"tokenizer.ggml.{key}_token_id")
         known = isinstance(token, int) and 0 <= token < vocab_size
         config[ours] = token if known else None  # transformers' classes have numbers of their own for what is not said
+    _check_sizes(read, family, config)
     return config | _of_the_family(read, family, config) | _carried_by(metadata, where)
+
+
+def config_notes(metadata: Metadata, family: Family, where: Path) -> tuple[str, ...]:
+    """What a file says that llama.cpp passes over, for what it says elsewhere or for good."""
+    said = {key: metadata.get(f"{family.gguf}.{key}") for key in (*OVERRULED, "attention.sliding_window")}
+    notes = []
+    if None not in (said["rope.scaling.factor"], said["rope.scale_linear"]):
+        both = f"rope.scale_linear {said['rope.scale_linear']!r:.40}"
+        notes.append(f"{both}: rope.scaling.factor counts, {said['rope.scaling.factor']!r:.40}")
+    factor = said["rope.scaling.factor"] or said["rope.scale_linear"]
+    if said["rope.scaling.type"] is None and factor not in (None, 0.0, 1.0):
+        notes.append(f"a rotary factor {factor!r:.40} and no type of it: linear counts")
+    if said["rope.scaling.type"] == "none" and factor not in (None, 0.0, 1.0):
+        notes.append(f"a rotary factor {factor!r:.40} that its rope.scaling.type, none, switches off")
+    if LOADERS[family.gguf].window is None and said["attention.sliding_window"] and CONFIG not in metadata.entries:
+        notes.append(f"a sliding window of {said['attention.sliding_window']!r:.40}, which its {family.gguf} has not")
+    return tuple(f"{where.name}: llama.cpp's reading of it counts: it has {note}" for note in notes)
+
+
+OVERRULED = ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.type")
+
+
+def _gguf_names(family: Family, modules: Collection[str]) -> list[str]:
+    return [gguf for module, gguf in family.linears if module in modules]
+
+
+def _check_sizes(read: _Numbers, family: Family, config: Mapping[str, Any]) -> None:
+    """Refuse heads of several sizes, and what makes of the decoder another one."""
+    size, heads = config["head_dim"], config["num_attention_heads"]
+    expected = {"attention.value_length": (size, max(1, config["hidden_size"] // heads), "the head size")}
+    if SHARE not in family.defaults:
+        expected["rope.dimension_count"] = (size, size, "the head size")
+    for key, (wanted, default, what) in expected.items():
+        if read(key, default) != wanted:
+            raise FormatError(f"{read.where}: {key}", expected=f"{wanted}, {what}", got=str(read(key, default)))
+    if read.metadata.get(f"{read.prefix}.attention.causal", True) is not True:
+        raise InputError(f"{read.where}: {read.prefix}.attention.causal", expected="true: a decoder", got="false")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,25 +145,29 @@ class _Numbers:
 def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """What only some families have, and what llama.cpp takes for granted of them."""
     found: dict[str, Any] = {}
+    loader = LOADERS[family.gguf]
     if family.windows != "none":
-        windowed = read.has("attention.sliding_window")
-        found["sliding_window"] = int(read("attention.sliding_window")) if windowed else None
+        found["sliding_window"] = None
+    if loader.window is not None:
+        found["sliding_window"] = int(read("attention.sliding_window", loader.default))
+        period = int(read("attention.sliding_window_pattern", loader.window))
+        if period < 2:
+            raise InputError(f"{read.where}: attention.sliding_window_pattern", expected="2 or more", got=str(period))
+        count = range(1, config["num_hidden_layers"] + 1)
+        found["layer_types"] = [LAYER_KINDS[bool(n % period)] for n in count]
     if "query_pre_attn_scalar" in family.defaults:
-        big = config["num_hidden_layers"] == LOADERS[family.gguf].big
+        big = config["num_hidden_layers"] == loader.big
         hidden_share = config["hidden_size"] // config["num_attention_heads"]
         found["query_pre_attn_scalar"] = hidden_share if big else config["head_dim"]
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            default = family.defaults.get(key)
-            found[key] = float(read(key, default)) if read.has(key) or default is not None else None
-    if "partial_rotary_factor" in family.defaults:
+    for key, capped in (("attn_logit_softcapping", loader.capped), ("final_logit_softcapping", loader.logits)):
+        default = family.defaults.get(key)
+        if key in family.defaults:
+            said = capped and (read.has(key) or default is not None)
+            found[key] = float(read(key, default)) if said else None
+    if SHARE in family.defaults:
         rotated = int(read("rope.dimension_count", config["head_dim"]))
-        found["partial_rotary_factor"] = rotated / config["head_dim"]
+        found[SHARE] = rotated / config["head_dim"]
         found[ORIGINAL] = config["rope_parameters"].get(ORIGINAL, config["max_position_embeddings"])
-    elif read.has("rope.dimension_count") and read("rope.dimension_count") != config["head_dim"]:
-        expected = f"{config['head_dim']}, the head size"
-        raise FormatError(
-            f"{read.where}: rope.dimension_count", expected=expected, got=str(read("rope.dimension_count"))
-        )
     if family.local_rope:
         local = {"rope_type": "default", "rope_theta": float(read("rope.freq_base_swa", 10000.0))}
         found["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
@@ -144,21 +188,45 @@ def _carried_by(metadata: Metadata, where: object) -> dict[str, Any]:
 
 
 def _rope_of(read: _Numbers, factors: Mapping[str, Tensor], size: int) -> dict[str, Any]:
-    scaling = read.metadata.get(f"{read.prefix}.rope.scaling.type", "none")
-    factor = read.metadata.get(f"{read.prefix}.rope.scaling.factor")
+    """llama.cpp takes linear where no type is said; it applies factor and attn_factor beside lists of factors too."""
+    kind, factor = _scaling_of(read)
+    times = float(read("rope.scaling.attn_factor", 1.0))
     plain = {"rope_type": "default", "rope_theta": float(read("rope.freq_base", 10000.0))}
-    if FREQS in factors:
-        return _llama3_of(read, plain, factors[FREQS], size)
+    known = LOADERS[read.prefix].ropes
+    for names, rope in (({FREQS}, "llama3"), (set(LONGROPE.values()), "longrope")):
+        there = names & set(factors)
+        if there and (rope not in known or there != names or factor != 1):
+            got = f"{', '.join(sorted(there))}, and a factor of {factor:g}"
+            raise InputError(f"{read.where}: rotary factors", expected=f"those of {' or '.join(known)} alone", got=got)
     if set(LONGROPE.values()) <= set(factors):
         return _longrope_of(read, plain, factors)
-    if scaling == "none" or factor in (None, 1.0):
-        return plain
-    if scaling == "linear" and isinstance(factor, float) and factor > 0:
-        return {**plain, "rope_type": "linear", "factor": factor}
-    if scaling == "yarn" and isinstance(factor, float) and factor > 0:
+    if kind == "yarn" and factor != 1 and kind in known:
         return _as_carried(read, {**plain, "rope_type": "yarn", **_yarn_of(read, factor)})
-    got = f"{scaling!r}, factor {factor!r}"
-    raise InputError(f"{read.where}: rope.scaling.type", expected="none, linear or yarn", got=got)
+    divided = "yarn" if kind == "yarn" else "linear"
+    if times != 1 or (factor != 1 and divided not in known):
+        got = f"{kind}, factor {factor:g}, attn_factor {times:g}"
+        raise InputError(f"{read.where}: {read.prefix}.rope.scaling", expected=f"one of {', '.join(known)}", got=got)
+    if FREQS in factors:
+        return _llama3_of(read, plain, factors[FREQS], size)
+    return plain if factor == 1 else {**plain, "rope_type": "linear", "factor": factor}
+
+
+def _scaling_of(read: _Numbers) -> tuple[str, float]:
+    """The kind of scaling, and what positions are divided by: 1 where the kind is none, whatever the factor."""
+    kind = read.metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
+    if kind not in SCALINGS:
+        raise InputError(f"{read.where}: rope.scaling.type", expected=" or ".join(SCALINGS), got=repr(kind)[:60])
+    factor = read.metadata.get(f"{read.prefix}.rope.scaling.factor")
+    if factor is None:  # its name in 2023
+        factor = read.metadata.get(f"{read.prefix}.rope.scale_linear", 0.0)
+    if not isinstance(factor, float) or not 0 <= factor < 1 << 31:
+        what = f"{read.where}: {read.prefix}.rope.scaling.factor"
+        raise FormatError(what, expected="a real number from 0", got=repr(factor)[:60])
+    return str(kind), 1.0 if kind == "none" or factor == 0 else factor
+
+
+SCALINGS = ("none", "linear", "yarn", "longrope")
+"""What llama.cpp knows as rope.scaling.type; longrope divides positions as linear does, beside its lists."""
 
 
 def _as_carried(read: _Numbers, found: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +245,8 @@ def _as_carried(read: _Numbers, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _yarn_of(read: _Numbers, factor: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"factor": factor, ORIGINAL: int(read("rope.scaling.original_context_length"))}
+    original = int(read("rope.scaling.original_context_length", read("context_length")))
+    found: dict[str, Any] = {"factor": factor, ORIGINAL: original}
     for key in ("beta_fast", "beta_slow"):
         if read.has(f"rope.scaling.yarn_{key}"):
             found[key] = float(read(f"rope.scaling.yarn_{key}"))
@@ -188,7 +257,7 @@ def _yarn_of(read: _Numbers, factor: float) -> dict[str, Any]:
 
 def _longrope_of(read: _Numbers, plain: dict[str, Any], factors: Mapping[str, Tensor]) -> dict[str, Any]:
     lists = {key: factors[name].tolist() for key, name in LONGROPE.items()}
-    original = int(read("rope.scaling.original_context_length"))
+    original = int(read("rope.scaling.original_context_length", read("context_length")))
     positions = _carried_by(read.metadata, read.where).get("max_position_embeddings", read("context_length"))
     found = {**plain, "rope_type": "longrope", ORIGINAL: original, **lists}
     given = float(read("rope.scaling.attn_factor", 1.0))

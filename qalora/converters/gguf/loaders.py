@@ -6,15 +6,25 @@ Source: llama.cpp, src/llama-model.cpp. Each line of LOADERS is held by a test t
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qalora.converters.decoder import FULL, Decoder, check_activation
 from qalora.converters.families import Family
 from qalora.converters.rope import check_rope, two_tables
 from qalora.errors import InputError
 
-__all__ = ["LOADERS", "Loader", "check_tensors", "clipped_window", "context_notes", "refuse"]
+__all__ = [
+    "LOADERS",
+    "Loader",
+    "check_keys",
+    "check_tensors",
+    "clipped_window",
+    "context_notes",
+    "reads_bias",
+    "refuse",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +33,10 @@ class Loader:
 
     ropes     transformers' rope kinds that it computes
     window    it keeps to attention.sliding_window, in all layers but every n-th; None: it has no window
+    default   the window where no key names one; None: a file without it has other layers than those of the family
     capped    it caps scores, always
+    logits    it caps logits where final_logit_softcapping says so
+    local     layers with a window have rope.freq_base_swa
     big       the number of layers at which it scales scores by hidden/heads in place of the head size
     unrotated every n-th layer has no rotary positions
     biases    the linear modules whose biases it reads
@@ -32,7 +45,10 @@ class Loader:
 
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     window: int | None = None
+    default: int | None = None
     capped: bool = False
+    logits: bool = False
+    local: bool = False
     big: int | None = None
     unrotated: int | None = None
     biases: tuple[str, ...] = ()
@@ -46,11 +62,59 @@ LOADERS: dict[str, Loader] = {
     "llama": Loader(ropes=("default", "linear", "yarn", "llama3"), biases=(*_QKV, *_OTHERS)),
     "qwen2": Loader(biases=_QKV),
     "qwen3": Loader(biases=_QKV),
-    "gemma2": Loader(ropes=("default", "linear"), window=2, capped=True, big=46, tied=True),
-    "gemma3": Loader(ropes=("default", "linear"), window=6, big=62),
+    "gemma2": Loader(ropes=("default", "linear"), window=2, default=4096, capped=True, logits=True, big=46, tied=True),
+    "gemma3": Loader(ropes=("default", "linear"), window=6, logits=True, local=True, big=62),
     "smollm3": Loader(unrotated=4),
     "phi3": Loader(ropes=("default", "longrope")),
 }
+
+
+READ = (
+    "attention.causal",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+)
+"""Keys of any architecture that `configs` reads."""
+
+IDLE = ("pooling_type", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
+"""Keys that change no logits."""
+
+
+def check_keys(keys: Mapping[str, Any], family: Family, where: object) -> None:
+    """Refuse a key of the architecture that is none of those that are read: llama.cpp may compute with it.
+
+    keys  all of a file, with their values; one that is 0, false or empty switches nothing on
+    """
+    loader, prefix = LOADERS[family.gguf], f"{family.gguf}."
+    read = {*READ, *IDLE}
+    read |= {"attention.sliding_window_pattern"} if loader.window is not None else set()
+    read |= {"attn_logit_softcapping"} if loader.capped else set()
+    read |= {"final_logit_softcapping"} if loader.logits else set()
+    read |= {"rope.freq_base_swa"} if loader.local else set()
+    read |= {"rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"} if "yarn" in loader.ropes else set()
+    for key, value in keys.items():
+        if key.startswith(prefix) and key.removeprefix(prefix) not in read and value:
+            raise InputError(
+                f"{where}: {key}",
+                expected=f"no such key, or 0, in a {family.model_type}",
+                got=repr(value)[:60],
+                todo="it may change what llama.cpp computes, and is not understood here",
+            )
 
 
 def _loader_scale(decoder: Decoder, loader: Loader) -> float:
@@ -93,19 +157,25 @@ def refuse(decoder: Decoder, where: object) -> None:
 
 
 def check_tensors(names: Collection[str], family: Family, where: object) -> None:
-    """Refuse a tensor of a model that llama.cpp's loader does not take."""
+    """Refuse a tensor of a model that llama.cpp's loader does not take; `where` begins with what the model is for."""
     loader = LOADERS[family.gguf]
     for name in names:
-        if name.endswith(".bias") and not name.endswith(tuple(f".{module}.bias" for module in loader.biases)):
+        if not reads_bias(name, family):
             raise InputError(
-                f"gguf: {where}: {name}: llama.cpp reads no such bias of a {family.gguf}",
+                f"{where}: {name}: llama.cpp reads no such bias of a {family.gguf}",
                 todo="export it to onnx or gptq",
             )
     if loader.tied and "lm_head.weight" in names:
         raise InputError(
-            f"gguf: {where}: lm_head.weight: llama.cpp ties the output layer of a {family.gguf} to the embedding",
+            f"{where}: lm_head.weight: llama.cpp ties the output layer of a {family.gguf} to the embedding",
             todo="export it to onnx or gptq",
         )
+
+
+def reads_bias(name: str, family: Family) -> bool:
+    """Whether llama.cpp reads a bias, by transformers' name; true of a tensor that is none."""
+    modules = LOADERS[family.gguf].biases
+    return not name.endswith(".bias") or name.endswith(tuple(f".{module}.bias" for module in modules))
 
 
 def clipped_window(decoder: Decoder) -> int | None:

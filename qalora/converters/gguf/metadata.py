@@ -7,15 +7,21 @@ Keys: ggml-org/ggml, docs/gguf.md. Nothing here depends on time or place, so tha
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import name_in_gguf, strips
-from qalora.converters.decoder import Decoder
+from qalora.converters.decoder import Decoder, decoder_of
 from qalora.converters.ends import ends_of, tokenizer_end
 from qalora.converters.families import settings_of
-from qalora.converters.gguf.hyperparameters import hyperparameters
+from qalora.converters.gguf.configs import config_of, family_of_metadata
+from qalora.converters.gguf.hyperparameters import CONFIG, MODEL_TYPE, factor_tensors, hyperparameters
+from qalora.converters.gguf.names import gguf_names
 from qalora.converters.tokenizer import gguf_tokenizer
+from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value
 from qalora.formats.gguf_ends import with_ends
 
@@ -34,7 +40,9 @@ def file_metadata(model: Checkpoint, decoder: Decoder, name: str | None, carrier
         if name is not None:
             kept = name_in_gguf(name, stripping=strips(model.gguf.get("general.name")))
             changes["general.name"] = Value.text(kept)
-        return with_ends(model.gguf.with_entries(changes), ends, tokenizer_end(model), model.path)
+        said = _says(model.gguf, model, decoder, numbers)
+        carried = model.gguf if said else _renumbered(model.gguf, decoder, numbers)
+        return with_ends(carried.with_entries(changes), ends, tokenizer_end(model), model.path)
     tokenizer = gguf_tokenizer(model, name or model.path.name)
     general = {
         "general.architecture": Value.text(decoder.family.gguf),
@@ -46,6 +54,36 @@ def file_metadata(model: Checkpoint, decoder: Decoder, name: str | None, carrier
     }
     metadata = Metadata(entries={**general, **numbers, **tokenizer})
     return with_ends(metadata, ends, tokenizer_end(model), model.path)
+
+
+def _renumbered(metadata: Metadata, decoder: Decoder, numbers: Mapping[str, Value]) -> Metadata:
+    """Metadata with other numbers of the architecture, and none of those that it had."""
+    name = decoder.family.gguf
+    own = (f"{metadata.get('general.architecture')}.", f"{name}.", MODEL_TYPE, CONFIG)
+    kept = {key: value for key, value in metadata.entries.items() if not key.startswith(own)}
+    return Metadata(entries={**kept, "general.architecture": Value.text(name), **numbers})
+
+
+def _says(metadata: Metadata, model: Checkpoint, decoder: Decoder, numbers: Mapping[str, Value]) -> bool:
+    """Whether the metadata that a model came with still say the numbers of its config, which may have been edited."""
+    shapes = {gguf: model.tensors[name].shape for name, gguf in decoder.family.outer if name in model.tensors}
+    names = gguf_names(decoder.family, len(decoder.layers))
+    shapes |= {names[name]: lazy.shape for name, lazy in model.tensors.items() if name.endswith(".bias")}
+    try:
+        family = family_of_metadata(metadata, model.path)
+        config = config_of(metadata, family, model.path, shapes=shapes, factors=factor_tensors(decoder))
+        said = hyperparameters(decoder_of(config, model.path), settings_of(config, model.path), model.path)
+    except InputError:
+        return False
+    return _rounded(said) == _rounded(numbers)
+
+
+def _rounded(numbers: Mapping[str, Value]) -> dict[str, Any]:
+    """The values as a file holds them: reals as float32."""
+    return {
+        key: torch.tensor(value.value, dtype=torch.float32).item() if isinstance(value.value, float) else value.value
+        for key, value in numbers.items()
+    }
 
 
 def file_name(model: Checkpoint, metadata: Metadata, name: str | None, carrier: str) -> str:

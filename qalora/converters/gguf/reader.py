@@ -9,14 +9,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import linear_names
-from qalora.converters.gguf.configs import config_of, family_of_metadata
+from qalora.converters.decoder import decoder_of, tensor_shape
+from qalora.converters.families import bias_names, linear_names
+from qalora.converters.gguf.configs import config_notes, config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, LONGROPE
+from qalora.converters.gguf.loaders import check_tensors
 from qalora.converters.gguf.names import gguf_names, head_count, rows_from
 from qalora.converters.huggingface import check_shapes
 from qalora.converters.plan import PROVENANCE
@@ -62,9 +65,11 @@ def read(path: Path) -> Checkpoint:
         name = known[gguf]
         lazy = _lazy(file, info, name, head_count(family, config, name))
         tensors[name] = _without_one(lazy) if family.adds_one(name) else lazy
-    check_shapes(path, config, tensors)
-    _check_heads(path, tensors, config)
-    notes = (*_restore(file, tensors), *_float_notes(file))
+    check_tensors(tensors, family, path)
+    zeros = _zero_biases(path, config, tensors)
+    check_shapes(path, config, tensors | zeros)
+    notes = (*_restore(file, tensors), *_float_notes(file), *config_notes(file.metadata, family, path))
+    tensors |= zeros
     kept = {key: value for key, value in file.metadata.entries.items() if not _of_this_file(key)}
     metadata = Metadata(entries=kept)
     return Checkpoint(
@@ -128,14 +133,16 @@ def _factors(file: GgufFile) -> dict[str, Tensor]:
     return found
 
 
-def _check_heads(path: Path, tensors: Mapping[str, LazyTensor], config: Mapping[str, int]) -> None:
-    size = config["head_dim"]
-    for name, lazy in tensors.items():
-        for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if f".{module}." in name and lazy.shape[0] != config[heads] * size:
-                raise FormatError(
-                    f"{path}: {name}", expected=f"{config[heads]} heads of {size} rows", got=f"shape {list(lazy.shape)}"
-                )
+def _zero_biases(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The biases that transformers wants and the file does not have: llama.cpp adds those that are there."""
+    decoder, made = decoder_of(config, path), {}
+    for name in bias_names(config, path):
+        shape = tensor_shape(decoder, name)
+        if name not in tensors and shape is not None:
+            made[name] = LazyTensor(
+                name=name, shape=shape, dtype=torch.float32, read=lambda start, stop: torch.zeros(stop - start)
+            )
+    return made
 
 
 def _lazy(file: GgufFile, info: TensorInfo, name: str, heads: int | None) -> LazyTensor:

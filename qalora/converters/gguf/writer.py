@@ -16,7 +16,7 @@ from qalora.converters.decoder import decoder_of
 from qalora.converters.ends import end_notes, ends_of, in_words, token_texts
 from qalora.converters.families import Family, norm_names
 from qalora.converters.gguf.hyperparameters import factor_tensors
-from qalora.converters.gguf.loaders import check_tensors, clipped_window, context_notes
+from qalora.converters.gguf.loaders import check_tensors, clipped_window, context_notes, reads_bias
 from qalora.converters.gguf.metadata import file_metadata, file_name
 from qalora.converters.gguf.modelfile import MODELFILE, modelfile
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
@@ -54,11 +54,12 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     """Choose each tensor's type; InputError for what GGUF cannot hold, Losses for what it holds inexactly."""
     decoder = decoder_of(model.config, model.path)
     family = decoder.family
+    model = _without_zero_biases(model, family)
     known = gguf_names(family, len(decoder.layers))
     unknown = sorted(set(model.tensors) - set(known))
     if unknown:
         raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in a {family.gguf} file")
-    check_tensors(model.tensors, family, model.path)
+    check_tensors(model.tensors, family, f"gguf: {model.path}")
     for name in (*norm_names(model.config, model.path), "model.embed_tokens.weight"):
         if name not in model.tensors:
             raise InputError(f"{model.path}: tensor {name}", expected="it, as config.json says", got="no such tensor")
@@ -112,6 +113,13 @@ def _end_notes(model: Checkpoint, metadata: Metadata) -> list[str]:
     more = [n for n in ([] if eog is None else eog.ids) if n not in ends]
     names = in_words(more, token_texts(model))
     return [f"gguf: llama.cpp knows more end tokens by name, whatever a file says: {names}"] if more else []
+
+
+def _without_zero_biases(model: Checkpoint, family: Family) -> Checkpoint:
+    """The model without the biases of zeros that llama.cpp does not read, and that transformers wants to be there."""
+    unread = [name for name in model.tensors if not reads_bias(name, family)]
+    zeros = {name for name in unread if not bool(model.tensors[name].load_float().any())}
+    return replace(model, tensors={name: lazy for name, lazy in model.tensors.items() if name not in zeros})
 
 
 def _carrier(lazy: LazyTensor, model: Checkpoint, options: ExportOptions) -> tuple[str, Loss | None]:
