@@ -45,6 +45,7 @@ LONGROPE = {
     "long_factor": [2.0 + n / 8 for n in range(8)],
     "short_factor": [1.0 + n / 16 for n in range(8)],
 }
+PHI3 = {"model_type": "phi3", "original_max_position_embeddings": 128}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,10 +114,13 @@ def test_mlx_lm_computes_what_transformers_does(case: str, tmp_path: Path) -> No
     [
         ({"model_type": "mistral", "sliding_window": 64}, "no sliding window for mistral: it is right up to 64 tokens"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16},
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
             "no sliding window for qwen2: it is right up to 16 tokens",
         ),
-        ({"model_type": "phi3", "rope_parameters": LONGROPE}, "one list of rope factors: it is right up to 128 tokens"),
+        (
+            {"model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 128},
+            "one list of rope factors: it is right up to 128 tokens",
+        ),
         ({"model_type": "gemma3_text", "hidden_size": 1152}, "embeddings by 34 instead of 33.9411"),
     ],
 )
@@ -150,15 +154,14 @@ def test_old_configs_are_understood() -> None:
         ({"model_type": "gemma2"}, False, "lm_head: expected a gemma2 whose output layer is the embedding"),
         ({"model_type": "gemma3_text", "final_logit_softcapping": 8.0}, True, "final_logit_softcapping: expected"),
         ({"model_type": "gemma2", "rope_parameters": LINEAR}, True, "rope_type: expected default for gemma2"),
-        ({"model_type": "phi3", "rope_parameters": YARN}, True, "rope_type: expected default or longrope for phi3"),
-        ({"model_type": "phi3", "rope_parameters": {**LONGROPE, "factor": 9.0}}, True, "longrope factor: expected 4"),
+        ({"model_type": "phi3", "rope_parameters": LINEAR}, True, "rope_type: expected default or longrope for phi3"),
+        ({**PHI3, "rope_parameters": {**LONGROPE, "factor": 9.0}}, True, "longrope factor: expected 4"),
         (
-            {"model_type": "phi3", "rope_parameters": {**LONGROPE, "attention_factor": 9.0}},
+            {**PHI3, "rope_parameters": {**LONGROPE, "attention_factor": 9.0}},
             True,
             r"longrope attention_factor: expected 1\.13",
         ),
         ({"model_type": "llama", "rope_parameters": {**YARN, "truncate": False}}, True, "rope truncate: expected True"),
-        ({"model_type": "llama", "rope_parameters": {**YARN, "factor": "x"}}, True, "rope factor: expected a number"),
     ],
 )
 def test_what_mlx_lm_computes_otherwise_at_any_length_is_refused(
@@ -166,6 +169,11 @@ def test_what_mlx_lm_computes_otherwise_at_any_length_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=f"mlx: {words}"):
         mlx_config({**SIZES, **config}, tied=tied)
+
+
+def test_a_factor_that_is_no_number_is_refused() -> None:
+    with pytest.raises(InputError, match="factor: expected a number above 0, got 'x'"):
+        mlx_config({**SIZES, "model_type": "llama", "rope_parameters": {**YARN, "factor": "x"}}, tied=True)
 
 
 @pytest.mark.parametrize("kinds", [["sliding_attention"] * 4, ["full_attention", "sliding_attention"] * 2])

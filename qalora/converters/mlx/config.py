@@ -25,12 +25,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qalora.converters.families import family_of, settings_of
+from qalora.converters.decoder import Decoder, decoder_of
+from qalora.converters.families import LAYER_KINDS, family_of, settings_of
+from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE
 from qalora.errors import InputError
 
 __all__ = ["mlx_config"]
 
-WINDOWED = ("mistral", "phi3", "gemma2")
+WINDOWED = ("mistral", "phi3", "gemma2", "qwen2", "qwen3")
 """Families with a sliding window that mlx-lm does not have."""
 
 WITHOUT_BIAS = ("qwen3", "gemma2", "gemma3_text")
@@ -45,32 +47,56 @@ def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any]
 
     tied  whether the output layer is the embedding
 
-    Raises InputError for what it would compute otherwise from the first token on.
+    Every number that mlx-lm has another default for is written out. Raises InputError for what it would compute
+    otherwise from the first token on.
     """
-    family = str(config.get("model_type"))
+    decoder, settings = decoder_of(config, "config.json"), settings_of(config, "config.json")
+    family, rope = decoder.family.model_type, settings["rope_parameters"]
     _check(config, family, tied=tied)
-    found = {**config, "tie_word_embeddings": tied}
-    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": _theta(config)}
-    full, local = rope.get("full_attention", rope), rope.get("sliding_attention")
+    beside = {key: value for key, value in config.items() if key not in PLACES}
+    missing = {key: value for key, value in _numbers(decoder, settings).items() if beside.get(key) is None}
+    said = rope if config.get("rope_scaling") else config.get("rope_parameters") or rope
+    found = {**beside, **missing, **_lists(decoder), "rope_parameters": said, "tie_word_embeddings": tied}
+    full, local = rope.get(LAYER_KINDS[0], rope), rope.get(LAYER_KINDS[1])
     notes: list[str] = []
     ends: list[int] = []
-    if isinstance(full, Mapping):
-        found |= _rope(full, config, family)
-        original = found.get("original_max_position_embeddings")
-        listed = "long_factor" in (found["rope_scaling"] or {})
-        if listed and type(original) is int and original < config["max_position_embeddings"]:
-            ends.append(original)
-            notes.append(f"mlx-lm has one list of rope factors: it is right up to {original} tokens")
-    if isinstance(local, Mapping):
-        found["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
+    found |= _rope(full, config, family)
+    original = found.get("original_max_position_embeddings")
+    listed = "long_factor" in (found["rope_scaling"] or {})
+    if listed and type(original) is int and original < decoder.positions:
+        ends.append(original)
+        notes.append(f"mlx-lm has one list of rope factors: it is right up to {original} tokens")
+    if local is not None:
+        found[LOCAL_THETA] = local["rope_theta"]
     if family == "gemma3_text":
-        found["sliding_window_pattern"] = _pattern(config)
-        notes += _scale_note(int(config["hidden_size"]))
-    window = _window(config, family)
+        found["sliding_window_pattern"] = _pattern(decoder, settings)
+        notes += _scale_note(decoder.hidden)
+    window = _window(decoder)
     if window is not None:
         ends.append(window)
         notes.append(f"mlx-lm has no sliding window for {family}: it is right up to {window} tokens")
     return found, tuple(notes), min(ends, default=None)
+
+
+def _numbers(decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config may leave out, and mlx-lm has no default for, or another one than transformers."""
+    found: dict[str, Any] = {"num_key_value_heads": decoder.kv_heads, "rms_norm_eps": decoder.epsilon}
+    if "head_dim" in decoder.family.defaults:
+        found["head_dim"] = decoder.head_size
+    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
+        if decoder.family.defaults.get(key) is not None:
+            found[key] = settings[key]
+    return found
+
+
+def _lists(decoder: Decoder) -> dict[str, Any]:
+    """The lists by layers of a family that has layers without rotary positions, as long as mlx-lm wants them."""
+    if not decoder.family.skips_rope:
+        return {}
+    return {
+        "no_rope_layers": [int(layer.rope is not None) for layer in decoder.layers],
+        "layer_types": [LAYER_KINDS[layer.window is not None] for layer in decoder.layers],
+    }
 
 
 def _refuse(what: str, expected: str, got: object) -> InputError:
@@ -92,33 +118,31 @@ def _check(config: Mapping[str, Any], family: str, *, tied: bool) -> None:
             raise _refuse("head_dim", f"{usual}, hidden_size over heads for qwen2", config["head_dim"])
     if family == "gemma2" and not tied:
         raise _refuse("lm_head", "a gemma2 whose output layer is the embedding", "one of its own")
+    if family == "gemma2":
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if settings[key] is None:
+                raise _refuse(key, "a gemma2 with it", "None")
     if family == "gemma3_text":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if config.get(key) is not None:
                 raise _refuse(key, "a gemma3 without", config[key])
 
 
-def _theta(config: Mapping[str, Any]) -> float:
-    default = 1e6 if config.get("model_type") == "gemma3_text" else 1e4
-    return float(config.get("rope_theta") or default)
-
-
 def _rope(rope: Mapping[str, Any], config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """The keys of the rotary positions; `rope` is that of the layers that attend to everything."""
-    kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    kind = "longrope" if kind == "su" else kind
+    kind = str(rope["rope_type"])
     if kind not in ROPES.get(family, (kind,)):
         raise _refuse("rope_type", f"{' or '.join(ROPES[family])} for {family}", kind)
-    found: dict[str, Any] = {"rope_theta": rope.get("rope_theta") or _theta(config), "rope_scaling": None}
-    if rope.get("partial_rotary_factor") is not None:
-        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    found: dict[str, Any] = {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    if rope.get(SHARE) is not None:
+        found[SHARE] = rope[SHARE]
     if kind == "default":
         return found
     scaling = {**rope, "type": kind}
     if kind == "yarn":
         scaling |= _yarn(rope)
     elif kind == "longrope":
-        original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        original = rope[ORIGINAL]
         _check_longrope(rope, config, original)
         scaling |= {"long_factor": rope.get("short_factor"), "original_max_position_embeddings": original}
         found["original_max_position_embeddings"] = original
@@ -162,25 +186,22 @@ def _number(rope: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def _window(config: Mapping[str, Any], family: str) -> int | None:
+def _window(decoder: Decoder) -> int | None:
     """The window that the model has and mlx-lm has not, if the context is longer."""
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
-    used = family in WINDOWED or (family in ("qwen2", "qwen3") and config.get("use_sliding_window"))
-    return window if used and type(window) is int and type(longest) is int and window < longest else None
+    windows = [layer.window for layer in decoder.layers if layer.window is not None]
+    lacking = decoder.family.model_type in WINDOWED and windows and min(windows) < decoder.positions
+    return min(windows) if lacking else None
 
 
-def _pattern(config: Mapping[str, Any]) -> int:
-    """n, where every n-th layer attends to everything; at least one has to."""
-    kinds = config.get("layer_types")
-    if not isinstance(kinds, list):
-        given = config.get("sliding_window_pattern", config.get("_sliding_window_pattern"))
-        return given if type(given) is int and given > 0 else 6
-    pattern = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
-    expected = [
-        "full_attention" if pattern and (n + 1) % pattern == 0 else "sliding_attention" for n in range(len(kinds))
-    ]
-    if not pattern or kinds != expected:
-        raise _refuse("layer_types", "every n-th layer full_attention", ", ".join(map(str, kinds)))
+def _pattern(decoder: Decoder, settings: Mapping[str, Any]) -> int:
+    """n, where every n-th layer attends to everything; at least one of those that layer_types names has to."""
+    if settings["layer_types"] is None:
+        return int(settings["sliding_window_pattern"])
+    full = [layer.window is None for layer in decoder.layers]
+    pattern = full.index(True) + 1 if True in full else 0
+    if not pattern or full != [(n + 1) % pattern == 0 for n in range(len(full))]:
+        got = ", ".join(LAYER_KINDS[not whole] for whole in full)
+        raise _refuse("layer_types", "every n-th layer full_attention", got)
     return pattern
 
 

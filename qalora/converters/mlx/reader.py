@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
+from qalora.converters.families import family_of
+from qalora.converters.huggingface import HEAD, float_tensor, model_of, read_config, stored_tensors
+from qalora.converters.mlx.foreign import as_mlx_reads, ties
+from qalora.converters.rope import PLACES
 from qalora.converters.specs import TENSORS, restored, stored_specs
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile
@@ -42,13 +45,36 @@ def read(folder: Path) -> Checkpoint:
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
     for module in modules:
         tensors[f"{module}.weight"] = _quantized(folder, module, stored, settings)
-    for module, spec in stored_specs(stored).items():
+    ours = stored_specs(stored)
+    for module, spec in ours.items():
         name = f"{module}.weight"
         if name not in tensors:
             raise FormatError(f"{folder}: {TENSORS}", expected="tensors of the file", got=repr(name)[:120])
         tensors[name] = restored(tensors[name], spec)
-    config["tie_word_embeddings"] = "lm_head.weight" not in tensors  # mlx-lm has another default than transformers
-    return model_of(folder, "mlx", config, tensors)
+    notes: tuple[str, ...] = ()
+    if not ours:
+        config, tensors, notes = _as_mlx_reads(folder, config, tensors)
+    elif "rope_parameters" in config:  # what it was; the keys beside it are as mlx-lm wants them
+        config = {key: value for key, value in config.items() if key not in PLACES or key == "rope_parameters"}
+    config["tie_word_embeddings"] = HEAD not in tensors  # mlx-lm has another default than transformers
+    return model_of(folder, "mlx", config, tensors, others="refuse", notes=notes)
+
+
+def _as_mlx_reads(
+    folder: Path, config: dict[str, Any], tensors: dict[str, LazyTensor]
+) -> tuple[dict[str, Any], dict[str, LazyTensor], tuple[str, ...]]:
+    """Config and tensors of a folder that others made, as mlx-lm takes them, and notes."""
+    family = family_of(config, folder).model_type
+    stored, tied = HEAD in tensors, ties(config, stored=HEAD in tensors)
+    if not stored and not tied:
+        raise FormatError(f"{folder}: tensor {HEAD}", expected="it, as config.json says", got="no such tensor")
+    read, notes = as_mlx_reads(config, folder.name)
+    if stored and tied and (family == "gemma2" or tensors[HEAD].spec is not None):
+        raise FormatError(f"{folder}: tensor {HEAD}", expected="none beside a tied output, in mlx-lm", got="one")
+    if stored and tied:
+        tensors = {name: lazy for name, lazy in tensors.items() if name != HEAD}
+        notes = (*notes, f"{folder.name}: mlx-lm ties the output to the embedding, and passes {HEAD} over")
+    return read, tensors, notes
 
 
 def _quantized(folder: Path, module: str, stored: _Stored, settings: Mapping[str, Any]) -> LazyTensor:
