@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
@@ -28,6 +29,8 @@ __all__ = [
     "HEAD",
     "LICENCES",
     "TEMPLATES",
+    "announced",
+    "check_shapes",
     "companion_files",
     "download",
     "float_tensor",
@@ -36,6 +39,7 @@ __all__ = [
     "read",
     "read_config",
     "stored_tensors",
+    "zero_biases",
 ]
 
 CONFIG_LIMIT = 16 << 20
@@ -244,6 +248,18 @@ def check_shapes(where: Path, config: Mapping[str, Any], tensors: Mapping[str, L
         if shape is not None and lazy.shape != shape:
             expected = f"shape {list(shape)}, as config.json says"
             raise FormatError(f"{where}: {name}", expected=expected, got=f"shape {list(lazy.shape)}")
+
+
+def zero_biases(where: object, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The biases that the config announces and a file does not have, for owners that add those that are there."""
+    decoder, made = decoder_of(config, where), {}
+    for name in bias_names(config, where):
+        shape = tensor_shape(decoder, name)
+        if name not in tensors and shape is not None:
+            made[name] = LazyTensor(
+                name=name, shape=shape, dtype=torch.float32, read=lambda start, stop: torch.zeros(stop - start)
+            )
+    return made
 
 
 def model_of(

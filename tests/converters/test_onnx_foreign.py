@@ -14,6 +14,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.config_places import tidied
+from qalora.converters.decoder import decoder_of
 from qalora.converters.onnx import read
 from qalora.converters.onnx.foreign_config import rope_of
 from qalora.errors import FormatError, InputError
@@ -214,6 +216,37 @@ def test_biases(tmp_path: Path) -> None:
     assert model.config["attention_bias"] and not model.config["mlp_bias"]
     parts = [model.tensors[f"model.layers.0.self_attn.{name}_proj.bias"].load_float() for name in "qkv"]
     assert torch.equal(torch.cat(parts), torch.from_numpy(bias)) and [len(part) for part in parts] == list(QKV)
+    assert not model.tensors["model.layers.0.self_attn.o_proj.bias"].load_float().any()  # a graph adds what it has
+
+
+@pytest.mark.parametrize(
+    ("family", "node", "name"),
+    [
+        ("mistral", "/model/layers.0/attn/o_proj", "model.layers.0.self_attn.o_proj.bias"),
+        ("llama", "/lm_head", "lm_head.bias"),
+        ("qwen2", "/model/layers.0/mlp/down_proj", "model.layers.0.mlp.down_proj.bias"),
+    ],
+)
+def test_a_bias_that_the_family_has_not_is_refused(family: str, node: str, name: str, tmp_path: Path) -> None:
+    """The graph adds it, and no export of the family could."""
+    graph = Graph()
+    graph.config["model"]["type"] = family
+    graph.find(f"{node}/MatMulNBits").input.extend(["", "bias"])
+    rows = next(found.i for found in graph.find(f"{node}/MatMulNBits").attribute if found.name == "N")
+    graph.initializers["bias"] = np.ones(rows, dtype=np.float32)
+    with pytest.raises(InputError, match=rf"{name}: expected none in a {family}, got a node that adds it"):
+        opened(graph, tmp_path)
+
+
+def test_rotary_positions_are_the_graph_s(tmp_path: Path) -> None:
+    """Its tables are what runs, whatever the config.json beside it says."""
+    plain = opened(Graph(), tmp_path)
+    said = {**plain.config, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    model = read(tmp_path)
+    assert decoder_of(model.config, "here") == decoder_of(plain.config, "here")
+    assert len(model.notes) == 2 and "the graph counts, and the config.json beside it" in model.notes[1]
+    assert "'factor': 4.0" in model.notes[1] and not tidied(model.config, tmp_path)[1]
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int4", "int4 with zeros"])

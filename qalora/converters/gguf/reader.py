@@ -6,22 +6,19 @@ Types that hold no integer groups of ours (K-quants and others) are read as the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.decoder import decoder_of, tensor_shape
-from qalora.converters.families import bias_names, linear_names
+from qalora.converters.families import linear_names
 from qalora.converters.gguf.configs import config_notes, config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, LONGROPE
 from qalora.converters.gguf.loaders import check_tensors
 from qalora.converters.gguf.names import gguf_names, head_count, rows_from
-from qalora.converters.huggingface import check_shapes
+from qalora.converters.huggingface import check_shapes, zero_biases
 from qalora.converters.plan import PROVENANCE
 from qalora.converters.specs import TENSORS, fits, parse_specs, restored
 from qalora.errors import FormatError, InputError
@@ -66,7 +63,7 @@ def read(path: Path) -> Checkpoint:
         lazy = _lazy(file, info, name, head_count(family, config, name))
         tensors[name] = _without_one(lazy) if family.adds_one(name) else lazy
     check_tensors(tensors, family, path)
-    zeros = _zero_biases(path, config, tensors)
+    zeros = zero_biases(path, config, tensors)
     check_shapes(path, config, tensors | zeros)
     notes = (*_restore(file, tensors), *_float_notes(file), *config_notes(file.metadata, family, path))
     tensors |= zeros
@@ -131,18 +128,6 @@ def _factors(file: GgufFile) -> dict[str, Tensor]:
         if not bool((found[name] > 0).all()):
             raise FormatError(f"{file.path}: {name}", expected="numbers above 0", got="others")
     return found
-
-
-def _zero_biases(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The biases that transformers wants and the file does not have: llama.cpp adds those that are there."""
-    decoder, made = decoder_of(config, path), {}
-    for name in bias_names(config, path):
-        shape = tensor_shape(decoder, name)
-        if name not in tensors and shape is not None:
-            made[name] = LazyTensor(
-                name=name, shape=shape, dtype=torch.float32, read=lambda start, stop: torch.zeros(stop - start)
-            )
-    return made
 
 
 def _lazy(file: GgufFile, info: TensorInfo, name: str, heads: int | None) -> LazyTensor:

@@ -8,10 +8,9 @@ Source: mlx-lm 0.32, mlx_lm/models/*.py, class ModelArgs, and rope_utils.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from qalora.converters.decoder import decoder_of
+from qalora.converters.decoder import decoder_of, difference
 from qalora.converters.families import family_of
 from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE
 
@@ -67,11 +66,9 @@ def as_mlx_reads(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     read = {**defaults, **said, **_rope(config, family, defaults)}
     if family == "gemma3_text":
         read["attn_logit_softcapping"] = read["final_logit_softcapping"] = None
-    theirs, ours = decoder_of(config, where), decoder_of(read, where)
-    names = [field.name for field in fields(ours) if getattr(ours, field.name) != getattr(theirs, field.name)]
-    if not names:
+    differ = difference(decoder_of(read, where), decoder_of(config, where))
+    if not differ:
         return dict(config), ()
-    differ = ", ".join(f"{name} {getattr(ours, name)!r:.120}, not {getattr(theirs, name)!r:.120}" for name in names)
     return read, (f"{where}: mlx-lm's reading of config.json counts: {differ}",)
 
 

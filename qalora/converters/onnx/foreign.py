@@ -35,8 +35,10 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import family_of, linear_names
-from qalora.converters.huggingface import check_shapes, companion_files
+from qalora.converters.decoder import decoder_of, difference
+from qalora.converters.families import check_config, family_of, linear_names
+from qalora.converters.huggingface import HEAD as OUTPUT
+from qalora.converters.huggingface import announced, check_shapes, companion_files, read_config, zero_biases
 from qalora.converters.onnx.foreign_config import config_of, whole_attribute
 from qalora.errors import FormatError, InputError
 from qalora.formats.onnx import Stored, read_stored
@@ -122,7 +124,14 @@ def read(file: Path, proto: Any, stored: Mapping[str, Stored]) -> Checkpoint:
     config = _completed(graph, tensors)
     tensors |= _norms(graph, config)
     linears = linear_names(config, file)
+    unknown = sorted(set(tensors) - {*announced(config, file), OUTPUT})
+    if unknown:
+        raise InputError(
+            f"{file}: {unknown[0]}", expected=f"none in a {config['model_type']}", got="a node that adds it"
+        )
+    tensors |= zero_biases(file, config, tensors)
     check_shapes(file.parent, config, tensors)
+    note = f"{file}: not written by qalora; its tensors are told by the names of its nodes"
     return Checkpoint(
         path=file,
         layout="onnx",
@@ -130,8 +139,21 @@ def read(file: Path, proto: Any, stored: Mapping[str, Stored]) -> Checkpoint:
         tensors=tensors,
         linears=linears,
         files=companion_files(file.parent),
-        notes=(f"{file}: not written by qalora; its tensors are told by the names of its nodes",),
+        notes=(note, *_differs(file, config)),
     )
+
+
+def _differs(file: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note where the config.json beside a graph says something else."""
+    if not (file.parent / "config.json").exists():
+        return ()
+    said = read_config(file.parent)
+    try:
+        check_config(said, file.parent)
+    except InputError:
+        return ()
+    differ = difference(decoder_of(config, file), decoder_of(said, file.parent))
+    return (f"{file}: the graph counts, and the config.json beside it says something else: {differ}",) if differ else ()
 
 
 def _completed(graph: _Graph, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
@@ -141,8 +163,8 @@ def _completed(graph: _Graph, tensors: Mapping[str, LazyTensor]) -> dict[str, An
     if up is not None:
         config["intermediate_size"] = up.shape[0]
     config["vocab_size"] = tensors["model.embed_tokens.weight"].shape[0]
-    config["attention_bias"] = any(name.endswith("self_attn.q_proj.bias") for name in tensors)
-    config["mlp_bias"] = any(name.endswith("mlp.up_proj.bias") for name in tensors)
+    for key, part in (("attention_bias", ".self_attn."), ("mlp_bias", ".mlp.")):
+        config[key] = any(part in name and name.endswith(".bias") for name in tensors)
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     return config
 

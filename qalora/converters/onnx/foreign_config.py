@@ -78,6 +78,7 @@ def config_of(file: Path, nodes: Sequence[Any], stored: Mapping[str, Stored]) ->
         config["hidden_act"] = ACTIVATIONS[act]
     rope = rope_of(stored.get("cos_cache"), stored.get("sin_cache"))
     if rope is not None:
+        config = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
         config["rope_parameters"] = rope
     elif not known:
         raise InputError(
