@@ -7,14 +7,14 @@ understood in one place, whatever version wrote it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from qalora.converters.families import LAYER_KINDS, Family, family_of, settings_of
 from qalora.converters.rope import Rope, rope_of
 from qalora.errors import InputError
 
-__all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of", "difference", "tensor_shape"]
+__all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of", "tensor_shape"]
 
 FULL, LOCAL = "full", "local"
 """The two kinds of rotary positions."""
@@ -89,21 +89,6 @@ def decoder_of(config: Mapping[str, Any], where: object) -> Decoder:
         embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
         ropes=ropes,
     )
-
-
-def difference(counts: Decoder, other: Decoder) -> str:
-    """The numbers that count, and what another reading of them has: "epsilon 1e-06, not 1e-05"; empty where none."""
-    pairs = {field.name: (getattr(counts, field.name), getattr(other, field.name)) for field in fields(counts)}
-    shown = {name: [_shown(value) for value in pair] for name, pair in pairs.items() if pair[0] != pair[1]}
-    return "; ".join(f"{name} {ours:.200}, not {theirs:.200}" for name, (ours, theirs) in shown.items())
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, Mapping):
-        return str({key: rope.parameters() for key, rope in value.items()})
-    if isinstance(value, tuple):
-        return str([{"window": layer.window, "rope": layer.rope} for layer in value])
-    return repr(value)
 
 
 def check_activation(decoder: Decoder, where: object) -> None:

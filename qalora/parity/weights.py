@@ -8,21 +8,20 @@ missing, extra, or of another shape is told. This module runs no model, and deci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.decoder import FULL, decoder_of
+from qalora.converters.essentials import differences
 from qalora.converters.families import FAMILIES
 from qalora.parity.differences import compare_tensors, transposed, ulp
 from qalora.parity.findings import TensorDifference, add_up
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["TensorDifference", "WeightMetrics", "compare_tensors", "compare_weights", "essentials", "ulp"]
+__all__ = ["TensorDifference", "WeightMetrics", "compare_tensors", "compare_weights", "ulp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +83,7 @@ def compare_weights(
         missing=missing,
         extra=extra,
         shapes=tuple(shapes),
-        config=_config_differences(artifact.config, reference.config),
+        config=differences(artifact.config, reference.config),
         total=add_up("all", found),
         different=tuple(difference for difference in found if not difference.same),
         notes=_notes(artifact.config, reference.config),
@@ -142,50 +141,6 @@ def _dtypes(lazy: LazyTensor) -> tuple[torch.dtype, torch.dtype]:
     if lazy.spec is None:
         return torch.float32, torch.float32
     return lazy.spec.scale_dtype, lazy.spec.min_dtype
-
-
-def essentials(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a transformers config changes the logits, in one form whatever version wrote it; reals as float32."""
-    decoder = decoder_of(config, "config.json")
-    found = {
-        "hidden_size": decoder.hidden,
-        "intermediate_size": decoder.intermediate,
-        "num_hidden_layers": len(decoder.layers),
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.kv_heads,
-        "head_dim": decoder.head_size,
-        "vocab_size": decoder.vocabulary,
-        "activation": decoder.activation,
-        "attention_bias": bool(config.get("attention_bias")),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "rms_norm_eps": decoder.epsilon,
-        "attention scale": decoder.scale,
-        "attn_logit_softcapping": decoder.softcap,
-        "final_logit_softcapping": decoder.logit_softcap,
-        "windows": _runs(layer.window if (layer.window or 0) < decoder.positions else None for layer in decoder.layers),
-        "rotary positions": _runs(layer.rope for layer in decoder.layers),
-    }
-    for kind, rope in decoder.ropes.items():
-        where = "rope" if kind == FULL else f"rope.{kind}"
-        found |= {f"{where}.{key}": value for key, value in rope.parameters().items()}
-    return {key: _float32(value) for key, value in found.items()}
-
-
-def _runs(values: Iterable[Any]) -> str:
-    """What follows each other in the layers, such as "5 x 1024, 1 x None"."""
-    return ", ".join(f"{len(list(run))} x {value}" for value, run in groupby(values))
-
-
-def _float32(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_float32(part) for part in value]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return torch.tensor(float(value), dtype=torch.float32).item() if number else value
-
-
-def _config_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
-    a, b = essentials(mine), essentials(theirs)
-    return tuple(f"{key}: {a.get(key)} instead of {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key))
 
 
 def _notes(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,13 +20,13 @@ from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.decoder import decoder_of
+from qalora.converters.essentials import essentials
 from qalora.converters.families import FAMILIES
 from qalora.converters.gguf.loaders import LOADERS
 from qalora.converters.onnx import read as read_onnx
 from qalora.converters.torch_module import build
 from qalora.errors import InputError
 from qalora.parity.runtimes import open_runtime
-from qalora.parity.weights import essentials
 from qalora.testing import assert_same_model, byte_tokenizer, tiny_model
 
 GRAPHS = ("", "portable")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qalora.converters.decoder import decoder_of
+from qalora.converters.essentials import essentials
 from qalora.converters.families import FAMILIES, check_config, family_of, settings_of
 from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperparameters
@@ -21,7 +22,6 @@ from qalora.converters.huggingface import _text_part
 from qalora.converters.onnx.decoder import check_decoder
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value
-from qalora.parity.weights import essentials
 
 
 def rope(kind: str, **numbers: Any) -> dict[str, Any]:

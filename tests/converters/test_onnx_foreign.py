@@ -245,8 +245,8 @@ def test_rotary_positions_are_the_graph_s(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
     model = read(tmp_path)
     assert decoder_of(model.config, "here") == decoder_of(plain.config, "here")
-    assert len(model.notes) == 2 and "the graph counts, and the config.json beside it" in model.notes[1]
-    assert "'factor': 4.0" in model.notes[1] and not tidied(model.config, tmp_path)[1]
+    assert len(model.notes) == 2 and "the graph counts, not the config.json beside it" in model.notes[1]
+    assert "rope.factor: None instead of 4.0" in model.notes[1] and not tidied(model.config, tmp_path)[1]
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int4", "int4 with zeros"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.parity.weights import compare_tensors, compare_weights, essentials, ulp
+from qalora.converters.essentials import essentials
+from qalora.parity.weights import compare_tensors, compare_weights, ulp
 from qalora.residual import from_residual, to_residual
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import random_tensor

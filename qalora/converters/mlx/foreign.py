@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qalora.converters.decoder import decoder_of, difference
+from qalora.converters.decoder import decoder_of
+from qalora.converters.essentials import differences
 from qalora.converters.families import family_of
 from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE
 
@@ -66,10 +67,12 @@ def as_mlx_reads(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     read = {**defaults, **said, **_rope(config, family, defaults)}
     if family == "gemma3_text":
         read["attn_logit_softcapping"] = read["final_logit_softcapping"] = None
-    differ = difference(decoder_of(read, where), decoder_of(config, where))
-    if not differ:
+    theirs, ours = decoder_of(config, where), decoder_of(read, where)
+    if ours == theirs:
         return dict(config), ()
-    return read, (f"{where}: mlx-lm's reading of config.json counts: {differ}",)
+    context = f"max_position_embeddings: {ours.positions} instead of {theirs.positions}"
+    differ = (*differences(read, config), *([context] if ours.positions != theirs.positions else []))
+    return read, (f"{where}: mlx-lm's reading of config.json counts: {'; '.join(differ)}",)
 
 
 def _rope(config: Mapping[str, Any], family: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.decoder import decoder_of, difference
+from qalora.converters.essentials import differences
 from qalora.converters.families import check_config, family_of, linear_names
 from qalora.converters.huggingface import HEAD as OUTPUT
 from qalora.converters.huggingface import announced, check_shapes, companion_files, read_config, zero_biases
@@ -152,8 +152,8 @@ def _differs(file: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
         check_config(said, file.parent)
     except InputError:
         return ()
-    differ = difference(decoder_of(config, file), decoder_of(said, file.parent))
-    return (f"{file}: the graph counts, and the config.json beside it says something else: {differ}",) if differ else ()
+    differ = "; ".join(differences(config, said))
+    return (f"{file}: the graph counts, not the config.json beside it: {differ}",) if differ else ()
 
 
 def _completed(graph: _Graph, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
