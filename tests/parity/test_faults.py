@@ -104,6 +104,12 @@ def other_rope(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
     return replace(folded, config={**folded.config, "rope_parameters": rope})
 
 
+def keys_that_disagree(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
+    """A rope_scaling beside rope_parameters, as a model card tells to add it: transformers takes the former."""
+    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    return replace(folded, config={**folded.config, "rope_scaling": scaling})
+
+
 def other_tokenizer(folded: Checkpoint, base: Checkpoint, place: Path) -> Checkpoint:
     """Two words have changed places in the vocabulary."""
     content = json.loads(folded.files["tokenizer.json"].read_text("utf-8"))
@@ -149,6 +155,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "adapter left out of a layer": (adapter_left_out, "minima"),
     "a norm by an ULP": (norm_off_by_an_ulp, "floats"),
     "another rope base": (other_rope, "config"),
+    "rope keys that disagree": (keys_that_disagree, "config"),
     "another tokenizer": (other_tokenizer, "tokenizer"),
     "another added token's flags": (other_flags, "tokenizer"),
     "another chat template": (other_template, "tokenizer"),
@@ -156,6 +163,11 @@ FAULTS: dict[str, tuple[Plant, str]] = {
 }
 
 
+WORDS = {
+    "another added token's flags": "'<|tool|>'",
+    "another chat template": "chat template",
+    "rope keys that disagree": "rope.factor: 4.0 instead of None",
+}
 OTHER_WORDS = "2 tokens have other ids, such as '\u0120the' is "
 
 
@@ -178,15 +190,15 @@ def test_a_planted_fault_fails_its_gate(form: str, fault: str, base, adapter, fo
     assert failed(report) == {gate}
     assert not report.passed(allow_unproven=True)
     place = {"floats": NORM, "config": "rope_theta", "tokenizer": OTHER_WORDS, "end": "it ends at 300"}.get(gate, LAYER)
-    place = {"another added token's flags": "'<|tool|>'", "another chat template": "chat template"}.get(fault, place)
-    assert place in report.failure()
+    assert WORDS.get(fault, place) in report.failure()
 
 
 OF_TEXT = ("another tokenizer", "another added token's flags", "another chat template", "another end token")
 UNFELT = ("a norm by an ULP", *OF_TEXT)
 """The first is float32's noise; with the others, every runtime gets the same ids."""
 
-LARGE = ("zeros off by one", "q not permuted", "adapter left out of a layer", "another rope base")
+OF_POSITIONS = ("another rope base", "rope keys that disagree")
+LARGE = ("zeros off by one", "q not permuted", "adapter left out of a layer", *OF_POSITIONS)
 """Faults that no rounding of inputs hides; the others are below the 8 bits that some kernels round them to."""
 
 HIDDEN = ("gguf", "adapter left out of a layer")
@@ -213,7 +225,7 @@ FELT = {
 def test_a_planted_fault_is_felt_in_the_logits(
     form: str, fault: str, base, adapter, folded, write, tmp_path: Path
 ) -> None:
-    """And it is put down to the layer that has it; another rope base is felt from the first layer on.
+    """And it is put down to the layer that has it; other positions are felt from the first layer on.
 
     On one thread: several that wait for one another take longer than all there is to compute.
     """
@@ -223,7 +235,7 @@ def test_a_planted_fault_is_felt_in_the_logits(
     for run in (run for found in report.artifacts for run in found.runs):
         gates = {result.gate for result in run.gates if result.status == "fail"}
         assert gates >= {"adapter" if run.rounding == "lora" else FELT[form]}, run.kind
-        layer, what = (0, "are the reference's") if fault == "another rope base" else (1, "differ: self_attn.q_proj")
+        layer, what = (0, "are the reference's") if fault in OF_POSITIONS else (1, "differ: self_attn.q_proj")
         assert run.fault is not None
         assert f"first at fault is layer {layer}: " in run.fault
         assert what in run.fault
