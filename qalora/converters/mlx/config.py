@@ -30,7 +30,7 @@ from qalora.converters.families import LAYER_KINDS, family_of, settings_of
 from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE
 from qalora.errors import InputError
 
-__all__ = ["mlx_config"]
+__all__ = ["mlx_config", "no_window", "number", "window_beyond"]
 
 WINDOWED = ("mistral", "phi3", "gemma2", "qwen2", "qwen3")
 """Families with a sliding window that mlx-lm does not have."""
@@ -71,10 +71,10 @@ def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any]
     if family == "gemma3_text":
         found["sliding_window_pattern"] = _pattern(decoder, settings)
         notes += _scale_note(decoder.hidden)
-    window = _window(decoder)
+    window = window_beyond(decoder)
     if window is not None:
         ends.append(window)
-        notes.append(f"mlx-lm has no sliding window for {family}: it is right up to {window} tokens")
+        notes.append(no_window(decoder, window))
     return found, tuple(notes), min(ends, default=None)
 
 
@@ -153,12 +153,12 @@ def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
     """mscale and mscale_all_dim that make mlx-lm's factor transformers' attention_factor."""
     if rope.get("truncate") is False:
         raise _refuse("rope truncate", "True", "False")
-    factor = _number(rope, "factor")
+    factor = number(rope, "factor")
     step = 0.1 * math.log(factor) if factor > 1 else 0.0
     if rope.get("attention_factor") is not None:
-        attention = _number(rope, "attention_factor")
+        attention = number(rope, "attention_factor")
     elif rope.get("mscale") and rope.get("mscale_all_dim"):
-        attention = (1 + step * _number(rope, "mscale")) / (1 + step * _number(rope, "mscale_all_dim"))
+        attention = (1 + step * number(rope, "mscale")) / (1 + step * number(rope, "mscale_all_dim"))
     else:
         attention = 1 + step
     if step == 0 and attention != 1:
@@ -172,21 +172,27 @@ def _check_longrope(rope: Mapping[str, Any], config: Mapping[str, Any], original
     if type(original) is not int or type(longest) is not int or original < 2:
         raise _refuse("original_max_position_embeddings", "a whole number", original)
     ratio = longest / original
-    if rope.get("factor") is not None and not math.isclose(_number(rope, "factor"), ratio):
+    if rope.get("factor") is not None and not math.isclose(number(rope, "factor"), ratio):
         raise _refuse("longrope factor", f"{ratio:g}, of the context lengths", rope["factor"])
     wanted = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    if rope.get("attention_factor") is not None and not math.isclose(_number(rope, "attention_factor"), wanted):
+    if rope.get("attention_factor") is not None and not math.isclose(number(rope, "attention_factor"), wanted):
         raise _refuse("longrope attention_factor", f"{wanted:g}, of the context lengths", rope["attention_factor"])
 
 
-def _number(rope: Mapping[str, Any], key: str) -> float:
+def number(rope: Mapping[str, Any], key: str) -> float:
+    """A finite number of a scaling; InputError for what is none."""
     value = rope.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"mlx: rope {key}", expected="a number", got=repr(value)[:60])
     return float(value)
 
 
-def _window(decoder: Decoder) -> int | None:
+def no_window(decoder: Decoder, window: int) -> str:
+    """What a user should know of a window that mlx-lm has not."""
+    return f"mlx-lm has no sliding window for {decoder.family.model_type}: it is right up to {window} tokens"
+
+
+def window_beyond(decoder: Decoder) -> int | None:
     """The window that the model has and mlx-lm has not, if the context is longer."""
     windows = [layer.window for layer in decoder.layers if layer.window is not None]
     lacking = decoder.family.model_type in WINDOWED and windows and min(windows) < decoder.positions

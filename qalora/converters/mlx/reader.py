@@ -16,8 +16,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of
 from qalora.converters.huggingface import HEAD, float_tensor, model_of, read_config, stored_tensors
-from qalora.converters.mlx.foreign import as_mlx_reads, ties
-from qalora.converters.rope import PLACES
+from qalora.converters.mlx.foreign import as_it_was, as_mlx_reads, ties
 from qalora.converters.specs import TENSORS, restored, stored_specs
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile
@@ -55,7 +54,7 @@ def read(folder: Path) -> Checkpoint:
     if not ours:
         config, tensors, notes = _as_mlx_reads(folder, config, tensors)
     elif "rope_parameters" in config:  # what it was; the keys beside it are as mlx-lm wants them
-        config = {key: value for key, value in config.items() if key not in PLACES or key == "rope_parameters"}
+        config, notes = as_it_was(config, folder.name, tied=HEAD not in tensors)
     config["tie_word_embeddings"] = HEAD not in tensors  # mlx-lm has another default than transformers
     return model_of(folder, "mlx", config, tensors, others="refuse", notes=notes)
 
