@@ -30,6 +30,7 @@ __all__ = [
     "projections",
     "rotary_parts",
     "rotary_tables",
+    "used_ropes",
 ]
 
 MAX_POSITIONS = 1 << 20

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.decoder import decoder_of
 from qalora.converters.families import family_of, linear_names
 from qalora.converters.huggingface import model_of, read_config
 from qalora.converters.onnx import foreign
@@ -22,6 +23,7 @@ from qalora.converters.onnx.embedding import check_tables
 from qalora.converters.onnx.order import order_part, read_orders
 from qalora.converters.onnx.planner import GRAPH
 from qalora.converters.onnx.portable import DOMAIN
+from qalora.converters.onnx.rotary import check_rotary
 from qalora.converters.specs import TENSORS, check_values, parse_specs
 from qalora.errors import FormatError
 from qalora.formats.onnx import Stored, read_initializers, read_stored
@@ -57,7 +59,9 @@ def read(path: Path) -> Checkpoint:
     for name, item in stored.items():
         if name not in used and item.dtype == "FLOAT" and item.inline is None:
             tensors[name] = _float(name, item, transposed=name in linears, offset=1.0 if family.adds_one(name) else 0.0)
-    return replace(model_of(file.parent, "onnx", config, tensors, others="refuse"), path=path)
+    model = model_of(file.parent, "onnx", config, tensors, others="refuse")
+    check_rotary(file, stored, decoder_of(model.config, file.parent))
+    return replace(model, path=path)
 
 
 def _quantized(
