@@ -51,7 +51,8 @@ def written(model: Checkpoint, folder: Path, options: ExportOptions | None = Non
 
 
 def relabel(folder: Path, **changes: object) -> None:
-    """Change quantization_config of a folder and take our name out of it."""
+    """Change quantization_config of a folder and take our name out of it, and what older tools keep beside it."""
+    (folder / "quantize_config.json").unlink(missing_ok=True)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["quantization_config"] |= {"meta": {}, **changes}
@@ -399,3 +400,20 @@ def test_biases_that_a_family_has_not_count_for_nothing(family: str, tmp_path: P
     assert torch.equal(open_artifact(folder, 1).logits([1, 2, 3]), plain)
     assert_same_model(gptq.read(folder), model)
     assert any(f"'{bias}': passed over" in note for note in gptq.read(folder).notes)
+
+
+def test_settings_that_stand_twice_count_as_in_transformers(tiny_untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    model = quantized(tiny_untied, zeros="integer")
+    written(model, folder)
+    plain = open_artifact(folder, 1).logits([1, 2, 3])
+    settings = json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
+    other = {**settings, "bits": 8, "group_size": 64, "damp_percent": 0.5}
+    (folder / "quantize_config.json").write_text(json.dumps(other), encoding="utf-8")
+    assert torch.equal(open_artifact(folder, 1).logits([1, 2, 3]), plain)
+    again = gptq.read(folder)
+    assert_same_model(again, model)
+    (note,) = [note for note in again.notes if "quantize_config.json" in note]
+    assert (
+        note == "gptq: config.json counts beside quantize_config.json, which has bits 8, not 4, group_size 64, not 32"
+    )

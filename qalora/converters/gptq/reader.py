@@ -42,6 +42,9 @@ SAMPLE = 8
 MAKER = "qalora"
 """Our name in meta.quantizer; a label of ours is right, and is believed."""
 
+SETTINGS = "quantize_config.json"
+"""Where older tools keep what config.json has as quantization_config."""
+
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 _Stored = Mapping[str, tuple[Path, Entry]]
@@ -101,7 +104,8 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     Raises FormatError for what is no such folder, InputError for another checkpoint_format.
     """
     config = read_config(folder)
-    settings = _settings(folder, config.pop("quantization_config", None))
+    said = config.pop("quantization_config", None)
+    settings = _settings(folder, said)
     stored = stored_tensors(folder)
     modules = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
     if not modules:
@@ -120,6 +124,7 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     if other:
         own = f"{folder / ADAPTER_CONFIG} is an adapter of its own; it is not part of the model as it is read here"
         notes = (*notes, own)
+    notes = (*notes, *_said_twice(folder, said))
     silent = _zero_biases(tensors, modules)
     model = model_of(folder, "gptq", config, tensors, notes=notes, silent=silent)
     return replace(model, beside=folder if other else None)
@@ -128,8 +133,8 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
 def _settings(folder: Path, config: object) -> _Settings:
     where = f"{folder}: quantization_config"
     if config is None:
-        config = read_config(folder, "quantize_config.json")
-        where = f"{folder}/quantize_config.json"
+        config = read_config(folder, SETTINGS)
+        where = f"{folder}/{SETTINGS}"
     if not isinstance(config, dict):
         raise FormatError(where, expected="an object", got=type(config).__name__)
     method = config.get("quant_method", "gptq")
@@ -156,6 +161,22 @@ def _settings(folder: Path, config: object) -> _Settings:
         rules=parse_rules(config.get("dynamic"), where),
         where=where,
     )
+
+
+def _said_twice(folder: Path, counts: object) -> tuple[str, ...]:
+    """A note of what quantize_config.json has otherwise than the config.json that counts, as in transformers."""
+    if not isinstance(counts, dict) or not (folder / SETTINGS).exists():
+        return ()
+    try:
+        other = read_config(folder, SETTINGS)
+    except FormatError:
+        return ()
+    keys = ("bits", "group_size", "sym", "checkpoint_format", "dynamic")
+    differ = [key for key in keys if key in counts and key in other and counts[key] != other[key]]
+    if not differ:
+        return ()
+    listed = ", ".join(f"{key} {other[key]!r:.60}, not {counts[key]!r:.60}" for key in differ)
+    return (f"{folder.name}: config.json counts beside {SETTINGS}, which has {listed}",)
 
 
 def _layer(folder: Path, module: str, stored: _Stored, settings: _Settings) -> _Layer:
