@@ -71,7 +71,7 @@ class Family:
     biased: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    rope_aliases: Mapping[str, str] = field(default_factory=lambda: {"su": "longrope"})
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
     ropes: tuple[str, ...] = ()
     activation: str = "silu"
     activation_key: str = "hidden_act"

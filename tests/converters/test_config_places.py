@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from qalora.converters import load
-from qalora.converters.decoder import decoder_of
 from qalora.converters.families import FAMILIES
 from qalora.errors import InputError
 from qalora.testing import tiny_model
@@ -91,6 +90,7 @@ def scaling(kind: str = "linear", **numbers: Any) -> Change:
     return {"rope_type": kind, "factor": 4.0, **numbers}
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [3.0] * 8}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 CASES: dict[str, Change] = {
@@ -147,7 +147,27 @@ CASES: dict[str, Change] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": 1.0},
         "partial_rotary_factor": 0.5,
     },
+    "half of a head rotated, in the object": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": 0.5},
+    },
+    "half of a head rotated, in rope_scaling": {
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+    },
     "rotary_pct": {"rotary_pct": 0.5},
+    "longrope, two original contexts": {
+        "rope_parameters": {**LONG, "original_max_position_embeddings": 32, "rope_theta": THETA},
+        "original_max_position_embeddings": 16,
+    },
+    "longrope, no original context": {"rope_parameters": {**LONG, "rope_theta": THETA}},
+    "longrope by its old name": {"rope_scaling": {**LONG, "rope_type": "su", "original_max_position_embeddings": 16}},
+    "longrope with a factor": {
+        "rope_parameters": {**LONG, "factor": 3.0, "original_max_position_embeddings": 16, "rope_theta": THETA},
+    },
+    "dynamic beside": {"rope_scaling": scaling("dynamic")},
+    "a kind that is none": {"rope_scaling": scaling("mrope")},
+    "a factor as text": {"rope_scaling": scaling(factor="4")},
+    "a theta as text": {"rope_theta": "300", "rope_parameters": GONE},
+    "a theta of null": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": None}},
     "query_pre_attn_scalar": {"query_pre_attn_scalar": 100},
     "caps": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.5},
     "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -181,6 +201,13 @@ CASES: dict[str, Change] = {
     "no head size": {"head_dim": GONE},
     "no head size, as null": {"head_dim": None},
     "half the head size": {"head_dim": 8},
+    "a head size of 0": {"head_dim": 0},
+    "other names of the head size": {"head_size": 8, "kv_channels": 8},
+    "heads of keys as 0": {"num_key_value_heads": 0},
+    "a window of 0": {"sliding_window": 0},
+    "a longer list of layer_types": {"layer_types": ["full_attention"] * 9},
+    "an epsilon as text": {"rms_norm_eps": "1e-5"},
+    "an epsilon of 0": {"rms_norm_eps": 0},
     "no epsilon": {"rms_norm_eps": GONE, "layer_norm_eps": 0.1, "norm_eps": 0.1},
     "another name of the epsilon": {"rms_norm_eps": 0.01, "layer_norm_epsilon": 0.1},
     "hidden_act": {"hidden_act": "relu"},
@@ -204,6 +231,11 @@ CASES: dict[str, Change] = {
 REFUSED: dict[str, str] = {
     "half of a head rotated": "partial_rotary_factor: expected none in a",
     "half of a head rotated, beside": "partial_rotary_factor: expected none in a",
+    "half of a head rotated, in the object": "partial_rotary_factor: expected none in a",
+    "half of a head rotated, in rope_scaling": "partial_rotary_factor: expected none in a",
+    "dynamic beside": "rope_type: expected .*, got 'dynamic'",
+    "a head size of 0": "head_dim: expected a whole number from 1",
+    "a window of 0": "sliding_window: expected a whole number from 1",
     "by kinds of layers": "rope_parameters: expected one object, for layers that all have the same positions",
     "by kinds of layers, and rope_scaling": "rope_parameters: expected one object",
     "by kinds of layers, one missing": "rope_parameters: expected one object",
@@ -219,8 +251,8 @@ REFUSED: dict[str, str] = {
 """Cases that may be refused where transformers computes something, and what the refusal says."""
 
 
-PLAIN = ("no head size, as null",)
-"""Cases that transformers raises a TypeError for in some families, and whose meaning is plain."""
+PLAIN = ("no head size, as null", "a theta of null", "a longer list of layer_types")
+"""Cases that transformers does not take in some families, and whose meaning is plain."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,9 +273,9 @@ def test_one_number_in_two_places(
         return
     try:
         model = load(folder)
-        decoder_of(model.config, "here")
+        got = by_decoder(model, TOKENS[0])
     except InputError as error:
         assert re.search(REFUSED.get(case, "not to be refused"), str(error)), str(error)
         return
-    assert_same(by_decoder(model, TOKENS[0]), wanted)
+    assert_same(got, wanted)
     assert_same(by_transformers(dict(model.config), load_file(folder / "model.safetensors")), wanted)
