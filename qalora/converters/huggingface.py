@@ -234,19 +234,23 @@ def announced(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
     return (*linears, *bias_names(config, where), *norm_names(config, where), EMBEDDING)
 
 
-def check_shapes(where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> None:
+def check_shapes(
+    where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], says: str = "config.json says"
+) -> None:
     """Refuse a model that lacks a tensor that its config announces, or has one of another shape.
+
+    says  what the config comes from, for the sentence
 
     transformers makes up what is missing, with a warning, and refuses other shapes.
     """
     decoder = decoder_of(config, where)
     for name in announced(config, where):
         if name not in tensors:
-            raise FormatError(f"{where}: tensor {name}", expected="it, as config.json says", got="no such tensor")
+            raise FormatError(f"{where}: tensor {name}", expected=f"it, as {says}", got="no such tensor")
     for name, lazy in tensors.items():
         shape = tensor_shape(decoder, name)
         if shape is not None and lazy.shape != shape:
-            expected = f"shape {list(shape)}, as config.json says"
+            expected = f"shape {list(shape)}, as {says}"
             raise FormatError(f"{where}: {name}", expected=expected, got=f"shape {list(lazy.shape)}")
 
 

@@ -1,5 +1,6 @@
 """What tensors a family has, in folders and in GGUF files: read by transformers, or missing, or called otherwise."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,22 +63,30 @@ def test_norms_of_one_plus_a_weight_are_compared_as_they_are_used(tmp_path: Path
     assert not compare_weights(again, model).total.same
 
 
-@pytest.mark.parametrize("renamed", [False, True])
-def test_the_text_part_of_gemma_3_is_read(renamed: bool, gemma: Path, tmp_path: Path) -> None:
-    """Against the whole model of transformers, given text; its tensors are called otherwise by some versions."""
-    from safetensors.torch import load_file, save_file
+def with_sight(text: Checkpoint, folder: Path, **outer: Any) -> Any:
+    """A Gemma 3 of text and images around a text model's config, written to a folder."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    text = load(gemma)
     sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
         text_config=dict(text.config),
         vision_config={**sight, "image_size": 28, "patch_size": 14},
         mm_tokens_per_image=4,
         image_token_index=250,
+        **outer,
     )
     whole = Gemma3ForConditionalGeneration(config).float().eval()
-    whole.save_pretrained(tmp_path / "model")
+    whole.save_pretrained(folder)
+    return whole
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_the_text_part_of_gemma_3_is_read(renamed: bool, gemma: Path, tmp_path: Path) -> None:
+    """Against the whole model of transformers, given text; its tensors are called otherwise by some versions."""
+    from safetensors.torch import load_file, save_file
+
+    text = load(gemma)
+    whole = with_sight(text, tmp_path / "model")
     if renamed:
         path = tmp_path / "model" / "model.safetensors"
         tensors = {
@@ -93,6 +102,49 @@ def test_the_text_part_of_gemma_3_is_read(renamed: bool, gemma: Path, tmp_path: 
         found = module(input_ids=TOKENS).logits
         noise = float((module.double()(input_ids=TOKENS).logits - found).abs().max())
     assert float((found - wanted).abs().max()) <= 8 * noise  # as in test_families
+
+
+TWICE: dict[str, tuple[bool, dict[str, Any], dict[str, Any], str]] = {
+    "untied outside": (False, {}, {"tie_word_embeddings": True}, "what counts: tie_word_embeddings False"),
+    "untied inside": (True, {}, {"tie_word_embeddings": False}, "what counts: tie_word_embeddings True"),
+    "positions outside": (
+        True,
+        {"rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {},
+        "",
+    ),
+    "a base outside and inside": (True, {"rope_theta": 5.0}, {"rope_theta": 300.0}, "what counts: rope_theta 300.0"),
+    "sizes outside": (
+        True,
+        {"vocab_size": 99, "hidden_size": 99, "head_dim": 8},
+        {},
+        "what counts: vocab_size 256, hidden_size 64, head_dim 32",
+    ),
+}
+"""Tied or not, and changes of config.json outside and inside text_config; and what the note says, in any order."""
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_numbers_outside_and_inside_of_the_text_part(case: str, gemma: Path, tmp_path: Path) -> None:
+    """As transformers reads the folder."""
+    from transformers import Gemma3ForConditionalGeneration
+
+    tied, outer, inner, words = TWICE[case]
+    with_sight(load(gemma), tmp_path / "model", tie_word_embeddings=tied)
+    path = tmp_path / "model" / "config.json"
+    config = {**json.loads(path.read_text()), **outer}
+    config["text_config"] |= inner
+    path.write_text(json.dumps(config))
+    whole = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "model", attn_implementation="eager").float()
+    model = load(tmp_path / "model")
+    assert model.tied == tied
+    with torch.no_grad():
+        wanted, module = whole.eval()(input_ids=TOKENS).logits, build(model)
+        found = module(input_ids=TOKENS).logits
+        noise = float((module.double()(input_ids=TOKENS).logits - found).abs().max())
+    assert float((found - wanted).abs().max()) <= 8 * noise  # as in test_families
+    said = " ".join(model.notes)
+    assert all(part in said for part in words.removeprefix("what counts: ").split(", "))
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])

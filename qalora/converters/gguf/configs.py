@@ -119,6 +119,11 @@ def _check_sizes(read: _Numbers, family: Family, config: Mapping[str, Any]) -> N
     for key, (wanted, default, what) in expected.items():
         if read(key, default) != wanted:
             raise FormatError(f"{read.where}: {key}", expected=f"{wanted}, {what}", got=str(read(key, default)))
+    tokens, rows = read.metadata.get("tokenizer.ggml.tokens"), config["vocab_size"]
+    count = len(tokens) if isinstance(tokens, list) else int(read("vocab_size", rows))
+    if count != rows:
+        what = f"{read.where}: token_embd.weight"
+        raise FormatError(what, expected=f"{count} rows, one for each token", got=str(rows))
     if read.metadata.get(f"{read.prefix}.attention.causal", True) is not True:
         raise InputError(f"{read.where}: {read.prefix}.attention.causal", expected="true: a decoder", got="false")
 

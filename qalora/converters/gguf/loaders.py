@@ -88,10 +88,11 @@ READ = (
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "rope.scaling.type",
+    "vocab_size",
 )
 """Keys of any architecture that `configs` reads."""
 
-IDLE = ("pooling_type", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
+IDLE = ("pooling_type", "rope.scaling.finetuned", "tensor_data_layout")
 """Keys that change no logits."""
 
 

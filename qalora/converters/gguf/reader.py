@@ -64,7 +64,7 @@ def read(path: Path) -> Checkpoint:
         tensors[name] = _without_one(lazy) if family.adds_one(name) else lazy
     check_tensors(tensors, family, path)
     zeros = zero_biases(path, config, tensors)
-    check_shapes(path, config, tensors | zeros)
+    check_shapes(path, config, tensors | zeros, "its metadata say")
     notes = (*_restore(file, tensors), *_float_notes(file), *config_notes(file.metadata, family, path))
     tensors |= zeros
     kept = {key: value for key, value in file.metadata.entries.items() if not _of_this_file(key)}

@@ -130,7 +130,7 @@ def read(file: Path, proto: Any, stored: Mapping[str, Stored]) -> Checkpoint:
             f"{file}: {unknown[0]}", expected=f"none in a {config['model_type']}", got="a node that adds it"
         )
     tensors |= zero_biases(file, config, tensors)
-    check_shapes(file.parent, config, tensors)
+    check_shapes(file, config, tensors, "the graph says")
     note = f"{file}: not written by qalora; its tensors are told by the names of its nodes"
     return Checkpoint(
         path=file,
