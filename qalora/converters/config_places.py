@@ -49,6 +49,10 @@ MULTIPLIERS = (
 """Factors of other classes, which the families' do not have."""
 
 
+OF_WINDOWS = ("max_window_layers", "sliding_window", "use_sliding_window")
+"""Keys that say nothing where no window is used."""
+
+
 def tidied(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The config without what transformers passes over, and a note of it. `where` is the model's folder or file.
 
@@ -57,7 +61,9 @@ def tidied(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tupl
     check_config(config, where)
     family, settings = family_of(config, where), settings_of(config, where)
     kept, notes = {key: value for key, value in config.items() if key != "head_dim" or value is not None}, []
-    unread = [key for key in SOME if key in config and _is_lost(key, config[key], family)]
+    windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
+    quiet = () if windowed else OF_WINDOWS
+    unread = [key for key in SOME if key in config and key not in quiet and _is_lost(key, config[key], family)]
     if unread:
         kept = {key: value for key, value in kept.items() if key not in unread}
         notes.append(f"{_said(config, unread)}: no {family.model_type} of transformers reads that")

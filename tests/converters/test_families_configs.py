@@ -12,6 +12,7 @@ import gguf
 import pytest
 import torch
 
+from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of
 from qalora.converters.essentials import essentials
 from qalora.converters.families import FAMILIES, check_config, family_of, settings_of
@@ -169,6 +170,37 @@ def test_older_configs_are_understood_as_transformers_does(name: str) -> None:
 
     config = PUBLISHED[name]
     assert essentials(config) == essentials(AutoConfig.for_model(**copy.deepcopy(config)).to_dict())
+
+
+SMOLLM3 = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 5e6,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+"""SmolLM3-3B's config.json, which has a key that its class does not read."""
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "SmolLM3-3B"])
+def test_published_configs_have_no_notes(name: str) -> None:
+    assert tidied(PUBLISHED.get(name, SMOLLM3), Path(name))[1] == ()
 
 
 def test_a_text_config_that_says_what_differs_only() -> None:
