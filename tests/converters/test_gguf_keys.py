@@ -1,24 +1,21 @@
 """Keys of GGUF files that other programs write, or wrote: llama.cpp's own logits of the same file are the oracle."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
+from gguf_files import Keys, rewritten
 from qalora import export
 from qalora.converters import load
 from qalora.errors import InputError
 from qalora.parity.runtimes.llamacpp import LlamaCpp
 from qalora.testing import tiny_model
 
-Keys = Mapping[str, Any]
 U, F, B, S = (getattr(gguf.GGUFValueType, name) for name in ("UINT32", "FLOAT32", "BOOL", "STRING"))
-NONE: Keys = MappingProxyType({})
 ONES = np.ones(64, dtype=np.float32)
 TOKENS = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(3))
 
@@ -36,33 +33,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return files[family]
 
     return get
-
-
-def rewritten(source: Path, path: Path, keys: Keys = NONE, gone: Iterable[str] = (), more: Keys = NONE) -> Path:
-    """A copy as others write it, by gguf-py: without keys of ours, keys of the architecture set, (value, type), or left
-    out, and with more tensors.
-    """
-    reader = gguf.GGUFReader(source)
-    prefix = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(path, prefix)
-    changes = {f"{prefix}.{key}": value for key, value in keys.items()}
-    for key, field in reader.fields.items():
-        if key.startswith(("GGUF.", "qalora.", "general.architecture")) or key in changes:
-            continue
-        if key.removeprefix(f"{prefix}.") not in gone:
-            element = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=element)
-    for key, (value, kind) in changes.items():
-        writer.add_key_value(key, value, kind)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, data in more.items():
-        writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def llama_cpp(path: Path) -> torch.Tensor:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from other_keys import with_another_rope_key
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.errors import InputError
 from qalora.parity import ParityReport, verify
 from qalora.tensor import GroupQuantTensor, pack_codes
 
@@ -191,6 +193,20 @@ def test_a_planted_fault_fails_its_gate(form: str, fault: str, base, adapter, fo
     assert not report.passed(allow_unproven=True)
     place = {"floats": NORM, "config": "rope_theta", "tokenizer": OTHER_WORDS, "end": "it ends at 300"}.get(gate, LAYER)
     assert WORDS.get(fault, place) in report.failure()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_rope_keys_of_a_file_that_disagree_fail_their_gate(form: str, base, adapter, made, tmp_path: Path) -> None:
+    """By other means than ours: the artefact is edited after it was written. A graph's own tables count, and it is
+    refused."""
+    place = with_another_rope_key(made(form, "folded"), tmp_path / "edited")
+    if form == "onnx":
+        with pytest.raises(InputError, match=r"rotary\.cos: expected rotary positions as config\.json says"):
+            verify(base, [place], adapter=adapter, level="weights")
+        return
+    report = verify(base, [place], adapter=adapter, level="weights")
+    assert failed(report) == {"config"}
+    assert "rope.factor: 4.0 instead of None" in report.failure()
 
 
 OF_TEXT = ("another tokenizer", "another added token's flags", "another chat template", "another end token")

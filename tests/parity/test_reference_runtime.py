@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from other_keys import with_another_rope_key
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.parity import ParityReport, verify
@@ -78,6 +79,27 @@ def test_a_fault_of_the_reader_fails_the_reference_and_no_artefact(
         assert {where for where, _ in found} == {f"reference in {runtime}"}
     assert not report.passed()
     assert report.failure().startswith(f"reference in {runtime}: {gate}")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OWN if kind != "onnx"])
+@pytest.mark.filterwarnings("ignore")
+def test_rope_keys_that_disagree_are_read_as_the_owner_reads_them(
+    kind: str, places: dict[str, Path], write: Write, tmp_path: Path
+) -> None:
+    """A reader that missed the second key would fail the reference, and nothing else."""
+    runtime, gate = OWN[kind]
+    place = with_another_rope_key(places[kind], tmp_path / "edited")
+    model = load(place)
+    artifact = write("qalora", model, tmp_path / "right") if kind != "huggingface" else place
+    report = compare(place, artifact)
+    assert gate in {result.gate for result in report.reference_runs[0].gates}
+    assert report.passed()
+    missed = replace(model, config=load(places[kind]).config)
+    missed = replace(missed, stored=missed)
+    found = failures(compare(missed, write("qalora", missed, tmp_path / "wrong") if kind != "huggingface" else place))
+    assert (f"reference in {runtime}", gate) in found
+    if kind != "huggingface":
+        assert {where for where, _ in found} == {f"reference in {runtime}"}
 
 
 def test_what_no_file_holds_has_no_runtime_of_its_own(
