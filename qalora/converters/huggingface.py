@@ -80,11 +80,12 @@ def quant_method(folder: Path) -> str | None:
     """quantization_config.quant_method of a model folder, or None for a float model.
 
     Older GPTQ folders have quantize_config.json instead, which names no method. MLX folders, "mlx" here, have
-    `quantization`, and may have a copy of it as quantization_config.
+    `quantization`, and may have a copy of it as quantization_config, which names no method.
     """
     found = read_config(folder)
     config = found.get("quantization_config")
-    if isinstance(found.get("quantization"), dict) and (config is None or config == found["quantization"]):
+    copied = config is None or (isinstance(config, dict) and "quant_method" not in config)
+    if isinstance(found.get("quantization"), dict) and copied:
         return "mlx"
     if config is None:
         return "gptq" if (folder / "quantize_config.json").exists() else None

@@ -164,6 +164,17 @@ def test_what_is_not_read_of_others_is_refused_by_name(case: str, made: Made, tm
         load(foreign(*made(family), tmp_path / "model", change))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_counts_beside_another_copy_of_it(
+    made: Made, tmp_path: Path, by_decoder: Callable[..., torch.Tensor]
+) -> None:
+    folder = foreign(*made("llama"), tmp_path / "model", {"quantization_config": {"group_size": 64, "bits": 8}})
+    wanted, model = open_runtime("mlx", folder).logits(TOKENS.tolist()).double(), load(folder)
+    assert distance(by_decoder(model, TOKENS), wanted) < CLOSE
+    assert any("quantization counts, as in mlx-lm" in note for note in model.notes)
+
+
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [

@@ -35,7 +35,7 @@ def read(folder: Path) -> Checkpoint:
     """Open an MLX folder; reads config and headers only. FormatError for what is no such folder."""
     config = read_config(folder)
     settings = config.pop("quantization", None)
-    config.pop("quantization_config", None)
+    copy = config.pop("quantization_config", None)
     if not isinstance(settings, dict):
         raise FormatError(f"{folder}: quantization", expected="an object", got=type(settings).__name__)
     stored = stored_tensors(folder)
@@ -55,6 +55,8 @@ def read(folder: Path) -> Checkpoint:
         config, tensors, notes = _as_mlx_reads(folder, config, tensors)
     elif "rope_parameters" in config:  # what it was; the keys beside it are as mlx-lm wants them
         config, notes = as_it_was(config, folder.name, tied=HEAD not in tensors)
+    if copy not in (None, settings):
+        notes = (*notes, f"{folder.name}: quantization counts, as in mlx-lm, not quantization_config beside it")
     config["tie_word_embeddings"] = HEAD not in tensors  # mlx-lm has another default than transformers
     return model_of(folder, "mlx", config, tensors, others="refuse", notes=notes)
 
