@@ -305,7 +305,7 @@ def chat_model(folder: Path, layout: ChatLayout | str, *, says: str | None = Non
 
     made = chat_layout(layout) if isinstance(layout, str) else layout
     tiny_model(folder, made.family, seed=seed, tokenizer=made.tokenizer, config=made.config)
-    made.write_generation(folder)
+    made.write(folder)
     if says is not None:
         path = folder / "model.safetensors"
         tensors = load_file(path)
@@ -315,12 +315,12 @@ def chat_model(folder: Path, layout: ChatLayout | str, *, says: str | None = Non
 
 
 def _always(tensors: dict[str, torch.Tensor], token: int, *, plus_one: bool) -> None:
-    """Make a tied model say one token: of a hidden state its first element alone counts, which no layer changes."""
+    """Make a tied model say one token: the first element of a hidden state, which no layer changes, counts far more
+    than the others, which make the logits that they make."""
     for name, values in tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             values[0] = 0
     embedding, norm = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
     embedding[:, 0] = 1
     embedding[token, 0] = 4
-    norm.fill_(-1.0 if plus_one else 0.0)
-    norm[0] += 1
+    norm[0] = 8 - plus_one

@@ -12,8 +12,9 @@ Each kind of model is asked as its own runtime asks it:
 What a runtime ends at by a rule of its own, whatever an artefact says, is `added`. Every writer makes its artefact say
 this set, or refuses; files that disagree are spoken of in notes, and in what is written they agree.
 
-Sources: transformers, generation/utils.py, adjust_generation_fn; mlx-lm, utils.py, load_config, and tokenizer_utils.py,
-TokenizerWrapper; onnxruntime-genai, src/config.cpp. The tests hold each rule against its library.
+Sources: transformers, generation/utils.py, adjust_generation_fn, and tokenization_utils_base.py, _from_pretrained;
+mlx-lm, utils.py, load_config, and tokenizer_utils.py, TokenizerWrapper; onnxruntime-genai, src/config.cpp. The tests
+hold each rule against its library.
 """
 
 from __future__ import annotations
@@ -174,16 +175,22 @@ def tokenizer_end(model: Checkpoint) -> int | None:
     if model.gguf is not None:
         found = model.gguf.get(f"tokenizer.ggml.{KEY}")
         return found if type(found) is int and 0 <= found < _rows(model) else None
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            token = read_json_object(model.files[name], LIMIT).get("eos_token") if name in model.files else None
-        except InputError:
-            continue  # whoever loads the tokenizer says so
+    said = [_settings(model, name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    for settings in said[1:] if "added_tokens_decoder" in said[1] else said:  # beside that, no map is read
+        token = settings.get("eos_token")
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             rows = _rows(model)
             return next((n for n, known in token_texts(model).items() if known == text and n < rows), None)
     return None
+
+
+def _settings(model: Checkpoint, name: str) -> dict[str, Any]:
+    """A JSON file of the tokenizer; nothing of one that is not there, or damaged: whoever loads it says so."""
+    try:
+        return read_json_object(model.files[name], LIMIT) if name in model.files else {}
+    except InputError:
+        return {}
 
 
 def token_texts(model: Checkpoint) -> dict[int, str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from qalora.formats.gguf import Value, ValueType
 
-__all__ = ["Spaces", "normalizer_of", "sentencepiece_entries", "spaces_of"]
+__all__ = ["SPACE", "Spaces", "normalizer_of", "sentencepiece_entries", "spaces_of"]
 
 SPACE = "\u2581"
 UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6

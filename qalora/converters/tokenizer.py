@@ -14,17 +14,17 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.added_tokens import check_added, listed_added, name_in_gguf, strips
+from qalora.converters.added_tokens import KeptSpace, check_added, listed_added, name_in_gguf, strips
 from qalora.converters.cutting import CUTS, Cut, cut_named, name_of
 from qalora.converters.first_tokens import tokens_around
 from qalora.converters.huggingface import LICENCES, TEMPLATES
-from qalora.converters.sentencepiece import Spaces, normalizer_of, sentencepiece_entries, spaces_of
+from qalora.converters.sentencepiece import SPACE, Spaces, normalizer_of, sentencepiece_entries, spaces_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
 from qalora.formats.gguf_ends import KNOWN
@@ -36,6 +36,7 @@ __all__ = [
     "UnknownCutError",
     "converted_files",
     "gguf_tokenizer",
+    "has_template",
     "has_tokenizer",
     "load_tokenizer",
     "template_name",
@@ -235,10 +236,15 @@ def _tidy(folder: Path, metadata: Metadata, *, stripping: bool) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def gguf_tokenizer(model: Checkpoint, name: str | None = None) -> dict[str, Value]:
+def gguf_tokenizer(
+    model: Checkpoint, name: str | None = None, *, kept: Callable[[KeptSpace, Metadata], None] | None = None
+) -> dict[str, Value]:
     """GGUF's tokenizer metadata of a model, from what transformers makes of its files; without a tokenizer, model
     "none". general.name is among it: `name`, the model's own by default, or one by which llama.cpp does with white
     space what the tokenizer does.
+
+    kept  is called where llama.cpp keeps white space that the tokenizer drops, with all the metadata, and raises where
+          that matters; without it any is refused
 
     Raises InputError for a tokenizer that is no BPE, whose cutting rule llama.cpp has no name for, or that does to a
     text what llama.cpp does not.
@@ -252,24 +258,34 @@ def gguf_tokenizer(model: Checkpoint, name: str | None = None) -> dict[str, Valu
     settings = _read_json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
     templates = _template_entries(model, settings)
     tokenizer = load_tokenizer(model)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
     try:
-        entries = _entries(model, name or model.path.name, tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
-        return {**entries, **templates}
+        entries, space = _entries(model, name or model.path.name, tokenizer, content)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FormatError(f"{model.path}: its tokenizer", expected="a BPE", got=f"{error!r:.120}") from error
+    entries |= templates
+    if space and kept is None:
+        raise space.refusal()
+    if space and kept is not None:
+        kept(space, Metadata(entries=entries))
+    return entries
 
 
-def _entries(model: Checkpoint, name: str, tokenizer: Any, content: Mapping[str, Any]) -> dict[str, Value]:
+def _entries(
+    model: Checkpoint, name: str, tokenizer: Any, content: Mapping[str, Any]
+) -> tuple[dict[str, Value], KeptSpace]:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if content["model"].get(key):
             got = repr(content["model"][key])[:80]
             raise InputError(f"{model.path}: tokenizer.json: {key}", expected="none, as in llama.cpp", got=got)
     added = _added(model, content)
     spaces = spaces_of(content)
-    stripping = check_added(str(model.path), added, prefixed=spaces == "each")
-    tokens, types = _vocabulary(content["model"]["vocab"], added, int(model.config["vocab_size"]))
+    stripping, space = check_added(str(model.path), added, prefixed=spaces == "each")
+    tokens, types = _vocabulary(
+        content["model"]["vocab"], added, int(model.config["vocab_size"]), pieces=spaces is not None
+    )
     if spaces is None:
         entries = _bpe_entries(model, content, tokens, types)
     else:
@@ -283,7 +299,7 @@ def _entries(model: Checkpoint, name: str, tokenizer: Any, content: Mapping[str,
     entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=_prefix(tokenizer, spaces))
     result = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
     named = {"general.name": Value.text(name_in_gguf(name, stripping=stripping))}
-    return {**named, **result}
+    return {**named, **result}, space
 
 
 def _prefix(tokenizer: Any, spaces: Spaces | None) -> bool:
@@ -368,7 +384,10 @@ def _check_normalizer(model: Checkpoint, normalizer: Mapping[str, Any] | None) -
         )
 
 
-def _vocabulary(vocab: Mapping[str, int], added: list[Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _vocabulary(
+    vocab: Mapping[str, int], added: list[Any], vocab_size: int, *, pieces: bool
+) -> tuple[list[str], list[int]]:
+    """Tokens and their types; pieces: SentencePiece's, which have U+2581 for a space."""
     tokens = [f"[PAD{n}]" for n in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, n in vocab.items():
@@ -380,6 +399,8 @@ def _vocabulary(vocab: Mapping[str, int], added: list[Any], vocab_size: int) -> 
         if not isinstance(n, int) or not 0 <= n < vocab_size:
             raise _outside(entry["content"], n, vocab_size)
         tokens[n], types[n] = entry["content"], CONTROL if entry.get("special") else USER_DEFINED
+        if pieces and SPACE in entry["content"] and types[n] == USER_DEFINED and not entry.get("normalized"):
+            types[n] = NORMAL  # no text has that character: such a run of spaces is joined, and not looked for
     return tokens, types
 
 
@@ -447,6 +468,12 @@ def _chat_templates(model: Checkpoint, settings: Mapping[str, Any]) -> dict[str,
             got=type(wrong[0]).__name__,
         )
     return dict(pairs)
+
+
+def has_template(model: Checkpoint) -> bool:
+    """Whether the model's files have a chat template; FormatError for one that is none."""
+    settings = _read_json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
+    return bool(_chat_templates(model, settings))
 
 
 def _listed(found: object) -> list[Any]:

@@ -6,11 +6,12 @@ The reference's tokenizer makes them, with its chat template and its added token
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qalora.converters.sentencepiece import normalizer_of, spaces_of
+from qalora.converters.added_tokens import drops_as_phi3
+from qalora.converters.sentencepiece import SPACE, normalizer_of, spaces_of
 from qalora.parity.text import default_text
 
 __all__ = ["PASSAGE", "Part", "parts_of"]
@@ -42,7 +43,8 @@ class Part:
     kind    "text", "chat" or "token"
     name    what it is, for a sentence
     ids     what the reference's tokenizer makes of it, added tokens parsed and nothing put around
-    spaced  what it would make of it with spaces where llama.cpp puts them; the same as `ids` for most tokenizers
+    spaced  what it would make of it with spaces where llama.cpp and onnxruntime-genai put them and keep them; nothing
+            for most tokenizers
     """
 
     kind: str
@@ -89,6 +91,7 @@ def _chats(tokenizer: Any) -> list[tuple[str, str]]:
 
 def _around(token: str) -> str:
     """A token between letters, between spaces, on a line of its own, before lines, and twice."""
+    token = token.replace(SPACE, " ")  # as a text has them
     return f"x{token}y {token} z\n{token}\n\nw\t{token}{token} v"
 
 
@@ -103,16 +106,23 @@ def _added(tokenizer: Any, rows: int, said: str) -> list[str]:
 
 
 def _spaced(tokenizer: Any) -> list[Callable[[str], tuple[int, ...]]]:
-    """The tokenizer with llama.cpp's two ways with spaces, where its own is neither."""
+    """The tokenizer with a space in front of each part of a text, and nowhere, where its own way is neither; and with
+    the white space kept that it drops beside added tokens, where llama.cpp does not drop it.
+    """
     from tokenizers import Tokenizer
 
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    if spaces_of(content) not in ("first", "each without"):
-        return []
+    added, ways = content.get("added_tokens") or [], [content]
+    if spaces_of(content) in ("first", "each without"):
+        ways = [
+            {**content, "normalizer": normalizer_of(prefix=prefix), "pre_tokenizer": None} for prefix in (True, False)
+        ]
+    if any(token.get("rstrip") or token.get("lstrip") for token in added) and not drops_as_phi3(added):
+        flags = [{"lstrip": False}, {"lstrip": False, "rstrip": False}]  # of genai, and of llama.cpp
+        ways = [{**way, "added_tokens": [token | off for token in added]} for way in ways for off in flags]
 
-    def other(prefix: bool) -> Callable[[str], tuple[int, ...]]:
-        changed = {**content, "normalizer": normalizer_of(prefix=prefix), "pre_tokenizer": None}
-        made = Tokenizer.from_str(json.dumps(changed))
+    def other(way: Mapping[str, Any]) -> Callable[[str], tuple[int, ...]]:
+        made = Tokenizer.from_str(json.dumps(way))
         return lambda text: tuple(made.encode(text, add_special_tokens=False).ids)
 
-    return [other(True), other(False)]
+    return [other(way) for way in ways if way is not content]

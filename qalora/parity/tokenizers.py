@@ -20,6 +20,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import strips
 from qalora.converters.first_tokens import PROBE, around, tokens_around
 from qalora.converters.huggingface import LICENCES
+from qalora.converters.sentencepiece import SPACE
 from qalora.converters.tokenizer import (
     UnknownCutError,
     has_tokenizer,
@@ -42,6 +43,9 @@ EOS = "eos_token_id"
 """Of a GGUF file it is one of the model's end tokens, and not always the tokenizer's: gate `end` is for those."""
 
 SPECIAL = ("bos_token_id", EOS, "pad_token_id", "unk_token_id")
+
+FILES = frozenset({"text", "chat", "token", "spaces"})
+"""What the files of an artefact do as transformers does; GGUF has not all places for spaces."""
 
 OTHER_FILES = (*LICENCES, "generation_config.json")
 """Companion files that say nothing of a tokenizer."""
@@ -93,7 +97,8 @@ class TokenizerCheck:
         if key not in self._said:
             known = self._known()
             mine = _facts(artifact, _opened(artifact), known.ids)
-            texts = self._differing(lambda part: mine.ids[part.text], known.decode)
+            follows = FILES if artifact.gguf is None else FILES - {"spaces"}
+            texts = self._differing(lambda part: mine.ids[part.text], known.decode, follows)
             self._said[key] = TokenizerFindings(wrong=(*_differences(mine, known), *texts.wrong), limits=texts.limits)
         return self._said[key]
 
@@ -114,7 +119,7 @@ class TokenizerCheck:
         self,
         ids: Callable[[Part], tuple[int, ...]],
         decode: Callable[[Sequence[int]], str],
-        follows: frozenset[str] = frozenset({"text", "chat", "token"}),
+        follows: frozenset[str],
     ) -> TokenizerFindings:
         """The first text of each kind of which something else is made; what a runtime does not follow is its limit.
 
@@ -125,7 +130,8 @@ class TokenizerCheck:
         for part in self._parts:
             mine = ids(part)
             if mine != part.ids:
-                limit = part.kind != "chat" and (part.kind not in follows or mine in part.spaced)
+                spaced = "spaces" not in follows and mine in part.spaced
+                limit = part.kind != "chat" and (part.kind not in follows or spaced)
                 (limits if limit else wrong).setdefault(part.kind, _of_text(part, mine, decode))
         return TokenizerFindings(wrong=tuple(wrong.values()), limits=tuple(limits.values()))
 
@@ -200,7 +206,8 @@ def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
     """
     listed = None if model.gguf is None else model.gguf.get("tokenizer.ggml.tokens")
     if isinstance(listed, list | tuple):
-        return {str(token): n for n, token in enumerate(listed)}
+        spaces = model.gguf is not None and model.gguf.get("tokenizer.ggml.model") == "llama"
+        return {str(token).replace(" ", SPACE) if spaces else str(token): n for n, token in enumerate(listed)}
     rows = _rows(model)
     return {token: n for token, n in tokenizer.get_vocab().items() if n < rows}
 

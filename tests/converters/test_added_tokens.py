@@ -1,6 +1,7 @@
 """Added tokens and what stands around a text: the same in llama.cpp as in transformers, or refused by name."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +37,12 @@ def edit(folder: Path, name: str, **changes: Any) -> None:
 
 
 def flagged(folder: Path, flags: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Give added tokens of tokenizer.json other flags, by their texts; "" stands for all others."""
+    """Give added tokens other flags, by their texts; "" stands for all others."""
     added = json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
     changed = [{**token, **flags.get(token["content"], flags.get("", {}))} for token in added]
     edit(folder, "tokenizer.json", added_tokens=changed)
+    listed = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in changed}
+    edit(folder, "tokenizer_config.json", added_tokens_decoder=listed)
     return folder
 
 
@@ -62,19 +65,21 @@ def assert_the_same_in_llama_cpp(model: Checkpoint, path: Path) -> None:
 
 
 PHI3 = {token: {"rstrip": False} for token in ("<unk>", "<s>", "<|endoftext|>")} | {"": {"rstrip": True}}
+PLAIN = {"": {"rstrip": False, "lstrip": False}}
 
 
 @pytest.mark.parametrize("name", ["mine", "Phi-3-mine"])
 def test_white_space_behind_tokens_as_phi_3_drops_it(name: str, tmp_path: Path) -> None:
     """llama.cpp knows it by general.name alone, which says so where the model is called otherwise."""
-    folder = flagged(chat_model(tmp_path / name, "phi3"), PHI3)
+    folder = chat_model(tmp_path / name, "phi3")
     model = random_model(load(folder))
     path = gguf_file(model, tmp_path / "out")
     metadata = load(path).gguf
     assert metadata is not None
     assert metadata.get("general.name") == ("mine-phi-3" if name == "mine" else name)
     assert_the_same_in_llama_cpp(model, path)
-    plain = LlamaCpp(gguf_file(random_model(load(chat_model(tmp_path / "plain", "phi3"))), tmp_path / "plain-out"), 1)
+    other = random_model(load(flagged(chat_model(tmp_path / "plain", "phi3"), PLAIN)))
+    plain = LlamaCpp(gguf_file(other, tmp_path / "plain-out"), 1)
     text = "<|user|>\nHi<|end|>\n<|assistant|>\n"
     assert plain.tokenize(text, special=True) != load_tokenizer(model)(text, add_special_tokens=False)["input_ids"]
     plain.close()
@@ -85,17 +90,21 @@ def test_white_space_behind_tokens_as_phi_3_drops_it(name: str, tmp_path: Path) 
 def test_a_name_that_says_phi_3_drops_nothing_where_the_tokenizer_does_not(tmp_path: Path) -> None:
     """With such a name llama.cpp would drop white space, or not load a vocabulary without Phi-3's tokens at all."""
     for name, layout in (("Phi-3-plain", "phi3"), ("my-phi3-of-llama", "llama3")):
-        model = random_model(load(chat_model(tmp_path / name, layout)))
+        model = random_model(load(flagged(chat_model(tmp_path / name, layout), PLAIN)))
         assert_the_same_in_llama_cpp(model, gguf_file(model, tmp_path / f"{name}-out"))
 
 
 @pytest.mark.parametrize(
     ("layout", "flags", "refusal"),
     [
-        ("phi3", {**PHI3, "<s>": {"rstrip": True}}, r"rstrip of '<s>': expected none, or what Phi-3 has"),
-        ("phi3", {"<|end|>": {"rstrip": True}}, r"rstrip of '<\|end\|>': expected none, or what Phi-3 has"),
-        ("llama3", {"<|eot_id|>": {"rstrip": True}}, r"rstrip of '<\|eot_id\|>'"),
-        ("qwen3", {"<|im_end|>": {"lstrip": True}}, r"lstrip of '<\|im_end\|>': expected none, as llama\.cpp has no"),
+        ("phi3", {**PHI3, "<s>": {"rstrip": True}}, r"rstrip of '<\|assistant\|>': expected none, or what Phi-3 has"),
+        ("phi3", {**PLAIN, "<|end|>": {"rstrip": True}}, r"rstrip of '<\|end\|>': expected none, or what Phi-3 has"),
+        ("llama3", {"<|end_header_id|>": {"rstrip": True}}, r"rstrip of '<\|end_header_id\|>'"),
+        (
+            "qwen3",
+            {"<|im_start|>": {"lstrip": True}},
+            r"lstrip of '<\|im_start\|>': expected none, as llama\.cpp has no",
+        ),
         ("smollm2", {"<repo_name>": {"single_word": True}}, r"single_word of '<repo_name>'"),
         ("phi3", {"<|user|>": {"normalized": True}}, r"normalized of '<\|user\|>'"),
     ],
@@ -107,6 +116,58 @@ def test_a_flag_that_llama_cpp_does_not_have_is_refused(
     with pytest.raises(InputError, match=refusal):
         export(model, ["gguf"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+KEPT: dict[str, tuple[Mapping[str, Any], str]] = {
+    "phi4": ({}, r"behind <\|endoftext\|>, <\|fim_prefix\|>, <\|im_start\|> and 3 more and before <\|endoftext\|>, "),
+    "phi4-mini": ({}, r"behind <\|assistant\|>, <\|end\|>, <\|user\|> and 4 more: "),
+    "llama3": ({"<|eot_id|>": {"rstrip": True}}, r"behind <\|eot_id\|>: "),
+    "smollm3": ({"<|im_end|>": {"lstrip": True}}, r"before <\|im_end\|>: "),
+}
+
+
+@pytest.mark.parametrize("layout", KEPT)
+def test_white_space_that_no_chat_has_is_kept_with_a_note(layout: str, tmp_path: Path) -> None:
+    """Chats are the same; what the note says is so: a message that begins or ends with white space is not."""
+    flags, words = KEPT[layout]
+    model = random_model(load(flagged(chat_model(tmp_path / "model", layout), flags)))
+    (plan,) = export(model, ["gguf"], tmp_path / "out")
+    (note,) = [note for note in plan.notes if "white space" in note]
+    assert re.search(words, note), note
+    tokenizer, (path,) = load_tokenizer(model), (tmp_path / "out" / "gguf").glob("*.gguf")
+    runtime = LlamaCpp(path, 1)
+
+    def same(text: str) -> bool:
+        chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        said = tokenizer.apply_chat_template([*chat, *chat], tokenize=False)
+        ids: list[int] = tokenizer(said, add_special_tokens=False)["input_ids"]
+        return runtime.tokenize(said, special=True) == ids
+
+    assert same("It is. \n Is it?")
+    assert same(" It is. \n") == (layout == "llama3"), "whose template trims"
+    runtime.close()
+    report = verify(model, [path], level="logits", max_tokens=8)
+    assert report.passed()
+    assert {result.status for _, result in report.results() if result.gate == "tokenizer"} == {"ambiguous"}
+
+
+def test_white_space_is_not_kept_where_no_chat_is_known(tmp_path: Path) -> None:
+    folder = chat_model(tmp_path / "model", "phi4-mini")
+    edit(folder, "tokenizer_config.json", chat_template=None)
+    with pytest.raises(InputError, match=r"rstrip of '<\|assistant\|>'"):
+        export(random_model(load(folder)), ["gguf"], tmp_path / "out")
+
+
+def test_runs_of_spaces_that_are_added_tokens(tmp_path: Path) -> None:
+    """As Gemma has them: no text has their character, so that they are joined and never looked for."""
+    model = random_model(load(chat_model(tmp_path / "model", "gemma2")))
+    path = gguf_file(model, tmp_path / "out")
+    tokenizer, runtime = load_tokenizer(model), LlamaCpp(path, 1)
+    for length in range(1, 12):
+        text = f"a{' ' * length}b\n{' ' * length}\n\n\n"
+        assert runtime.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], length
+    runtime.close()
+    assert_the_same_in_llama_cpp(model, path)
 
 
 def processor(*before: str, behind: tuple[str, ...] = ()) -> Any:

@@ -13,7 +13,8 @@ import pytest
 from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
-from qalora.converters.ends import GENERATION, end_notes, ends_of
+from qalora.converters.ends import GENERATION, end_notes, ends_of, tokenizer_end
+from qalora.converters.tokenizer import load_tokenizer
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
 from qalora.formats.gguf_ends import FILLING, NAMES, eog_of, with_ends
@@ -96,6 +97,27 @@ def test_an_mlx_folder_ends_where_mlx_lm_does(
     model = load(said(tmp_path / "mlx", config, generation if generation is not None else None, own))
     wanted = load_tokenizer(tmp_path / "mlx", eos_token_ids=load_config(tmp_path / "mlx").get("eos_token_id"))
     assert set(ends_of(model).ids) == wanted.eos_token_ids
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize(("config", "mapped"), [("a", "b"), ("a", None), (None, "b"), ({"content": "a"}, "b")])
+def test_the_tokenizers_own_end_is_transformers_choice(
+    config: Any, mapped: Any, listed: bool, chat: Path, tmp_path: Path
+) -> None:
+    """tokenizer_config.json or special_tokens_map.json: where the one lists the added tokens, the other is not read."""
+    shutil.copytree(chat, tmp_path / "model")
+    for name, token in (("tokenizer_config.json", config), ("special_tokens_map.json", mapped)):
+        path = tmp_path / "model" / name
+        content = json.loads(path.read_text("utf-8"))
+        drops = {"eos_token"} | ({"added_tokens_decoder"} - {"added_tokens_decoder" if listed else ""})
+        content = {key: value for key, value in content.items() if key not in drops}
+        if isinstance(token, dict):
+            token = {**token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+            token |= {} if name == "special_tokens_map.json" else {"__type": "AddedToken"}
+        content |= {} if token is None else {"eos_token": token}
+        path.write_text(json.dumps(content), encoding="utf-8")
+    model = load(tmp_path / "model")
+    assert tokenizer_end(model) == load_tokenizer(model).eos_token_id
 
 
 @pytest.mark.parametrize("value", [2, [2, 5], [5, 2, 5], 0, [], None])

@@ -7,13 +7,13 @@ Keys: ggml-org/ggml, docs/gguf.md. Nothing here depends on time or place, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.added_tokens import name_in_gguf, strips
+from qalora.converters.added_tokens import KeptSpace, name_in_gguf, strips
 from qalora.converters.decoder import Decoder, decoder_of
 from qalora.converters.ends import ends_of, tokenizer_end
 from qalora.converters.families import settings_of
@@ -31,19 +31,25 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
 """llama.cpp's general.file_type: the type that most tensors have."""
 
 
-def file_metadata(model: Checkpoint, decoder: Decoder, name: str | None, carrier: str) -> Metadata:
-    """All metadata of the file; `carrier` is the type that most linear weights have."""
+def file_metadata(
+    model: Checkpoint,
+    decoder: Decoder,
+    name: str | None,
+    carrier: str,
+    kept: Callable[[KeptSpace, Metadata], None] | None = None,
+) -> Metadata:
+    """All metadata of the file; `carrier` is the type that most linear weights have, kept: see `gguf_tokenizer`."""
     numbers = hyperparameters(decoder, settings_of(model.config, model.path), model.path)
     changes = {"general.file_type": Value.uint32(FILE_TYPES[carrier])}
     ends = ends_of(model).ids
     if model.gguf is not None:
         if name is not None:
-            kept = name_in_gguf(name, stripping=strips(model.gguf.get("general.name")))
-            changes["general.name"] = Value.text(kept)
+            called = name_in_gguf(name, stripping=strips(model.gguf.get("general.name")))
+            changes["general.name"] = Value.text(called)
         said = _says(model.gguf, model, decoder, numbers)
         carried = model.gguf if said else _renumbered(model.gguf, decoder, numbers)
         return with_ends(carried.with_entries(changes), ends, tokenizer_end(model), model.path)
-    tokenizer = gguf_tokenizer(model, name or model.path.name)
+    tokenizer = gguf_tokenizer(model, name or model.path.name, kept=kept)
     general = {
         "general.architecture": Value.text(decoder.family.gguf),
         "general.type": Value.text("model"),

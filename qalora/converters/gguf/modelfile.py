@@ -21,7 +21,7 @@ from qalora.errors import FormatError
 from qalora.formats.gguf import Metadata
 from qalora.formats.gguf_ends import FILLING, eog_of, marked
 
-__all__ = ["MODELFILE", "modelfile"]
+__all__ = ["MODELFILE", "modelfile", "turns_in"]
 
 MODELFILE = "Modelfile"
 QUOTES = '"""'
@@ -46,12 +46,9 @@ def modelfile(metadata: Metadata, names: Sequence[str]) -> str:
 
     FormatError for a vocabulary that is no list.
     """
-    template = metadata.get("tokenizer.chat_template")
-    bos, eos = (_token(metadata, f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
-    turns = None
-    if isinstance(template, str):
-        turns = turns_of(template, bos=bos, eos=eos, adds_bos=_adds_bos(metadata))
-        turns = turns if turns is not None and all(_sayable(text) for text in turns.texts()) else None
+    template, eos = metadata.get("tokenizer.chat_template"), _token(metadata, "tokenizer.ggml.eos_token_id")
+    turns = turns_in(metadata)
+    turns = turns if turns is not None and all(_sayable(text) for text in turns.texts()) else None
     lines = "".join(f"FROM ./{name}\n" for name in names)
     if turns is not None:
         lines += "" if turns.system is not None else _NO_SYSTEM
@@ -63,6 +60,15 @@ def modelfile(metadata: Metadata, names: Sequence[str]) -> str:
     stops += [turns.end] if turns is not None and turns.end in _control_tokens(metadata) else []
     stops += _end_texts(metadata)
     return lines + "".join(f'PARAMETER stop "{stop}"\n' for stop in dict.fromkeys(stops) if _is_stop(stop))
+
+
+def turns_in(metadata: Metadata) -> Turns | None:
+    """The turns of a file's chat template; None where it has none, or another kind than is known here."""
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str):
+        return None
+    bos, eos = (_token(metadata, f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
+    return turns_of(template, bos=bos, eos=eos, adds_bos=_adds_bos(metadata))
 
 
 def go_template(turns: Turns) -> str:

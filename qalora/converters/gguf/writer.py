@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.added_tokens import KeptSpace
 from qalora.converters.decoder import decoder_of
 from qalora.converters.ends import end_notes, ends_of, in_words, token_texts
 from qalora.converters.families import Family, norm_names
 from qalora.converters.gguf.hyperparameters import factor_tensors
 from qalora.converters.gguf.loaders import check_tensors, clipped_window, context_notes, reads_bias
 from qalora.converters.gguf.metadata import file_metadata, file_name
-from qalora.converters.gguf.modelfile import MODELFILE, modelfile
+from qalora.converters.gguf.modelfile import MODELFILE, modelfile, turns_in
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
@@ -66,7 +67,13 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     carriers = {name: _carrier(lazy, model, options) for name, lazy in model.tensors.items()}
     kinds = Counter(kind for name, (kind, _) in carriers.items() if name in model.linears)
     common = kinds.most_common(1)[0][0]
-    metadata = file_metadata(model, decoder, options.name, common)
+    notes = [*model.notes, *end_notes(model), *context_notes(decoder)]
+
+    def kept(space: KeptSpace, entries: Metadata) -> None:
+        _check_chats(space, entries)
+        notes.append(space.note())
+
+    metadata = file_metadata(model, decoder, options.name, common, kept)
     specs = {name: spec for name, carrier in carriers.items() if (spec := _kept(model.tensors[name], *carrier))}
     if specs:
         text = specs_text({name.removesuffix(".weight"): spec for name, spec in specs.items()})
@@ -97,7 +104,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
         target="gguf",
         tensors=tensors,
         files={**{part: layout.size for part, layout in layouts.items()}, MODELFILE: len(recipe.encode())},
-        notes=(*model.notes, *end_notes(model), *context_notes(decoder), *_end_notes(model, metadata)),
+        notes=(*notes, *_end_notes(model, metadata)),
         longest=clipped_window(decoder),
         layouts=layouts,
         names=names,
@@ -105,6 +112,21 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
         where=where,
         modelfile=recipe,
     )
+
+
+def _check_chats(space: KeptSpace, metadata: Metadata) -> None:
+    """InputError where a chat, as the file's template writes it, has white space that llama.cpp should drop; or where
+    that is not to be known.
+    """
+    turns = turns_in(metadata)
+    if turns is None:
+        raise space.refusal()
+    said = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    chats = [said, *([[{"role": "system", "content": "x"}, *said]] if turns.system is not None else [])]
+    for chat in chats:
+        token = space.in_chat(turns.render(chat))
+        if token:
+            raise space.refusal(token)
 
 
 def _end_notes(model: Checkpoint, metadata: Metadata) -> list[str]:

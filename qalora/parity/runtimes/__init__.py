@@ -90,7 +90,8 @@ class RuntimeInfo:
 class Tokenizing(Protocol):
     """A runtime's own tokenizer.
 
-    follows  what it does as transformers does: "text", "chat" and "token" of `tokenizer_texts`, and "around"
+    follows  what it does as transformers does: "text", "chat" and "token" of `tokenizer_texts`, "around", and "spaces":
+             a tokenizer's own way with them
     """
 
     follows: frozenset[str]

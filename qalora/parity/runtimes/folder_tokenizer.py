@@ -16,7 +16,7 @@ __all__ = ["FolderTokenizer", "folder_tokenizer"]
 class FolderTokenizer:
     """A tokenizer of transformers' class."""
 
-    follows = frozenset({"text", "chat", "token", "around"})
+    follows = frozenset({"text", "chat", "token", "around", "spaces"})
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
