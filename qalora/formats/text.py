@@ -16,18 +16,23 @@ __all__ = ["check_text", "decode_text", "read_utf8"]
 
 
 def decode_text(data: bytes, where: str, *, line: int = 1, mark: bool = False) -> str:
-    """UTF-8 text; FormatError, with the line, for a byte that is not UTF-8.
+    """UTF-8 text; FormatError, with the line, for a byte that is not UTF-8, and for one of 0, which no text has.
 
     line  the number of the first line of `data` in what `where` names
     mark  whether a byte order mark in front is a character of the text; it is passed over otherwise
     """
+    at = data.find(b"\0")
     try:
-        return data.decode("utf-8" if mark else "utf-8-sig")
+        text = data.decode("utf-8" if mark else "utf-8-sig")
     except UnicodeDecodeError as error:
-        at = error.start + len(data) - len(error.object)  # the codec counts from behind the mark
-        line += data.count(b"\n", 0, at)
-        got = f"the byte {data[at]:#04x}"
-        raise FormatError(f"{where}:{line}", expected="UTF-8 text", got=got, todo="save it as UTF-8") from error
+        wrong = error.start + len(data) - len(error.object)  # the codec counts from behind the mark
+        at = wrong if at < 0 else min(at, wrong)
+    else:
+        if at < 0:
+            return text
+    line += data.count(b"\n", 0, at)
+    got = f"the byte {data[at]:#04x}"
+    raise FormatError(f"{where}:{line}", expected="UTF-8 text", got=got, todo="save it as UTF-8")
 
 
 def read_utf8(path: Path, limit: int, *, mark: bool = False) -> str:

@@ -43,7 +43,7 @@ __all__ = [
     "training_blocks",
 ]
 
-READING = 2
+READING = 3
 """The number of the way in which data become tokens: what was made of the same file in another way is not the same."""
 
 LEAST = 1000
@@ -191,7 +191,7 @@ def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, acco
     """Tokenize, join and cut. InputError where it does not make two blocks, or nothing, or almost nothing, is to
     be learned.
 
-    Documents of which nothing is learned are left out. account: is told what is learned
+    Documents of which nothing is learned are left out, and so are blocks. account: is told what is learned
     """
     account = Account() if account is None else account
     unused = 0
@@ -234,7 +234,7 @@ def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, acco
             got=f"{account.learned:,} of {account.tokens:,}",
             todo="leave out rows, or parts of them, that are only seen",
         )
-    return Blocks(tokens=ids_of, targets=targets, account=account)
+    return Blocks(tokens=ids_of[counts > 0], targets=targets[counts > 0], account=account)
 
 
 def training_blocks(model: Checkpoint, data: str, length: int, held_out: float) -> tuple[Blocks, Blocks]:

@@ -51,7 +51,7 @@ class Account:
     notes       what else the user should know, with the first place of each
     texts       documents that are learned whole
     turns       answers and completions that are learned
-    sequences   of `length` tokens each; `idle` of them have nothing to learn
+    sequences   of `length` tokens each; `idle` of them have nothing to learn and are left out
     learned     tokens that are learned
     shown       the first documents
     """
@@ -101,7 +101,7 @@ class Account:
             f"in {self.sequences:,} sequences of {self.length:,}",
         ]
         if self.idle:
-            found.append(f"{self.idle:,} of these sequences have nothing to learn")
+            found.append(f"{self.idle:,} of these sequences have nothing to learn, and are left out")
         piece = next(((shown, n) for shown in self.shown for n, (on, _) in enumerate(shown.runs) if on), None)
         if piece is not None:
             shown, n = piece

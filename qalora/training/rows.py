@@ -112,7 +112,8 @@ def kind_of(where: str, row: Any) -> tuple[str, dict[str, Any]]:
             return " and ".join(keys), held
     if "text" in held:
         return "text", held
-    raise InputError(where, expected=KNOWN, got=", ".join(map(str, row)) or "none")
+    names = [str(key) if key in held else f"{key} (null)" for key in row]
+    raise InputError(where, expected=KNOWN, got=", ".join(names) or "none")
 
 
 def plain_document(where: str, kind: str, row: Mapping[str, Any], account: Account, *, chat: bool) -> Document | None:

@@ -42,6 +42,15 @@ COLUMNS = ({"text"}, {"prompt", "completion"}, {"instruction", "output"}, {"mess
 
 ROW = "a JSON object"
 
+MAGIC = {
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "a gzip file",
+    b"PK\x03\x04": "a ZIP file",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file",
+    b"ARROW1": "an Arrow file",
+}
+"""What files begin with that hold rows in another way."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
@@ -77,7 +86,7 @@ def open_data(data: str) -> Rows:
     if not path.exists():
         return Rows(form="a dataset of the Hub", rows=_hub_rows(data))
     first = _first_line(path)
-    if _is_object(first):
+    if isinstance(_value(first), dict):
         return Rows(form="JSON lines", rows=_lines(path))
     text = decode_text(read_limited(path, TEXT_BYTES), str(path))
     named = path.suffix.lower() in JSON_ENDS
@@ -85,7 +94,7 @@ def open_data(data: str) -> Rows:
     if begin in ("{", "[") and _is_json(text):
         form = "JSON objects" if begin == "{" else "a JSON list"
         return Rows(form=form, rows=_values(path, text, listed=begin == "["))
-    if (named and begin) or BEGINS_AS_ROWS.match(text) or _mostly_rows(text):
+    if (named and begin) or BEGINS_AS_ROWS.match(text) or _mostly_rows(text) or isinstance(_value(text), list):
         if begin in ("{", "["):
             _refuse_json(path, text, listed=begin == "[")
         return Rows(form="JSON lines", rows=_lines(path))  # which names the first line that is none
@@ -105,17 +114,22 @@ def _doubt(path: Path, begin: str) -> str:
 def _first_line(path: Path) -> str:
     """The first line that is not empty, as far as one is read at once."""
     with InputFile(path), path.open("rb") as file:
+        kind = next((name for magic, name in MAGIC.items() if file.peek(8).startswith(magic)), None)
+        if kind is not None:
+            todo = "write its rows as JSON lines"
+            raise FormatError(str(path), expected="text, or rows in JSON", got=kind, todo=todo)
         for line in iter(lambda: file.readline(LINE_BYTES), b""):
             if line.strip():
                 return line.decode("utf-8-sig", "replace")
     return ""
 
 
-def _is_object(line: str) -> bool:
+def _value(text: str) -> Any:
+    """The object, or the list of something, that a text is as JSON; None for another text."""
     try:
-        return line.lstrip()[:1] == "{" and isinstance(json.loads(line), dict)
+        return (text.lstrip()[:1] in ("{", "[") and json.loads(text)) or None
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
 def _is_json(text: str) -> bool:
@@ -129,7 +143,7 @@ def _is_json(text: str) -> bool:
 
 def _mostly_rows(text: str) -> bool:
     lines = list(islice((line for line in re.finditer(r"[^\n]*\S[^\n]*", text)), HEAD_LINES))
-    return sum(_is_object(line[0].strip()) for line in lines) * 2 > len(lines) > 0
+    return sum(_value(line[0].strip()) is not None for line in lines) * 2 > len(lines) > 0
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -165,10 +179,12 @@ def _refuse_json(path: Path, text: str, *, listed: bool) -> None:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
+        if listed and error.msg == "Extra data":
+            raise FormatError(f"{path}:1", expected=ROW, got="a list on each line") from error
         line = 1 + text.count("\n", 0, error.pos)
         raise FormatError(f"{path}:{line}", expected=ROW, got=f"text that is none ({error.msg})") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}:1", expected=ROW, got="lists or objects nested too deeply") from error
+    except (ValueError, RecursionError):
+        value = parse_json(text, f"{path}:1", expected=ROW)  # which says why it is none
     item = next((item for item in value if not isinstance(item, dict)), value) if listed else value
     raise FormatError(f"{path}:1", expected=ROW, got=f"list of {type(item).__name__}")
 

@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_the_blocks(place: Path) -> None:
     assert account.left_out == {"a flag says that it is not to be learned": 1}
     assert (account.sequences, account.length) == tuple(blocks.tokens.shape)
     assert account.learned == int((blocks.targets >= 0).sum())
-    assert account.idle == int((blocks.targets < 0).all(1).sum())
+    assert account.sequences - account.idle == len(blocks)
     assert list(account.unused) == ["id"]
     assert len(account.shown) == 3
     assert [text for on, text in account.shown[0].runs if on] == [LEARNED] * 2
@@ -93,13 +93,17 @@ def test_where_nothing_is_learned_nothing_is_trained(row: Any, place: Path, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_sequences_without_anything_to_learn_are_counted(tmp_path: Path) -> None:
+def test_sequences_without_anything_to_learn_are_counted_and_left_out(tmp_path: Path) -> None:
+    """A step on them would learn nothing, and have a loss of nothing."""
     tokenizer, account = small_tokenizer(), Account()
     row = {"prompt": "a long question " * 40, "completion": "yes"}
     (tmp_path / "a.jsonl").write_text((json.dumps(row) + "\n") * 4, encoding="utf-8")
     blocks = make_blocks(read_documents(str(tmp_path / "a.jsonl"), tokenizer, account), tokenizer, 16, account)
-    assert 0 < account.idle == int((blocks.targets < 0).all(1).sum())
-    assert any(line.startswith(f"{account.idle} of these sequences have nothing") for line in account.lines())
+    assert len(blocks) == account.sequences - account.idle and account.idle > 0
+    assert not (blocks.targets < 0).all(1).any()
+    assert int((blocks.targets >= 0).sum()) == account.learned
+    said = f"{account.idle} of these sequences have nothing to learn, and are left out"
+    assert said in account.lines()
 
 
 def test_where_almost_nothing_is_learned_nothing_is_trained(tmp_path: Path) -> None:

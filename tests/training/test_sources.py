@@ -74,6 +74,16 @@ def test_text_is_text_and_doubts_are_said(name: str, content: str, note: str, tm
         ("a.JSON", '"a string"', r"a.JSON:1: expected a JSON object, got str"),
         ("a.json", '["a", "b"]', r"a.json:1: expected a JSON object, got list of str"),
         ("a.json", '[{"text": "a"}, 3]', r"a.json:1: expected a JSON object, got list of int"),
+        ("a.txt", '["a", "b"]', r"a.txt:1: expected a JSON object, got list of str"),
+        ("a", '[[{"role": "user", "content": "a"}]]', r"a:1: expected a JSON object, got list of list"),
+        (
+            "a.jsonl",
+            '[{"text": "a"}]\n[{"text": "b"}]\n',
+            r"a.jsonl:1: expected a JSON object, got a list on each line",
+        ),
+        ("a.txt", '["a", "b"]\n["c", "d"]\n', r"a.txt:1: expected a JSON object, got a list on each line"),
+        ("a.jsonl", f'{{"text": "a", "n": {"9" * 5000}}}', r"a.jsonl:1: .* got an integer of too many digits"),
+        ("a.jsonl", '{"instruction": "a", "output": null}\n', r"a.jsonl:1: .* got instruction, output \(null\)"),
         ("a.json", '{"data": [{"text": "a"}]}', r"a.json:1: expected the key text, .* got data"),
         ("a.jsonl", '{"text": "a", "text": "b"}\n', r"a.jsonl:1: a key stands twice"),
         ("a.jsonl", '[\n{"text": "a"},\n\n{"body": "b"}]', r"a.jsonl:4: expected the key text"),
@@ -112,11 +122,29 @@ def test_half_of_a_character_is_named_by_its_line(row: str, half: str, tmp_path:
         ("a.txt", "UTF-16, as Windows writes it".encode("utf-16"), 1),
         ("a.txt", b"\xef\xbb\xbfa\n\n\x80", 3),
         ("a.txt", b"half a letter \xc3", 1),
+        ("a.txt", "UTF-16 without a mark".encode("utf-16-le"), 1),
+        ("a.txt", b"one\ntwo\0\n", 2),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\0"}\n', 2),
     ],
 )
 def test_what_is_not_utf_8_is_named_by_its_line(name: str, content: bytes, line: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"{name}:{line}: expected UTF-8 text, got the byte 0x"):
         read(tmp_path / name, content)
+
+
+@pytest.mark.parametrize(
+    ("begin", "kind"),
+    [
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (b"\x1f\x8b\x08", "a gzip file"),
+        (b"PK\x03\x04", "a ZIP file"),
+        (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
+        (b"ARROW1\0\0", "an Arrow file"),
+    ],
+)
+def test_other_files_are_named(begin: bytes, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"a.bin: expected text, or rows in JSON, got {kind}; write its rows as JSON"):
+        read(tmp_path / "a.bin", begin + b"words\n" * 9)
 
 
 def test_an_escape_of_a_whole_character_is_text(tmp_path: Path) -> None:
