@@ -76,7 +76,7 @@ class ChatLayout:
         if self.adds:
             begins = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
             settings |= {"add_bos_token": begins, "add_eos_token": False}
-        if not self.apart:
+        if self.tokenizer.chat_template and not self.apart:
             (folder / "chat_template.jinja").unlink()
             settings["chat_template"] = self.tokenizer.chat_template
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")

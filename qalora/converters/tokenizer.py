@@ -20,23 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.added_tokens import KeptSpace, check_added, listed_added, name_in_gguf, strips
-from qalora.converters.cutting import CUTS, Cut, cut_named, name_of
+from qalora.converters.added_tokens import KeptSpace, check_added, name_in_gguf, strips
+from qalora.converters.cutting import CUTS, name_of
 from qalora.converters.first_tokens import tokens_around
 from qalora.converters.huggingface import LICENCES, TEMPLATES
-from qalora.converters.sentencepiece import SPACE, Spaces, normalizer_of, sentencepiece_entries, spaces_of
+from qalora.converters.sentencepiece import SPACE, Spaces, sentencepiece_entries, spaces_of
+from qalora.converters.tokenizer_tidy import cut_of, is_spm, tidy
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
-from qalora.formats.gguf_ends import KNOWN
 from qalora.formats.json_text import read_json_object
 from qalora.formats.output import write_json
 from qalora.formats.text import check_text, read_utf8
 
 __all__ = [
+    "DEFAULT_TEMPLATE",
     "UnknownCutError",
+    "chat_templates",
     "converted_files",
     "gguf_tokenizer",
-    "has_template",
     "has_tokenizer",
     "load_tokenizer",
     "template_name",
@@ -93,7 +94,7 @@ def converted_files(model: Checkpoint) -> list[str]:
     """The names of the files that `write_tokenizer` makes from GGUF metadata; none where the model has files."""
     if model.gguf is None or not has_tokenizer(model) or _has_files(model):
         return []
-    if _cut_of(model.gguf) is None and not _is_spm(model.gguf):
+    if cut_of(model.gguf) is None and not is_spm(model.gguf):
         raise UnknownCutError(
             f"{model.path}: tokenizer.ggml.pre",
             expected=f"a rule for cutting text that is known here: {', '.join(CUTS)}",
@@ -193,7 +194,7 @@ def _conversion(model: Checkpoint, metadata: Metadata, source: bytes, *, strippi
         templates = _templates_of(metadata)
         tokenizer.chat_template = templates if set(templates) - {"default"} else templates.get("default")
         tokenizer.save_pretrained(place)
-        _tidy(Path(place), metadata, stripping=stripping)
+        tidy(Path(place), metadata, stripping=stripping)
         return {name: (Path(place) / name).read_bytes() for name in converted_files(model)}
 
 
@@ -205,35 +206,6 @@ def _templates_of(metadata: Metadata) -> dict[str, str]:
         if key.startswith(start) and name == template_name(name) != "default":
             found[name] = metadata.get(key)
     return {name: text for name, text in found.items() if name and isinstance(text, str)}
-
-
-def _is_spm(metadata: Metadata) -> bool:
-    return bool(metadata.get("tokenizer.ggml.model") == "llama")
-
-
-def _cut_of(metadata: Metadata) -> Cut | None:
-    return cut_named(metadata.get("tokenizer.ggml.pre"))
-
-
-def _tidy(folder: Path, metadata: Metadata, *, stripping: bool) -> None:
-    """Write over what transformers' conversion leaves out of llama.cpp's rules."""
-    cut, spm = _cut_of(metadata), _is_spm(metadata)
-    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", spm or (cut is not None and cut.begins)))
-    ends = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    for key in ("is_local", "local_files_only"):
-        config.pop(key, None)
-    write_json(folder / "tokenizer_config.json", {**config, "add_bos_token": begins, "add_eos_token": ends})
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["added_tokens"] = listed_added(metadata, KNOWN, stripping=stripping)
-    if spm:
-        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        content["normalizer"], content["pre_tokenizer"] = normalizer_of(prefix=prefix), None
-    elif cut is not None:
-        content["normalizer"], content["pre_tokenizer"] = None, cut.pre_tokenizer
-        content["model"]["ignore_merges"] = cut.ignore_merges
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def gguf_tokenizer(
@@ -280,6 +252,14 @@ def _entries(
         if content["model"].get(key):
             got = repr(content["model"][key])[:80]
             raise InputError(f"{model.path}: tokenizer.json: {key}", expected="none, as in llama.cpp", got=got)
+    if content["model"].get("type") != "BPE":
+        got = repr(content["model"].get("type"))[:80]
+        raise InputError(
+            f"{model.path}: tokenizer.json: model",
+            expected="a BPE, as llama.cpp has it here",
+            got=got,
+            todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+        )
     added = _added(model, content)
     spaces = spaces_of(content)
     stripping, space = check_added(str(model.path), added, prefixed=spaces == "each")
@@ -470,10 +450,10 @@ def _chat_templates(model: Checkpoint, settings: Mapping[str, Any]) -> dict[str,
     return dict(pairs)
 
 
-def has_template(model: Checkpoint) -> bool:
-    """Whether the model's files have a chat template; FormatError for one that is none."""
+def chat_templates(model: Checkpoint) -> dict[str, str]:
+    """The chat templates of a model's files by name, the default one as "default"; FormatError for one that is none."""
     settings = _read_json(model, "tokenizer_config.json") if "tokenizer_config.json" in model.files else {}
-    return bool(_chat_templates(model, settings))
+    return _chat_templates(model, settings)
 
 
 def _listed(found: object) -> list[Any]:

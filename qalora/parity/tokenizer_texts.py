@@ -14,7 +14,7 @@ from qalora.converters.added_tokens import drops_as_phi3
 from qalora.converters.sentencepiece import SPACE, normalizer_of, spaces_of
 from qalora.parity.text import default_text
 
-__all__ = ["PASSAGE", "Part", "parts_of"]
+__all__ = ["PASSAGE", "Part", "parts_of", "untried"]
 
 PASSAGE = (
     default_text()[:8000] + "\n\n  We'll see, it's DON'T: 1234567890 3.14159 0x1F 10,000\n\n\n"
@@ -65,6 +65,18 @@ def parts_of(tokenizer: Any, rows: int) -> tuple[Part, ...]:
         Part(kind=kind, name=name, text=text, ids=encode(text), spaced=tuple(other(text) for other in others))
         for kind, name, text in texts
     )
+
+
+def untried(tokenizer: Any) -> str:
+    """Why no chat is among the texts of a tokenizer with a chat template; "" where one is, or there is no template."""
+    if not tokenizer.chat_template or _chats(tokenizer):
+        return ""
+    try:
+        tokenizer.apply_chat_template(list(_TURNS[:1]), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program; it raises what it likes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"no chat was compared, since the chat template writes none ({reason:.120})"
+    return ""
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:

@@ -32,7 +32,7 @@ from qalora.converters.tokenizer import (
 from qalora.formats.gguf import metadata_bytes
 from qalora.parity.evidence import TokenizerFindings
 from qalora.parity.runtimes import Tokenizing
-from qalora.parity.tokenizer_texts import Part, parts_of
+from qalora.parity.tokenizer_texts import Part, parts_of, untried
 
 __all__ = ["TokenizerCheck"]
 
@@ -74,6 +74,7 @@ class TokenizerCheck:
         self._opened: Any = None
         self._facts: _Facts | None = None
         self._parts: tuple[Part, ...] = ()
+        self._untried = ""
         self._said: dict[bytes, TokenizerFindings] = {}
 
     def opened(self) -> Any:
@@ -126,7 +127,7 @@ class TokenizerCheck:
         Chats are exact, or wrong.
         """
         wrong: dict[str, str] = {}
-        limits: dict[str, str] = {}
+        limits = {"chat": self._untried} if self._untried else {}
         for part in self._parts:
             mine = ids(part)
             if mine != part.ids:
@@ -138,7 +139,7 @@ class TokenizerCheck:
     def _known(self) -> _Facts:
         if self._facts is None:
             tokenizer = self.opened() or _opened(self._reference)  # which says why there is none
-            self._parts = parts_of(tokenizer, _rows(self._reference))
+            self._parts, self._untried = parts_of(tokenizer, _rows(self._reference)), untried(tokenizer)
             self._facts = _facts(self._reference, tokenizer, (part.text for part in self._parts))
         return self._facts
 
@@ -206,8 +207,9 @@ def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
     """
     listed = None if model.gguf is None else model.gguf.get("tokenizer.ggml.tokens")
     if isinstance(listed, list | tuple):
-        spaces = model.gguf is not None and model.gguf.get("tokenizer.ggml.model") == "llama"
-        return {str(token).replace(" ", SPACE) if spaces else str(token): n for n, token in enumerate(listed)}
+        runs = model.gguf is not None and model.gguf.get("tokenizer.ggml.model") == "llama"
+        texts = (str(token) for token in listed)
+        return {text if text.strip(" ") or not runs else SPACE * len(text): n for n, text in enumerate(texts)}
     rows = _rows(model)
     return {token: n for token, n in tokenizer.get_vocab().items() if n < rows}
 

@@ -215,6 +215,36 @@ def test_anything_else_around_a_text_is_refused(tmp_path: Path) -> None:
         gguf_tokenizer(load(folder))
 
 
+@pytest.mark.parametrize("layout", ["llama3.1", "qwen2.5", "gemma2"])
+def test_added_tokens_of_other_scripts(layout: str, tmp_path: Path) -> None:
+    """As DeepSeek has them, with full-width bars and SentencePiece's space: whole in the file, and back from there."""
+    folder = chat_model(tmp_path / "model", layout)
+    names = {
+        "llama3.1": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|python_tag|>"),
+        "qwen2.5": ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<tool_call>"),
+        "gemma2": ("<bos>", "<eos>", "<end_of_turn>", "<table>"),
+    }[layout]
+    others = (
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+        "<\uff5cend of sentence\uff5c>",
+        "[\u89d2\u8272]",
+        "<\xe9\U0001f642>",
+    )
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        content = path.read_text("utf-8")
+        for name, other in zip(names, others, strict=True):
+            content = content.replace(name, other)
+        path.write_text(content, encoding="utf-8")
+    model = random_model(load(folder))
+    path = gguf_file(model, tmp_path / "out")
+    assert_the_same_in_llama_cpp(model, path)
+    back, theirs = load_tokenizer(load(path)), load_tokenizer(model)
+    assert back.eos_token_id == theirs.eos_token_id
+    assert len(back) <= model.tensors["model.embed_tokens.weight"].shape[0], "none is new"
+    report = verify(model, [path], level="weights")
+    assert report.passed(), report.failure()
+
+
 def test_merges_that_are_ignored_or_not(tmp_path: Path) -> None:
     """Llama 3's rule has two names in llama.cpp; GPT-2's has only that which does not ignore them."""
     folder = chat_model(tmp_path / "model", "llama3")

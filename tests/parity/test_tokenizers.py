@@ -213,3 +213,19 @@ def test_ids_beyond_the_embedding_are_none_of_the_model_s(tmp_path: Path) -> Non
     export(model, ["gguf"], tmp_path)
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     assert wrong(TokenizerCheck(model).compare(load(file))) == ()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no chats') }}", "{% for m in messages %}", "{{ messages.a.b }}"]
+)
+def test_a_template_that_writes_no_chat_is_said(template: str, bytewise: Checkpoint, tmp_path: Path) -> None:
+    """Then no chat is compared, and the gate does not pass as if one were."""
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    model = replace(bytewise, files={**bytewise.files, "chat_template.jinja": tmp_path / "chat_template.jinja"})
+    tokenizer = load_tokenizer(model)
+    found = TokenizerCheck(model).compare_runtime(
+        Own(lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    )
+    assert found is not None and found.wrong == ()
+    (sentence,) = found.limits
+    assert sentence.startswith("no chat was compared, since the chat template writes none (")

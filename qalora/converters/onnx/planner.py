@@ -29,7 +29,7 @@ from qalora.converters.onnx.graph import DATA
 from qalora.converters.onnx.order import order_part, shared_orders
 from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.onnx.slots import add_slots
-from qalora.converters.onnx.tokenizer import NOTE, genai_tokenizer
+from qalora.converters.onnx.tokenizer import NOTE, genai_files
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import converted_files
@@ -58,12 +58,12 @@ class GraphPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxPlan(Plan):
-    """A plan with both graphs, config.json, and tokenizer.json where it is not the model's own."""
+    """A plan with both graphs, config.json, and the tokenizer's files that are not the model's own."""
 
     fast: GraphPlan
     portable: GraphPlan
     config: Mapping[str, Any]
-    tokenizer: bytes | None
+    tokenizer: Mapping[str, bytes]
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
@@ -101,12 +101,12 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
     losses = {name: _loss(lazy, coded) for name, lazy in model.tensors.items()}
     rows = [_row(lazy, fast, DATA, losses) for lazy in model.tensors.values()]
     rows += [_row(lazy, portable, f"{PORTABLE}/{DATA}", losses) for lazy in model.tensors.values()]
-    adapted = genai_tokenizer(model)
+    adapted = genai_files(model)
     return OnnxPlan(
         target="onnx",
         tensors=tuple(rows),
         files=_files(model, fast, portable, adapted),
-        notes=(*model.notes, *end_notes(model), *([] if adapted is None else [NOTE])),
+        notes=(*model.notes, *end_notes(model), *([NOTE] if "tokenizer.json" in adapted else [])),
         fast=fast,
         portable=portable,
         config=_config(model),
@@ -210,9 +210,11 @@ def _carrier(lazy: LazyTensor, coded: frozenset[str], *, portable: bool) -> str:
     return f"{spec.bits} bits in {kind}{order}" + (" + residual" if spec.zeros == "real" else "")
 
 
-def _files(model: Checkpoint, fast: GraphPlan, portable: GraphPlan, adapted: bytes | None) -> dict[str, int | None]:
+def _files(
+    model: Checkpoint, fast: GraphPlan, portable: GraphPlan, adapted: Mapping[str, bytes]
+) -> dict[str, int | None]:
     files: dict[str, int | None] = {name: path.stat().st_size for name, path in model.files.items()}
-    files |= {} if adapted is None else {"tokenizer.json": len(adapted)}
+    files |= {name: len(data) for name, data in adapted.items()}
     files |= dict.fromkeys(converted_files(model))
     files |= {GENERATION: len(generation_bytes(model))} if GENERATION in model.files else {}
     for folder, graph in (("", fast), (f"{PORTABLE}/", portable)):

@@ -1,27 +1,36 @@
-"""tokenizer.json as onnxruntime-genai has to be given it, where its tokenizer would make other tokens of a chat.
+"""The files of a tokenizer as onnxruntime-genai has to be given them, where it would not do with the model's own.
 
 Its tokenizer takes from the decoder whether a space stands before each part of a text between added tokens: it does
-where the decoder strips one (`Strip`). A tokenizer that puts one before the first part alone, as Mistral's does, needs
-none in a chat, which begins with an added token: its decoder is written as one that does the same and is not called so.
+where the decoder strips one (`Strip`). A tokenizer that puts none, or one before the first part alone, as Mistral's
+does, which a chat begins with an added token before: its decoder is written as one that does the same and is not called
+so.
 
-Source: onnxruntime-extensions, operators/tokenizer/bpe_kernels.cc, LoadSpmModelParams and SpmTokenize.
+It reads one chat template, from tokenizer_config.json, and from chat_template.jinja where there is none; it does not
+load several that stand in tokenizer_config.json. transformers reads the files first, so that the files are written.
+
+Source: onnxruntime-extensions, operators/tokenizer/bpe_kernels.cc, LoadSpmModelParams and SpmTokenize, and
+tokenizer_jsconfig.hpp, Load.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.huggingface import TEMPLATES
 from qalora.converters.sentencepiece import spaces_of
-from qalora.converters.tokenizer import has_template
+from qalora.converters.tokenizer import DEFAULT_TEMPLATE, chat_templates
+from qalora.errors import InputError
 from qalora.formats.json_text import read_json_object
 from qalora.formats.output import text_bytes
 
-__all__ = ["NOTE", "genai_tokenizer"]
+__all__ = ["NOTE", "genai_files"]
 
 LIMIT = 256 << 20
+KEY = "chat_template"
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 CUT = {"type": "Replace", "pattern": {"Regex": r"\A "}, "content": ""}
 """What STRIP does to a whole text, to whoever knows expressions."""
@@ -32,25 +41,46 @@ NOTE = (
 )
 
 
-def genai_tokenizer(model: Checkpoint) -> bytes | None:
-    """tokenizer.json for the folder; None where the model's own will do."""
-    path = model.files.get("tokenizer.json")
-    if path is None or not has_template(model):
-        return None
-    content = read_json_object(path, LIMIT)
+def genai_files(model: Checkpoint) -> dict[str, bytes]:
+    """Files for the folder by name, in the place of the model's own or beside them; FormatError for a chat template
+    that is none, InputError for one whose name is no file's.
+    """
+    settings, files = _read(model, "tokenizer_config.json"), {}
+    templates = chat_templates(model) if KEY in settings or "tokenizer.json" in model.files else {}
+    apart = any(name == DEFAULT_TEMPLATE or name.startswith(f"{TEMPLATES}/") for name in model.files)
+    if KEY in settings and (apart or not isinstance(settings[KEY], str)):
+        files["tokenizer_config.json"] = _bytes({key: value for key, value in settings.items() if key != KEY})
+        if not apart:
+            files |= {_file_name(model, name): text_bytes(text) for name, text in templates.items()}
+    content = _read(model, "tokenizer.json")
     decoder = content.get("decoder")
-    if not isinstance(decoder, dict) or not isinstance(decoder.get("decoders"), list) or not _first(content):
-        return None
-    steps = decoder["decoders"]
-    if steps[-2:] != [{"type": "Fuse"}, STRIP]:
-        return None
-    changed = {**content, "decoder": {**decoder, "decoders": [*steps[:-1], CUT]}}
-    return text_bytes(json.dumps(changed, ensure_ascii=False, indent=2) + "\n")
+    steps = decoder.get("decoders") if isinstance(decoder, dict) else None
+    if isinstance(steps, list) and steps[-2:] == [{"type": "Fuse"}, STRIP] and _bare(content, chats=bool(templates)):
+        files["tokenizer.json"] = _bytes({**content, "decoder": {"type": "Sequence", "decoders": [*steps[:-1], CUT]}})
+    return files
 
 
-def _first(content: Mapping[str, Any]) -> bool:
-    """Whether spaces stand before the first part of a text alone; False for a damaged file, of which others say so."""
+def _read(model: Checkpoint, name: str) -> dict[str, Any]:
+    return read_json_object(model.files[name], LIMIT) if name in model.files else {}
+
+
+def _bytes(content: Mapping[str, Any]) -> bytes:
+    return text_bytes(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def _file_name(model: Checkpoint, name: str) -> str:
+    """Where transformers looks for a chat template of this name."""
+    if name == "default":
+        return DEFAULT_TEMPLATE
+    if not re.fullmatch(r"[\w][\w .-]{0,99}", name):
+        where = f"{model.path}/tokenizer_config.json: chat_template"
+        raise InputError(where, expected="names of letters, digits, spaces, points, - and _", got=repr(name)[:80])
+    return f"{TEMPLATES}/{name}.jinja"
+
+
+def _bare(content: Mapping[str, Any], *, chats: bool) -> bool:
+    """Whether no space stands before a part of a chat; False for a damaged file, of which others say so."""
     try:
-        return spaces_of(content) == "first"
+        return spaces_of(content) in (("never", "first") if chats else ("never",))
     except (KeyError, TypeError, AttributeError):
         return False

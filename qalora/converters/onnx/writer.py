@@ -34,8 +34,9 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         raise TypeError(f"expected OnnxPlan, got {type(plan).__name__}")
     places = {folder: plan.fast, folder / PORTABLE: plan.portable}
     write_tokenizer(model, folder)
-    if plan.tokenizer is not None:
-        (folder / "tokenizer.json").write_bytes(plan.tokenizer)
+    for name, data in plan.tokenizer.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
     if GENERATION in model.files:
         write_generation(model, folder)
     for place, graph in places.items():

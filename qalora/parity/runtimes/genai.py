@@ -39,6 +39,7 @@ class GenaiRuntime:
         import onnxruntime_genai
 
         self._library: Any = onnxruntime_genai
+        self._folder = folder
         try:
             self._model = onnxruntime_genai.Model(str(folder))
         except Exception as error:  # the library raises what it likes
@@ -72,7 +73,13 @@ class GenaiRuntime:
     def _tokenizer(self) -> Any:
         """The library's own, opened at the first call."""
         if self._opened is None:
-            self._opened = self._library.Tokenizer(self._model)
+            try:
+                self._opened = self._library.Tokenizer(self._model)
+            except Exception as error:  # the library raises what it likes
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise FormatError(
+                    f"{self._folder}: onnxruntime-genai does not take its tokenizer ({reason})"
+                ) from error
         return self._opened
 
     def _generator(self, tokens: Sequence[int], length: int) -> Any:

@@ -1,0 +1,64 @@
+"""What transformers' conversion of GGUF metadata to tokenizer files leaves out of llama.cpp's rules, put into them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qalora.converters.added_tokens import listed_added
+from qalora.converters.cutting import Cut, cut_named
+from qalora.converters.sentencepiece import normalizer_of
+from qalora.formats.gguf import Metadata
+from qalora.formats.gguf_ends import KNOWN
+from qalora.formats.output import write_json
+
+__all__ = ["cut_of", "is_spm", "tidy"]
+
+
+def is_spm(metadata: Metadata) -> bool:
+    """Whether a GGUF file's tokenizer came from SentencePiece."""
+    return bool(metadata.get("tokenizer.ggml.model") == "llama")
+
+
+def cut_of(metadata: Metadata) -> Cut | None:
+    """A GGUF file's rule for cutting text; None for one that is not known here."""
+    return cut_named(metadata.get("tokenizer.ggml.pre"))
+
+
+def tidy(folder: Path, metadata: Metadata, *, stripping: bool) -> None:
+    """Write over what transformers' conversion leaves out of llama.cpp's rules."""
+    cut, spm = cut_of(metadata), is_spm(metadata)
+    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", spm or (cut is not None and cut.begins)))
+    ends = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only"):
+        config.pop(key, None)
+    write_json(folder / "tokenizer_config.json", {**config, "add_bos_token": begins, "add_eos_token": ends})
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"] = listed_added(metadata, KNOWN, stripping=stripping)
+    if spm:
+        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        content["normalizer"], content["pre_tokenizer"] = normalizer_of(prefix=prefix), None
+    elif cut is not None:
+        content["normalizer"], content["pre_tokenizer"] = None, cut.pre_tokenizer
+        content["model"]["ignore_merges"] = cut.ignore_merges
+        _name_added(content)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _name_added(content: dict[str, Any]) -> None:
+    """Give added tokens their texts in the vocabulary, and their ids in what stands around a text: where they are not
+    ASCII, the conversion wrote their bytes, and took the texts for new tokens.
+    """
+    vocabulary = content["model"]["vocab"]
+    texts = {n: text for text, n in vocabulary.items()}
+    around = (content.get("post_processor") or {}).get("special_tokens") or {}
+    for token in content["added_tokens"]:
+        number, text = token["id"], token["content"]
+        if number in texts and text not in vocabulary:
+            del vocabulary[texts[number]]
+            vocabulary[text] = number
+        if text in around:
+            around[text]["ids"] = [number]
