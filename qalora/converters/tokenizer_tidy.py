@@ -45,20 +45,39 @@ def tidy(folder: Path, metadata: Metadata, *, stripping: bool) -> None:
         content["normalizer"], content["pre_tokenizer"] = None, cut.pre_tokenizer
         content["model"]["ignore_merges"] = cut.ignore_merges
         _name_added(content)
+    if begins or ends:
+        content["post_processor"] = _around(metadata, spm=spm, begins=begins, ends=ends)
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _name_added(content: dict[str, Any]) -> None:
-    """Give added tokens their texts in the vocabulary, and their ids in what stands around a text: where they are not
-    ASCII, the conversion wrote their bytes, and took the texts for new tokens.
+    """Give added tokens their texts in the vocabulary: where they are not ASCII, the conversion wrote their bytes, and
+    transformers takes the texts for new tokens.
     """
     vocabulary = content["model"]["vocab"]
     texts = {n: text for text, n in vocabulary.items()}
-    around = (content.get("post_processor") or {}).get("special_tokens") or {}
     for token in content["added_tokens"]:
         number, text = token["id"], token["content"]
         if number in texts and text not in vocabulary:
             del vocabulary[texts[number]]
             vocabulary[text] = number
-        if text in around:
-            around[text]["ids"] = [number]
+
+
+def _around(metadata: Metadata, *, spm: bool, begins: bool, ends: bool) -> dict[str, Any] | None:
+    """tokenizer.json's step that puts BOS before a text, and EOS behind it; those that a file does not name are
+    llama.cpp's own. None where they are no tokens.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    defaults = {"bos": 1, "eos": 2} if spm else {"bos": 11, "eos": 11}
+    named: dict[str, dict[str, Any]] = {}
+    parts: dict[str, list[dict[str, Any]]] = {"bos": [], "eos": []}
+    for kind in [kind for kind, wanted in (("bos", begins), ("eos", ends)) if wanted]:
+        number = metadata.get(f"tokenizer.ggml.{kind}_token_id", defaults[kind])
+        if isinstance(tokens, tuple) and type(number) is int and 0 <= number < len(tokens):
+            text = str(tokens[number])
+            named[text] = {"id": text, "ids": [number], "tokens": [text]}
+            parts[kind] = [{"SpecialToken": {"id": text, "type_id": 0}}]
+    one, two = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    single = [*parts["bos"], one, *parts["eos"]]
+    pair = [*single, *parts["bos"], two, *parts["eos"]]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": named} if named else None

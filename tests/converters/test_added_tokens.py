@@ -205,6 +205,22 @@ def test_what_stands_around_a_text(step: Any, settings: Any, tmp_path: Path) -> 
     assert_the_same_in_llama_cpp(model, path)
 
 
+@pytest.mark.parametrize("dropped", [("add_bos_token",), ("add_bos_token", "bos_token_id")])
+@pytest.mark.parametrize("layout", ["llama3.1", "mistral-nemo", "qwen2.5", "phi3", "gemma2"])
+def test_what_a_file_does_not_say_is_llama_cpps_own(layout: str, dropped: tuple[str, ...], tmp_path: Path) -> None:
+    """Files of Llama 3 were made without a word on BOS, which llama.cpp puts there by the name of the rule."""
+    model = load(gguf_file(random_model(load(chat_model(tmp_path / "model", layout))), tmp_path / "whole"))
+    assert model.gguf is not None
+    names = {f"tokenizer.ggml.{key}" for key in dropped}
+    entries = {key: value for key, value in model.gguf.entries.items() if key not in names}
+    path = gguf_file(replace(model, gguf=replace(model.gguf, entries=entries)), tmp_path / "less")
+    runtime = LlamaCpp(path, 1)
+    assert load_tokenizer(load(path))("Hi there")["input_ids"] == runtime.tokenize(
+        "Hi there", special=True, around=True
+    )
+    runtime.close()
+
+
 def test_anything_else_around_a_text_is_refused(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "model", tokenizer=byte_tokenizer())
     edit(folder, "tokenizer.json", post_processor=processor("<end>", "<end>"))
