@@ -18,7 +18,7 @@ from typing import Any
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata
 
-__all__ = ["KeptSpace", "check_added", "drops_as_phi3", "listed_added", "name_in_gguf", "strips"]
+__all__ = ["OtherSpace", "as_phi3", "check_added", "listed_added", "name_in_gguf", "strips"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 LOOKED_FOR = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
@@ -32,41 +32,48 @@ _PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptSpace:
-    """Texts of added tokens beside which a tokenizer drops white space, and llama.cpp keeps it.
+class OtherSpace:
+    """Texts of added tokens beside which llama.cpp does otherwise with white space than the tokenizer.
 
-    where  the model, for a sentence
+    where    the model, for a sentence
+    kept     the tokenizer drops it behind them, and llama.cpp does not; before: in front of them
+    dropped  llama.cpp drops it behind them, and the tokenizer does not
     """
 
     where: str
-    behind: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.behind or self.before)
+        return bool(self.kept or self.before or self.dropped)
 
     def in_chat(self, text: str) -> str:
         """The first token that has such white space beside it in a text; "" for none."""
-        sides = [(token, rf"{re.escape(token)}\s") for token in self.behind]
+        sides = [(token, rf"{re.escape(token)}\s") for token in (*self.kept, *self.dropped)]
         sides += [(token, rf"\s{re.escape(token)}") for token in self.before]
         return next((token for token, wanted in sides if re.search(wanted, text)), "")
 
     def refusal(self, token: str = "") -> InputError:
         """What to raise where llama.cpp would have other tokens, because of this one."""
-        flag = "rstrip" if token in self.behind or not self.before else "lstrip"
-        return _refused(self.where, token or (self.behind or self.before)[0], flag)
+        flag = "lstrip" if self.before and token not in (*self.kept, *self.dropped) else "rstrip"
+        return _refused(self.where, token or (*self.kept, *self.dropped, *self.before)[0], flag)
 
     def note(self) -> str:
         """What a user should know where chats are the same."""
-        sides = [(self.behind, "behind"), (self.before, "before")]
+        sides = (
+            (self.kept, "keeps white space that the tokenizer drops behind"),
+            (self.before, "keeps white space that the tokenizer drops before"),
+            (self.dropped, "drops white space that the tokenizer keeps behind"),
+        )
         said = [
             f"{side} {', '.join(texts[:3])}" + (f" and {len(texts) - 3} more" * (len(texts) > 3))
             for texts, side in sides
             if texts
         ]
         return (
-            f"gguf: llama.cpp keeps white space that the tokenizer drops {' and '.join(said)}: the tokens of a chat "
-            "are the same but for a message that begins or ends with it"
+            f"gguf: llama.cpp {', and '.join(said)}: the tokens of a chat are the same but for a message that begins "
+            "or ends with it"
         )
 
 
@@ -82,8 +89,8 @@ def name_in_gguf(name: str, *, stripping: bool) -> str:
     return f"{name}-phi-3" if stripping else _PHI3.sub("phi 3", name)
 
 
-def check_added(where: str, added: Iterable[Mapping[str, Any]], *, prefixed: bool) -> tuple[bool, KeptSpace]:
-    """(whether white space behind the tokens is dropped as llama.cpp does it in a Phi-3, what it keeps otherwise).
+def check_added(where: str, added: Iterable[Mapping[str, Any]], *, prefixed: bool) -> tuple[bool, OtherSpace]:
+    """(whether the model is a Phi-3 to llama.cpp, which drops white space behind its tokens; what differs then).
 
     added     tokenizer.json's added_tokens, those that the model has a row for
     prefixed  a normalizer puts a space before each part of a text
@@ -101,14 +108,19 @@ def check_added(where: str, added: Iterable[Mapping[str, Any]], *, prefixed: boo
         tuple(text for text, token in zip(texts, tokens, strict=True) if token.get(flag))
         for flag in ("rstrip", "lstrip")
     )
-    as_phi3 = drops_as_phi3(tokens)
-    return as_phi3, KeptSpace(where=where, behind=() if as_phi3 else behind, before=before)
+    plain = OtherSpace(where=where, kept=behind, before=before)
+    if not behind or not {*texts} >= {*NEEDED}:
+        return False, plain
+    kept = tuple(text for text in behind if text in STAYING)
+    dropped = tuple(text for text in texts if text not in (*behind, *STAYING))
+    if len(kept) + len(dropped) >= len(behind):
+        return False, plain
+    return True, OtherSpace(where=where, kept=kept, before=before, dropped=dropped)
 
 
-def drops_as_phi3(added: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether white space behind tokens of tokenizer.json is dropped as llama.cpp does it in a Phi-3."""
-    flags = {str(token.get("content")): bool(token.get("rstrip")) for token in added}
-    return {*flags} >= {*NEEDED} and all(drops == (text not in STAYING) for text, drops in flags.items())
+def as_phi3(added: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """tokenizer.json's added_tokens with the flags that llama.cpp gives those of a Phi-3."""
+    return [{**token, "lstrip": False, "rstrip": token.get("content") not in STAYING} for token in added]
 
 
 def _refused(where: str, text: str, flag: str) -> InputError:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.added_tokens import KeptSpace, check_added, name_in_gguf, strips
+from qalora.converters.added_tokens import OtherSpace, check_added, name_in_gguf, strips
 from qalora.converters.cutting import CUTS, name_of
 from qalora.converters.first_tokens import tokens_around
 from qalora.converters.huggingface import LICENCES, TEMPLATES
@@ -209,14 +209,14 @@ def _templates_of(metadata: Metadata) -> dict[str, str]:
 
 
 def gguf_tokenizer(
-    model: Checkpoint, name: str | None = None, *, kept: Callable[[KeptSpace, Metadata], None] | None = None
+    model: Checkpoint, name: str | None = None, *, kept: Callable[[OtherSpace, Metadata], None] | None = None
 ) -> dict[str, Value]:
     """GGUF's tokenizer metadata of a model, from what transformers makes of its files; without a tokenizer, model
     "none". general.name is among it: `name`, the model's own by default, or one by which llama.cpp does with white
     space what the tokenizer does.
 
-    kept  is called where llama.cpp keeps white space that the tokenizer drops, with all the metadata, and raises where
-          that matters; without it any is refused
+    kept  is called where llama.cpp does otherwise with white space beside added tokens, with all the metadata, and
+          raises where that matters; without it any is refused
 
     Raises InputError for a tokenizer that is no BPE, whose cutting rule llama.cpp has no name for, or that does to a
     text what llama.cpp does not.
@@ -247,7 +247,7 @@ def gguf_tokenizer(
 
 def _entries(
     model: Checkpoint, name: str, tokenizer: Any, content: Mapping[str, Any]
-) -> tuple[dict[str, Value], KeptSpace]:
+) -> tuple[dict[str, Value], OtherSpace]:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if content["model"].get(key):
             got = repr(content["model"][key])[:80]

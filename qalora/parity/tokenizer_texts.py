@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qalora.converters.added_tokens import drops_as_phi3
+from qalora.converters.added_tokens import as_phi3
 from qalora.converters.sentencepiece import SPACE, normalizer_of, spaces_of
 from qalora.parity.text import default_text
 
@@ -119,7 +119,7 @@ def _added(tokenizer: Any, rows: int, said: str) -> list[str]:
 
 def _spaced(tokenizer: Any) -> list[Callable[[str], tuple[int, ...]]]:
     """The tokenizer with a space in front of each part of a text, and nowhere, where its own way is neither; and with
-    the white space kept that it drops beside added tokens, where llama.cpp does not drop it.
+    the flags of added tokens for white space that genai and llama.cpp know.
     """
     from tokenizers import Tokenizer
 
@@ -129,9 +129,11 @@ def _spaced(tokenizer: Any) -> list[Callable[[str], tuple[int, ...]]]:
         ways = [
             {**content, "normalizer": normalizer_of(prefix=prefix), "pre_tokenizer": None} for prefix in (True, False)
         ]
-    if any(token.get("rstrip") or token.get("lstrip") for token in added) and not drops_as_phi3(added):
-        flags = [{"lstrip": False}, {"lstrip": False, "rstrip": False}]  # of genai, and of llama.cpp
-        ways = [{**way, "added_tokens": [token | off for token in added]} for way in ways for off in flags]
+    if any(token.get("rstrip") or token.get("lstrip") for token in added):
+        known = [[{**token, "lstrip": False} for token in added]]
+        if as_phi3(added) != known[0]:
+            known += [as_phi3(added), [{**token, "lstrip": False, "rstrip": False} for token in added]]
+        ways = [{**way, "added_tokens": tokens} for way in ways for tokens in known]
 
     def other(way: Mapping[str, Any]) -> Callable[[str], tuple[int, ...]]:
         made = Tokenizer.from_str(json.dumps(way))

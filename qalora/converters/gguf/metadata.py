@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.added_tokens import KeptSpace, name_in_gguf, strips
+from qalora.converters.added_tokens import OtherSpace, name_in_gguf, strips
 from qalora.converters.decoder import Decoder, decoder_of
 from qalora.converters.ends import ends_of, tokenizer_end
 from qalora.converters.families import settings_of
@@ -36,7 +36,7 @@ def file_metadata(
     decoder: Decoder,
     name: str | None,
     carrier: str,
-    kept: Callable[[KeptSpace, Metadata], None] | None = None,
+    kept: Callable[[OtherSpace, Metadata], None] | None = None,
 ) -> Metadata:
     """All metadata of the file; `carrier` is the type that most linear weights have, kept: see `gguf_tokenizer`."""
     numbers = hyperparameters(decoder, settings_of(model.config, model.path), model.path)

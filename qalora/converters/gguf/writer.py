@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.added_tokens import KeptSpace
+from qalora.converters.added_tokens import OtherSpace
 from qalora.converters.decoder import decoder_of
 from qalora.converters.ends import end_notes, ends_of, in_words, token_texts
 from qalora.converters.families import Family, norm_names
@@ -69,7 +69,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     common = kinds.most_common(1)[0][0]
     notes = [*model.notes, *end_notes(model), *context_notes(decoder)]
 
-    def kept(space: KeptSpace, entries: Metadata) -> None:
+    def kept(space: OtherSpace, entries: Metadata) -> None:
         _check_chats(space, entries)
         notes.append(space.note())
 
@@ -114,9 +114,9 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     )
 
 
-def _check_chats(space: KeptSpace, metadata: Metadata) -> None:
-    """InputError where a chat, as the file's template writes it, has white space that llama.cpp should drop; or where
-    that is not to be known.
+def _check_chats(space: OtherSpace, metadata: Metadata) -> None:
+    """InputError where a chat, as the file's template writes it, has white space that llama.cpp drops or keeps
+    otherwise; or where that is not to be known.
     """
     turns = turns_in(metadata)
     if turns is None:
