@@ -255,8 +255,15 @@ PLAIN = ("no head size, as null", "a theta of null", "a longer list of layer_typ
 """Cases that transformers does not take in some families, and whose meaning is plain."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+PAIRS = [
+    pytest.param(case, family, marks=[pytest.mark.long] if (n + m) % 2 else [])
+    for n, case in enumerate(CASES)
+    for m, family in enumerate(FAMILIES)
+]
+"""Each case with every other family, and in long runs with all of them."""
+
+
+@pytest.mark.parametrize(("case", "family"), PAIRS)
 def test_one_number_in_two_places(
     family: str, case: str, made: Callable[..., Path], tmp_path: Path, by_decoder: Callable[..., torch.Tensor]
 ) -> None:
