@@ -3,7 +3,7 @@
     import qalora
 
     model = qalora.quantize(qalora.load("HuggingFaceTB/SmolLM2-135M"), bits=4, group_size=32)
-    adapter = qalora.train(model, "text.txt", "adapter", steps=60)
+    adapter = qalora.train(model, "text.txt", "adapter", max_steps=60)
     folded = qalora.fold(model, adapter)
     qalora.export(folded, "gguf", "dist")
     report = qalora.verify(model, ["dist/gguf"], adapter=adapter)
@@ -15,27 +15,78 @@ transformers know our own folders, as soon as transformers is imported: see `qal
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qalora._version import __version__
-from qalora.errors import InputError, QaloraError
+from qalora.errors import InputError, ProofError, QaloraError
 from qalora.integrations.hook import install as _install_hook
+from qalora.options import split as _split
+from qalora.options.export import Export
+from qalora.options.quantize import Quantize
+from qalora.options.release import Package
+from qalora.options.train import TrainOptions
+from qalora.options.verify import Verify
+from qalora.options.words import CheckpointFormat, Convention, Level, Minima, Zeros
 
 if TYPE_CHECKING:
-    from qalora.adapter import Adapter, Convention
+    from qalora.adapter import Adapter
     from qalora.checkpoint import Checkpoint
     from qalora.converters.plan import Plan
+    from qalora.inspection import Report
     from qalora.parity import ParityReport
-    from qalora.training import TrainOptions
+    from qalora.pipeline import Row, Watch
+    from qalora.releasing.check import Checked
+    from qalora.releasing.package import Release
+    from qalora.training.loop import StepReport
 
 _install_hook()
 
-__all__ = ["QaloraError", "TrainOptions", "__version__", "export", "fold", "load", "quantize", "train", "verify"]
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "Export",
+    "InputError",
+    "Package",
+    "ParityReport",
+    "Plan",
+    "ProofError",
+    "QaloraError",
+    "Quantize",
+    "Release",
+    "Row",
+    "StepReport",
+    "TrainOptions",
+    "Verify",
+    "Watch",
+    "__version__",
+    "check",
+    "export",
+    "fold",
+    "inspect",
+    "load",
+    "quantize",
+    "release",
+    "run",
+    "save",
+    "train",
+    "verify",
+]
 
-_RECORDS = {"TrainOptions": "qalora.training"}
+_RECORDS = {
+    "Adapter": "qalora.adapter",
+    "Checkpoint": "qalora.checkpoint",
+    "ParityReport": "qalora.parity",
+    "Plan": "qalora.converters.plan",
+    "Release": "qalora.releasing.package",
+    "Row": "qalora.pipeline",
+    "StepReport": "qalora.training.loop",
+    "Watch": "qalora.pipeline",
+}
 """Records that are imported when they are first asked for, and the module that holds each."""
+
+_Record = TypeVar("_Record")
 
 
 def __getattr__(name: str) -> Any:
@@ -44,7 +95,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_RECORDS[name]), name)
 
 
-def load(path: str | Path, *, checkpoint_format: Literal["gptq", "gptq_v2"] | None = None) -> Checkpoint:
+def load(path: str | Path, *, checkpoint_format: CheckpointFormat | None = None) -> Checkpoint:
     """Open a model, lazily: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, or a Hub id.
 
     checkpoint_format  what a GPTQ folder's zeros are stored as, where its label is wrong; refused for any other model
@@ -54,55 +105,126 @@ def load(path: str | Path, *, checkpoint_format: Literal["gptq", "gptq_v2"] | No
     return load_model(path, checkpoint_format=checkpoint_format)
 
 
+def save(
+    model: Checkpoint,
+    out: str | Path,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    force: bool = False,
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> Plan:
+    """Write a model as a folder of ours, which `load` opens again; gives the plan of what was written.
+
+    max_shard_size  bytes of tensors in a file
+    force           whether an earlier output is replaced
+    progress        called with each tensor's name and bytes
+    """
+    from qalora.converters.exports import save as save_model
+
+    return save_model(model, Path(out), max_shard_size=max_shard_size, force=force, progress=progress)
+
+
 def quantize(
     model: str | Path | Checkpoint,
     *,
+    bits: int | Literal["auto"] | None = None,
+    group_size: int | None = 32,
+    zeros: Zeros = "real",
+    method: Literal["rtn", "clip", "hqq", "gptq"] = "rtn",
+    fit_minima: bool = False,
+    act_order: bool = False,
+    damping: float = 0.01,
+    passes: int = 2,
     calibration: str | Path | None = None,
+    calibration_tokens: int = 8192,
+    calibration_length: int = 256,
     budget: float | None = None,
+    widths: Sequence[int] = (),
     requantize: bool = False,
-    **options: Any,
+    progress: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
-    """Quantize a float model, lazily; see `qalora.quantization.QuantizeOptions` for bits, group_size, zeros, method.
+    """Quantize a float model, lazily.
 
+    bits         of a weight, 4 by default; "auto" chooses each layer's, which a budget means
+    group_size   columns that share a scale; None makes one group of each row
+    zeros        real zero points, whole ones, or the middle one everywhere
+    method       rounding to nearest; searched clipping; searched scale and min; GPTQ
+    fit_minima   whether minima are fitted to the layers' inputs afterwards
+    act_order, damping, passes   of gptq: see `qalora.options.quantize`
     calibration  a text to compute the layers' inputs on, which gptq and fit_minima need
-    budget       bits per weight at most, a width chosen for each layer; see `qalora.calibration`
+    calibration_tokens, calibration_length   tokens of it, and of each of its sequences
+    budget       bits per weight at most, scale and min counted
+    widths       those to choose from
     requantize   whether a model that holds integers already is rounded again
+    progress     called after each decoder layer, where inputs are computed
 
     Options are checked before the model is opened.
     """
-    from qalora.quantization import QuantizeOptions
+    bits = bits if bits is not None else 4 if budget is None else "auto"
+    calibration = None if calibration is None else str(calibration)
+    chosen = _record(Quantize, locals())
 
-    if budget is not None and "bits" in options:
-        raise InputError("bits and budget", expected="one of them", got="both")
-    if budget is not None and calibration is None:
-        raise InputError("a budget needs the layers' inputs", todo="give a text: calibration=FILE")
-    chosen = QuantizeOptions(**options)
-    chosen.check_use(text=calibration is not None, automatic=budget is not None)
-    if calibration is None:
-        from qalora.quantization.model import quantize as quantize_model
+    from qalora.calibration import check_quantize, quantize_model
 
-        return quantize_model(_opened(model), requantize=requantize, **options)
-    from qalora.calibration import Calibration, quantize_on_text
-
-    text = Calibration(data=str(calibration))
-    return quantize_on_text(_opened(model), text, chosen, budget=budget, requantize=requantize)
+    check_quantize(chosen)
+    return quantize_model(_opened(model), chosen, tick=progress)
 
 
-def train(model: str | Path | Checkpoint, data: str | Path, out: str | Path, **options: Any) -> Adapter:
-    """Train a QA-LoRA adapter on text, write it to the folder `out` and give it; see `qalora.TrainOptions`."""
-    from qalora.training import TrainOptions, check_before
+def train(
+    model: str | Path | Checkpoint,
+    data: str | Path,
+    out: str | Path,
+    *,
+    rank: int | Literal["auto"] = 16,
+    max_steps: int | None = None,
+    batch_size: int = 4,
+    gradient_accumulation_steps: int = 1,
+    max_length: int = 128,
+    learning_rate: float = 3e-3,
+    target_modules: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32",
+    resume: bool = False,
+    force: bool = False,
+    alpha: float | None = None,
+    budget: int | None = None,
+    start: Literal["gradient", "uniform"] = "gradient",
+    convention: Convention = "paper",
+    pool_size: int | None = None,
+    minima: Minima = "float16",
+    warmup: float = 0.05,
+    weight_decay: float = 0.0,
+    max_gradient_norm: float = 1.0,
+    held_out: float = 0.05,
+    strength: float | Literal["auto"] = 1.0,
+    evaluate_every: int = 0,
+    save_every: int = 100,
+    weights: Literal["kept", "packed"] = "kept",
+    gradient_checkpointing: bool = False,
+    progress: Callable[[StepReport], None] = lambda report: None,
+) -> Adapter:
+    """Train a QA-LoRA adapter on text, write it to the folder `out` and give it.
+
+    `TrainOptions` says what each option means. Options are checked before the model is opened.
+
+    progress  called after each step
+    """
+    data, out = str(data), Path(out)
+    chosen = _record(TrainOptions, locals())
+
+    from qalora.training import check_before
     from qalora.training import train as train_model
 
-    chosen = TrainOptions(data=str(data), out=Path(out), **options)
     check_before(chosen)
-    return train_model(_opened(model), chosen)
+    return train_model(_opened(model), chosen, progress)
 
 
 def fold(
     model: str | Path | Checkpoint,
     adapter: str | Path | Adapter,
     *,
-    minima: Literal["float16", "float32"] | None = None,
+    minima: Minima | None = None,
     convention: Convention | None = None,
 ) -> Checkpoint:
     """Fold an adapter into the model's minima, lazily; the codes stay.
@@ -124,34 +246,46 @@ def export(
     out: str | Path,
     *,
     adapter: str | Path | Adapter | None = None,
-    minima: Literal["float16", "float32"] | None = None,
+    minima: Minima | None = None,
     convention: Convention | None = None,
+    name: str | None = None,
+    allow_loss: str | Iterable[str] = (),
+    gptq_form: Literal["auto", "nearest", "eight-bit", "round"] = "auto",
+    gguf_form: Literal["auto", "wide"] = "auto",
+    accuracy_level: int = 0,
+    onnx_embedding: Literal["float32", "quantized"] = "float32",
+    max_shard_size: int = 5_000_000_000,
+    split_max_size: int | None = None,
+    lora_slots: str | Iterable[str] = (),
     force: bool = False,
-    **options: Any,
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> list[Plan]:
-    """Write a model to `out/<target>/` for each target; see `qalora.converters.plan.ExportOptions`.
+    """Write a model to `out/<target>/` for each target.
 
     adapter     what is folded into the model first; GPTQ may get it beside the base, see `qalora.converters.exports`
     minima, convention   as in `fold`
+    name        the model's name in file names and metadata
+    allow_loss  losses that are accepted, by name: see `qalora.options.words.LOSSES`
+    gptq_form, gguf_form, accuracy_level, onnx_embedding, max_shard_size, split_max_size   see `Export`
+    lora_slots  ONNX: modules that take a LoRA at run time
     force       whether an earlier output is replaced
+    progress    called with each tensor's name and bytes
 
     Options are checked before the model is opened.
     """
-    from qalora.converters.exports import check_places, check_targets
-    from qalora.converters.exports import export as export_model
-    from qalora.converters.plan import ExportOptions
-    from qalora.folding import check_minima
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    chosen = _record(Export, locals())
 
-    names = [targets] if isinstance(targets, str) else list(targets)
-    chosen = ExportOptions(**options)
-    check_targets(names, chosen)
-    check_minima(minima)
-    if adapter is None and (minima or convention):
-        raise InputError("options of a fold", expected="an adapter to fold", got="minima or convention without one")
-    check_places(Path(out), names, force=force)
+    from qalora.converters.exports import check_fold, check_places, check_targets, writing
+    from qalora.converters.exports import export as export_model
+
+    options = writing(chosen, lora_slots=lora_slots)
+    check_targets(targets, options)
+    check_fold(adapter, minima, convention)
+    check_places(Path(out), targets, force=force)
     base = _opened(model)
     read = None if adapter is None else _read(adapter, base, convention)
-    return export_model(base, names, Path(out), chosen, adapter=read, minima=minima, force=force)
+    return export_model(base, targets, Path(out), options, adapter=read, minima=minima, force=force, progress=progress)
 
 
 def verify(
@@ -160,19 +294,161 @@ def verify(
     *,
     adapter: str | Path | Adapter | None = None,
     convention: Convention | None = None,
-    **options: Any,
+    minima: Minima | None = None,
+    level: Level = "generation",
+    text: str | None = None,
+    tokens: Sequence[int] | None = None,
+    prompts: Sequence[str] = (),
+    max_tokens: int = 256,
+    generate: int = 24,
+    threads: int | None = None,
+    memory: int | None = None,
+    dynamic_int8: bool = False,
+    relative_to: Path | None = None,
+    progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> ParityReport:
     """Run artefacts in their own runtimes and compare; see `qalora.parity.verify` for the options.
 
     adapter     what the artefacts hold beside the reference, which is the base
     convention  as in `fold`
+    text        what to compute on, itself and not a file
     """
     from qalora.parity import verify as verify_artifacts
 
     paths = [artifacts] if isinstance(artifacts, str | Path) else artifacts
     return verify_artifacts(
-        reference, [Path(path) for path in paths], adapter=adapter, convention=convention, **options
+        reference,
+        [Path(path) for path in paths],
+        adapter=adapter,
+        convention=convention,
+        minima=minima,
+        level=level,
+        text=text,
+        tokens=tokens,
+        prompts=prompts,
+        max_tokens=max_tokens,
+        generate=generate,
+        threads=threads,
+        memory=memory,
+        dynamic_int8=dynamic_int8,
+        relative_to=relative_to,
+        progress=progress,
     )
+
+
+def release(
+    model: str | Path | Checkpoint,
+    export: Export,
+    package: Package,
+    *,
+    adapter: str | Path | Adapter | None = None,
+    convention: Convention | None = None,
+    verify: Verify | None = None,
+    force: bool = False,
+    password: str | None = None,
+    watch: Watch | None = None,
+) -> Release:
+    """Fold an adapter, export, verify every artefact in its own runtime, and package the result.
+
+    export    the formats and how they are written; package: the folder, the card, the signature
+    adapter, convention   as in `fold`
+    verify    what the gates are judged on
+    force     whether an earlier release is replaced
+    password  of an encrypted private key
+    watch     what is called while it goes on
+
+    Options are checked before the model is opened. Raises ProofError, after leaving the report beside the folder's
+    place, when a gate fails, or when an artefact is not proven and `verify` does not allow it.
+    """
+    from qalora.pipeline.making import check_before_release, make_release
+
+    check_before_release(export, verify or Verify(), package, adapter, convention, force=force, password=password)
+    return make_release(
+        _opened(model),
+        Path(adapter) if isinstance(adapter, str) else adapter,
+        export,
+        verify or Verify(),
+        package,
+        convention=convention,
+        force=force,
+        password=password,
+        watch=watch,
+    )
+
+
+def check(
+    folder: str | Path,
+    *,
+    base: str | Path | Checkpoint | None = None,
+    adapter: str | Path | None = None,
+    public_key: str | Path | None = None,
+    text: str | None = None,
+    template: str | None = None,
+    open_artifacts: bool = True,
+    allow_unproven: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Checked:
+    """Check a release: whether it is whole, agrees with itself and opens; with the base, every byte and every figure.
+
+    adapter         what it was made with; else the release's own copy
+    public_key      to check its signature with
+    text, template  what the report was measured on and the card made with, where they are not those of qalora
+    open_artifacts  whether each artefact is opened in its runtime
+    allow_unproven  whether a runtime that is not installed is no finding
+    progress        called with each question
+
+    What is wrong is no error but a finding of what is given.
+    """
+    from qalora.releasing.check import check_release
+
+    return check_release(
+        Path(folder),
+        base=None if base is None else _opened(base),
+        adapter=None if adapter is None else Path(adapter),
+        public_key=None if public_key is None else Path(public_key),
+        text=text,
+        template=template,
+        open_artifacts=open_artifacts,
+        allow_unproven=allow_unproven,
+        progress=progress,
+    )
+
+
+def inspect(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    convention: Convention | None = None,
+    quick: bool = False,
+    checkpoint_format: CheckpointFormat | None = None,
+) -> Report:
+    """Say what a model, an adapter or an artefact is, and what is wrong with it.
+
+    base   the model that an adapter belongs to: shapes, pools and groups are held against it
+    quick  read headers, labels and zero points only
+    convention, checkpoint_format   as in `fold` and `load`
+    """
+    from qalora.inspection import inspect as inspect_path
+
+    return inspect_path(path, base=base, convention=convention, quick=quick, checkpoint_format=checkpoint_format)
+
+
+def run(recipe: str | Path, *, force: bool = False, dry_run: bool = False, watch: Watch | None = None) -> list[Row]:
+    """Do what a recipe says, each step once: see docs/recipe.md. Gives each step with its state before the run.
+
+    force    replaces an earlier release; steps are reused all the same
+    dry_run  does nothing, and fetches nothing
+    watch    what is called while it goes on
+    """
+    from qalora.pipeline import run as run_recipe
+
+    return run_recipe(recipe, force=force, dry_run=dry_run, watch=watch)
+
+
+def _record(record: type[_Record], given: Mapping[str, Any]) -> _Record:
+    """The record of those of a function's arguments that are its options."""
+    own, _ = _split(record, given)
+    return record(**own)
 
 
 def _opened(model: str | Path | Checkpoint) -> Checkpoint:

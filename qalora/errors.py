@@ -11,12 +11,19 @@
     │   └── MissingLibraryError    an optional library is absent; the sentence holds the command that installs it
     └── ProofError                 a parity gate failed, or a named artefact is not proven; exit status 1
 
-A message is one sentence with four parts: what, expected, got, and what to do. `InputError` puts them together, so
-that every message has the same form:
+A message is one sentence with four parts: what, expected, got, and what to do. `InputError` keeps them, and the option
+that it is about, and puts them together, so that every message has the same form:
 
     >>> str(InputError("model.safetensors", expected="at least 8 bytes", got="3 bytes", todo="download it again"))
     'model.safetensors: expected at least 8 bytes, got 3 bytes; download it again'
+
+Options are named as in Python, and in backquotes: `fit_minima`. The command line shows its flag for each, a recipe its
+key; see `QaloraError.spelled`.
 """
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "AdapterError",
@@ -29,21 +36,51 @@ __all__ = [
     "OutputError",
     "ProofError",
     "QaloraError",
+    "about",
 ]
+
+_OPTION = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 class QaloraError(Exception):
     """Base of every error raised on purpose. Anything else that escapes is a bug."""
 
+    field: str | None = None
+
+    def spelled(self, spell: Callable[[str], str]) -> str:
+        """The message with each `option` in backquotes as `spell` writes it, and so the one that it begins with."""
+        text = str(self)
+        if self.field is not None and text.startswith(f"{self.field}: "):
+            text = spell(self.field) + text.removeprefix(self.field)
+        return _OPTION.sub(lambda match: spell(match[1]), text)
+
 
 class InputError(QaloraError, ValueError):
-    """Bad usage or bad input. `what` alone may be the whole sentence."""
+    """Bad usage or bad input.
 
-    def __init__(self, what: str, *, expected: str = "", got: str = "", todo: str = "") -> None:
+    what   the thing that is wrong; alone it may be the whole sentence. The option by itself where it is empty
+    field  the option that it is about, by its name in Python; None where it is about no option
+    """
+
+    def __init__(
+        self, what: str = "", *, expected: str = "", got: str = "", todo: str = "", field: str | None = None
+    ) -> None:
+        self.what = what or str(field)
+        self.expected, self.got, self.todo, self.field = expected, got, todo, field
         parts = [f"expected {expected}"] if expected else []
         parts += [f"got {got}"] if got else []
-        sentence = f"{what}: {', '.join(parts)}" if parts else what
+        sentence = f"{self.what}: {', '.join(parts)}" if parts else self.what
         super().__init__(f"{sentence}; {todo}" if todo else sentence)
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """What is wrong in here is about an option, such as a file that it names, unless the error says another."""
+    try:
+        yield
+    except InputError as error:
+        error.field = error.field or field
+        raise
 
 
 class FormatError(InputError):

@@ -20,7 +20,6 @@ sum; a matrix product does not, because it may add in any order. Rounding float6
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 from qalora.adapter import Adapter, AdapterLayer, carry
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import AdapterError, InputError
+from qalora.options.words import Minima
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "prove_fold",
 ]
 
-Minima = Literal["float16", "float32"]
 FLOAT16_MAX = 65504.0
 
 
@@ -76,7 +75,7 @@ def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -
 def check_minima(minima: object) -> None:
     """InputError for what minima cannot be rounded to; None is what the adapter says."""
     if minima not in (None, "float16", "float32"):
-        raise InputError("minima", expected="float16 or float32", got=repr(minima))
+        raise InputError(field="minima", expected="float16 or float32", got=repr(minima))
 
 
 def _folded(source: LazyTensor, layer: AdapterLayer, minima: Minima) -> LazyTensor:
@@ -161,7 +160,7 @@ def fold_tensor(
             f"the folded minima of {name}",
             expected=f"values that {minima} reaches",
             got=f"{float(minimum.abs().max()):g}",
-            todo="fold with --minima float32" if minima == "float16" else "the adapter is damaged",
+            todo="fold with `minima` float32" if minima == "float16" else "the adapter is damaged",
         )
     return replace(tensor.regrouped(size), min=minimum)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import InputError, NotFiniteError
+from qalora.options.words import BITS
 
 __all__ = [
     "BITS",
@@ -37,9 +38,6 @@ __all__ = [
     "packed_row_bytes",
     "unpack_codes",
 ]
-
-BITS = (2, 3, 4, 5, 6, 8)
-"""The widths a code may have."""
 
 TILE = 1 << 20
 """Codes that are unpacked at a time where all of them would be too many."""

@@ -138,7 +138,7 @@ def smollm2_release(smollm2: Path, once: Callable[[str, Callable[[Path], object]
         text = demo_text()
         (root / "text.txt").write_text(text[:20_000], encoding="utf-8")
         (root / "held-out.txt").write_text(text[-20_000:], encoding="utf-8")
-        train = f"train {smollm2} --data {root}/text.txt -o {root}/adapter --start uniform --steps 4 --batch-size 2"
+        train = f"train {smollm2} --data {root}/text.txt -o {root}/adapter --start uniform --max-steps 4 --batch-size 2"
         release = f"release {smollm2} --adapter {root}/adapter -o {root}/dist --name SmolLM2-QALoRA"
         release += " --to gptq --to onnx --to gguf --to mlx"
         release += f" --text {root}/held-out.txt --max-tokens 24 --generate 8"

@@ -161,7 +161,7 @@ def test_the_factor_of_each_convention(tmp_path: Path, convention: Convention, r
 def test_an_unknown_convention_is_asked_for_with_what_each_would_mean(tmp_path: Path) -> None:
     folder = _foreign(tmp_path / "a")
     with pytest.raises(
-        AdapterError, match=r"4 \(paper\), 0\.125 \(official\), 0\.75 \(peft\); give --convention"
+        AdapterError, match=r"4 \(paper\), 0\.125 \(official\), 0\.75 \(peft\); give `convention`"
     ) as info:
         read_adapter(folder, _model())
     assert "in = 192" in str(info.value)

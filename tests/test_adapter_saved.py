@@ -441,10 +441,10 @@ def test_a_release_holds_them_and_is_checked(trained: Callable[[str], Trained], 
     line = ["release", base, "--adapter", tmp_path / "adapter", "--to", "qalora", "-o", dist]
     made = CliRunner().invoke(main, [str(word) for word in [*line, "--max-tokens", 32, "--generate", 2]])
     assert made.exit_code == 0, made.output
-    checked = CliRunner().invoke(main, ["release", "--check", str(dist), "--base", str(base), "--no-open"])
+    checked = CliRunner().invoke(main, ["check", str(dist), "--base", str(base), "--no-open"])
     assert checked.exit_code == 0, checked.output
     rewrite(tmp_path / "adapter", lambda held: {**held, E: held[E] + 1})
-    other = ["release", "--check", dist, "--base", base, "--adapter", tmp_path / "adapter", "--no-open"]
+    other = ["check", dist, "--base", base, "--adapter", tmp_path / "adapter", "--no-open"]
     found_out = CliRunner().invoke(main, [str(word) for word in other])
     assert found_out.exit_code == 1
     assert "adapter: model.embed_tokens.weight" in found_out.output

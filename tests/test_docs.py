@@ -13,8 +13,8 @@ from qalora.converters import load
 from qalora.parity import verify
 from qalora.parity.gates import GATES
 from qalora.quantization import quantize
-from qalora.release.digests import model_digests
-from qalora.release.manifest_form import MANIFEST_FORM
+from qalora.releasing.digests import model_digests
+from qalora.releasing.manifest_form import MANIFEST_FORM
 from qalora.testing import tiny_llama
 
 ROOT = Path(__file__).parent.parent

@@ -261,7 +261,7 @@ def test_the_command_folds_and_proves_what_it_wrote(tiny_untied: Path, tmp_path:
     dry = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert dry.exit_code == 0, dry.output
     assert not out.exists()
-    for extra, minima in (["--json"], "float32"), (["--json", "--force", "--minima", "fp16"], "float16"):
+    for extra, minima in (["--json"], "float32"), (["--json", "--force", "--minima", "float16"], "float16"):
         done = CliRunner().invoke(main, [*arguments, *extra])
         assert done.exit_code == 0, done.output
         report = json.loads(done.stdout)
@@ -271,7 +271,7 @@ def test_the_command_folds_and_proves_what_it_wrote(tiny_untied: Path, tmp_path:
         expected = fold(model, _adapter_of(model, 32), minima=minima)
         for name in model.linears:
             assert_same_tensor(load(out).tensors[name].load_quantized(), expected.tensors[name].load_quantized())
-    shown = CliRunner().invoke(main, [*arguments, "--force", "--minima", "fp16"])
+    shown = CliRunner().invoke(main, [*arguments, "--force", "--minima", "float16"])
     assert "2 x q_proj" in shown.output
     assert "trained with float32 minima" in shown.output
     for place, sentence in ((out, "exists already"), (base, "apart from what is read")):

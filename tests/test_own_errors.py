@@ -19,8 +19,8 @@ BROAD = {"ValueError", "Exception", "BaseException"}
 OURS = {"QaloraError", "InputError", "FormatError", "OutputError", "MissingLibraryError"}
 
 ALLOWED = {
-    "release/opening.py: _answer": "the sentence is the answer of a process",
-    "release/kept_report.py: kept_report": "a report that is not read is made again",
+    "releasing/opening.py: _answer": "the sentence is the answer of a process",
+    "pipeline/kept_report.py: kept_report": "a report that is not read is made again",
     "parity/runtimes/genai.py: ends": "a folder whose tokenizer the library does not take has no ends to compare",
     "fused/__init__.py: _proven": "the plain path instead",
     "training/state.py: _record": "a record that checks nothing is made of what was read",

@@ -6,60 +6,43 @@ import gc
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from safetensors import safe_open
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 import qalora
 from qalora.adapter import Adapter, read_adapter, write_adapter
 from qalora.calibration import bits_per_weight
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
-from qalora.converters.plan import ExportOptions
 from qalora.demo import demo_text
 from qalora.errors import ExactnessError, InputError, OutputError
 from qalora.folding import fold
 from qalora.formats.gguf import read_header
+from qalora.options.export import Export
+from qalora.options.release import Package
+from qalora.options.verify import Verify
 from qalora.parity.artifacts import accuracy_level
-from qalora.parity.verify import verify
-from qalora.quantization import QuantizeOptions
 from qalora.quantization import quantize as quantize_model
 from qalora.testing import assert_same_model, random_adapter, random_model
 from qalora.training import TrainOptions
 from qalora.training import train as train_model
 from qalora.training.layer import FoldedLinear
 
-OPTIONS: dict[str, list[Any]] = {
-    "load": [],
-    "quantize": [QuantizeOptions],
-    "train": [TrainOptions],
-    "fold": [],
-    "export": [ExportOptions],
-    "verify": [verify],
-}
-"""Each public function, and the records and functions whose fields and keywords it passes on."""
-
 
 def keywords(source: Any) -> list[str]:
-    """What may be given by name: a record's fields, a function's parameters but for its **options."""
-    if inspect.isclass(source):
-        return [field.name for field in fields(source)]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, one in inspect.signature(source).parameters.items() if one.kind in kinds]
+    return list(inspect.signature(source).parameters)
 
 
 def every_keyword() -> list[tuple[str, str]]:
     functions = [name for name in qalora.__all__ if inspect.isfunction(getattr(qalora, name))]
-    return [
-        (name, key)
-        for name in functions
-        for key in dict.fromkeys(key for one in (getattr(qalora, name), *OPTIONS[name]) for key in keywords(one))
-    ]
+    return [(name, key) for name in functions for key in keywords(getattr(qalora, name))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +59,7 @@ class World:
 
     def trained(self, name: str, **options: Any) -> tuple[Adapter, dict[str, Any]]:
         """A run of two steps, and its log."""
-        given = {"steps": 2, "sequence_length": 32, "batch_size": 2, "start": "uniform", **options}
+        given = {"max_steps": 2, "max_length": 32, "batch_size": 2, "start": "uniform", **options}
         made = qalora.train(self.base, self.text, self.out / name, **given)
         return made, json.loads((self.out / name / "training.json").read_text("utf-8"))
 
@@ -156,7 +139,7 @@ def _(world: World) -> None:
         (place / file).write_text(json.dumps(text), encoding="utf-8")
     assert unlike(qalora.load(place, checkpoint_format="gptq"), qalora.load(place, checkpoint_format="gptq_v2"))
     for other, name in ((world.artifact, "qalora"), (world.float_model, "huggingface")):
-        with pytest.raises(InputError, match=f"checkpoint-format is for GPTQ folders, and .* is {name}; leave it out"):
+        with pytest.raises(InputError, match=f"`checkpoint_format` is for GPTQ folders, and .* is {name}; leave"):
             qalora.load(other, checkpoint_format="gptq")
     with pytest.raises(InputError, match="checkpoint_format: expected gptq or gptq_v2, got 'v1'"):
         qalora.load(world.out / "nothing", checkpoint_format="v1")  # type: ignore[arg-type]
@@ -192,7 +175,7 @@ def _(world: World) -> None:
 @effect("quantize", "calibration")
 def _(world: World) -> None:
     assert unlike(quantized(world, method="hqq", calibration=world.text), quantized(world, method="hqq"))
-    with pytest.raises(InputError, match="--method rtn makes no use of --calibration"):
+    with pytest.raises(InputError, match="`method` rtn makes no use of `calibration`"):
         quantized(world, calibration=world.text)
 
 
@@ -206,7 +189,7 @@ def _(world: World) -> None:
     usual = quantized(world, method="gptq", calibration=world.text, bits=3)
     for one in ({"act_order": True}, {"damping": 0.5}, {"passes": 0}):
         assert unlike(quantized(world, method="gptq", calibration=world.text, bits=3, **one), usual)
-        with pytest.raises(InputError, match="is for --method gptq, and the method is rtn"):
+        with pytest.raises(InputError, match="is for `method` gptq, and the method is rtn"):
             quantized(world, **one)
 
 
@@ -214,8 +197,22 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     made = quantized(world, budget=4.3, calibration=world.text)
     assert bits_per_weight(made) <= 4.3
-    with pytest.raises(InputError, match="bits and budget: expected one of them, got both"):
+    with pytest.raises(InputError, match="`bits` auto and `budget` go together"):
         quantized(world, budget=4.3, calibration=world.text, bits=4)
+
+
+@effect("quantize", "widths", "calibration_tokens", "calibration_length", "progress")
+def _(world: World) -> None:
+    seen: list[None] = []
+    given = {"calibration": world.text, "calibration_tokens": 64, "calibration_length": 16}
+    made = quantized(world, budget=5, widths=(3, 8), progress=lambda: seen.append(None), **given)
+    assert {made.tensors[name].spec.bits for name in made.linears} <= {3, 8}
+    assert seen
+    usual = quantized(world, method="gptq", bits=3, **given)
+    for name, value in (("calibration_tokens", 16), ("calibration_length", 32)):
+        assert unlike(quantized(world, method="gptq", bits=3, **{**given, name: value}), usual)
+        with pytest.raises(InputError, match=f"`{name}` is of the text that `calibration` gives"):
+            quantized(world, **{name: value})
 
 
 @effect("quantize", "requantize")
@@ -263,10 +260,10 @@ def _(world: World) -> None:
 
 DECIDE: Sequence[tuple[str, Any]] = (
     ("start", "gradient"),
-    ("steps", 3),
+    ("max_steps", 3),
     ("batch_size", 1),
-    ("gradient_accumulation", 2),
-    ("sequence_length", 48),
+    ("gradient_accumulation_steps", 2),
+    ("max_length", 48),
     ("learning_rate", 1e-2),
     ("warmup", 0.9),
     ("weight_decay", 0.9),
@@ -274,24 +271,24 @@ DECIDE: Sequence[tuple[str, Any]] = (
     ("held_out", 0.5),
     ("strength", 0.5),
     ("seed", 7),
-    ("compute", "bfloat16"),
+    ("dtype", "bfloat16"),
 )
 """Options that another value of makes another adapter, and the value."""
 
 
 @effect("train", *(name for name, _ in DECIDE))
 def _(world: World) -> None:
-    usual, log = world.trained("usual", steps=4, learning_rate=3e-3)
+    usual, log = world.trained("usual", max_steps=4, learning_rate=3e-3)
     for name, value in DECIDE:
-        made, other = world.trained(name, **{"steps": 4, "learning_rate": 3e-3, name: value})
+        made, other = world.trained(name, **{"max_steps": 4, "learning_rate": 3e-3, name: value})
         assert not same_layers(made, usual), name
         assert other["options"][name] == value != log["options"][name], name
 
 
 @effect("train", "evaluate_every")
 def _(world: World) -> None:
-    assert [one["step"] for one in world.trained("a", steps=3)[1]["held_out"]] == [0, 3]
-    assert [one["step"] for one in world.trained("b", steps=3, evaluate_every=1)[1]["held_out"]] == [0, 1, 2, 3]
+    assert [one["step"] for one in world.trained("a", max_steps=3)[1]["held_out"]] == [0, 3]
+    assert [one["step"] for one in world.trained("b", max_steps=3, evaluate_every=1)[1]["held_out"]] == [0, 1, 2, 3]
 
 
 @effect("train", "device")
@@ -309,9 +306,9 @@ def _(world: World) -> None:
         chosen = TrainOptions(
             data=str(world.text),
             out=world.out / weights,
-            steps=2,
-            sequence_length=32,
-            compute="bfloat16",
+            max_steps=2,
+            max_length=32,
+            dtype="bfloat16",
             weights=weights,
         )
         seen: list[bool] = []
@@ -324,7 +321,7 @@ def _(world: World) -> None:
         gc.collect()
     assert kept == {"kept": True, "packed": False}
     assert same_layers(made["kept"], made["packed"])
-    with pytest.raises(InputError, match="weights packed is for compute bfloat16"):
+    with pytest.raises(InputError, match="`weights` packed is for `dtype` bfloat16"):
         world.trained("b", weights="packed")
 
 
@@ -354,7 +351,7 @@ def left(world: World, name: str, **options: Any) -> Path:
             raise KeyboardInterrupt
 
     out = world.out / name
-    chosen = TrainOptions(data=str(world.text), out=out, steps=3, sequence_length=32, batch_size=2, **options)
+    chosen = TrainOptions(data=str(world.text), out=out, max_steps=3, max_length=32, batch_size=2, **options)
     with pytest.raises(KeyboardInterrupt):
         train_model(world.base, chosen, stop)
     return out
@@ -362,7 +359,7 @@ def left(world: World, name: str, **options: Any) -> Path:
 
 @effect("train", "save_every", "resume", "force")
 def _(world: World) -> None:
-    settings = {"steps": 3, "start": "gradient"}
+    settings = {"max_steps": 3, "start": "gradient"}
     whole, _ = world.trained("whole", **settings)
     assert not (left(world, "none", save_every=0).parent / "none.checkpoint").exists()
     assert (left(world, "a", save_every=1).parent / "a.checkpoint").exists()
@@ -372,6 +369,13 @@ def _(world: World) -> None:
     with pytest.raises(OutputError, match="exists already"):
         world.trained("a", **settings)
     assert same_layers(world.trained("a", force=True, **settings)[0], whole)
+
+
+@effect("train", "progress")
+def _(world: World) -> None:
+    seen: list[int] = []
+    world.trained("a", progress=lambda report: seen.append(report.step))
+    assert seen == [1, 2]
 
 
 # fold
@@ -402,7 +406,7 @@ def unrecorded(world: World) -> Path:
 @effect("fold", "convention")
 def _(world: World) -> None:
     place = unrecorded(world)
-    with pytest.raises(InputError, match="give --convention"):
+    with pytest.raises(InputError, match="give `convention`"):
         qalora.fold(world.base, place)
     assert unlike(*(qalora.fold(world.base, place, convention=one) for one in ("paper", "official")))
     with pytest.raises(InputError, match="convention: expected none, or the adapter's own"):
@@ -418,9 +422,9 @@ def _(world: World) -> None:
     assert [plan.target for plan in plans] == ["qalora", "mlx"]
     assert load(world.out / "mlx").layout == "mlx"
     for wrong in ("foo", ["gptq", "foo"]):
-        with pytest.raises(InputError, match=r"--to: expected one of .* got 'foo'"):
+        with pytest.raises(InputError, match=r"targets: expected one of .* got 'foo'"):
             qalora.export(world.out / "nothing", wrong, world.out)
-    with pytest.raises(InputError, match="--to: expected at least one of"):
+    with pytest.raises(InputError, match="targets: expected at least one of"):
         qalora.export(world.out / "nothing", [], world.out)
 
 
@@ -447,14 +451,14 @@ def _(world: World) -> None:
     with pytest.raises(InputError, match="minima: expected float16 or float32"):
         world.exported("qalora", adapter=world.adapter, minima="fp8")
     for option in ({"minima": "float32"}, {"convention": "official"}):
-        with pytest.raises(InputError, match="options of a fold: expected an adapter to fold"):
+        with pytest.raises(InputError, match=f"`{next(iter(option))}` is of a fold: expected an adapter to fold"):
             world.exported("qalora", **option)
 
 
 @effect("export", "convention")
 def _(world: World) -> None:
     place = unrecorded(world)
-    with pytest.raises(InputError, match="give --convention"):
+    with pytest.raises(InputError, match="give `convention`"):
         world.exported("qalora", adapter=place)
     made = load(world.exported("qalora", adapter=place, convention="official"))
     assert_same_model(made, fold(world.base, read_adapter(place, world.base, convention="official")))
@@ -478,11 +482,11 @@ def _(world: World) -> None:
 @effect("export", "allow_loss")
 def _(world: World) -> None:
     wide = fold(world.base, world.adapter, minima="float32")
-    with pytest.raises(ExactnessError, match="--allow-loss minima"):
+    with pytest.raises(ExactnessError, match="`allow_loss` minima"):
         world.exported("gguf", model=wide)
     for name, given in (("a", "minima"), ("b", ["minima"]), ("c", frozenset({"minima"}))):
         assert list(world.exported("gguf", name, wide, allow_loss=given).glob("*.gguf"))
-    with pytest.raises(InputError, match=r"allow-loss: expected one of .* got 'quality'"):
+    with pytest.raises(InputError, match=r"allow_loss: expected one of .* got 'quality'"):
         qalora.export(world.out / "nothing", "gguf", world.out, allow_loss="quality")
 
 
@@ -526,7 +530,7 @@ def _(world: World) -> None:
     for name, given in (("a", [module]), ("b", module)):
         graph = onnx.load(world.exported("onnx", name, lora_slots=given) / "model.onnx", load_external_data=False).graph
         assert f"{module}.lora_A" in {value.name for value in graph.input}
-    with pytest.raises(InputError, match="--lora-slots: expected --to onnx, got mlx"):
+    with pytest.raises(InputError, match="lora_slots: expected onnx among the formats, got mlx"):
         world.exported("mlx", lora_slots=[module])
 
 
@@ -536,11 +540,12 @@ def _(world: World) -> None:
     assert len(list(world.exported("gguf", split_max_size=40_000).glob("*.gguf"))) > 1
 
 
-@effect("export", "provenance")
+@effect("export", "progress")
 def _(world: World) -> None:
-    place = world.exported("qalora", provenance={"qalora.provenance.of": "ours"})
-    with safe_open(place / "model.safetensors", "pt") as file:
-        assert file.metadata()["qalora.provenance.of"] == "ours"
+    told: list[tuple[str, int]] = []
+    world.exported("qalora", progress=lambda name, nbytes: told.append((name, nbytes)))
+    assert {name for name, _ in told} == set(world.base.tensors)
+    assert all(nbytes > 0 for _, nbytes in told)
 
 
 # verify
@@ -560,7 +565,7 @@ def _(world: World) -> None:
         assert report.passed()
         assert report.adapter.layers == len(world.adapter.layers)
         assert report.artifacts[0].runs == ()
-    with pytest.raises(InputError, match="--level: expected one of"):
+    with pytest.raises(InputError, match="level: expected one of"):
         qalora.verify(world.out / "nothing", [], level="colour")
 
 
@@ -620,6 +625,171 @@ def _(world: World) -> None:
     assert report.artifacts[0].name == f"{world.artifact.parent.name}/qalora"
 
 
+# save
+
+
+@effect("save", "model", "out", "max_shard_size", "force", "progress")
+def _(world: World) -> None:
+    told: list[str] = []
+    plan = qalora.save(world.base, world.out / "a", progress=lambda name, nbytes: told.append(name))
+    assert_same_model(load(world.out / "a"), world.base)
+    assert set(told) == set(world.base.tensors) == {tensor.name for tensor in plan.tensors}
+    with pytest.raises(OutputError, match="exists already"):
+        qalora.save(world.base, world.out / "a")
+    qalora.save(world.base, world.out / "a", force=True, max_shard_size=40_000)
+    assert len(list((world.out / "a").glob("*.safetensors"))) > 1
+
+
+# release and check
+
+
+def released(world: World, name: str = "dist", **options: Any) -> Path:
+    given = {"verify": Verify(max_tokens=24, generate=2), "adapter": world.adapter, **options}
+    made = qalora.release(world.base, Export(targets=("qalora",)), Package(out=world.out / name), **given)
+    assert made.folder == world.out / name
+    return made.folder
+
+
+@effect("release", "model", "export", "package", "adapter", "verify", "force")
+def _(world: World) -> None:
+    dist = released(world, verify=Verify(level="weights"))
+    assert_same_model(load(dist / "qalora"), fold(world.base, world.adapter))
+    assert json.loads((dist / "report.json").read_text("utf-8"))["level"] == "weights"
+    assert (dist / "adapter").is_dir()
+    export, package = Export(targets=("gguf",), name="Ours"), Package(out=dist, with_adapter=False, license="mit")
+    with pytest.raises(OutputError, match="exists already"):
+        qalora.release(world.out / "nothing", export, package)
+    made = qalora.release(world.base, export, package, force=True, verify=Verify(level="weights"))
+    assert not (dist / "adapter").exists()
+    assert "license: mit" in (dist / "README.md").read_text("utf-8")
+    assert [plan.target for plan in made.plans] == ["gguf"]
+
+
+@effect("release", "convention")
+def _(world: World) -> None:
+    place = unrecorded(world)
+    with pytest.raises(InputError, match="give `convention`"):
+        released(world, adapter=place)
+    dist = released(world, adapter=place, convention="official", verify=Verify(level="weights"))
+    assert_same_model(load(dist / "qalora"), fold(world.base, read_adapter(place, world.base, convention="official")))
+
+
+@effect("release", "password", "watch")
+def _(world: World) -> None:
+    key = signing_key(world.out / "key", password="open")
+    package = Package(out=world.out / "dist", sign=key)
+    export, verify = Export(targets=("qalora",)), Verify(level="weights")
+    with pytest.raises(InputError, match="password"):
+        qalora.release(world.base, export, package, password="shut")
+    told: list[Any] = []
+    watch = qalora.Watch(judged=told.append, done=told.append)
+    made = qalora.release(world.base, export, package, password="open", verify=verify, watch=watch)
+    assert told == [made.report, made]
+    assert (world.out / "dist" / "model.sig").is_file()
+
+
+@effect("check", "folder", "base", "adapter", "open_artifacts", "progress", "allow_unproven")
+def _(world: World) -> None:
+    """What is not asked of it is said to be skipped."""
+    dist, told = released(world), []
+    found = qalora.check(dist, base=world.base, progress=told.append)
+    assert not found.findings
+    assert not next(stage for stage in found.stages if stage.question == "made again").skipped
+    assert told
+    skipped = {stage.question for stage in qalora.check(dist, open_artifacts=False).stages if stage.skipped}
+    assert {"opening", "made again"} <= skipped
+    other = replace(world.adapter, layers=dict(list(world.adapter.layers.items())[1:]))
+    write_adapter(other, world.out / "other")
+    assert qalora.check(dist, base=world.base, adapter=world.out / "other", open_artifacts=False).findings
+    assert qalora.check(dist, open_artifacts=False, allow_unproven=True).findings == ()
+    (dist / "README.md").write_text("another", encoding="utf-8")
+    assert qalora.check(dist, open_artifacts=False).findings
+
+
+@effect("check", "public_key", "text", "template")
+def _(world: World) -> None:
+    key = signing_key(world.out / "key")
+    (world.out / "words").write_text("some words " * 50, encoding="utf-8")
+    (world.out / "card.md").write_text("---\n{{ card_data }}\n---\nOurs.\n", encoding="utf-8")
+    qalora.release(
+        world.base,
+        Export(targets=("qalora",)),
+        Package(out=world.out / "dist", sign=key, card_template=world.out / "card.md"),
+        verify=Verify(text=world.out / "words", max_tokens=24, generate=2),
+    )
+    given = {"public_key": world.out / "key.pub", "base": world.base, "open_artifacts": False}
+    read = {"text": "some words " * 50, "template": (world.out / "card.md").read_text("utf-8")}
+    assert qalora.check(world.out / "dist", **given, **read).findings == ()
+    without = qalora.check(world.out / "dist", open_artifacts=False)
+    assert {"signature", "card"} <= {stage.question for stage in without.stages if stage.skipped}
+    signing_key(world.out / "another")
+    assert qalora.check(world.out / "dist", **{**given, "public_key": world.out / "another.pub"}, **read).findings
+
+
+def signing_key(path: Path, password: str | None = None) -> Path:
+    """A private key, and its public one at `<path>.pub`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    lock = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock))
+    public = serialization.PublicFormat.SubjectPublicKeyInfo
+    path.with_name(f"{path.name}.pub").write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, public))
+    return path
+
+
+# inspect
+
+
+@effect("inspect", "path", "quick")
+def _(world: World) -> None:
+    whole, quick = qalora.inspect(world.artifact).to_json(), qalora.inspect(world.artifact, quick=True).to_json()
+    assert whole["layout"] == quick["layout"] == "qalora"
+    assert whole["codes"]["scales"]
+    assert quick["codes"] is None
+
+
+@effect("inspect", "base", "convention")
+def _(world: World) -> None:
+    place = unrecorded(world)
+    assert qalora.inspect(place, convention="official").to_json()["convention"] == "official"
+    plain = qalora.inspect(place).to_json()
+    assert plain["convention"] is None
+    other = quantize_model(load(world.float_model), bits=4, group_size=64)
+    qalora.save(other, world.out / "other")
+    assert qalora.inspect(place, base=world.out / "other").to_json() != plain
+
+
+@effect("inspect", "checkpoint_format")
+def _(world: World) -> None:
+    with pytest.raises(InputError, match="`checkpoint_format` is for GPTQ folders"):
+        qalora.inspect(world.artifact, checkpoint_format="gptq")
+
+
+# run
+
+
+@effect("run", "recipe", "force", "dry_run", "watch")
+def _(world: World) -> None:
+    qalora.save(world.base, world.out / "base")
+    recipe = world.out / "recipe.toml"
+    lines = (
+        '[base]\nmodel = "base"\n[export]\nto = ["qalora"]\n[verify]\nlevel = "weights"\n[release]\noutput = "dist"\n'
+    )
+    recipe.write_text(lines, encoding="utf-8")
+    told: list[tuple[str, str]] = []
+    watch = qalora.Watch(step=lambda step, state, seconds: told.append((step, state)))
+    assert {row.state for row in qalora.run(recipe, dry_run=True, watch=watch)} == {"to do"}
+    assert not (world.out / "dist").exists()
+    assert not told
+    qalora.run(str(recipe), watch=watch)
+    assert ("release", "finished") in told
+    assert {row.state for row in qalora.run(recipe)} == {"reused"}
+    (world.out / "dist" / "README.md").write_text("another", encoding="utf-8")
+    with pytest.raises(OutputError, match="exists already"):
+        qalora.run(recipe)
+    qalora.run(recipe, force=True)
+    assert qalora.check(world.out / "dist", open_artifacts=False).findings == ()
+
+
 # all of them
 
 
@@ -631,10 +801,6 @@ def _(world: World) -> None:
 )
 def test_a_keyword_does_what_it_says(proof: Callable[[World], None], world: World) -> None:
     proof(world)
-
-
-def test_every_public_function_is_known_here() -> None:
-    assert set(OPTIONS) == {name for name in qalora.__all__ if inspect.isfunction(getattr(qalora, name))}
 
 
 def test_every_keyword_has_an_effect_here() -> None:

@@ -154,14 +154,14 @@ def train_qalora(work: Work, cell: Cell, changes: dict[str, Any], base: Checkpoi
         "data": str(work.folder / TRAIN),
         "out": work.adapter(cell.name),
         "rank": chosen.rank,
-        "steps": chosen.steps,
+        "max_steps": chosen.steps,
         "batch_size": chosen.batch,
-        "sequence_length": chosen.length,
+        "max_length": chosen.length,
         "held_out": work.share,
         "save_every": 0,
         "seed": cell.seed,
         "device": "cpu",
-        "compute": "float32",
+        "dtype": "float32",
         "force": True,
     }
     options = TrainOptions(**{**settings, **changes})

@@ -1,6 +1,6 @@
 """How large the delta of a fine-tune is, format by format, on a real model.
 
-    python tools/delta_table.py [--steps 60 | --adapter ADAPTER] [--model MODEL] [--write docs/delta.md]
+    python tools/delta_table.py [--max-steps 60 | --adapter ADAPTER] [--model MODEL] [--write docs/delta.md]
 
 SmolLM2 is exported as it is and with an adapter folded in; the adapter is trained for so many steps on the text that
 the demo trains on, or given. Each format's delta is written, applied, and compared with the export byte for byte. The
@@ -30,9 +30,9 @@ from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.plan import ExportOptions
 from qalora.demo import demo_text, smollm2_file
 from qalora.formats.files import InputFile
-from qalora.release.delta import apply_delta, write_delta
-from qalora.release.delta.coding import LEVEL
-from qalora.release.delta.records import Patch
+from qalora.releasing.delta import apply_delta, write_delta
+from qalora.releasing.delta.coding import LEVEL
+from qalora.releasing.delta.records import Patch
 from qalora.testing import random_adapter
 from qalora.training import TrainOptions, train
 
@@ -45,7 +45,7 @@ def trained(model: Checkpoint, steps: int, folder: Path) -> Adapter:
     """A rank 16 adapter after so many steps of 4 x 128 tokens."""
     text = folder / "text.txt"
     text.write_text(demo_text(), encoding="utf-8")
-    return train(model, TrainOptions(data=str(text), out=folder / "trained", steps=steps), lambda step: None)
+    return train(model, TrainOptions(data=str(text), out=folder / "trained", max_steps=steps), lambda step: None)
 
 
 def untrained(model: Checkpoint) -> Adapter:

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qalora.cli.release.schema import CALLS, sections
-from qalora.release.recipe_text import schema_tables
+from qalora.pipeline.recipe_text import calls, schema_tables
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 
 
 def generated() -> dict[str, str]:
     """What stands between the markers of each name."""
-    spelled = {"as_json": "json", "out": "output"}
-    calls = {spelled.get(name, name.replace("_", "-")): why for name, why in CALLS.items()}
-    return {
-        "schema": schema_tables(sections(Path())),
-        "calls": "\n".join(f"`--{name}` ({why})," for name, why in calls.items()).removesuffix(",") + ".\n",
-    }
+    flags = [*calls(), "--dry-run", "--json", "--log-format"]
+    return {"schema": schema_tables(), "calls": ", ".join(f"`{flag}`" for flag in dict.fromkeys(flags)) + ".\n"}
 
 
 def written(text: str) -> str:

@@ -278,7 +278,7 @@ def _unknown_convention(source: AdapterSource, module: str, pool_size: int) -> A
     return AdapterError(
         f"{source.folder} does not say which convention its scaling follows: for {module}, with s = {scaling:g}, "
         f"pool size {pool_size} and in = {columns}, B @ A would be multiplied by {factors}",
-        todo="give --convention with the one that it was trained with",
+        todo="give `convention` with the one that it was trained with",
     )
 
 

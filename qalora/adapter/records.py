@@ -18,20 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from qalora.errors import AdapterError
+from qalora.options.words import Convention, Minima
 
 if TYPE_CHECKING:
     from qalora.adapter.saved import SavedTensors
 
 __all__ = ["CONVENTIONS", "Adapter", "AdapterLayer", "Convention", "convention_factor"]
 
-Convention = Literal["paper", "official", "peft"]
-CONVENTIONS: tuple[Convention, ...] = ("paper", "official", "peft")
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 
 def convention_factor(convention: Convention, scaling: float, in_features: int, pool_size: int) -> float:
@@ -97,6 +97,6 @@ class Adapter:
 
     layers: Mapping[str, AdapterLayer]
     convention: Convention
-    minima: Literal["float16", "float32"] | None = None
+    minima: Minima | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     saved: SavedTensors | None = None

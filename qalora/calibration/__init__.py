@@ -2,6 +2,7 @@
 
 from qalora.calibration.quantizing import quantize_calibrated
 from qalora.calibration.text import Calibration, calibration_windows, quantize_on_text
+from qalora.calibration.whole import check_quantize, quantize_model
 from qalora.calibration.widths import WIDTHS, Widths, bits_per_weight, choose_widths
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "Widths",
     "bits_per_weight",
     "calibration_windows",
+    "check_quantize",
     "choose_widths",
     "quantize_calibrated",
+    "quantize_model",
     "quantize_on_text",
 ]

@@ -13,13 +13,16 @@ from qalora.calibration.quantizing import quantize_calibrated
 from qalora.calibration.widths import WIDTHS, choose_widths
 from qalora.checkpoint import Checkpoint
 from qalora.converters.first_tokens import first_tokens
-from qalora.errors import InputError
+from qalora.errors import InputError, about
 from qalora.quantization.model import planned
 from qalora.quantization.options import QuantizeOptions
 from qalora.training.data import cut_tokens, join_documents, read_documents
 from qalora.training.documents import Account
 
-__all__ = ["Calibration", "calibration_windows", "quantize_on_text"]
+__all__ = ["LENGTH", "TOKENS", "Calibration", "calibration_windows", "quantize_on_text"]
+
+TOKENS, LENGTH = 8192, 256
+"""Tokens of a calibration, and of each of its windows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +30,8 @@ class Calibration:
     """data: a text or JSONL file, or a dataset of the Hub; tokens of it, in windows of `length`."""
 
     data: str
-    tokens: int = 8192
-    length: int = 256
+    tokens: int = TOKENS
+    length: int = LENGTH
 
 
 def calibration_windows(model: Checkpoint, text: Calibration, account: Account | None = None) -> Tensor:
@@ -42,17 +45,20 @@ def calibration_windows(model: Checkpoint, text: Calibration, account: Account |
 
     context = model.config.get("max_position_embeddings")
     if isinstance(context, int) and text.length > context:
-        raise InputError("--sequence-length", expected=f"at most {context}, the model's context", got=str(text.length))
+        expected = f"at most {context}, the model's context"
+        raise InputError(field="calibration_length", expected=expected, got=str(text.length))
     tokenizer = load_tokenizer(model)
     first = first_tokens(tokenizer)
-    ids, _ = join_documents(read_documents(text.data, tokenizer, account), tokenizer)
+    with about("calibration"):
+        ids, _ = join_documents(read_documents(text.data, tokenizer, account), tokenizer)
     places = cut_tokens(ids, first, text.length)
     if not places:
         raise InputError(
-            f"--calibration {text.data}",
+            f"`calibration` {text.data}",
+            field="calibration",
             expected=f"at least {text.length} tokens, a window",
             got=f"{len(ids)}",
-            todo="give more text, or a smaller --sequence-length",
+            todo="give more text, or a smaller `calibration_length`",
         )
     count = min(len(places), max(1, text.tokens // text.length))
     chosen = [places[n * len(places) // count] for n in range(count)]

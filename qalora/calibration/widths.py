@@ -53,7 +53,7 @@ def choose_widths(
     Raises InputError for a budget that the narrowest widths exceed, and for widths that are none.
     """
     if not widths or any(bits not in BITS for bits in widths):
-        raise InputError("widths", expected=f"some of {', '.join(map(str, BITS))}", got=repr(list(widths)))
+        raise InputError(field="widths", expected=f"some of {', '.join(map(str, BITS))}", got=repr(list(widths)))
     given = {bits: replace(options, bits=bits) for bits in widths}
     weights = sum(math.prod(model.tensors[name].shape) for name in model.linears)
     sizes = {
@@ -62,7 +62,7 @@ def choose_widths(
     }
     least = sum(min(found.values()) for found in sizes.values()) / weights
     if not least <= budget < math.inf:
-        raise InputError("--budget", expected=f"{least:.4g} bits per weight or more, a number", got=f"{budget:g}")
+        raise InputError(field="budget", expected=f"{least:.4g} bits per weight or more, a number", got=f"{budget:g}")
     errors: dict[str, dict[int, float]] = {}
     quick = {bits: replace(chosen, method="hqq", fit_minima=False) for bits, chosen in given.items()}
 

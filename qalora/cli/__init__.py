@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from qalora._version import __version__
+from qalora.cli.options import flags_in, spelling
 from qalora.cli.progress import asks_for_json, json_log, log_event
 from qalora.errors import ProofError, QaloraError
 
@@ -31,6 +32,11 @@ COMMANDS = {
     "verify": "Run artefacts in their own runtimes and compare.",
     "inspect": "Say what a model, adapter or artefact is, and what is wrong with it.",
     "release": "Fold, export, verify and package, in one command.",
+    "init": "Write a commented recipe of a whole pipeline.",
+    "run": "Do what a recipe says; each step once.",
+    "check": "Check a release; with its base, every byte and every figure.",
+    "delta": "What makes one release of another.",
+    "push": "Upload a release to the Hub.",
     "demo": "The whole story on a real model.",
 }
 """Each command and its line in the overview; the module of the same name in this package holds it as `command`."""
@@ -69,7 +75,7 @@ class LazyGroup(click.Group):
         try:
             result = super().invoke(ctx)
         except QaloraError as error:
-            _fail(ctx, str(error), 1 if isinstance(error, ProofError) else 2)
+            _fail(ctx, error.spelled(spelling(ctx)), 1 if isinstance(error, ProofError) else 2)
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -83,7 +89,7 @@ class LazyGroup(click.Group):
         except (KeyboardInterrupt, click.Abort) as error:
             if not json_log() and not str(error):
                 raise
-            _fail(ctx, str(error) or "interrupted", 1)
+            _fail(ctx, flags_in(str(error), ctx) or "interrupted", 1)
         if json_log():
             log_event("done", status=0)
         return result

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qalora.cli.options import convention_option, force_option, output_option
+from qalora.cli.options import Command, convention_option, force_option, output_option
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
@@ -20,7 +20,7 @@ def command() -> None:
     """Rewrite adapters from one convention or format into another, exactly."""
 
 
-@command.command("convert", epilog="Example: qalora adapter convert adapter --to plain -o lora")
+@command.command("convert", cls=Command, epilog="Example: qalora adapter convert adapter --to plain -o lora")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
     "--to",

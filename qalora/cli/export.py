@@ -8,31 +8,32 @@ from typing import Any
 import click
 
 from qalora.cli.options import (
+    Command,
     checkpoint_format_option,
+    chosen,
     convention_option,
     dry_run_option,
-    export_options,
-    export_settings,
     force_option,
     json_flag,
-    minima_option,
     open_model,
+    options_of,
     output_option,
     print_json,
     print_plans,
-    targets_option,
 )
 from qalora.cli.progress import log_format_option, progress_bar
+from qalora.options.export import Export
 
 
 @click.command(
     "export",
+    cls=Command,
     epilog="Example: qalora export folded --to gguf --to onnx -o dist",
 )
 @click.argument("model")
-@targets_option()
 @output_option("Each format lands in DIR/<format>/.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Fold this adapter first; GPTQ may ship it beside.")
+@options_of(Export)
 @click.option(
     "--lora-slots",
     type=click.Path(path_type=Path),
@@ -40,8 +41,6 @@ from qalora.cli.progress import log_format_option, progress_bar
     help="ONNX: the modules of this adapter take a LoRA at run time; see adapter convert --to onnx-adapter.",
 )
 @convention_option
-@minima_option()
-@export_options
 @checkpoint_format_option
 @force_option
 @dry_run_option
@@ -49,12 +48,10 @@ from qalora.cli.progress import log_format_option, progress_bar
 @log_format_option
 def command(
     model: str,
-    targets: tuple[str, ...],
     out: Path,
     adapter: Path | None,
     lora_slots: Path | None,
-    convention: str | None,
-    minima: str | None,
+    convention: Any,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
@@ -66,22 +63,21 @@ def command(
     Everything is planned first: what a format cannot hold exactly is refused before the first byte is written, unless
     --allow-loss names the loss.
     """
+    export = chosen(Export, settings)
+
     from qalora.adapter import open_adapter, read_adapter
-    from qalora.converters.exports import check_places, check_targets, export_jobs, run_jobs
-    from qalora.converters.plan import ExportOptions
+    from qalora.converters.exports import check_fold, check_places, check_targets, export_jobs, run_jobs, writing
 
     if adapter is not None:
         open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
-    options = ExportOptions(
-        **export_settings(settings),
-        lora_slots=frozenset() if lora_slots is None else frozenset(open_adapter(lora_slots).pairs),
-    )
-    check_targets(targets, options)
+    check_fold(adapter, export.minima, convention)
+    options = writing(export, lora_slots=() if lora_slots is None else open_adapter(lora_slots).pairs)
+    check_targets(export.targets, options)
     if not dry_run:
-        check_places(out, targets, force=force)
+        check_places(out, export.targets, force=force)
     base = open_model(model, checkpoint_format)
-    read = None if adapter is None else read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
-    jobs = export_jobs(base, targets, options, adapter=read, minima=minima)  # type: ignore[arg-type]
+    read = None if adapter is None else read_adapter(adapter, base, convention=convention)
+    jobs = export_jobs(base, export.targets, options, adapter=read, minima=export.minima)
     if not dry_run:
         total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
         with progress_bar(total, "writing") as progress:

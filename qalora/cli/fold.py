@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qalora.cli.options import (
+    Command,
     checkpoint_format_option,
+    chosen,
     convention_option,
     dry_run_option,
     force_option,
     json_flag,
-    max_shard_size_option,
     minima_option,
     open_model,
+    options_of,
     output_option,
     print_json,
     print_plans,
     table_console,
 )
-from qalora.cli.progress import log_format_option
+from qalora.cli.progress import log_format_option, watch
 from qalora.errors import ProofError
+from qalora.options.export import Folded
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
@@ -32,13 +35,13 @@ if TYPE_CHECKING:
     from qalora.folding import FoldProof, Minima
 
 
-@click.command("fold", epilog="Example: qalora fold base adapter -o folded")
+@click.command("fold", cls=Command, epilog="Example: qalora fold base adapter -o folded")
 @click.argument("model")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @output_option("The folder to write.")
-@minima_option()
+@minima_option
 @convention_option
-@max_shard_size_option
+@options_of(Folded)
 @checkpoint_format_option
 @force_option
 @dry_run_option
@@ -48,43 +51,44 @@ def command(
     model: str,
     adapter: Path,
     out: Path,
-    minima: str | None,
-    convention: str | None,
-    max_shard_size: int,
+    minima: Minima | None,
+    convention: Any,
     checkpoint_format: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Fold ADAPTER into the minima of MODEL and write a qalora folder; the codes stay, bit for bit.
 
     Then read the folder back and prove each layer: no code changed, each minimum the nearest to min + factor * B @ A.
     Embeddings and other tensors that ADAPTER brings whole take the place of MODEL's.
     """
+    size = chosen(Folded, settings).max_shard_size
+
     from qalora.adapter import carry, open_adapter, read_adapter
-    from qalora.cli.writing import write_native
     from qalora.converters import native
     from qalora.folding import fold
     from qalora.formats.output import check_apart, check_output
+    from qalora.pipeline.making import save
 
     check_apart(out, model, adapter)
     check_output(out, force=force, names=["config.json"])
     open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     base = open_model(model, checkpoint_format)
     check_apart(out, base.path)
-    read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
-    chosen: Minima = minima or read.minima or "float16"  # type: ignore[assignment]
-    plan = write_native(
-        fold(base, read, minima=chosen), out, max_shard_size=max_shard_size, force=force, dry_run=dry_run
-    )
-    proofs = {} if dry_run else _prove(base, read, native.read(out), chosen)
+    read = read_adapter(adapter, base, convention=convention)
+    rounded: Minima = minima or read.minima or "float16"
+    made = fold(base, read, minima=rounded)
+    plan = save(made, out, max_shard_size=size, force=force, dry_run=dry_run, watch=watch())
+    proofs = {} if dry_run else _prove(base, read, native.read(out), rounded)
     brought = () if read.saved is None else read.saved.names
     if as_json:
-        print_json({"plan": plan.to_json(), "minima": chosen, "layers": _rows(read, proofs), "saved": list(brought)})
+        print_json({"plan": plan.to_json(), "minima": rounded, "layers": _rows(read, proofs), "saved": list(brought)})
     elif dry_run:
         print_plans([plan], details=True)
     else:
-        _print(read, proofs, chosen)
+        _print(read, proofs, rounded)
     wrong = [module for module, proof in proofs.items() if not proof.exact]
     wrong += [] if dry_run else _differing(carry(base, read), native.read(out), brought)
     if wrong:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qalora.cli.options import checkpoint_format_option, convention_option, json_flag, print_json
+from qalora.cli.options import Command, checkpoint_format_option, convention_option, json_flag, print_json
 from qalora.cli.progress import log_format_option, progress_bar
 
 if TYPE_CHECKING:
     from qalora.inspection import AdapterReport, Finding, ModelReport, Report
 
 
-@click.command("inspect", epilog="Example: qalora inspect dist/gguf/model.gguf")
+@click.command("inspect", cls=Command, epilog="Example: qalora inspect dist/gguf/model.gguf")
 @click.argument("path")
 @click.option("--base", metavar="MODEL", help="The model that an adapter belongs to: shapes and groups are compared.")
 @click.option("--quick", is_flag=True, help="Read headers, labels and zero points only, not every value.")

@@ -1,18 +1,23 @@
-"""What several commands share: options as decorators, plans and JSON on stdout."""
+"""Options of commands, made of the records that hold them; and what several commands share beside.
+
+A record's field is a flag: its help, its type, its range and its default are those of the field. What a user did not
+give is left to the record.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from qalora.cli.progress import say
+from qalora.options import Option, fields_of
+from qalora.options.words import CheckpointFormat, Convention, Minima
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,32 +26,149 @@ if TYPE_CHECKING:
     from qalora.converters.plan import Plan
 
 __all__ = [
+    "Command",
     "checkpoint_format_option",
+    "chosen",
     "convention_option",
     "dry_run_option",
-    "export_options",
-    "export_settings",
     "force_option",
     "json_flag",
-    "max_shard_size_option",
     "minima_option",
     "open_model",
+    "options_of",
     "output_option",
     "print_json",
     "print_plans",
-    "public_key_option",
-    "sign_option",
-    "sign_password",
+    "spelling",
     "table_console",
-    "targets_option",
-    "verify_options",
-    "verify_settings",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
-MINIMA = {"float16": "float16", "float32": "float32", "fp16": "float16", "fp32": "float32"}
-"""What --minima takes, and what it means."""
+_SPELLING = "qalora.spelling"
+_OPTION = re.compile(r"`([a-z][a-z0-9_]*)`")
+_KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+class Command(click.Command):
+    """A command whose help has the options of experts under a heading of their own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Two lists of options."""
+        lists: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                lists[isinstance(param, _Option) and param.option.expert].append(record)
+        for expert, heading in ((False, "Options"), (True, "Options for experts")):
+            if lists[expert]:
+                with formatter.section(heading):
+                    formatter.write_dl(lists[expert])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """From here on an error knows how this command spells its options."""
+        ctx.meta[_SPELLING] = {str(param.name): _spelled(param) for param in self.params}
+        return super().parse_args(ctx, args)
+
+
+def spelling(ctx: click.Context) -> Callable[[str], str]:
+    """How the command that failed spells an option; what is none of its stays in backquotes."""
+    known: dict[str, str] = ctx.meta.get(_SPELLING, {})
+    return lambda name: known.get(name, f"`{name}`")
+
+
+def flags_in(text: str, ctx: click.Context) -> str:
+    """A text with each option in backquotes as the command that runs spells it."""
+    spell = spelling(ctx)
+    return _OPTION.sub(lambda found: spell(found[1]), text)
+
+
+def _spelled(param: click.Parameter) -> str:
+    return max(param.opts, key=len) if isinstance(param, click.Option) else str(param.human_readable_name)
+
+
+class _Option(click.Option):
+    """An option of a record."""
+
+    def __init__(self, *arguments: Any, option: Option, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.option = option
+
+
+class _Value(click.ParamType[Any]):
+    """One value of an option, as its field takes it."""
+
+    def __init__(self, option: Option) -> None:
+        self.option = option
+        self.name = option.flag
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value; InputError for one that the option does not take."""
+        return self.option.parse(value) if isinstance(value, str) else value
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """Its words, or what kind of value it takes."""
+        option = self.option
+        words = [*option.words, *([option.empty] if option.empty else [])]
+        if not option.free:
+            return f"[{'|'.join(words)}]"
+        return option.metavar or "|".join([_KINDS.get(option.kind, "VALUE"), *words])
+
+
+def options_of(record: type, *, leave_out: Collection[str] = ()) -> Callable[[F], F]:
+    """The options of a record; `chosen` makes the record of what was given."""
+
+    def decorate(function: F) -> F:
+        known = [one for one in fields_of(record) if one.name not in leave_out]
+        for option in sorted(known, key=lambda one: not one.required)[::-1]:
+            function = _decorator(option, record)(function)
+        return function
+
+    return decorate
+
+
+def _decorator(option: Option, record: type) -> Callable[[F], F]:
+    flag = f"--{option.flag}"
+    names = {one.name: f"--{one.flag}" for one in fields_of(record)}
+    text = re.sub(r"`([a-z_]+)`", lambda found: names.get(found[1], found[1]), option.help)
+    settings: dict[str, Any] = {"help": f"{text} Repeatable." if option.many is not None else text}
+    settings |= {"cls": _Option, "option": option}
+    if option.kind is bool:
+        off = f"--without-{option.flag.removeprefix('with-')}" if option.flag.startswith("with-") else ""
+        names_of = f"{flag}/{off}" if off else flag
+        return click.option(names_of, option.name, default=option.default, is_flag=True, **settings)
+    if option.default not in (None, (), frozenset()) and not option.required:
+        settings |= {"default": _shown(option) if option.size else option.default, "show_default": True}
+    return click.option(
+        *(["-o"] if option.flag == "output" else []),
+        flag,
+        option.name,
+        type=_Value(option),
+        required=option.required,
+        multiple=option.many is not None,
+        **settings,
+    )
+
+
+def _shown(option: Option) -> str:
+    """A size as people write it."""
+    return f"{option.default / 1e9:g}GB"
+
+
+def chosen(record: type[T], settings: dict[str, Any], **given: Any) -> T:
+    """Take what `options_of` added out of a command's settings, and make the record of it.
+
+    given  fields that are set beside what the user gave
+    """
+    context = click.get_current_context()
+    own = {}
+    for option in fields_of(record):
+        if option.name in settings:
+            value = settings.pop(option.name)
+            if context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
+                own[option.name] = value
+    return record(**own, **given)
 
 
 def output_option(what: str) -> Callable[[F], F]:
@@ -71,52 +193,20 @@ def json_flag(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 
 
-def targets_option(default: Sequence[str] = ()) -> Callable[[F], F]:
-    """--to, repeatable; required where there is no default."""
-    return click.option(
-        "--to",
-        "targets",
-        multiple=True,
-        required=not default,
-        default=default or None,
-        metavar="FORMAT",
-        show_default=bool(default),
-        callback=_targets,
-        help="gptq, gguf, onnx, mlx, hqq, qalora (our own folder). Repeatable.",
-    )
-
-
-def _targets(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
-    """Formats that there are, before any model is opened."""
-    from qalora.converters import TARGETS
-
-    wrong = next((name for name in value if name not in TARGETS), None)
-    if wrong is not None:
-        raise click.BadParameter(f"expected one of {', '.join(TARGETS)}, got {wrong!r}", context, parameter)
-    return tuple(value)
-
-
-def minima_option(
-    what: str = "What the folded minima are rounded to; what the adapter was trained with, or float16, by default.",
-    *,
-    default: str | None = None,
-) -> Callable[[F], F]:
-    """--minima, float16 or float32; None where it is not given and there is no default."""
+def minima_option(function: F) -> F:
+    """--minima, None where it is not given."""
     return click.option(
         "--minima",
-        type=click.Choice(list(MINIMA)),
-        default=default,
-        show_default=default is not None,
-        callback=lambda ctx, param, value: MINIMA.get(value),
-        help=what,
-    )
+        type=click.Choice(list(_words(Minima))),
+        help="What the folded minima are rounded to; what the adapter was trained with, or float16, by default.",
+    )(function)
 
 
 def convention_option(function: F) -> F:
     """--convention, None where it is not given."""
     return click.option(
         "--convention",
-        type=click.Choice(["paper", "official", "peft"]),
+        type=click.Choice(list(_words(Convention))),
         help="What the adapter's scaling means, where its file does not say.",
     )(function)
 
@@ -125,58 +215,14 @@ def checkpoint_format_option(function: F) -> F:
     """--checkpoint-format, for `open_model`."""
     return click.option(
         "--checkpoint-format",
-        type=click.Choice(["gptq", "gptq_v2"]),
+        type=click.Choice(list(_words(CheckpointFormat))),
         help="What a GPTQ folder's zeros are stored as, where its label is wrong.",
     )(function)
 
 
-def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Bytes of 200MB, 5GB or 4GiB."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?))?B?", value.strip(), re.IGNORECASE)
-    size = 0
-    if found is not None:
-        power = " KMGT".index((found[2] or " ").upper())
-        size = int(Decimal(found[1]) * (1024 if found[3] else 1000) ** power)
-    if size < 1:
-        raise click.BadParameter(f"expected a size such as 200MB, 5GB or 4GiB, got {value!r}", context, parameter)
-    return size
-
-
-def max_shard_size_option(function: F) -> F:
-    """--max-shard-size, in bytes."""
-    return click.option(
-        "--max-shard-size",
-        callback=_size,
-        default="5GB",
-        show_default=True,
-        metavar="SIZE",
-        help="safetensors: split a model that holds more into files of at most this, such as 200MB.",
-    )(function)
-
-
-def sign_option(function: F) -> F:
-    """--sign, a private key in PEM; the password of an encrypted one is `sign_password`'s."""
-    return click.option(
-        "--sign",
-        "sign_key",
-        type=click.Path(path_type=Path),
-        metavar="KEY",
-        help="Write model.sig with this private key; the password of an encrypted one is in QALORA_SIGN_PASSWORD.",
-    )(function)
-
-
-def sign_password() -> str | None:
-    """What QALORA_SIGN_PASSWORD holds, None where it is not set or empty."""
-    return os.environ.get("QALORA_SIGN_PASSWORD") or None
-
-
-def public_key_option(function: F) -> F:
-    """--public-key, to check model.sig with."""
-    return click.option(
-        "--public-key", type=click.Path(path_type=Path), metavar="KEY", help="Check model.sig with this public key."
-    )(function)
+def _words(kind: Any) -> tuple[str, ...]:
+    found: tuple[str, ...] = kind.__args__
+    return found
 
 
 def open_model(model: str, checkpoint_format: str | None = None) -> Checkpoint:
@@ -187,122 +233,6 @@ def open_model(model: str, checkpoint_format: str | None = None) -> Checkpoint:
     for note in found.notes:
         say(note)
     return found
-
-
-def export_options(function: F) -> F:
-    """The options that ExportOptions holds, beside the adapter."""
-    decorators = (
-        click.option("--name", help="The model's name in file names and metadata."),
-        click.option(
-            "--allow-loss",
-            multiple=True,
-            metavar="LOSS",
-            help="Accept a loss by name: zeros, minima, scales, eight-bit, residual, narrowing. Repeatable.",
-        ),
-        click.option(
-            "--gptq-form",
-            type=click.Choice(["auto", "nearest", "eight-bit", "round"]),
-            default="auto",
-            show_default=True,
-            help="How GPTQ holds real zero points.",
-        ),
-        click.option(
-            "--gguf-form",
-            type=click.Choice(["auto", "wide"]),
-            default="auto",
-            show_default=True,
-            help="wide: integer zero points exactly, in Q8_0.",
-        ),
-        click.option(
-            "--accuracy-level",
-            type=click.IntRange(0, 4),
-            default=0,
-            show_default=True,
-            help="ONNX Runtime's MatMulNBits: 4 computes with int8 activations, faster and less exact.",
-        ),
-        click.option(
-            "--onnx-embedding",
-            type=click.Choice(["float32", "quantized"]),
-            default="float32",
-            show_default=True,
-            help="quantized: the codes of a tied embedding; smaller, faster steps, slower prompts.",
-        ),
-        max_shard_size_option,
-        click.option(
-            "--split-max-size",
-            callback=_size,
-            metavar="SIZE",
-            help="GGUF: split it into files of at most this, as gguf-split does; llama.cpp is given the first.",
-        ),
-    )
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-def export_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Take what `export_options` added out of a command's settings: arguments for ExportOptions."""
-    keys = ("name", "gptq_form", "gguf_form", "accuracy_level", "onnx_embedding", "max_shard_size", "split_max_size")
-    return {"allow_loss": frozenset(settings.pop("allow_loss")), **{key: settings.pop(key) for key in keys}}
-
-
-def verify_options(function: F) -> F:
-    """What `verify` and `release` compute on; `verify_settings` makes arguments of all but --allow-unproven."""
-    decorators = (
-        click.option("--text", type=click.Path(path_type=Path), help="A text file to compute on; else a built-in one."),
-        click.option(
-            "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of the text."
-        ),
-        click.option("--prompt", multiple=True, help="What to continue greedily. Repeatable."),
-        click.option("--prompts", type=click.Path(path_type=Path), help="A text file with a prompt on each line."),
-        click.option(
-            "--generate", type=click.IntRange(1), default=24, show_default=True, help="Tokens to continue by."
-        ),
-        click.option(
-            "--threads",
-            type=click.IntRange(1),
-            help="Threads of each runtime; those of torch (OMP_NUM_THREADS) otherwise.",
-        ),
-        click.option(
-            "--memory",
-            type=click.FloatRange(0, min_open=True),
-            metavar="GB",
-            help="What a runtime may take; by default what the system has to give.",
-        ),
-        click.option(
-            "--dynamic-int8", is_flag=True, help="Compare with PyTorch's dynamic INT8 of the same model too, unjudged."
-        ),
-        click.option("--allow-unproven", is_flag=True, help="Exit 0 even where a runtime is not installed."),
-    )
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-def verify_settings(
-    *,
-    text: Path | None,
-    max_tokens: int,
-    prompt: tuple[str, ...],
-    prompts: Path | None,
-    generate: int,
-    threads: int | None,
-    memory: float | None,
-    dynamic_int8: bool,
-) -> dict[str, Any]:
-    """Arguments for `qalora.parity.verify`."""
-    from qalora.parity.text import read_text
-
-    lines = [] if prompts is None else [line for line in read_text(prompts).splitlines() if line.strip()]
-    return {
-        "text": None if text is None else read_text(text),
-        "max_tokens": max_tokens,
-        "prompts": [*prompt, *lines],
-        "generate": generate,
-        "threads": threads,
-        "memory": None if memory is None else int(memory * 1e9),
-        "dynamic_int8": dynamic_int8,
-    }
 
 
 def print_json(content: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -20,6 +21,7 @@ from qalora.formats.output import text_bytes
 if TYPE_CHECKING:
     from qalora.converters.plan import Progress
     from qalora.parity.report import ParityReport
+    from qalora.pipeline.watching import Watch
     from qalora.training.loop import Progress as TrainingProgress
     from qalora.training.loop import StepReport
 
@@ -36,6 +38,7 @@ __all__ = [
     "say_stage",
     "training_bar",
     "verification_bar",
+    "watch",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,6 +56,7 @@ EVENTS = {
 """Each event of `--log-format json` and what is in it."""
 
 _META = "qalora.log_format"
+_OPTION = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 def log_format_option(function: F) -> F:
@@ -92,11 +96,18 @@ def log_event(event: str, **content: object) -> None:
 
 
 def say(message: str) -> None:
-    """A note on stderr."""
+    """A note on stderr; an option in backquotes is shown as the flag that it is."""
+    message = _OPTION.sub(_flag, message)
     if json_log():
         log_event("note", message=message)
     else:
         click.echo(f"note: {message}", err=True)
+
+
+def _flag(found: re.Match[str]) -> str:
+    context = click.get_current_context(silent=True)
+    params = [] if context is None else context.command.params
+    return next((max(one.opts, key=len) for one in params if one.name == found[1]), found[0])
 
 
 def say_stage(stage: str) -> None:
@@ -250,3 +261,26 @@ def training_bar() -> Iterator[TrainingProgress]:
                 click.echo(f"step {report.step} of {report.steps}: {text}", err=True)
 
         yield show
+
+
+def watch() -> Watch:
+    """What the steps of a pipeline say, on stderr."""
+    from qalora.pipeline.watching import Watch
+
+    return Watch(
+        writing=progress_bar,
+        layers=layers_bar,
+        training=training_bar,
+        verification=verification_bar,
+        note=say,
+        step=say_step,
+        judged=log_gates,
+    )
+
+
+def say_step(step: str, state: str, seconds: float | None) -> None:
+    """Where a run of a recipe is."""
+    if json_log():
+        log_event("step", step=step, state=state, **({} if seconds is None else {"seconds": round(seconds, 3)}))
+    elif state != "finished":
+        click.echo(f"{step}: {state}", err=True)

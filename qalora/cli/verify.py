@@ -8,57 +8,56 @@ from typing import Any
 import click
 
 from qalora.cli.options import (
+    Command,
     checkpoint_format_option,
+    chosen,
     convention_option,
     force_option,
+    json_flag,
     minima_option,
     open_model,
+    options_of,
+    print_json,
     table_console,
-    verify_options,
-    verify_settings,
 )
 from qalora.cli.progress import log_format_option, log_gates, verification_bar
 from qalora.errors import ProofError
+from qalora.options.verify import Verify
 
 
 @click.command(
     "verify",
-    epilog="Example: qalora verify base dist/onnx dist/gguf --adapter adapter --json report.json",
+    cls=Command,
+    epilog="Example: qalora verify base dist/onnx dist/gguf --adapter adapter --report report.html",
 )
 @click.argument("reference")
 @click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--adapter", type=click.Path(path_type=Path), help="What the artefacts hold beside REFERENCE, the base.")
 @convention_option
-@minima_option()
+@minima_option
 @checkpoint_format_option
+@options_of(Verify)
 @click.option(
-    "--level",
-    type=click.Choice(["weights", "logits", "generation"]),
-    default="generation",
-    show_default=True,
-    help="How far to go; each level includes those before it.",
+    "--report",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Write the report: .json, .html (a page with plots) or .xml (JUnit). Repeatable.",
 )
-@verify_options
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
-@click.option(
-    "--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write it as a page with plots."
-)
-@click.option("--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write it as JUnit XML.")
 @force_option
+@json_flag
 @log_format_option
 def command(
     reference: str,
     artifacts: tuple[Path, ...],
     adapter: Path | None,
-    convention: str | None,
-    minima: str | None,
+    convention: Any,
+    minima: Any,
     checkpoint_format: str | None,
-    level: str,
-    json_file: Path | None,
-    html_file: Path | None,
-    junit_file: Path | None,
+    files: tuple[Path, ...],
     force: bool,
-    allow_unproven: bool,
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Prove that each ARTIFACT computes what REFERENCE and the adapter do, each in its own runtime.
@@ -67,45 +66,33 @@ def command(
     bound is derived from a measurement on this very model, and the report says how. Exit status 1 if a gate fails, or
     if a runtime is missing.
     """
+    options = chosen(Verify, settings)
+
     from qalora.adapter import open_adapter
-    from qalora.formats.output import check_output, new_file, text_bytes, write_json
     from qalora.parity import verify
     from qalora.parity.artifacts import recognize
-    from qalora.parity.html import to_html
-    from qalora.parity.junit import to_junit
     from qalora.parity.report import render
+    from qalora.parity.saving import check_files, save_report
+    from qalora.parity.text import verify_arguments
 
-    for file in (json_file, html_file, junit_file):
-        if file is not None:
-            check_output(file, force=force)
+    check_files(files, force=force)
     recognize(artifacts)
     if adapter is not None:
         open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
-    chosen = verify_settings(**settings)
+    arguments = verify_arguments(options)
     base = open_model(reference, checkpoint_format)
     with verification_bar() as progress:
         report = verify(
-            base,
-            artifacts,
-            adapter=adapter,
-            convention=convention,  # type: ignore[arg-type]
-            minima=minima,  # type: ignore[arg-type]
-            level=level,  # type: ignore[arg-type]
-            progress=progress,
-            **chosen,
+            base, artifacts, adapter=adapter, convention=convention, minima=minima, progress=progress, **arguments
         )
     log_gates(report)
-    if json_file is not None:
-        with new_file(json_file, force=force) as place:
-            write_json(place, report.to_json())
-    if html_file is not None:
-        with new_file(html_file, force=force) as place:
-            place.write_bytes(text_bytes(to_html(report)))
-    if junit_file is not None:
-        with new_file(junit_file, force=force) as place:
-            place.write_text(to_junit(report), encoding="utf-8")
-    console = table_console()
-    for part in render(report):
-        console.print(part)
-    if not report.passed(allow_unproven=allow_unproven):
+    for file in files:
+        save_report(report, file, force=force)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        console = table_console()
+        for part in render(report):
+            console.print(part)
+    if not report.passed(allow_unproven=options.allow_unproven):
         raise ProofError(report.failure())

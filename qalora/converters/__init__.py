@@ -31,7 +31,7 @@ TARGETS: dict[str, str] = {
 def target(name: str) -> Target:
     """The module that writes a format; InputError names those there are."""
     if name not in TARGETS:
-        raise InputError("--to", expected=f"one of {', '.join(TARGETS)}", got=repr(name))
+        raise InputError(field="targets", expected=f"one of {', '.join(TARGETS)}", got=repr(name))
     module: Target = importlib.import_module(TARGETS[name])
     return module
 
@@ -50,7 +50,7 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
     found = _load(model, checkpoint_format)
     if checkpoint_format is not None and found.layout != "gptq":
         raise InputError(
-            f"--checkpoint-format is for GPTQ folders, and {found.path} is {found.layout}", todo="leave it out"
+            f"`checkpoint_format` is for GPTQ folders, and {found.path} is {found.layout}", todo="leave it out"
         )
     return found if checkpoint_format is not None else replace(found, stored=found)  # its own label says something else
 

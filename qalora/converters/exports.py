@@ -7,21 +7,33 @@ brings whole, such as embeddings with new tokens, are the model's own then, in e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from qalora.adapter import Adapter, carry
 from qalora.checkpoint import Checkpoint
-from qalora.converters import TARGETS, target
+from qalora.converters import TARGETS, native, target
 from qalora.converters.plan import ExportOptions, Plan, Progress
-from qalora.errors import InputError
-from qalora.folding import fold
+from qalora.errors import InputError, about
+from qalora.folding import check_minima, fold
 from qalora.formats.output import check_apart, check_output, new_folder
+from qalora.options import fields_of
+from qalora.options.export import Writing
+from qalora.options.words import Convention, Minima
 
-__all__ = ["ExportJob", "check_places", "check_targets", "export", "export_jobs", "run_jobs"]
+__all__ = [
+    "ExportJob",
+    "check_fold",
+    "check_places",
+    "check_targets",
+    "export",
+    "export_jobs",
+    "run_jobs",
+    "save",
+    "writing",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +47,25 @@ class ExportJob:
 def check_targets(targets: Sequence[str], options: ExportOptions) -> None:
     """InputError for a format that is none, for none at all, and for an option that concerns none of them."""
     if not targets:
-        raise InputError("--to", expected=f"at least one of {', '.join(TARGETS)}", got="none")
+        raise InputError(field="targets", expected=f"at least one of {', '.join(TARGETS)}", got="none")
     for name in targets:
         target(name)
     if options.lora_slots and "onnx" not in targets:
-        raise InputError("--lora-slots", expected="--to onnx", got=", ".join(targets))
+        raise InputError(field="lora_slots", expected="onnx among the formats", got=", ".join(targets))
+
+
+def check_fold(adapter: object, minima: Minima | None, convention: Convention | None) -> None:
+    """InputError for options of a fold where no adapter is folded."""
+    check_minima(minima)
+    for name, value in (("minima", minima), ("convention", convention)):
+        if adapter is None and value is not None:
+            raise InputError(f"`{name}` is of a fold", expected="an adapter to fold", got="none", field=name)
+
+
+def writing(chosen: Writing, *, lora_slots: str | Iterable[str] = ()) -> ExportOptions:
+    """What writers are told, of what a user chose."""
+    own = {one.name: getattr(chosen, one.name) for one in fields_of(Writing)}
+    return ExportOptions(**own, lora_slots=frozenset([lora_slots] if isinstance(lora_slots, str) else lora_slots))
 
 
 def check_places(out: Path, targets: Sequence[str], *, force: bool) -> None:
@@ -54,7 +80,7 @@ def export_jobs(
     options: ExportOptions,
     *,
     adapter: Adapter | None = None,
-    minima: Literal["float16", "float32"] | None = None,
+    minima: Minima | None = None,
 ) -> list[ExportJob]:
     """Plan each target; raises if one of them cannot be, or would lose what is not allowed.
 
@@ -74,8 +100,9 @@ def export_jobs(
     jobs = []
     for name, writer in writers.items():
         source = model if name in beside else folded
-        plan = writer.plan(source, replace(options, adapter=adapter if name in beside else None))
-        plan.check(options.allow_loss)
+        with about("targets"):
+            plan = writer.plan(source, replace(options, adapter=adapter if name in beside else None))
+            plan.check(options.allow_loss)
         jobs.append(ExportJob(plan=plan, model=source))
     return jobs
 
@@ -100,6 +127,24 @@ def run_jobs(
             target(job.plan.target).write(job.plan, job.model, folder, progress)
 
 
+def save(
+    model: Checkpoint,
+    out: Path,
+    *,
+    max_shard_size: int,
+    force: bool = False,
+    progress: Progress = lambda name, nbytes: None,
+) -> Plan:
+    """Write our own folder to `out`; gives the plan."""
+    plan = native.plan(model, ExportOptions(max_shard_size=max_shard_size))
+    names = list(plan.files)
+    check_output(out, force=force, names=names)
+    check_apart(out, model.path)
+    with new_folder(out, force=force, names=names) as folder:
+        native.write(plan, model, folder, progress)
+    return plan
+
+
 def export(
     model: Checkpoint,
     targets: Sequence[str],
@@ -107,10 +152,11 @@ def export(
     options: ExportOptions | None = None,
     *,
     adapter: Adapter | None = None,
-    minima: Literal["float16", "float32"] | None = None,
+    minima: Minima | None = None,
     force: bool = False,
+    progress: Progress = lambda name, nbytes: None,
 ) -> list[Plan]:
     """Plan and write a model to `out/<target>/` for each target, with an adapter as `export_jobs` has it; the plans."""
     jobs = export_jobs(model, targets, options or ExportOptions(), adapter=adapter, minima=minima)
-    run_jobs(jobs, out, force=force)
+    run_jobs(jobs, out, force=force, progress=progress)
     return [job.plan for job in jobs]

@@ -11,34 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qalora.errors import ExactnessError, InputError
-from qalora.formats.safetensors import SHARD_SIZE
+from qalora.errors import ExactnessError
+from qalora.options.export import Writing
+from qalora.options.words import LOSSES
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
     from qalora.checkpoint import Checkpoint
 
-__all__ = ["CHOICES", "LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress", "Target"]
+__all__ = ["LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress", "Target"]
 
 PROVENANCE = "qalora.provenance."
 """What the keys of `ExportOptions.provenance` begin with; a reader of ours ignores them."""
-
-LOSSES: dict[str, str] = {
-    "zeros": "real zero points rounded to integers; on SmolLM2 half of the adapter is lost",
-    "minima": "float32 minima rounded to float16, half an ULP",
-    "scales": "float32 scales rounded to float16, half an ULP",
-    "eight-bit": "re-encoded in 8 bits with the best multiplier per group; about 3 % of the adapter is lost",
-    "residual": "what integer zero points leave over rounded to float32, half an ULP of it",
-    "narrowing": "a float tensor stored in a narrower float type",
-}
-"""The losses that a user can allow by name, and what each means."""
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "gptq_form": ("auto", "nearest", "eight-bit", "round"),
-    "gguf_form": ("auto", "wide"),
-    "onnx_embedding": ("float32", "quantized"),
-}
-"""The options of an export that are words, and the words there are."""
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and its bytes once it is written."""
@@ -96,7 +80,7 @@ class Plan:
                 f"{self.target}: {lossy[0].name} ({count} tensors like it)",
                 expected="a carrier that holds it exactly",
                 got=f"{lossy[0].carrier}: {loss.size}",
-                todo=f"choose another target, or accept it with --allow-loss {loss.name}",
+                todo=f"choose another target, or accept it: `allow_loss` {loss.name}",
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -122,53 +106,27 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(Writing):
     """What a user may choose for an export. Each target reads what concerns it; all of it is checked here, InputError.
 
-    name            the model's name in file names and metadata; the source's own by default
-    allow_loss      names of LOSSES
     gptq_form       "auto" (own zeros where integer, else symmetric zeros + residual), "nearest" (nearest zeros +
                     residual), "eight-bit" or "round"
     gguf_form       "auto" (the type of the codes' width) or "wide" (integer zeros at up to 6 bits exactly, in Q8_0)
-    accuracy_level  ONNX: 0..4, MatMulNBits' attribute; 4 computes with int8 activations
-    onnx_embedding  ONNX: "float32", or "quantized": codes of the embedding, shared with a tied output, in the graph
-                    for ONNX Runtime; a third of its bytes at 8 bits, a faster step and slower prompts
+    onnx_embedding  "quantized": codes of the embedding, shared with a tied output, in the graph for ONNX Runtime; a
+                    third of its bytes at 8 bits
     lora_slots      ONNX: modules whose products take a LoRA at run time, an .onnx_adapter file
-    max_shard_size  safetensors: bytes of tensors above which a model is split into several files
-    split_max_size  GGUF: bytes of tensors above which the file is split, as gguf-split does; None never splits
     adapter         an adapter to ship beside the base instead of folding it (targets that say they can)
     provenance      what the files say of where they come from: GGUF keys, safetensors and ONNX metadata, all strings
     """
 
-    name: str | None = None
-    allow_loss: frozenset[str] = frozenset()
-    gptq_form: str = "auto"
-    gguf_form: str = "auto"
-    accuracy_level: int = 0
-    onnx_embedding: str = "float32"
-    lora_slots: frozenset[str] = frozenset()
-    max_shard_size: int = SHARD_SIZE
-    split_max_size: int | None = None
+    lora_slots: frozenset[str] = field(default=frozenset())
     adapter: Adapter | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key in ("allow_loss", "lora_slots"):
-            given: Collection[str] = getattr(self, key)
-            object.__setattr__(self, key, frozenset([given] if isinstance(given, str) else given))
-        unknown = sorted(self.allow_loss - set(LOSSES))
-        if unknown:
-            raise InputError("allow-loss", expected=f"one of {', '.join(LOSSES)}", got=repr(unknown[0]))
-        for key, words in CHOICES.items():
-            if getattr(self, key) not in words:
-                known = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(words)
-                raise InputError(f"--{key.replace('_', '-')}", expected=known, got=repr(getattr(self, key)))
-        if not 0 <= self.accuracy_level <= 4:
-            raise InputError("--accuracy-level", expected="0..4", got=str(self.accuracy_level))
-        for key in ("max_shard_size", "split_max_size"):
-            size = getattr(self, key)
-            if size is not None and size < 1:
-                raise InputError(f"--{key.replace('_', '-')}", expected="at least a byte", got=str(size))
+        given: Collection[str] = self.lora_slots
+        object.__setattr__(self, "lora_slots", frozenset([given] if isinstance(given, str) else given))
+        super(ExportOptions, self).__post_init__()
 
 
 class Target(Protocol):

@@ -28,7 +28,7 @@ def instead_of_config(folder: Path) -> tuple[str, str]:
     """(what was got, what to do) for a folder without config.json."""
     here = _names(folder)
     if ADAPTER_CONFIG in here or ADAPTER_WEIGHTS in here:
-        return "an adapter", f"give its base as the model, and this with --adapter {folder}"
+        return "an adapter", f"give its base as the model, and this with `adapter` {folder}"
     found = _ending(here, (".gguf",))
     if found:
         return _shown(found), f"give the file: {folder / found[0]}"
@@ -37,7 +37,7 @@ def instead_of_config(folder: Path) -> tuple[str, str]:
         return f"models in {_shown(inner)}", f"give one of them, such as {folder / inner[-1]}"
     inner = _folders(folder, ADAPTER_CONFIG)
     if inner:
-        told = f"give their base as the model, and one of them with --adapter {folder / inner[-1]}"
+        told = f"give their base as the model, and one of them with `adapter` {folder / inner[-1]}"
         return f"adapters in {_shown(inner)}", told
     found = _ending(here, (".safetensors", *PICKLES))
     if found:
@@ -57,7 +57,7 @@ def instead_of_weights(folder: Path, stem: str = "model") -> tuple[str, str]:
     if found:
         return _shown(found), f"leave the one that holds the whole model, as {wanted}"
     if ADAPTER_WEIGHTS in here:
-        return f"{ADAPTER_WEIGHTS}, an adapter", "give its base as the model, and this folder with --adapter"
+        return f"{ADAPTER_WEIGHTS}, an adapter", "give its base as the model, and this folder with `adapter`"
     ggufs = _ending(here, (".gguf",))
     if ggufs:
         return _shown(ggufs), f"give the file: {folder / ggufs[0]}"

@@ -120,7 +120,7 @@ def plan_split(
         return {name: plan_layout(metadata, tensors)}
     if count > MAX_PARTS:
         got = f"{max_size} bytes, which makes {count}"
-        raise InputError("--split-max-size", expected=f"a size that makes at most {MAX_PARTS} files", got=got)
+        raise InputError(field="split_max_size", expected=f"a size that makes at most {MAX_PARTS} files", got=got)
     later = {key: value for key, value in metadata.entries.items() if key == "general.alignment"}
     layouts = {}
     for number, group in enumerate(groups):

@@ -43,9 +43,9 @@ def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> Non
     if path.is_dir() and not any(path.iterdir()):
         return
     if not force:
-        raise OutputError(f"{path} exists already; choose another place or give --force")
+        raise OutputError(f"{path} exists already; choose another place or give `force`")
     if path.is_dir() and not any((path / name).exists() for name in names):
-        raise OutputError(f"{path} exists and does not look like an earlier output; --force does not replace it")
+        raise OutputError(f"{path} exists and does not look like an earlier output; `force` does not replace it")
 
 
 def check_apart(path: Path, *sources: str | Path) -> None:

@@ -35,6 +35,7 @@ from qalora.formats.around import instead_of_weights
 from qalora.formats.files import InputFile, OutputFile, check_dimensions, contained, read_limited
 from qalora.formats.json_text import parse_json
 from qalora.formats.output import json_bytes
+from qalora.options.words import SHARD_SIZE
 
 __all__ = [
     "DTYPES",
@@ -73,9 +74,6 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER = 100_000_000
-
-SHARD_SIZE = 5_000_000_000
-"""Bytes of tensors above which a model is split, by default; transformers' own default."""
 
 MAX_SHARDS = 200
 """Files of one model: all are reserved at once and open together, and some systems allow a process 256."""
@@ -281,7 +279,7 @@ def plan_shards(
     files = _split(groups, max_size)
     if len(files) > MAX_SHARDS:
         raise InputError(
-            "--max-shard-size",
+            field="max_shard_size",
             expected=f"a size that makes at most {MAX_SHARDS} files",
             got=f"{max_size} bytes, which makes {len(files)}",
             todo="choose a larger one",
@@ -304,7 +302,7 @@ def plan_shards(
 
 def _split(groups: Sequence[Sequence[Part]], max_size: int) -> list[list[Part]]:
     if max_size < 1:
-        raise InputError("--max-shard-size", expected="at least a byte", got=str(max_size))
+        raise InputError(field="max_shard_size", expected="at least a byte", got=str(max_size))
     files: list[list[Part]] = [[]]
     held = 0
     for group in groups:

@@ -218,7 +218,7 @@ def _unknown_pools(source: AdapterSource, pools: Mapping[str, int | None]) -> li
             message="its files do not say how many columns it pools, which depends on the base",
             evidence=f"A of {unknown[0]} has {source.columns(unknown[0])} columns, and neither qalora_adapter.json nor "
             "use_qalora is there",
-            todo="give --base",
+            todo="give `base`",
         )
     ]
 
@@ -235,7 +235,7 @@ def _convention(
             code="convention-unknown",
             message="what its scaling means is not certain, and the wrong reading is off by a large factor",
             evidence=str(error),
-            todo="give --convention",
+            todo="give `convention`",
         )
         return None, [finding]
 

@@ -133,7 +133,7 @@ def _off_by_one(seen: _Seen) -> list[Finding]:
                     evidence=f"in {len(near)} of {len(seen.offsets)} layers the codes of a group lie a step {word} "
                     f"their zero point, {abs(sum(near)) / len(near):.2f} in the median; where weights lie about zero, "
                     "as they do, it is 0.00",
-                    todo="read it with the other --checkpoint-format, or convert it again from its source",
+                    todo="read it with the other `checkpoint_format`, or convert it again from its source",
                 )
             ]
     return []

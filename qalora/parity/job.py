@@ -29,7 +29,7 @@ def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -
     if artifact.lora is not None:
         if adapter is None:
             raise InputError(
-                f"{artifact.lora} is an adapter beside the model", todo="give it as --adapter, or remove it"
+                f"{artifact.lora} is an adapter beside the model", todo="give it as `adapter`, or remove it"
             )
         return BESIDE
     return BESIDE if adapter is not None and checkpoint.beside is not None else FOLDED

@@ -28,14 +28,13 @@ from torch import Tensor, nn
 
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint, LazyTensor, kept_bytes
+from qalora.options.words import Minima
 from qalora.parity.memory import available_memory
 from qalora.parity.roundings import EXACT, Rounding, product, q8_input, side_branch
 from qalora.parity.runtimes.padding import pad, unpad
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["Forward", "Reference", "exact_minima", "rounded_minima"]
-
-Minima = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,12 @@ import torch
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.first_tokens import first_tokens
-from qalora.errors import InputError
+from qalora.errors import InputError, about
 from qalora.formats.files import InputFile
 from qalora.formats.text import check_text, decode_text
+from qalora.options.verify import Verify
 
-__all__ = ["Work", "default_text", "make_work", "read_text"]
+__all__ = ["Work", "default_text", "make_work", "read_text", "verify_arguments"]
 
 WINDOW = 256
 """Tokens of a window at most: its logits are held in memory, one forward's at a time."""
@@ -51,6 +52,27 @@ def read_text(path: Path) -> str:
     return decode_text(found, str(path))
 
 
+def verify_arguments(options: Verify) -> dict[str, Any]:
+    """Arguments for `qalora.parity.verify`, with texts read; InputError for a file that is no text."""
+    text, lines = None, []
+    if options.text is not None:
+        with about("text"):
+            text = read_text(options.text)
+    if options.prompts is not None:
+        with about("prompts"):
+            lines = [line for line in read_text(options.prompts).splitlines() if line.strip()]
+    return {
+        "level": options.level,
+        "text": text,
+        "max_tokens": options.max_tokens,
+        "prompts": [*options.prompt, *lines],
+        "generate": options.generate,
+        "threads": options.threads,
+        "memory": None if options.memory is None else int(options.memory * 1e9),
+        "dynamic_int8": options.dynamic_int8,
+    }
+
+
 def default_text() -> str:
     """English about Python that every Python carries for `help()`."""
     from pydoc_data.topics import topics
@@ -81,8 +103,8 @@ def make_work(
     vocabulary = model.tensors["model.embed_tokens.weight"].shape[0]
     if tokenizer is None and (text is not None or prompts):
         raise InputError(f"{model.path}", expected="a tokenizer for the text", got="a model without one")
-    check_text(text, "--text")
-    check_text(prompts, "--prompt")
+    check_text(text, "`text`")
+    check_text(prompts, "`prompt`")
     if tokens is not None:
         chosen, source = list(tokens), "tokens given"
     elif tokenizer is not None:

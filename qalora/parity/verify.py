@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -24,6 +24,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.errors import InputError
 from qalora.folding import check_minima
+from qalora.options.words import Level
 from qalora.parity.artifacts import Artifact, open_artifact, recognize, runtimes_of
 from qalora.parity.bench import Bench
 from qalora.parity.evidence import Evidence
@@ -40,10 +41,7 @@ from qalora.parity.runtimes.kept import settings_kept
 from qalora.parity.text import make_work
 from qalora.parity.weights import compare_weights
 
-__all__ = ["LEVELS", "Level", "Stage", "verify"]
-
-Level = Literal["weights", "logits", "generation"]
-LEVELS: tuple[Level, ...] = ("weights", "logits", "generation")
+__all__ = ["Stage", "verify"]
 
 Stage = Callable[[str, float], None]
 """Called with what is being done and the share of all work that is done, 0 to 1."""
@@ -131,8 +129,8 @@ def verify(
 
 def _check_options(level: str, minima: str | None, **numbers: int | None) -> None:
     """InputError for an option out of range, before anything is opened."""
-    if level not in LEVELS:
-        raise InputError("--level", expected=f"one of {', '.join(LEVELS)}", got=repr(level))
+    if level not in get_args(Level):
+        raise InputError(field="level", expected=f"one of {', '.join(get_args(Level))}", got=repr(level))
     check_minima(minima)
     for name, number in numbers.items():
         if number is not None and number < 1:

@@ -92,7 +92,7 @@ def gptq_tensor(
             "the moments of the layer's inputs",
             expected="a matrix that is positive definite once damped",
             got=f"another with damping {chosen.damping:g}",
-            todo="give a larger --damping, or more --calibration-tokens",
+            todo="give a larger `damping`, or more `calibration_tokens`",
         ) from error
     del h
     top = (1 << bits) - 1

@@ -54,7 +54,7 @@ def fit_minima(tensor: GroupQuantTensor, weight: Tensor, hessian: Tensor, *, rid
             "fitted minima",
             expected="values that float16 reaches",
             got=f"{float(wanted.abs().max()):g}",
-            todo="leave out --fit-minima",
+            todo="leave out `fit_minima`",
         )
     return replace(tensor, min=round_with_feedback(wanted, covariance))
 

@@ -26,7 +26,7 @@ def quantize(model: Checkpoint, *, requantize: bool = False, **options: Any) -> 
     chosen = QuantizeOptions(**options)
     if chosen.needs_inputs:
         what = "fitted minima" if chosen.fit_minima else chosen.method
-        raise InputError(f"{what} needs the layers' inputs", todo="give a text: --calibration FILE")
+        raise InputError(f"{what} needs the layers' inputs", todo="give a text: `calibration`")
     specs = planned(model, dict.fromkeys(model.linears, chosen), requantize=requantize)
     lazily = {name: _lazily(model.tensors[name], chosen, spec) for name, spec in specs.items()}
     return replace(model, tensors={**model.tensors, **lazily})
@@ -39,14 +39,14 @@ def planned(model: Checkpoint, options: Mapping[str, QuantizeOptions], *, requan
     if any(model.tensors[name].spec for name in model.linears) and not requantize:
         raise InputError(
             f"{model.path} holds integers already, and rounding them again loses more",
-            todo="use it as it is, or give --requantize",
+            todo="use it as it is, or give `requantize`",
         )
     specs = {}
     for name in model.linears:
         try:
             specs[name] = options[name].spec(model.tensors[name].shape[1])
         except InputError as error:
-            raise InputError(f"{name}: {error}") from error
+            raise InputError(f"{name}: {error}", field=error.field) from error
     return specs
 
 

@@ -16,18 +16,18 @@ the range.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from qalora.errors import InputError
+from qalora.options.words import Zeros
 from qalora.tensor import GroupQuantTensor, QuantSpec, check_group_size, pack_codes, packed_row_bytes
 
 __all__ = ["ZEROS", "Zeros", "quantize_tensor", "spec_of", "to_float16"]
 
-Zeros = Literal["real", "integer", "symmetric"]
-ZEROS: tuple[Zeros, ...] = ("real", "integer", "symmetric")
+ZEROS: tuple[Zeros, ...] = get_args(Zeros)
 
 TILE = 1 << 20
 """Weights that are quantized at a time."""

@@ -15,8 +15,8 @@ interrupt    Ctrl-C waits for the step
 loop         steps, held-out loss, the adapter's folder
 """
 
+from qalora.options.train import TrainOptions
 from qalora.training.checks import check_before
 from qalora.training.loop import StepReport, train
-from qalora.training.options import TrainOptions
 
 __all__ = ["StepReport", "TrainOptions", "check_before", "train"]

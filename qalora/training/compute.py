@@ -24,7 +24,7 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            "--device", expected="one that torch has here, with float64", got=f"{name!r} ({reason})"
+            field="device", expected="one that torch has here, with float64", got=f"{name!r} ({reason})"
         ) from error
     return device
 
@@ -40,7 +40,7 @@ def slowness(compute: str, device: torch.device) -> str:
     """What to say of a choice that the device has no instructions for; empty where there is nothing to say."""
     if compute != "bfloat16" or _multiplies_bfloat16(device):
         return ""
-    return f"this {device.type} has no instructions for bfloat16, and float32 may be many times faster: --compute auto"
+    return f"this {device.type} has no instructions for bfloat16, and float32 may be many times faster: `dtype` auto"
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

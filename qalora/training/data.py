@@ -176,7 +176,7 @@ def cut_tokens(tokens: Sequence[int], first: tuple[int, ...], length: int) -> li
     first  stands before every block, of which it is a part, unless the block begins with it anyway
     """
     if len(first) >= length:
-        raise InputError("--sequence-length", expected=f"more than {len(first)}, the first tokens", got=str(length))
+        raise InputError(field="max_length", expected=f"more than {len(first)}, the first tokens", got=str(length))
     found, at = [], 0
     while at < len(tokens):
         lead = 0 if tuple(tokens[at : at + len(first)]) == first else len(first)
@@ -213,7 +213,7 @@ def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, acco
             "data",
             expected=f"at least {2 * length} tokens, a block to train on and one to hold out",
             got=f"{len(tokens)}",
-            todo="give more text, or a smaller --sequence-length",
+            todo="give more text, or a smaller `max_length`",
         )
     ids_of = torch.tensor([[*first[:lead], *tokens[at : at + length - lead]] for at, lead in places])
     # behind first tokens that are none of the data's own, the next is not predicted from what stands before it
@@ -247,7 +247,7 @@ def training_blocks(model: Checkpoint, data: str, length: int, held_out: float) 
 
     context = model.config.get("max_position_embeddings")
     if isinstance(context, int) and length > context:
-        raise InputError("--sequence-length", expected=f"at most {context}, the model's context", got=str(length))
+        raise InputError(field="max_length", expected=f"at most {context}, the model's context", got=str(length))
     tokenizer, account = load_tokenizer(model), Account()
     kept, held = make_blocks(read_documents(data, tokenizer, account), tokenizer, length, account).split(held_out)
     for part, name in ((kept, "the part to train on"), (held, "the held-out part")):

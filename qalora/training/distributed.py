@@ -181,7 +181,7 @@ def _number(name: str, least: int) -> int:
 
 def _take_gpu(device: str, local: int) -> None:
     if ":" in device:
-        raise InputError("--device", expected="cuda, of which each process takes one", got=repr(device))
+        raise InputError(field="device", expected="cuda, of which each process takes one", got=repr(device))
     count = torch.cuda.device_count()
     if local >= count:
         raise InputError("processes of this machine", expected=f"{count} at most, one a GPU", got=f"number {local + 1}")
@@ -200,5 +200,5 @@ def _call(collective: Callable[..., object], *tensors: object) -> None:
     except RuntimeError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"another process of this run has ended ({reason[:200]})", todo="continue with --resume"
+            f"another process of this run has ended ({reason[:200]})", todo="continue with `resume`"
         ) from error

@@ -26,6 +26,7 @@ from qalora.converters.decoder import decoder_of
 from qalora.errors import DivergedError, InputError, OutputError
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_apart, check_writable, new_folder, write_json
+from qalora.options.train import TrainOptions
 from qalora.training.checks import check_before
 from qalora.training.compute import dtype_of, find_device
 from qalora.training.data import Blocks, training_blocks
@@ -35,7 +36,6 @@ from qalora.training.interrupt import Interrupted, deferred
 from qalora.training.layer import FoldedLinear, folded_size, keep_weights
 from qalora.training.lean import checkpoint_layers, fit
 from qalora.training.loss import IGNORED, summed_cross_entropy
-from qalora.training.options import TrainOptions
 from qalora.training.starting import SEQUENCES, first_rows
 from qalora.training.state import (
     State,
@@ -150,7 +150,7 @@ def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
     unmatched = [end for end in options.target_modules if not any(f".{module}".endswith(f".{end}") for module in found)]
     if unmatched:
         kinds = sorted({module.rpartition(".")[2] for module in specs})
-        raise InputError("--target-modules", expected=f"some of {', '.join(kinds)}", got=repr(unmatched[0]))
+        raise InputError(field="target_modules", expected=f"some of {', '.join(kinds)}", got=repr(unmatched[0]))
     for module, spec in sorted(specs.items()):
         if spec is not None and spec.act_order:
             raise InputError(
@@ -165,7 +165,7 @@ def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
 
 
 def _data(model: Checkpoint, options: TrainOptions) -> tuple[Blocks, Blocks]:
-    return training_blocks(model, options.data, options.sequence_length, options.held_out)
+    return training_blocks(model, options.data, options.max_length, options.held_out)
 
 
 class _Run:
@@ -184,7 +184,7 @@ class _Run:
 
         self._options, self._kept, self._held, self._processes = options, kept, held, processes
         self._device = find_device(options.device)
-        self._dtype = dtype_of(options.compute, self._device)
+        self._dtype = dtype_of(options.dtype, self._device)
         self._layers: dict[str, FoldedLinear] = {}
         self._tried: Tried = ()
         self._rng = torch.Generator().manual_seed(options.seed)
@@ -220,13 +220,13 @@ class _Run:
         if options.gradient_checkpointing:
             checkpoint_layers(self._module)
         self._take_parameters()
-        self._each = options.batch_size * options.gradient_accumulation
-        self._steps = options.steps or max(1, len(kept) // self._each)
+        self._each = options.batch_size * options.gradient_accumulation_steps
+        self._steps = options.max_steps or max(1, len(kept) // self._each)
         self._chosen = {
-            **options.to_json(),
-            "steps": self._steps,
+            **{key: value for key, value in options.to_json().items() if key != "data"},
+            "max_steps": self._steps,
             "device": str(self._device),
-            "compute": str(self._dtype).removeprefix("torch."),
+            "dtype": str(self._dtype).removeprefix("torch."),
         }
         self._identity = {
             **self._chosen,
@@ -304,10 +304,10 @@ class _Run:
             stop = self._processes.sum(asked()) > 0
             due = options.save_every and state.step % options.save_every == 0 and state.step < self._steps
             note = self._saved(state) if stop or due else ""
-            done = (state.step - first) * self._each * options.sequence_length
+            done = (state.step - first) * self._each * options.max_length
             progress(self._report(state, done / max(1e-9, time.monotonic() - started), "" if stop else note))
             if stop:
-                where = self._processes.heard(note) or f"continue from {checkpoint_of(options.out)} with --resume"
+                where = self._processes.heard(note) or f"continue from {checkpoint_of(options.out)} with `resume`"
                 raise Interrupted(f"interrupted after step {state.step} of {self._steps}; {where}")
 
     def _try_strengths(self, state: State) -> None:
@@ -355,7 +355,7 @@ class _Run:
         except (OutputError, KeyboardInterrupt) as error:
             if not options.save_every:
                 raise
-            left = self._saved(state) or f"everything that was trained is in {checkpoint_of(options.out)}: use --resume"
+            left = self._saved(state) or f"everything that was trained is in {checkpoint_of(options.out)}: use `resume`"
             raise type(error)(f"{str(error) or 'interrupted'}; {left}") from error
         forget_state(options.out)
 
@@ -368,7 +368,7 @@ class _Run:
         if not math.isfinite(mean) or not bool(torch.isfinite(norm)):
             raise DivergedError(
                 f"step {step + 1}: the loss is {mean} and the gradient's norm {float(norm)}",
-                todo="train with a lower --learning-rate",
+                todo="train with a lower `learning_rate`",
             )
         for group in self._optimizer.param_groups:
             group["lr"] = options.learning_rate * _schedule(step, self._steps, options.warmup)
@@ -422,7 +422,7 @@ class _Run:
                         f"the minima of {path}",
                         expected="values that float16 reaches",
                         got=f"{largest:g}",
-                        todo="train with --minima float32 or a lower --learning-rate",
+                        todo="train with `minima` float32 or a lower `learning_rate`",
                     )
             return Adapter(
                 layers={path: layer.adapter_layer() for path, layer in self._layers.items()},
@@ -445,7 +445,7 @@ class _Run:
             "data_sha256": self._identity["data_sha256"],
             "data": self._kept.account.to_json(),
             "trained_parameters": sum(parameter.numel() for parameter in self._parameters.values()),
-            "trained_tokens": self._steps * self._each * self._options.sequence_length,
+            "trained_tokens": self._steps * self._each * self._options.max_length,
             "held_out_tokens": int((self._held.targets != IGNORED).sum()),
             "losses": [_short(loss) for loss in state.losses],
             "held_out": [{"step": step, "loss": _short(loss)} for step, loss in held_out],

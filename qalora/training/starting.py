@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from qalora.errors import InputError
+from qalora.options.train import BUDGET_RANK, TrainOptions
 from qalora.training.layer import uniform_rows
-from qalora.training.options import BUDGET_RANK, TrainOptions
 
 __all__ = ["SEQUENCES", "allocate", "first_rows", "parameters_of", "principal_rows"]
 
@@ -51,7 +51,7 @@ def first_rows(gradients: Mapping[str, Tensor], options: TrainOptions, rng: torc
                 f"the first gradient of {name}",
                 expected="numbers",
                 got="some that are not finite",
-                todo="look at the base, or train with --compute float32",
+                todo="look at the base, or train with `dtype` float32",
             )
     principal = {name: principal_rows(gradient) for name, gradient in gradients.items()}
     shapes = {name: (gradient.shape[0], gradient.shape[1]) for name, gradient in gradients.items()}
@@ -94,7 +94,9 @@ def allocate(values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]
     ranks = dict.fromkeys(shapes, 1)
     left = budget - sum(parameters_of(shape) for shape in shapes.values())
     if left < 0:
-        raise InputError("--budget", expected=f"at least {budget - left}, a rank of 1 for each layer", got=str(budget))
+        raise InputError(
+            field="budget", expected=f"at least {budget - left}, a rank of 1 for each layer", got=str(budget)
+        )
     pieces = [
         (-value * value / parameters_of(shapes[name]), number, name)
         for name, found in values.items()

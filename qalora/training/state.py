@@ -73,12 +73,12 @@ def check_state(out: Path, *, force: bool) -> None:
     place = checkpoint_of(out)
     if has_state(out) and not force:
         raise OutputError(
-            f"{place} holds the checkpoint of an earlier run", todo="--resume goes on with it, --force starts anew"
+            f"{place} holds the checkpoint of an earlier run", todo="`resume` goes on with it, `force` starts anew"
         )
     if place.is_symlink() or (place.exists() and not _is_ours(place)):
         raise OutputError(
             f"{place}, where checkpoints go, exists and is none",
-            todo="move it, choose another output, or --save-every 0",
+            todo="move it, choose another output, or `save_every` 0",
         )
 
 
@@ -216,7 +216,7 @@ def _state(folder: Path, run: Mapping[str, Any]) -> State:
                 f"{folder}: {key}",
                 expected=repr(wanted.get(key)),
                 got=repr(found.get(key)),
-                todo="it is another run's; start anew with --force in place of --resume",
+                todo="it is another run's; start anew with `force` in place of `resume`",
             )
     return state
 
@@ -224,7 +224,7 @@ def _state(folder: Path, run: Mapping[str, Any]) -> State:
 def _record(folder: Path) -> tuple[dict[str, Any], State]:
     """What the run was, with the version, and where it is."""
     if not (folder / RECORD).is_file():
-        raise InputError(f"{folder}", expected="a checkpoint to resume", got="none", todo="start without --resume")
+        raise InputError(f"{folder}", expected="a checkpoint to resume", got="none", todo="start without `resume`")
     record = read_json_object(folder / RECORD, 64 << 20, strict=True)
     try:
         state = State(

@@ -346,7 +346,7 @@ def test_quantize(place: Path, damage: Damage, model: str, sentence: str) -> Non
 def test_every_command_that_takes_a_model(place: Path, damage: Damage, model: str, sentence: str) -> None:
     damage(place / "in")
     for line in (
-        f"train {model} --data @data.txt -o %out/deep --steps 1",
+        f"train {model} --data @data.txt -o %out/deep --max-steps 1",
         f"fold {model} @adapter -o %out/deep",
         f"export {model} --to gguf -o %out/deep",
         f"verify {model} @gptq --level weights",
@@ -428,7 +428,7 @@ def test_a_tokenizer_that_transformers_does_not_take(place: Path) -> None:
         (place / "in" / form / "tokenizer_config.json").write_text("[]", encoding="utf-8")
     sentence = ": its tokenizer cannot be loaded (AttributeError: 'list' object has no attribute 'get')"
     for line in (
-        "train @qalora --data @data.txt -o %out/deep --steps 1",
+        "train @qalora --data @data.txt -o %out/deep --max-steps 1",
         "quantize @float --calibration @data.txt --method gptq -o %out/deep",
         "verify @qalora @gptq --level weights",
         "verify @gptq @qalora --level weights",
@@ -443,12 +443,12 @@ def test_a_tokenizer_that_transformers_does_not_take(place: Path) -> None:
         ("quantize @float -o %exists", "exists already"),
         ("quantize @float -o %exists --force", "does not look like an earlier output"),
         ("quantize @float -o %in/data.txt", "exists already"),
-        ("quantize @float -o %out --bits 7", "bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
+        ("quantize @float -o %out --bits 7", "--bits: expected one of 2, 3, 4, 5, 6, 8, auto, got 7"),
         (
             "quantize @float -o %out --group-size 48",
             f"{FIRST}.weight: group_size: expected a divisor of in = 64, got 48",
         ),
-        ("quantize @float -o %out --group-size many", "a whole number or `row`"),
+        ("quantize @float -o %out --group-size many", "expected an integer >= 1, or row"),
         ("quantize @qalora -o %out", "--requantize"),
         ("quantize @float", "Missing option '-o'"),
         ("train @float --data @data.txt -o %out", "qalora quantize"),
@@ -475,12 +475,12 @@ def test_a_tokenizer_that_transformers_does_not_take(place: Path) -> None:
         ("quantize @float -o %out --max-shard-size 0GB", "a size such as 200MB"),
         ("fold @qalora @adapter -o %out --max-shard-size 5iB", "a size such as 200MB"),
         ("verify @qalora %absent", "absent"),
-        ("verify @qalora @gguf --level weights --json @data.txt", "exists already"),
+        ("verify @qalora @gguf --level weights --report @float/config.json", "exists already"),
         ("verify @qalora @float/config.json", "config.json"),
         ("inspect %absent", "no such file or folder"),
         ("inspect @adapter --base %absent", "no such file or folder"),
         ("inspect @data.txt", "expected a GGUF or ONNX file or a model folder"),
-        ("export @qalora --to gguf --lora-slots @adapter -o %out", "--lora-slots: expected --to onnx, got gguf"),
+        ("export @qalora --to gguf --lora-slots @adapter -o %out", "--lora-slots: expected onnx among the formats"),
         ("export @qalora --to onnx --lora-slots %absent -o %out", "absent"),
         ("export @qalora --to onnx --lora-slots @other_adapter -o %out", "--lora-slots: model.layers.1"),
         ("adapter convert @adapter --to gguf-lora -o %out", "give --base MODEL"),
@@ -539,13 +539,13 @@ def test_paths_that_are_not_utf_8(place: Path) -> None:
     told = CliRunner().invoke(main, ["inspect", str(odd), "--quick", "--json"])
     assert told.exit_code == 0, repr(told.exception)
     assert json.loads(told.stdout)["path"] == str(odd)
-    files = {kind: place / f"report.{kind}" for kind in ("json", "html", "junit")}
-    words = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
+    files = {kind: place / f"report.{kind}" for kind in ("json", "html", "xml")}
+    words = [word for file in files.values() for word in ("--report", str(file))]
     proven = CliRunner().invoke(main, ["verify", str(place / "in" / "qalora"), str(odd), "--level", "weights", *words])
     assert proven.exit_code == 0, repr(proven.exception)
     assert json.loads(files["json"].read_text("utf-8"))["artifacts"][0]["name"] == odd.name
     assert r"mod\udcffel" in files["html"].read_text("utf-8")
-    assert minidom.parseString(files["junit"].read_bytes())
+    assert minidom.parseString(files["xml"].read_bytes())
     missing = CliRunner().invoke(main, ["inspect", str(odd / "absent")])
     assert missing.exit_code == 2
     assert r"mod\udcffel" in missing.stderr

@@ -8,15 +8,21 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from qalora.cli.card import card_options, card_settings
-from qalora.release.options import CARD_KEYS
+from qalora.cli.options import chosen, options_of
+from qalora.options import fields_of
+from qalora.options.export import Export
+from qalora.options.release import Card, Package
+from qalora.options.verify import Verify
+from qalora.releasing.options import ReleaseOptions
 
 
 @click.command()
-@card_options
+@options_of(Package, leave_out=["out"])
 def command(**settings: Any) -> None:
-    click.echo(json.dumps(card_settings(settings)))
+    package = chosen(Package, settings, out="dist")
     assert not settings
+    made = ReleaseOptions.of(Export(targets=("gguf",)), Verify(), package, None)
+    click.echo(json.dumps({"card": made.card, "template": made.template}))
 
 
 def told(*words: object) -> dict[str, Any]:
@@ -36,7 +42,7 @@ def test_everything_told(tmp_path: Path) -> None:
     words += ["--language", "en", "--language", "de", "--dataset", "c/d", "--card-template", str(tmp_path / "card.md")]
     found = told(*words)
     assert found["template"] == "---\n{{ card_data }}\n---\n"
-    assert set(found["card"]) == set(CARD_KEYS)
+    assert set(found["card"]) == {one.name for one in fields_of(Card)}
     assert found["card"]["language"] == ["en", "de"] and found["card"]["datasets"] == ["c/d"]
     assert found["card"]["license"] == "mit"
 

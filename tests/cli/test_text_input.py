@@ -57,10 +57,10 @@ FILES = {
     "verify @qalora @gguf --prompts @bad.txt": BAD,
     "release @qalora --to qalora --text @bad.txt -o %": BAD,
     "release @qalora --to qalora --card-template @bad.txt -o %": BAD,
-    "release --check @gguf --text @bad.txt": BAD,
-    "release --check @gguf --card-template @bad.txt": BAD,
-    "release @bad.toml": "bad.toml:3: expected UTF-8 text, got the byte 0xe9",
-    "release @half.toml": "half.toml:3",
+    "check @gguf --text @bad.txt": BAD,
+    "check @gguf --card-template @bad.txt": BAD,
+    "run @bad.toml": "bad.toml:3: expected UTF-8 text, got the byte 0xe9",
+    "run @half.toml": "half.toml:3",
 }
 
 

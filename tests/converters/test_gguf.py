@@ -122,7 +122,7 @@ def test_metadata_that_does_not_fit_is_passed_over_or_refused(tiny_untied: Path,
 def test_the_wide_form_holds_every_integer_zero(tiny_untied: Path, tmp_path: Path, bits: int) -> None:
     model = random_model(load(tiny_untied), bits=bits, zeros="integer")
     if bits < 6:
-        with pytest.raises(ExactnessError, match="--gguf-form wide"):
+        with pytest.raises(ExactnessError, match="`gguf_form` wide"):
             written(model, tmp_path)
     path = written(model, tmp_path, gguf_form="wide")
     for name in model.linears:

@@ -57,7 +57,7 @@ def edit(folder: Path, change, file: str = "model.safetensors") -> None:
 def test_rounded_zeros_are_a_loss(tiny_untied: Path, tmp_path: Path) -> None:
     model = quantized(tiny_untied)
     options = ExportOptions(gptq_form="round")
-    with pytest.raises(ExactnessError, match=r"14 tensors like it.*--allow-loss zeros"):
+    with pytest.raises(ExactnessError, match=r"14 tensors like it.*`allow_loss` zeros"):
         gptq.plan(model, options).check(options.allow_loss)
     written(model, tmp_path / "gptq", replace(options, allow_loss=frozenset({"zeros"})))
     again = gptq.read(tmp_path / "gptq")
@@ -74,7 +74,7 @@ def test_eight_bits_take_the_best_multiplier(tiny_untied: Path, tmp_path: Path, 
     """Against a slow search over every multiplier for each group, by the worst weight of the group."""
     model = quantized(tiny_untied, bits=bits, change=near_zeros)
     options = ExportOptions(gptq_form="eight-bit")
-    with pytest.raises(ExactnessError, match=r"--allow-loss eight-bit"):
+    with pytest.raises(ExactnessError, match=r"`allow_loss` eight-bit"):
         gptq.plan(model, options).check(options.allow_loss)
     written(model, tmp_path / "gptq", replace(options, allow_loss=frozenset({"eight-bit"})))
     name = f"{Q_PROJ}.weight"
@@ -135,7 +135,7 @@ def test_wide_scales_are_a_loss_only_where_they_are_wide(tiny_untied: Path, tmp_
         return replace(tensor, scale=scale, min=-scale * 3)
 
     wide = quantized(tiny_untied, zeros="integer", scale_dtype=torch.float32, change=widen)
-    with pytest.raises(ExactnessError, match=r"float32 scales rounded to float16.*--allow-loss scales"):
+    with pytest.raises(ExactnessError, match=r"float32 scales rounded to float16.*`allow_loss` scales"):
         gptq.plan(wide, ExportOptions()).check(())
     written(wide, tmp_path / "gptq", ExportOptions(allow_loss=frozenset({"scales"})))
     got = gptq.read(tmp_path / "gptq").tensors[f"{Q_PROJ}.weight"].load_quantized()
@@ -161,7 +161,7 @@ def test_float32_minima_are_exact_or_a_stated_loss(tiny_untied: Path, tmp_path: 
         min_dtype=torch.float32,
         change=tiny_minima,
     )
-    with pytest.raises(ExactnessError, match=r"LoRA of rank 4: .*--allow-loss residual"):
+    with pytest.raises(ExactnessError, match=r"LoRA of rank 4: .*`allow_loss` residual"):
         gptq.plan(beyond, ExportOptions()).check(())
     written(beyond, tmp_path / "beyond", ExportOptions(allow_loss=frozenset({"residual"})))
     got = gptq.read(tmp_path / "beyond").tensors[f"{Q_PROJ}.weight"].load_quantized()
@@ -188,7 +188,7 @@ def test_what_gptq_cannot_hold_is_refused_with_a_way_out(tiny_untied: Path) -> N
         refused(quantized(tiny_untied, bits=bits), rf"gptq at {bits} bits: expected 2, 3, 4 or 8 bits; export to gguf")
     refused(quantized(tiny_untied, group_size=8), r"group_size: expected one of 16, .* got 8; quantize with")
     refused(quantized(tiny_untied, bits=8), r"form eight-bit: expected fewer than 8 bits", gptq_form="eight-bit")
-    refused(quantized(tiny_untied), r"--gptq-form: expected one of auto", gptq_form="best")
+    refused(quantized(tiny_untied), r"gptq_form: expected one of auto", gptq_form="best")
     mixed = quantized(tiny_untied)
     other = quantized(tiny_untied, bits=8).tensors[f"{Q_PROJ}.weight"]
     refused(replace(mixed, tensors={**mixed.tensors, f"{Q_PROJ}.weight": other}), r"expected one width in all layers")

@@ -63,7 +63,7 @@ def test_float32_minima_are_a_loss_by_name(tiny_untied: Path, tmp_path: Path) ->
     model = random_model(
         load(tiny_untied), min_dtype=torch.float32, change=lambda tensor: replace(tensor, min=tensor.min * 1.0001)
     )
-    with pytest.raises(ExactnessError, match="--allow-loss minima"):
+    with pytest.raises(ExactnessError, match="`allow_loss` minima"):
         written(model, tmp_path)
     read = load(written(model, tmp_path, allow_loss=frozenset({"minima"})))
     for name in model.linears:

@@ -250,7 +250,7 @@ def test_float32_minima_that_leave_a_rounded_residual_are_a_loss_by_name(untied:
         return replace(tensor, scale=wide, min=torch.full_like(wide, -1.5))
 
     model = random_model(untied, min_dtype=torch.float32, change=spread)
-    with pytest.raises(ExactnessError, match="allow-loss residual"):
+    with pytest.raises(ExactnessError, match="`allow_loss` residual"):
         export(model, "onnx", tmp_path)
     assert not list(tmp_path.iterdir())
     plan = export(model, "onnx", tmp_path, allow_loss=frozenset({"residual"}))[0]

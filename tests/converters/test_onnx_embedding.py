@@ -126,7 +126,7 @@ def test_an_output_of_its_own_and_other_words_are_refused(tiny_untied: Path, tmp
     model = coded(load(tiny_untied), 8, 32)
     with pytest.raises(InputError, match=r"expected an output tied to it, got lm_head\.weight"):
         export(model, "onnx", tmp_path, onnx_embedding="quantized")
-    with pytest.raises(InputError, match="--onnx-embedding: expected float32 or quantized, got 'int8'"):
+    with pytest.raises(InputError, match="onnx_embedding: expected float32 or quantized, got 'int8'"):
         export(model, "onnx", tmp_path, onnx_embedding="int8")
 
 

@@ -80,9 +80,9 @@ def test_one_file_where_it_fits(tiny_untied: Path, tmp_path: Path) -> None:
 
 def test_a_size_that_makes_too_many_files(tmp_path: Path, tiny_untied: Path) -> None:
     deep = load(tiny_llama(tmp_path / "deep", config={"num_hidden_layers": 30}))
-    with pytest.raises(InputError, match=r"--max-shard-size: expected a size .* at most 200 files, got 1 bytes"):
+    with pytest.raises(InputError, match=r"max_shard_size: expected a size .* at most 200 files, got 1 bytes"):
         written(random_model(deep), "qalora", tmp_path / "out", 1)
-    with pytest.raises(InputError, match="--max-shard-size: expected at least a byte"):
+    with pytest.raises(InputError, match="max_shard_size: expected a size such as 200MB"):
         written(random_model(load(tiny_untied)), "qalora", tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
 

@@ -8,8 +8,8 @@ import pytest
 
 from qalora.errors import FormatError, InputError
 from qalora.formats.json_text import parse_json, read_json, read_json_object
-from qalora.release.consistency import read_report
-from qalora.release.manifest import read_manifest
+from qalora.releasing.consistency import read_report
+from qalora.releasing.manifest import read_manifest
 
 NONE: list[tuple[str | bytes, str]] = [
     ("", "x.json: expected JSON, got text that is none (Expecting value at line 1, column 1)"),

@@ -59,9 +59,11 @@ def test_a_link_and_a_mount_are_no_outputs_even_when_empty(tmp_path: Path) -> No
 
 
 def test_an_output_holds_nothing_that_is_read(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "in")
     check_apart(tmp_path / "out", tmp_path / "in", tmp_path)
+    check_apart(tmp_path / "in", "in", tmp_path / "in" / "absent")  # a Hub id may have any name
     for out, source in (("in", "in"), ("in", "in/deep/file"), (".", "in"), ("in", "link")):
         with pytest.raises(
             OutputError, match=r"expected a place apart from what is read, got one that holds .*; choose another"
@@ -83,7 +85,7 @@ def test_an_output_is_replaced_by_force_only(tmp_path: Path) -> None:
             (work / "config.json").write_text(str(force), encoding="utf-8")
     assert (place / "config.json").read_text(encoding="utf-8") == "True"
     assert _everything(tmp_path) == ["a", "a/config.json"]
-    with pytest.raises(OutputError, match="exists already; choose another place or give --force"), new_folder(place):
+    with pytest.raises(OutputError, match="exists already; choose another place or give `force`"), new_folder(place):
         pytest.fail("entered")
 
 

@@ -61,7 +61,7 @@ def test_another_adapter_beside_it_fails(pair: Path, base: Checkpoint, adapter: 
 
 
 def test_a_lora_without_a_word_about_it(pair: Path, base: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"adapter\.gguf is an adapter beside the model; give it as --adapter"):
+    with pytest.raises(InputError, match=r"adapter\.gguf is an adapter beside the model; give it as `adapter`"):
         verify(base, [pair], level="weights")
 
 

@@ -229,6 +229,6 @@ def test_moments_that_are_not_positive_definite_say_what_to_do() -> None:
     hessian[0, 1] = hessian[1, 0] = 2.0
     before = hessian.double()
     options = GptqOptions(damping=0.01)
-    with pytest.raises(InputError, match=r"positive definite once damped.* larger --damping, or more --calibration-to"):
+    with pytest.raises(InputError, match=r"positive definite once damped.* larger `damping`, or more `calibration_to"):
         gptq_tensor(weight, before, bits=4, group_size=32, options=options)
     assert torch.equal(before, hessian.double()), "the caller's matrix stays"

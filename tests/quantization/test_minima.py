@@ -46,7 +46,7 @@ def test_the_fit_helps_on_the_inputs() -> None:
 def test_minima_that_float16_does_not_reach_are_refused() -> None:
     w, x = data()
     h = x.t() @ x / len(x)
-    with pytest.raises(InputError, match=r"fitted minima: expected .* float16 reaches, got .*leave out --fit-minima"):
+    with pytest.raises(InputError, match=r"fitted minima: expected .* float16 reaches, got .*leave out `fit_minima`"):
         fit_minima(quantize_tensor(w, bits=4, group_size=16), w + 1e5, h)
 
 

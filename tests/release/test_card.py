@@ -19,11 +19,11 @@ from qalora.converters import TARGETS, load
 from qalora.converters.plan import ExportOptions
 from qalora.errors import FormatError, InputError
 from qalora.quantization import quantize
-from qalora.release.card import PARTS, card_text, check_template, default_template
-from qalora.release.manifest import read_manifest
-from qalora.release.options import ReleaseOptions
-from qalora.release.package import plan_release, release
-from qalora.release.usage import usage
+from qalora.releasing.card import PARTS, card_text, check_template, default_template
+from qalora.releasing.manifest import read_manifest
+from qalora.releasing.options import ReleaseOptions
+from qalora.releasing.package import plan_release, release
+from qalora.releasing.usage import usage
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 Json = dict[str, Any]
@@ -123,7 +123,7 @@ def test_licences(light: Path, card: Json, licences: list[str], expected: Json) 
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
     template = "---\n{{ card_data }}\nextra: 1\n---\n# Ours: {{title}}\n{{ proof }}\n{% not executed %} {{ '{{' }}\n"
-    with pytest.raises(InputError, match=r"none; give it as --card-template|expected the one"):
+    with pytest.raises(InputError, match=r"none; give it as `card_template`|expected the one"):
         card_text(*_with_template(tmp_path, template))
     manifest, report = _with_template(tmp_path, template)
     text = card_text(manifest, report, template=template)
@@ -149,7 +149,7 @@ def _with_template(root: Path, template: str) -> tuple[Json, Json]:
     ],
 )
 def test_templates_that_make_no_card(light: Path, template: str, message: str) -> None:
-    from qalora.release.digests import content_digest
+    from qalora.releasing.digests import content_digest
 
     manifest, report = parts(light)
     manifest["options"]["template"] = content_digest(template.encode())
@@ -267,7 +267,7 @@ def _shell(forks: Forks, line: str, folder: Path) -> None:
         assert {word for word in words if word.startswith("-")} <= EXTERNAL[words[0]]
         assert all((folder / word).is_file() for word in words if word.startswith("gguf/"))
         return
-    if words[:3] == ["qalora", "release", "--check"] and find_spec("qalora.cli.release.check") is None:
+    if words[:3] == ["qalora", "check"] and find_spec("qalora.cli.check") is None:
         return
     if words[0] in ("qalora", "python"):
         given = ["-m", *words] if words[0] == "qalora" else words[1:]

@@ -18,11 +18,11 @@ from qalora.converters.exports import export
 from qalora.errors import InputError
 from qalora.formats.output import write_json
 from qalora.quantization import quantize
-from qalora.release.check import Checked, check_release
-from qalora.release.checksums import SUMS, write_sums
-from qalora.release.digests import file_digest, range_digest
-from qalora.release.options import ReleaseOptions
-from qalora.release.package import plan_release, release
+from qalora.releasing.check import Checked, check_release
+from qalora.releasing.checksums import SUMS, write_sums
+from qalora.releasing.digests import file_digest, range_digest
+from qalora.releasing.options import ReleaseOptions
+from qalora.releasing.package import plan_release, release
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 
@@ -105,8 +105,8 @@ def render(dist: Path) -> None:
     """Card, page and SBOM made again from what is there, and the sums over it."""
     from qalora.parity.html import to_html
     from qalora.parity.reading import report_from_json
-    from qalora.release.card import card_text
-    from qalora.release.sbom import sbom_bytes
+    from qalora.releasing.card import card_text
+    from qalora.releasing.sbom import sbom_bytes
 
     manifest, report = (json.loads((dist / name).read_text("utf-8")) for name in ("manifest.json", "report.json"))
     (dist / "README.md").write_text(card_text(manifest, report), encoding="utf-8")
@@ -364,7 +364,7 @@ def test_a_damaged_graph_is_found_beside_its_checksum(
     assert not check_release(dist, open_artifacts=False).findings
     graph = dist / "onnx" / "model.onnx"
     graph.write_bytes(damage(graph.read_bytes()))
-    result = run("release", "--check", dist)
+    result = run("check", dist)
     assert result.exit_code == 1, result.output
     assert f"onnx/model.onnx: changed since {SUMS} was written" in result.stdout
     assert f"onnx/model.onnx: {graph}: expected an ONNX model, got DecodeError" in result.stdout
@@ -402,12 +402,12 @@ def alone(place: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_every_artefact_is_opened_in_a_fresh_process(alone: Path) -> None:
-    good = run("release", "--check", alone)
+    good = run("check", alone)
     assert good.exit_code == 0, good.output
     assert "opening  right" in good.stdout
     flip(gguf(alone), 1)  # the magic
     write_sums(alone)
-    bad = run("release", "--check", alone, "--json")
+    bad = run("check", alone, "--json")
     assert bad.exit_code == 1
     stages = {stage["question"]: stage for stage in json.loads(bad.stdout)["stages"]}
     assert stages["files"]["findings"][0]["where"].startswith("gguf/")

@@ -19,9 +19,9 @@ from qalora.errors import InputError, OutputError
 from qalora.formats.gguf import BLOCKS, read_header
 from qalora.formats.output import write_json
 from qalora.quantization import quantize
-from qalora.release.checksums import check_sums, write_sums
-from qalora.release.delta import apply_delta, check_base, write_delta
-from qalora.release.delta.records import Copy, Data, Patch, read_delta
+from qalora.releasing.checksums import check_sums, write_sums
+from qalora.releasing.delta import apply_delta, check_base, write_delta
+from qalora.releasing.delta.records import Copy, Data, Patch, read_delta
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 TARGETS = ("gguf", "mlx", "qalora", "gptq", "onnx", "hqq")
@@ -75,7 +75,7 @@ def assert_same_folder(got: Path, expected: Path) -> None:
 
 
 def apply(*words: object) -> Result:
-    return CliRunner().invoke(main, ["release", "--apply", *(str(word) for word in words)])
+    return CliRunner().invoke(main, ["delta", "apply", *(str(word) for word in words)])
 
 
 def gguf_of(release: Path) -> Path:
@@ -182,13 +182,13 @@ def test_a_device_with_some_folders(place: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for name in ("gguf", "mlx"):
         assert_same_folder(tmp_path / "out" / name, place / "one" / name)
-    with pytest.raises(InputError, match=r"got no such file; name the base release, or with --to"):
+    with pytest.raises(InputError, match=r"got no such file; name the base release, or with `targets`"):
         apply_delta(place / "one.delta", tmp_path / "held", tmp_path / "all")
     assert not (tmp_path / "all").exists()
 
 
 def test_a_folder_that_the_release_has_not(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--to: expected one of adapter, gguf, .*, got 'tflite'"):
+    with pytest.raises(InputError, match=r"`targets`: expected one of adapter, gguf, .*, got 'tflite'"):
         apply_delta(place / "one.delta", place / "base", tmp_path / "out", targets=["tflite"])
 
 

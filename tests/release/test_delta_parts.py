@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from qalora.errors import FormatError
 from qalora.formats.gguf import Metadata, create, plan_layout
-from qalora.release.delta import apply_delta, write_delta
-from qalora.release.delta.chunks import CHUNK, find_copies
-from qalora.release.delta.coding import changed_columns, pack, pack_columns, unpack, unpack_columns
-from qalora.release.delta.matching import match_files
-from qalora.release.delta.records import TILE, Copy, Data, Patch
-from qalora.release.delta.regions import tensor_regions
+from qalora.releasing.delta import apply_delta, write_delta
+from qalora.releasing.delta.chunks import CHUNK, find_copies
+from qalora.releasing.delta.coding import changed_columns, pack, pack_columns, unpack, unpack_columns
+from qalora.releasing.delta.matching import match_files
+from qalora.releasing.delta.records import TILE, Copy, Data, Patch
+from qalora.releasing.delta.regions import tensor_regions
 
 
 @given(

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qalora.errors import FormatError, InputError
-from qalora.release.checksums import write_sums
-from qalora.release.delta import apply_delta, write_delta
-from qalora.release.delta.coding import pack
-from qalora.release.delta.records import SCHEMA, TILE, parse_index
+from qalora.releasing.checksums import write_sums
+from qalora.releasing.delta import apply_delta, write_delta
+from qalora.releasing.delta.coding import pack
+from qalora.releasing.delta.records import SCHEMA, TILE, parse_index
 
 Content = dict[str, Any]
 

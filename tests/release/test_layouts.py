@@ -17,8 +17,8 @@ from qalora.converters import load
 from qalora.parity import ParityReport
 from qalora.parity.runtimes import open_runtime
 from qalora.quantization import quantize
-from qalora.release.options import ReleaseOptions
-from qalora.release.package import plan_release, release
+from qalora.releasing.options import ReleaseOptions
+from qalora.releasing.package import plan_release, release
 from qalora.testing import CHAT_LAYOUTS, chat_layout, chat_model, random_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(place: Path) -> Result:
     os.environ["QALORA_SIGN_PASSWORD"] = "open"
     words = ["release", place / "model" / "qalora", "--adapter", place / "adapter", "-o", place / "dist", *TO]
-    words += ["--sign", place / "key", "--delta-from", place / "base-dist", "--push-to", "me/tiny"]
+    words += ["--sign", place / "key"]
     words += ["--license", "mit", "--language", "en", "--quantized-by", "me", "--base-model", "them/tiny"]
     try:
         return run(*words)
@@ -59,18 +59,19 @@ def made(place: Path) -> Result:
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def test_one_command_does_it_all(place: Path, made: Result) -> None:
+def test_a_release_is_ready_to_be_uploaded(place: Path, made: Result) -> None:
     assert made.exit_code == 0, made.output
     assert (place / "dist" / "model.sig").is_file()
-    assert (place / "dist.delta" / "delta.json").is_file()
-    assert "nothing was sent; --upload sends it" in made.stdout
+    shown = run("push", place / "dist", "me/tiny")
+    assert shown.exit_code == 0, shown.output
+    assert "nothing was sent; --upload sends it" in shown.stdout
     card = (place / "dist" / "README.md").read_text("utf-8")
     for line in ("license: mit", "- en", "quantized_by: me", "base_model: them/tiny"):
         assert line in card
 
 
 def test_it_passes_its_check_signature_and_all(place: Path, made: Result) -> None:
-    words = ["release", "--check", place / "dist", "--public-key", place / "key.pub"]
+    words = ["check", place / "dist", "--public-key", place / "key.pub"]
     good = run(*words, "--base", place / "model" / "qalora", "--adapter", place / "adapter", "--json")
     assert good.exit_code == 0, good.output
     stages = json.loads(good.stdout)["stages"]
@@ -78,20 +79,22 @@ def test_it_passes_its_check_signature_and_all(place: Path, made: Result) -> Non
     other = ec.generate_private_key(ec.SECP256R1()).public_key()
     pem = other.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     (place / "other.pub").write_bytes(pem)
-    bad = run("release", "--check", place / "dist", "--public-key", place / "other.pub", "--no-open")
+    bad = run("check", place / "dist", "--public-key", place / "other.pub", "--no-open")
     assert bad.exit_code == 1
     assert "model.sig: " in bad.stderr
 
 
 def test_the_delta_makes_the_very_release(place: Path, made: Result, tmp_path: Path) -> None:
-    done = run("release", "--apply", place / "dist.delta", place / "base-dist", "-o", tmp_path / "dist")
+    done = run("delta", "make", place / "base-dist", place / "dist", "-o", place / "dist.delta")
+    assert done.exit_code == 0, done.output
+    done = run("delta", "apply", place / "dist.delta", place / "base-dist", "-o", tmp_path / "dist")
     assert done.exit_code == 0, done.output
     names = sorted(path.relative_to(place / "dist") for path in (place / "dist").rglob("*") if path.is_file())
     there = sorted(path.relative_to(tmp_path / "dist") for path in (tmp_path / "dist").rglob("*") if path.is_file())
     assert names == there
     same, other, odd = filecmp.cmpfiles(place / "dist", tmp_path / "dist", [str(name) for name in names], shallow=False)
     assert (len(same), other, odd) == (len(names), [], [])
-    checked = run("release", "--check", tmp_path / "dist", "--public-key", place / "key.pub", "--no-open")
+    checked = run("check", tmp_path / "dist", "--public-key", place / "key.pub", "--no-open")
     assert checked.exit_code == 0, checked.output
 
 
@@ -99,9 +102,6 @@ def test_the_delta_makes_the_very_release(place: Path, made: Result, tmp_path: P
     ("words", "said"),
     [
         (["--sign", "absent.key"], "absent.key"),
-        (["--delta-from", "absent-dist"], "absent-dist"),
-        (["--push-to", "no owner"], "no owner"),
-        (["--upload"], "--push-to OWNER/NAME"),
         (["--card-template", "absent.md"], "absent.md"),
     ],
 )

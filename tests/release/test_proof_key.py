@@ -14,10 +14,10 @@ from qalora.converters.plan import ExportOptions
 from qalora.parity.artifacts import RUNTIMES as OF_ARTIFACTS
 from qalora.parity.artifacts import may_run
 from qalora.parity.runtimes import RUNTIMES
-from qalora.release import steps
-from qalora.release.cached import proof_step, proof_versions
-from qalora.release.options import ReleaseOptions
-from qalora.release.steps import MAKERS, versions
+from qalora.pipeline import steps
+from qalora.pipeline.cached import proof_step, proof_versions
+from qalora.pipeline.steps import MAKERS, versions
+from qalora.releasing.options import ReleaseOptions
 
 CACHES = (steps._packages, steps._version, steps._required)
 

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from forks import Forks
-from qalora.cli.release.push import command
+from qalora.cli.push import command
 from qalora.errors import FormatError, InputError, ProofError
-from qalora.release.checksums import check_sums, write_sums
-from qalora.release.push import LARGEST_FILE, openings, plan_push
+from qalora.releasing.checksums import check_sums, write_sums
+from qalora.releasing.push import LARGEST_FILE, openings, plan_push
 
 FILES = {
     "README.md": b"---\nlicense: mit\n---\n# tiny\n",
@@ -63,15 +63,12 @@ def upload(fresh: Run) -> Run:
     """upload(url, folder, words): `qalora release --push-to me/tiny --upload` in a fresh process."""
 
     def run(hub_url: str, dist: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["--push-to", "me/tiny", str(dist), "--upload", *words]
+        arguments = ["push", str(dist), "me/tiny", "--upload", *words]
         code = f"""
 import sys
-from qalora.cli import LazyGroup
-from qalora.cli.release.push import command
-group = LazyGroup("qalora")
-group.get_command = lambda context, name: command
-sys.argv[1:] = ["release", *{arguments!r}]
-group()
+from qalora.cli import main
+sys.argv[1:] = {arguments!r}
+main()
 """
         return fresh(hub_url, code, **more)
 
@@ -155,7 +152,7 @@ def test_no_way_to_the_hub(dist: Path, upload: Run, environment: dict[str, str],
 
 def test_nothing_is_sent_without_the_flag(dist: Path) -> None:
     """HF_HUB_OFFLINE is set in these tests, and nothing complains."""
-    result = CliRunner().invoke(command, ["--push-to", "me/tiny", str(dist)], catch_exceptions=False)
+    result = CliRunner().invoke(command, [str(dist), "me/tiny"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "nothing was sent; --upload sends it" in result.output
     for name, content in FILES.items():
@@ -195,7 +192,7 @@ def test_what_is_not_uploaded(dist: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="changed since SHA256SUMS"):
         plan_push(dist, "me/tiny")
     write_sums(dist)
-    with pytest.raises(ProofError, match="--allow-unproven"):
+    with pytest.raises(ProofError, match="`allow_unproven`"):
         plan_push(dist, "me/tiny")
     assert plan_push(dist, "me/tiny", allow_unproven=True).nbytes > 0
     (dist / "report.json").write_text("[" * 100_000, encoding="utf-8")
@@ -211,7 +208,7 @@ def test_a_file_that_is_too_large(dist: Path, monkeypatch: pytest.MonkeyPatch) -
     """With a limit that the tests can afford: each format's sentence names the option that splits it."""
     assert LARGEST_FILE == 50_000_000_000
     for limit, option in ((5000, "--max-shard-size"), (3000, "--split-max-size")):
-        monkeypatch.setattr("qalora.release.push.LARGEST_FILE", limit)
+        monkeypatch.setattr("qalora.releasing.push.LARGEST_FILE", limit)
         with pytest.raises(InputError, match=option):
             plan_push(dist, "me/tiny")
         (dist / "gptq" / "model.safetensors").write_bytes(b"small")

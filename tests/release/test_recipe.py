@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora.errors import InputError
-from qalora.release.recipe import LIMIT, Key, Section, check_recipe, read_recipe
-from qalora.release.recipe_text import commented_recipe, schema_tables, toml_value
-from qalora.release.toml_lines import key_lines
+from qalora.options.recipe import Recipe
+from qalora.pipeline.recipe import LIMIT, read_recipe
+from qalora.pipeline.recipe_text import commented_recipe, schema_tables, toml_value
+from qalora.pipeline.toml_lines import key_lines
 
 HARD = r'''
 # [not.a.section]   key = 1
@@ -83,69 +84,69 @@ def test_lines_of_any_document(rows: list[tuple[str, Any, int, str]]) -> None:
     assert key_lines(text) == expected
 
 
-def whole(value: Any) -> int:
-    if not isinstance(value, int):
-        raise ValueError
-    return value
+BARE = "[base]\nmodel = 'me/it'\n[export]\nto = ['gguf']\n[release]\noutput = 'dist'\n"
+"""What no recipe can be without, on six lines."""
 
 
-SECTIONS = [
-    Section(
-        name="",
-        help="",
-        keys=(Key(name="work", help="Where.", expected="text", check=lambda value: value, example="w", default="w"),),
-    ),
-    Section(
-        name="train",
-        help="Train it.",
-        required=True,
-        keys=(
-            Key(name="rank", help="The rank.", expected="an integer", check=whole, example=1, required=True),
-            Key(name="save-every", help="", expected="an integer", check=whole, example=1, default=3),
-        ),
-    ),
-    Section(name="more", help="And more.", keys=(), acts=True),
-]
-
-
-def checked(folder: Path, text: str) -> dict[str, dict[str, Any]]:
+def checked(folder: Path, text: str) -> Recipe:
     (folder / "recipe.toml").write_text(text, encoding="utf-8")
-    return check_recipe(read_recipe(folder / "recipe.toml"), SECTIONS)
+    return read_recipe(folder / "recipe.toml")[1]
 
 
 def test_what_a_recipe_says(tmp_path: Path) -> None:
-    said = checked(tmp_path, "work = 'here'\n[train]\nrank = 4\nsave_every = 5\n")
-    assert said == {"": {"work": "here"}, "train": {"rank": 4, "save-every": 5}}
+    (tmp_path / "text.txt").touch()
+    said = checked(tmp_path, f"work = 'here'\n{BARE}[train]\ndata = 'text.txt'\nrank = 4\nsave_every = 5\n")
+    assert said.top.work == tmp_path / "here"
+    assert said.base.model == "me/it"
+    assert said.train is not None
+    assert (said.train.rank, said.train.save_every, said.train.data) == (4, 5, str(tmp_path / "text.txt"))
+    assert said.release.out == tmp_path / "dist"
 
 
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("\n\n[train]\nrank = 'many'", "4", '[train] rank: expected an integer, got "many"; the rank'),
-        ("[train]\n\nrnak = 1", "3", "[train] rnak: expected a key of this section, got another name; did you mean ra"),
-        ("[trian]\nrank = 1", "1", "[trian]: expected one of the sections train, more, got another name; did you mean"),
-        ("wrok = 1\n[train]\nrank = 1", "1", "wrok: expected a key of the recipe, got another name; did you mean work"),
-        ("# a\ntrain = 3", "2", "train: expected a section, [train], got 3"),
-        ("# a\n[[train]]\nrank = 1", "2", "train: expected a section"),
-        ("[more]\n\n[train]\nsave-every = 1", "3", "[train] rank: expected an integer, got none; the rank"),
-        ("work = 'w'\n\n", "1", "[train]: expected a section with rank, got none; train it"),
-        ("[train]\nrank = 1\nsave-every = 1\nsave_every = 2", "4", "save_every: expected it once, got it twice"),
-        ("[train]\nrank = 1979-05-27", "2", "expected an integer, got 1979-05-27"),
-        ("[train]\nrank = {a = 1}", "2", 'expected an integer, got {"a": 1}'),
-        ("[train]\nrank = 1\nrank = 2\n", "3:9", "expected TOML, got a mistake (Cannot overwrite a value)"),
-        ("[train]\nrank = \n", "2:8", "expected TOML, got a mistake (Invalid value)"),
-        ('[train]\nrank = """\n', "2", "expected TOML"),
+        ("\n[train]\nrank = 'many'", "9", "[train] rank: expected an integer >= 1, or auto, got 'many'; rank of the"),
+        ("[train]\n\nrnak = 1", "9", "[train] rnak: expected a key of this section, got another name; did you mean ra"),
+        ("[trian]\nrank = 1", "7", "[trian]: expected one of the sections base, quantize, train, adapter, export, ver"),
+        ("# a\n[[train]]\nrank = 1", "8", "train: expected a section"),
+        ("[verify]\n\n[train]\nsave-every = 1", "9", "[train] data: expected text, got none; a text file"),
+        ("[train]\nrank = 1\nsave-every = 1\nsave_every = 2", "10", "save_every: expected it once, got it twice"),
+        ("[train]\nrank = 1979-05-27", "8", "expected an integer >= 1, or auto, got datetime.date(1979, 5, 27)"),
+        ("[train]\nrank = {a = 1}", "8", "expected an integer >= 1, or auto, got dict"),
+        ("[train]\nrank = 1\nrank = 2\n", "9:9", "expected TOML, got a mistake (Cannot overwrite a value)"),
+        ("[train]\nrank = \n", "8:8", "expected TOML, got a mistake (Invalid value)"),
+        ('[train]\nrank = """\n', "8", "expected TOML"),
         ("x = " + "[" * 10_000, "1", "expected TOML of a recipe's size, got RecursionError"),
         ("x = " + "1" * 10_000, "1", "expected TOML of a recipe's size, got ValueError"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_with_its_line(tmp_path: Path, text: str, line: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
-        checked(tmp_path, text)
+        checked(tmp_path, f"{BARE}{text}")
     said = str(caught.value)
     assert said.startswith(f"{tmp_path / 'recipe.toml'}:{line}: ")
     assert words in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (f"wrok = 1\n{BARE}", "1", "wrok: expected a key of the recipe, got another name; did you mean work"),
+        (f"# a\ntrain = 3\n{BARE}", "2", "train: expected a section, [train], got 3"),
+        (
+            "work = 'w'\n\n",
+            "1",
+            "[base]: expected a section with model, got none; the model that everything starts from",
+        ),
+    ],
+)
+def test_what_is_wrong_before_the_first_section(tmp_path: Path, text: str, line: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        checked(tmp_path, text)
+    assert str(caught.value).startswith(f"{tmp_path / 'recipe.toml'}:{line}: ")
+    assert words in str(caught.value)
 
 
 def test_bytes_that_are_no_text_and_files_that_are_too_long(tmp_path: Path) -> None:
@@ -158,17 +159,17 @@ def test_bytes_that_are_no_text_and_files_that_are_too_long(tmp_path: Path) -> N
 
 
 def test_lines_that_end_in_carriage_returns(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_bytes(b"[train]\r\nrank = 2\r\n")
-    source = read_recipe(tmp_path / "recipe.toml")
-    assert source.lines[("train", "rank")] == 2
-    assert check_recipe(source, SECTIONS)["train"] == {"rank": 2}
+    (tmp_path / "recipe.toml").write_bytes(BARE.replace("\n", "\r\n").encode())
+    source, recipe = read_recipe(tmp_path / "recipe.toml")
+    assert source.lines[("release", "output")] == 6
+    assert recipe.export.targets == ("gguf",)
 
 
-def test_the_commented_recipe_and_the_tables(tmp_path: Path) -> None:
-    text = commented_recipe(SECTIONS)
-    assert checked(tmp_path, text) == {"": {}, "train": {"rank": 1}}
-    assert "# The rank. (an integer; required)\nrank = 1\n" in text
-    assert "\n#save-every = 1\n" in text
-    tables = schema_tables(SECTIONS)
-    assert "| `rank` | an integer | required | The rank. |" in tables
-    assert "| `save-every` | an integer | `3` |  |" in tables
+def test_the_tables_have_what_the_record_says() -> None:
+    tables = schema_tables()
+    assert (
+        "| `rank` | an integer >= 1, or auto | `16` | Rank of the adapter; auto finds each layer's own, by budget. |"
+        in tables
+    )
+    assert "| `output` | a path | required |" in tables
+    assert "\n#save-every = 100\n" in commented_recipe()

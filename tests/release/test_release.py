@@ -19,9 +19,9 @@ from qalora.converters.exports import export
 from qalora.demo import smollm2_file
 from qalora.errors import FormatError, ProofError
 from qalora.quantization import quantize
-from qalora.release.checksums import check_sums
-from qalora.release.options import ReleaseOptions
-from qalora.release.package import plan_release, release
+from qalora.releasing.checksums import check_sums
+from qalora.releasing.options import ReleaseOptions
+from qalora.releasing.package import plan_release, release
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 TARGETS = ("gptq", "onnx", "gguf")
@@ -109,7 +109,7 @@ def test_the_card_is_one(released: tuple[Path, Result]) -> None:
 def test_verify_again_from_the_folder(place: Path, released: tuple[Path, Result], tmp_path: Path) -> None:
     out, _ = released
     words = ["verify", place / "base" / "qalora", out, "--max-tokens", 32, "--generate", 4]
-    good = run(*words, "--adapter", place / "adapter", "--json", tmp_path / "report.json")
+    good = run(*words, "--adapter", place / "adapter", "--report", tmp_path / "report.json")
     assert good.exit_code == 0, good.output
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["passed"] is True
     bad = run(*words, "--adapter", place / "other", "--level", "weights")
@@ -169,7 +169,7 @@ def test_names_that_are_not_utf_8(place: Path, tmp_path: Path) -> None:
     result = run("release", base, "-o", out, "--to", "gguf", "--max-tokens", 64, "--generate", 8)
     assert result.exit_code == 0, result.output
     assert r"<h1>Parity with mod\udcffel</h1>" in (out / "report.html").read_text("utf-8")
-    checked = run("release", "--check", out)
+    checked = run("check", out)
     assert checked.exit_code == 0, checked.output
 
 
@@ -209,7 +209,7 @@ def test_the_demo(place: Path, tmp_path: Path) -> None:
     """On a tiny model; and what its last line says to do does it: every byte is made again."""
     base = place / "base" / "qalora"
     to = [word for name in ("gptq", "onnx", "gguf", "mlx") for word in ("--to", name)]
-    result = run("demo", "-o", tmp_path / "demo", "--model", base, "--steps", 6, *to)
+    result = run("demo", "-o", tmp_path / "demo", "--model", base, "--max-steps", 6, *to)
     assert result.exit_code == 0, result.output
     dist = tmp_path / "demo" / "dist"
     report = json.loads((dist / "report.json").read_text("utf-8"))
@@ -219,7 +219,7 @@ def test_the_demo(place: Path, tmp_path: Path) -> None:
     assert log["held_out"][-1]["loss"] < log["held_out"][0]["loss"]
     assert result.stdout.count(" continues: ") == sum(len(artifact["runs"]) for artifact in report["artifacts"])
     line = result.stdout.splitlines()[-1].split()
-    assert line[:3] == ["qalora", "release", "--check"]
+    assert line[:3] == ["qalora", "check"]
     assert_made_again(run(*line[1:], "--no-open", "--json"))
 
 
@@ -235,11 +235,11 @@ def assert_made_again(checked: Result) -> None:
 def test_the_demo_on_the_real_model(tmp_path: Path) -> None:
     """A few steps instead of sixty; every gate, in every runtime."""
     targets = [word for name in ("gptq", "onnx", "gguf", "mlx") for word in ("--to", name)]
-    result = run("demo", "-o", tmp_path / "demo", "--steps", 6, *targets)
+    result = run("demo", "-o", tmp_path / "demo", "--max-steps", 6, *targets)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "demo" / "dist" / "report.json").read_text("utf-8"))
     runs = proven_exactly(report, tmp_path / "demo" / "adapter")
     assert all(run_["logits"]["top1"] >= 0.97 for run_ in runs if run_["kind"] == "llama.cpp")
     shutil.copytree(tmp_path / "demo" / "dist", tmp_path / "elsewhere")
-    words = ["release", "--check", tmp_path / "elsewhere", "--base", smollm2_file(), "--no-open"]
+    words = ["check", tmp_path / "elsewhere", "--base", smollm2_file(), "--no-open"]
     assert_made_again(run(*words, "--text", tmp_path / "demo" / "held-out.txt", "--json"))

@@ -12,12 +12,12 @@ from qalora.converters import load
 from qalora.errors import FormatError, MissingLibraryError
 from qalora.formats.output import json_bytes
 from qalora.quantization import quantize
-from qalora.release.checksums import check_sums
-from qalora.release.digests import file_digest
-from qalora.release.manifest import read_manifest
-from qalora.release.options import ReleaseOptions
-from qalora.release.package import plan_release, release
-from qalora.release.sbom import sbom_bytes, validate_sbom
+from qalora.releasing.checksums import check_sums
+from qalora.releasing.digests import file_digest
+from qalora.releasing.manifest import read_manifest
+from qalora.releasing.options import ReleaseOptions
+from qalora.releasing.package import plan_release, release
+from qalora.releasing.sbom import sbom_bytes, validate_sbom
 from qalora.testing import byte_tokenizer, tiny_llama
 
 Json = dict[str, Any]
@@ -144,7 +144,7 @@ def test_without_the_library(manifest: Json, monkeypatch: pytest.MonkeyPatch) ->
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "qalora.release.sbom.find_spec", lambda name, *rest: None if name == "cyclonedx" else find(name, *rest)
+        "qalora.releasing.sbom.find_spec", lambda name, *rest: None if name == "cyclonedx" else find(name, *rest)
     )
     with pytest.raises(MissingLibraryError, match=r"cyclonedx-python-lib, which is not installed.*qalora\[sbom\]"):
         validate_sbom(sbom_bytes(manifest))

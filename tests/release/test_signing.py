@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from forks import Forks
 from qalora.errors import FormatError, InputError, MissingLibraryError, OutputError
-from qalora.release.checksums import check_sums, write_sums
-from qalora.release.signing import SIGNATURE, check_key, sign, verify_signature
+from qalora.releasing.checksums import check_sums, write_sums
+from qalora.releasing.signing import SIGNATURE, check_key, sign, verify_signature
 
 
 def write_key(path: Path, private: object, *, password: str | None = None, form: str = "PKCS8") -> Path:
@@ -266,7 +266,7 @@ def test_public_keys_that_do_not_do(dist: Path, key: Path, tmp_path: Path, wrong
 def test_without_the_library(dist: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    monkeypatch.setattr("qalora.release.signing.find_spec", lambda name: None)
+    monkeypatch.setattr("qalora.releasing.signing.find_spec", lambda name: None)
     assert importlib.util.find_spec("model_signing") is not None
     for call in (lambda: sign(dist, key), lambda: verify_signature(dist, key.with_suffix(".pub"))):
         with pytest.raises(MissingLibraryError, match=re.escape("pip install 'qalora[sign]'")):
@@ -274,6 +274,8 @@ def test_without_the_library(dist: Path, key: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_import_before_it_is_needed(light_forks: Forks) -> None:
-    code = "import qalora.release.signing, sys; print(*{'model_signing', 'cryptography', 'OpenSSL'} & set(sys.modules))"
+    code = (
+        "import qalora.releasing.signing, sys; print(*{'model_signing', 'cryptography', 'OpenSSL'} & set(sys.modules))"
+    )
     done = light_forks.run("-c", code)
     assert (done.returncode, done.stdout.split()) == (0, [])

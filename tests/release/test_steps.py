@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from qalora.errors import InputError
-from qalora.release.digests import file_digest
-from qalora.release.steps import Result, Step, Store
+from qalora.pipeline.steps import Result, Step, Store
+from qalora.releasing.digests import file_digest
 
 
 def step(kind: str = "make", **changes: Any) -> Step:

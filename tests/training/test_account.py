@@ -32,7 +32,7 @@ def run(*words: object) -> Result:
 
 
 def train(place: Path, out: Path, *words: object, data: str = "chat.txt") -> Result:
-    fixed = ("--sequence-length", 32, "--steps", 1, "--rank", 2, "--target-modules", "q_proj")
+    fixed = ("--max-length", 32, "--max-steps", 1, "--rank", 2, "--target-modules", "q_proj")
     return run("train", place / "base", "--data", place / data, "-o", out, *fixed, *words)
 
 
@@ -121,7 +121,7 @@ def test_where_almost_nothing_is_learned_nothing_is_trained(tmp_path: Path) -> N
 
 
 def test_an_account_of_the_calibration_is_said(place: Path, tmp_path: Path) -> None:
-    words = ("--method", "gptq", "--sequence-length", 32, "--calibration-tokens", 64, "--dry-run")
+    words = ("--method", "gptq", "--max-length", 32, "--calibration-tokens", 64, "--dry-run")
     result = run("quantize", place / "float", "-o", tmp_path / "q", "--calibration", place / "chat.txt", *words)
     assert result.exit_code == 0, result.output
     assert "keys of rows that are passed over: id" in result.output.replace("\n", " ")

@@ -40,7 +40,7 @@ def place(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(place: Path, out: Path, *more: object) -> list[object]:
     """Steps of 5 sequences in forwards of 5 at most: two processes have 3 and 2 of them, six have one, or none."""
-    settings = f"--steps {STEPS} --rank 4 --batch-size 5 --sequence-length 32 --held-out 0.1 --evaluate-every 2"
+    settings = f"--max-steps {STEPS} --rank 4 --batch-size 5 --max-length 32 --held-out 0.1 --evaluate-every 2"
     return ["train", place / "base", "--data", place / "text.txt", "-o", out, *settings.split(), *more]
 
 

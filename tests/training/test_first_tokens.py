@@ -102,7 +102,7 @@ def test_blocks_begin_with_them_and_lose_no_token(names: tuple[str, ...], tmp_pa
 
 
 def test_a_block_has_room_for_more_than_them(begun: Any, place: Path) -> None:
-    with pytest.raises(InputError, match="--sequence-length: expected more than 2"):
+    with pytest.raises(InputError, match="max_length: expected more than 2"):
         make_blocks(read_documents(str(place / "text.txt"), begun), with_first("<s>", "<lang>"), 2)
 
 
@@ -134,7 +134,7 @@ def test_a_run_of_other_tokens_is_not_resumed(model: Checkpoint, place: Path, tm
         if report.step == 2:
             raise KeyboardInterrupt
 
-    settings: dict[str, Any] = {"steps": 3, "rank": 2, "sequence_length": 16, "save_every": 1, "batch_size": 1}
+    settings: dict[str, Any] = {"max_steps": 3, "rank": 2, "max_length": 16, "save_every": 1, "batch_size": 1}
     chosen = TrainOptions(data=str(place / "text.txt"), out=tmp_path / "a", **settings)
     with pytest.raises(KeyboardInterrupt):
         train(other, chosen, interrupt)

@@ -49,7 +49,7 @@ def place(qalora: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(place: Path, out: Path, *more: object) -> list[object]:
-    settings = f"--steps {STEPS} --rank 8 --batch-size 2 --sequence-length 32 --save-every 2 --evaluate-every 3"
+    settings = f"--max-steps {STEPS} --rank 8 --batch-size 2 --max-length 32 --save-every 2 --evaluate-every 3"
     return ["train", place / "base", "--data", place / "text.txt", "-o", out, *settings.split(), *more]
 
 

@@ -30,7 +30,7 @@ Leave = Callable[[Checkpoint, TrainOptions, int], None]
 
 
 def options(text: Path, out: Path, **changes: Any) -> TrainOptions:
-    settings: dict[str, Any] = {"steps": 6, "rank": 4, "batch_size": 2, "sequence_length": 32, "held_out": 0.1}
+    settings: dict[str, Any] = {"max_steps": 6, "rank": 4, "batch_size": 2, "max_length": 32, "held_out": 0.1}
     return TrainOptions(data=str(text), out=out, **{**settings, **changes})
 
 
@@ -44,7 +44,7 @@ def whole(
 ) -> tuple[str, Path]:
     """How a run computed that nothing disturbed, and its adapter."""
     folder = tmp_path_factory.mktemp("whole") / "adapter"
-    train(base, options(text, folder, compute=request.param))
+    train(base, options(text, folder, dtype=request.param))
     return request.param, folder
 
 
@@ -62,7 +62,7 @@ def test_the_trained_model_is_the_folded_model(
     base: Checkpoint, text: Path, tmp_path: Path, minima: Any, pool_size: int | None, compute: str
 ) -> None:
     """Written, read again, folded, and run: the very minima and, in float32, logits of the model that was trained."""
-    chosen = options(text, tmp_path / "adapter", minima=minima, pool_size=pool_size, compute=compute)
+    chosen = options(text, tmp_path / "adapter", minima=minima, pool_size=pool_size, dtype=compute)
     run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
     run.to_the_end(State(), lambda report: None)
     train(base, chosen)
@@ -81,7 +81,7 @@ def test_the_trained_model_is_the_folded_model(
 
 def test_the_loss_falls_and_is_logged(base: Checkpoint, text: Path, tmp_path: Path) -> None:
     seen: list[StepReport] = []
-    chosen = options(text, tmp_path / "adapter", steps=20, evaluate_every=10, learning_rate=0.01)
+    chosen = options(text, tmp_path / "adapter", max_steps=20, evaluate_every=10, learning_rate=0.01)
     train(base, chosen, seen.append)
     log = json.loads((tmp_path / "adapter" / "training.json").read_text("utf-8"))
     assert [entry["step"] for entry in log["held_out"]] == [0, 10, 20]
@@ -93,7 +93,7 @@ def test_the_loss_falls_and_is_logged(base: Checkpoint, text: Path, tmp_path: Pa
 
 def test_the_held_out_loss_is_the_model_s_own(base: Checkpoint, text: Path, tmp_path: Path) -> None:
     """Against transformers' logits of the untrained base, in float64."""
-    chosen = options(text, tmp_path / "adapter", steps=1)
+    chosen = options(text, tmp_path / "adapter", max_steps=1)
     kept, held = _data(base, chosen)
     found = _Run(base, chosen, _targets(base, chosen), kept, held).evaluate()
     logits = build(base).double()(input_ids=held.tokens).logits
@@ -106,8 +106,8 @@ def test_a_step_is_adamw_on_the_mean_loss(base: Checkpoint, text: Path, tmp_path
     """Gradient accumulation in two parts gives what one larger batch gives, up to the order of sums."""
     parts = []
     for name, batch, accumulation in (("a", 4, 1), ("b", 2, 2)):
-        parts_of = {"batch_size": batch, "gradient_accumulation": accumulation}
-        chosen = options(text, tmp_path / name, steps=1, warmup=0.0, compute="float32", **parts_of)
+        parts_of = {"batch_size": batch, "gradient_accumulation_steps": accumulation}
+        chosen = options(text, tmp_path / name, max_steps=1, warmup=0.0, dtype="float32", **parts_of)
         run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
         run._optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
         run._optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
@@ -124,9 +124,9 @@ def test_bfloat16_learns_what_float32_does(base: Checkpoint, text: Path, tmp_pat
     """Held-out losses are of the same model before, and after 20 steps within a twentieth of what was learned."""
     held = {}
     for compute in ("float32", "bfloat16"):
-        train(base, options(text, tmp_path / compute, steps=20, learning_rate=0.01, compute=compute))
+        train(base, options(text, tmp_path / compute, max_steps=20, learning_rate=0.01, dtype=compute))
         log = json.loads((tmp_path / compute / "training.json").read_text("utf-8"))
-        assert log["options"]["compute"] == compute
+        assert log["options"]["dtype"] == compute
         held[compute] = [entry["loss"] for entry in log["held_out"]]
     assert held["bfloat16"][0] == held["float32"][0]
     assert abs(held["bfloat16"][1] - held["float32"][1]) <= 0.05 * (held["float32"][0] - held["float32"][1])
@@ -139,7 +139,11 @@ def test_other_ways_to_the_same_adapter(
     base: Checkpoint, text: Path, tmp_path: Path, whole: tuple[str, Path], ways: dict[str, Any]
 ) -> None:
     compute, folder = whole
-    train(base, options(text, tmp_path / "other", compute=compute, **ways))
+    if compute == "float32" and "weights" in ways:
+        with pytest.raises(InputError, match="`weights` packed is for `dtype` bfloat16"):
+            options(text, tmp_path / "other", dtype=compute, **ways)
+        return
+    train(base, options(text, tmp_path / "other", dtype=compute, **ways))
     plain, other = files(folder), files(tmp_path / "other")
     logs = [json.loads(found.pop("training.json")) for found in (plain, other)]
     assert plain == other
@@ -150,12 +154,12 @@ def test_other_ways_to_the_same_adapter(
 def test_what_was_chosen_automatically_is_recorded(
     base: Checkpoint, text: Path, tmp_path: Path, fast_bfloat16: bool | None
 ) -> None:
-    train(base, options(text, tmp_path / "adapter", steps=1, compute="auto"))
+    train(base, options(text, tmp_path / "adapter", max_steps=1, dtype="auto"))
     found = json.loads((tmp_path / "adapter" / "training.json").read_text("utf-8"))["options"]
     device = find_device("auto")
     assert found["device"] == str(device)
     if device.type == "cpu" and fast_bfloat16 is not None:
-        assert found["compute"] == ("bfloat16" if fast_bfloat16 else "float32")
+        assert found["dtype"] == ("bfloat16" if fast_bfloat16 else "float32")
     assert (found["weights"], found["gradient_checkpointing"]) == ("kept", False)
 
 
@@ -173,7 +177,7 @@ def test_resuming_gives_the_same_bits(
         if report.step == stop + 1:
             raise Interrupted
 
-    chosen = options(text, tmp_path / "parts", save_every=2, compute=compute)
+    chosen = options(text, tmp_path / "parts", save_every=2, dtype=compute)
     with pytest.raises(Interrupted):
         train(base, chosen, interrupt)
     assert not (tmp_path / "parts").exists()
@@ -254,7 +258,7 @@ def test_a_run_does_not_replace_the_checkpoint_of_another(
     chosen = options(text, tmp_path / "a", save_every=2)
     leave(base, chosen, 3)
     kept = files(tmp_path / "a.checkpoint")
-    words = r"a\.checkpoint holds the checkpoint of an earlier run; --resume goes on with it, --force starts anew$"
+    words = r"a\.checkpoint holds the checkpoint of an earlier run; `resume` goes on with it, `force` starts anew$"
     with pytest.raises(OutputError, match=words):
         train(base, chosen)
     assert files(tmp_path / "a.checkpoint") == kept
@@ -327,22 +331,22 @@ def test_every_epoch_is_a_permutation() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"rank": 0}, "rank: expected at least 1, or auto, got 0"),
-    "steps": ({"steps": 0}, "steps: expected at least 1"),
-    "learning rate": ({"learning_rate": 0.0}, "learning_rate: expected above 0"),
-    "held out": ({"held_out": 1.0}, "held_out: expected above 0, at most 0.9"),
-    "alpha": ({"alpha": -1.0}, "alpha: expected above 0, below 1e[+]06, got -1.0"),
-    "a large alpha": ({"alpha": 2e6}, "alpha: expected above 0, below 1e[+]06, got 2000000.0"),
-    "seed": ({"seed": 20250101120000}, "seed: expected 0 to 4294967295, got 20250101120000"),
-    "budget": ({"budget": 1000}, "budget: expected --rank auto beside it, got --rank 16"),
+    "rank": ({"rank": 0}, "rank: expected an integer >= 1, or auto, got 0"),
+    "steps": ({"max_steps": 0}, "max_steps: expected an integer >= 1, got 0"),
+    "learning rate": ({"learning_rate": 0.0}, "learning_rate: expected a number > 0 and <= 1, got 0.0"),
+    "held out": ({"held_out": 1.0}, "held_out: expected a number > 0 and <= 0.9, got 1.0"),
+    "alpha": ({"alpha": -1.0}, r"alpha: expected a number > 0 and <= 1000000.0, got -1.0"),
+    "a large alpha": ({"alpha": 2e6}, r"alpha: expected a number > 0 and <= 1000000.0, got 2000000.0"),
+    "seed": ({"seed": 20250101120000}, "seed: expected an integer from 0 to 4294967295, got 20250101120000"),
+    "budget": ({"budget": 1000}, "budget: expected `rank` auto beside it, got rank 16"),
     "convention": ({"convention": "mine"}, "convention: expected one of paper, official, peft"),
-    "compute": ({"compute": "int8"}, "compute: expected auto or float32 or bfloat16, got 'int8'"),
+    "dtype": ({"dtype": "int8"}, "dtype: expected one of auto, float32, bfloat16, got 'int8'"),
     "weights": ({"weights": "lost"}, "weights: expected kept or packed"),
     "minima": ({"minima": "int8"}, "minima: expected float16 or float32"),
-    "context": ({"sequence_length": 1024}, "at most 512, the model's context"),
-    "target modules": ({"target_modules": ("query",)}, "--target-modules: expected some of down_proj, .* got 'query'"),
+    "context": ({"max_length": 1024}, "at most 512, the model's context"),
+    "target modules": ({"target_modules": ("query",)}, "target_modules: expected some of down_proj, .* got 'query'"),
     "pool size": ({"pool_size": 48}, "pool"),
-    "device": ({"device": "abacus"}, "--device: expected one that torch has"),
+    "device": ({"device": "abacus"}, "device: expected one that torch has"),
     "data": ({"data": "none.txt"}, "none.txt: no such file"),
     "resume": ({"resume": True}, "expected a checkpoint to resume, got none"),
 }
@@ -352,7 +356,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refusals_leave_nothing(kind: str, base: Checkpoint, text: Path, tmp_path: Path) -> None:
     changes, words = REFUSED[kind]
     with pytest.raises(InputError, match=words):
-        chosen = {"data": str(text), "out": tmp_path / "adapter", "sequence_length": 32, "steps": 1, **changes}
+        chosen = {"data": str(text), "out": tmp_path / "adapter", "max_length": 32, "max_steps": 1, **changes}
         train(base, TrainOptions(**chosen))
     assert not list(tmp_path.iterdir())
 
@@ -377,7 +381,7 @@ def test_a_loss_that_is_no_number_says_what_to_do(base: Checkpoint, text: Path, 
     name = next(name for name in base.linears if base.tensors[name].shape == (64, 64))
     tensors = {**base.tensors, name: replace(base.tensors[name], read=huge.rows)}
     for start, words in (
-        ("uniform", "step 1: the loss is nan.*lower --learning-rate"),
+        ("uniform", "step 1: the loss is nan.*lower `learning_rate`"),
         ("gradient", "first sequences"),
     ):
         with pytest.raises(InputError, match=words):

@@ -33,7 +33,7 @@ def test_peft_computes_what_was_trained(tiny: Path, tmp_path: Path, minima: Any)
     qalora.export(model, "gptq", tmp_path)
     (tmp_path / "text.txt").write_text(demo_text()[:8000], encoding="utf-8")
     base = load(tmp_path / "gptq")
-    settings = {"steps": 8, "rank": 4, "batch_size": 2, "sequence_length": 32, "learning_rate": 0.01}
+    settings = {"max_steps": 8, "rank": 4, "batch_size": 2, "max_length": 32, "learning_rate": 0.01}
     adapter = qalora.train(
         base, tmp_path / "text.txt", tmp_path / "adapter", convention="peft", minima=minima, **settings
     )

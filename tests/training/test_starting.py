@@ -18,7 +18,7 @@ from qalora.training.starting import SEQUENCES, allocate, first_rows, principal_
 
 
 def options(text: Path, out: Path, **changes: Any) -> TrainOptions:
-    settings: dict[str, Any] = {"steps": 6, "rank": 2, "batch_size": 2, "sequence_length": 32, "held_out": 0.1}
+    settings: dict[str, Any] = {"max_steps": 6, "rank": 2, "batch_size": 2, "max_length": 32, "held_out": 0.1}
     return TrainOptions(data=str(text), out=out, **{**settings, **changes})
 
 
@@ -29,7 +29,7 @@ def run_of(base: Checkpoint, chosen: TrainOptions) -> _Run:
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_the_gradient_is_that_of_the_loss(base: Checkpoint, text: Path, tmp_path: Path, compute: str) -> None:
     """B's gradient is G @ A^T whatever A is, so A = identity shows G; a backward of the same sequences gives it."""
-    chosen = options(text, tmp_path / "a", compute=compute, batch_size=SEQUENCES)
+    chosen = options(text, tmp_path / "a", dtype=compute, batch_size=SEQUENCES)
     run = run_of(base, chosen)
     gathered = run._first_gradients()
     assert all(layer.gathered is None and layer.a.grad is None for layer in run._layers.values())
@@ -129,12 +129,12 @@ def test_it_resumes_to_the_same_bits(base: Checkpoint, text: Path, tmp_path: Pat
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"rank": 0}, "rank: expected at least 1, or auto, got 0"),
-    "alpha": ({"rank": "auto", "alpha": 8.0}, "alpha goes with one rank"),
-    "budget alone": ({"budget": 100}, "budget: expected --rank auto beside it, got --rank 2"),
-    "no budget": ({"rank": "auto", "budget": 0}, "budget: expected at least 1 parameter, got 0"),
+    "rank": ({"rank": 0}, "rank: expected an integer >= 1, or auto, got 0"),
+    "alpha": ({"rank": "auto", "alpha": 8.0}, "`alpha` goes with one rank"),
+    "budget alone": ({"budget": 100}, "budget: expected `rank` auto beside it, got rank 2"),
+    "no budget": ({"rank": "auto", "budget": 0}, "budget: expected an integer >= 1, got 0"),
     "start": ({"start": "svd"}, "start: expected gradient or uniform, got 'svd'"),
-    "small budget": ({"rank": "auto", "budget": 10}, "--budget: expected at least .*, a rank of 1 for each layer"),
+    "small budget": ({"rank": "auto", "budget": 10}, "budget: expected at least .*, a rank of 1 for each layer"),
 }
 
 

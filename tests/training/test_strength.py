@@ -20,7 +20,7 @@ from qalora.training.strength import STRENGTHS, best_of, try_strengths
 
 
 def options(text: Path, out: Path, **changes: Any) -> TrainOptions:
-    settings: dict[str, Any] = {"steps": 6, "rank": 2, "batch_size": 2, "sequence_length": 32, "held_out": 0.1}
+    settings: dict[str, Any] = {"max_steps": 6, "rank": 2, "batch_size": 2, "max_length": 32, "held_out": 0.1}
     return TrainOptions(data=str(text), out=out, **{**settings, **changes})
 
 
@@ -45,7 +45,7 @@ def test_it_is_a_factor_of_what_was_learned(base: Checkpoint, tmp_path: Path, st
     """The same A, B times the strength, and the held-out loss of the model that is folded of what was written."""
     text = tmp_path / "text.txt"  # of digits: each a token that hangs on nothing that the tokenizer was trained on
     text.write_text("".join(str(n * n % 5) for n in range(6000)), encoding="utf-8")
-    changes = {"learning_rate": 0.1, "steps": 1}  # so far that each lower strength is better by 0.2, 0.55 by 0.7
+    changes = {"learning_rate": 0.1, "max_steps": 1}  # so far that each lower strength is better by 0.2, 0.55 by 0.7
     whole = train(base, options(text, tmp_path / "whole", **changes))
     seen: list[StepReport] = []
     chosen = options(text, tmp_path / "part", strength=strength, **changes)
@@ -77,13 +77,13 @@ def test_it_resumes_to_the_same_bits(base: Checkpoint, text: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("strength", [0, 1.01, -1, math.nan, "most"])
 def test_refusals(text: Path, tmp_path: Path, strength: Any) -> None:
-    with pytest.raises(InputError, match="strength: expected above 0, at most 1, or auto, got"):
+    with pytest.raises(InputError, match="strength: expected a number > 0 and <= 1, or auto, got"):
         options(text, tmp_path / "adapter", strength=strength)
 
 
 def test_the_command_says_it(base: Checkpoint, text: Path, tmp_path: Path) -> None:
     export(base, ["qalora"], tmp_path / "base")
-    arguments = ["train", str(tmp_path / "base" / "qalora"), "--data", str(text), "--steps", "2", "--rank", "2"]
+    arguments = ["train", str(tmp_path / "base" / "qalora"), "--data", str(text), "--max-steps", "2", "--rank", "2"]
     arguments += ["-o", str(tmp_path / "adapter")]
     done = CliRunner().invoke(main, [*arguments, "--strength", "0.5"])
     assert done.exit_code == 0, done.output
@@ -93,4 +93,4 @@ def test_the_command_says_it(base: Checkpoint, text: Path, tmp_path: Path) -> No
     assert json.loads(done.stdout)["strength"] in STRENGTHS
     done = CliRunner().invoke(main, [*arguments, "--force", "--strength", "much"])
     assert done.exit_code == 2
-    assert "expected a number above 0, at most 1, or `auto`, got 'much'" in done.stderr
+    assert "--strength: expected a number > 0 and <= 1, or auto, got 'much'" in done.stderr

@@ -175,7 +175,7 @@ def _quantized_carrier(lazy: LazyTensor, spec: QuantSpec, options: ExportOptions
         return f"Q{spec.bits}_0", _scale_loss(spec)
     kind = "Q5_1" if spec.bits == 5 else "Q4_1"
     if spec.min_dtype is not torch.float16 and not _exact_minima(spec):
-        wide = ", or keep integer zeros exactly with --gguf-form wide (Q8_0)" if spec.zeros == "integer" else ""
+        wide = ", or keep integer zeros exactly with `gguf_form` wide (Q8_0)" if spec.zeros == "integer" else ""
         return kind, Loss(name="minima", size=f"float32 minima rounded to float16, at most half an ULP{wide}")
     return kind, _scale_loss(spec)
 

@@ -101,7 +101,7 @@ def _eight_bit(tensor: GroupQuantTensor) -> Encoded:
         for kept, new in ((worst, error), (shift, k), (middle, z + k), (fine, step)):
             kept[better] = new[better]
     if bool((~constant & (times == 0)).any()):
-        raise InputError("zero points", expected="some near the codes", got="others", todo="use --gptq-form auto")
+        raise InputError("zero points", expected="some near the codes", got="others", todo="use `gptq_form` auto")
     codes = _spread(times, tensor) * tensor.codes() + _spread(shift, tensor)
     return Encoded(
         packed=pack_codes(codes.to(torch.uint8), 8), scale=_float16(fine.float()), zero=middle.to(torch.uint8), bits=8

@@ -135,15 +135,15 @@ def _specs(model: Checkpoint) -> dict[str, QuantSpec]:
 def _form(model: Checkpoint, specs: Mapping[str, QuantSpec], wanted: str) -> Form:
     forms: dict[str, Form] = {"auto": "symmetric", "nearest": "nearest", "round": "round", "eight-bit": "eight-bit"}
     if wanted not in forms:
-        raise InputError("--gptq-form", expected=f"one of {', '.join(forms)}", got=repr(wanted))
+        raise InputError(field="gptq_form", expected=f"one of {', '.join(forms)}", got=repr(wanted))
     bits = next(iter(specs.values())).bits
     if wanted == "eight-bit" and bits == 8 and not ships_adapter(model):
-        raise InputError("gptq: form eight-bit", expected="fewer than 8 bits", got="8", todo="use --gptq-form auto")
+        raise InputError("gptq: form eight-bit", expected="fewer than 8 bits", got="8", todo="use `gptq_form` auto")
     if bits not in BITS and wanted != "eight-bit":
         raise InputError(
             f"gptq at {bits} bits",
             expected="2, 3, 4 or 8 bits",
-            todo="export to gguf or onnx, or re-encode in 8 bits with --gptq-form eight-bit",
+            todo="export to gguf or onnx, or re-encode in 8 bits with `gptq_form` eight-bit",
         )
     if ships_adapter(model) and not (wanted == "eight-bit" and bits not in BITS):
         return "own"
@@ -299,7 +299,7 @@ def _notes(
     notes = [
         f"real zero points: what {form} integer ones leave over lies beside the base as a LoRA of rank {largest} "
         f"({size}); transformers with peft loads both, GPTQModel alone loads the bare base. Smaller: a base with "
-        "integer zero points and the adapter beside it, larger groups, or --gptq-form eight-bit"
+        "integer zero points and the adapter beside it, larger groups, or `gptq_form` eight-bit"
     ]
     if largest > ENGINE_RANK:
         notes.append(f"engines that serve LoRA stop at rank {ENGINE_RANK}; this one has {largest}")

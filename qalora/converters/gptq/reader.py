@@ -279,7 +279,7 @@ def _version(
         return version, True, () if version == settings.label else (f"{wrong}; read as {version}",)
     note = (
         f"{folder} has asymmetric zero points, stored as its label says: {settings.label}; labels are often wrong, and "
-        "then every weight is off by one scale: --checkpoint-format gptq or gptq_v2 overrides it"
+        "then every weight is off by one scale: `checkpoint_format` gptq or gptq_v2 overrides it"
     )
     return settings.label, False, (note,)
 
@@ -314,7 +314,7 @@ def _lazy(
                 f"{layer.module}.qzeros",
                 expected="symmetric zero points, as in the first layers",
                 got="others",
-                todo="say how they are stored with --checkpoint-format gptq or gptq_v2",
+                todo="say how they are stored with `checkpoint_format` gptq or gptq_v2",
             )
         minimum = -scale * zero
         if residual is not None:

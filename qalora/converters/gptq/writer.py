@@ -91,6 +91,6 @@ def _residual(plan: GptqPlan, name: str, layer: Encoded) -> torch.Tensor:
             f"gptq: {name}",
             expected="a residual that float32 holds",
             got=LOSSES["residual"],
-            todo="accept it with --allow-loss residual",
+            todo="accept it with `allow_loss` residual",
         )
     return layer.c

@@ -114,7 +114,7 @@ def _zeros(module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bo
             f"onnx: {module}",
             expected="a residual that float32 holds",
             got=LOSSES["residual"],
-            todo="accept it with --allow-loss residual",
+            todo="accept it with `allow_loss` residual",
         )
     return residual.zero, {f"{module}.residual": residual.c.T.contiguous()}
 

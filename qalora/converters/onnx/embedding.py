@@ -45,7 +45,7 @@ from qalora.tensor import QuantSpec
 __all__ = ["EMBEDDING", "check_table", "check_tables", "look_up", "tables"]
 
 EMBEDDING = "model.embed_tokens"
-OPTION = "--onnx-embedding"
+OPTION = "`onnx_embedding`"
 HALVES = ("", "_high")
 
 
@@ -59,7 +59,7 @@ def check_table(model: Checkpoint, form: str) -> bool:
         return False
     spec, where = model.tensors[f"{EMBEDDING}.weight"].spec, f"{OPTION} {form}: {EMBEDDING}.weight"
     if spec is None:
-        raise InputError(where, expected="codes", got="floats", todo=f"leave {OPTION} out")
+        raise InputError(where, expected="codes", got="floats", todo=f"leave {OPTION} out", field=OPTION.strip("`"))
     if not model.tied:
         raise InputError(where, expected="an output tied to it", got="lm_head.weight", todo=f"leave {OPTION} out")
     if spec.zeros != "integer" or spec.act_order or spec.scale_dtype is not torch.float16:

@@ -53,7 +53,9 @@ def add_slots(proto: Any, model: Checkpoint, modules: Collection[str]) -> Any:
     for module in sorted(modules):
         lazy = model.tensors.get(f"{module}.weight")
         if lazy is None or f"{module}.weight" not in model.linears:
-            raise InputError(f"--lora-slots: {module}", expected=f"a linear layer of {model.path}", got="none")
+            raise InputError(
+                f"`lora_slots`: {module}", field="lora_slots", expected=f"a linear layer of {model.path}", got="none"
+            )
         rows, columns = lazy.shape
         a, b = slot_names(module)
         for name, shape, default in ((a, [columns, RANK], (columns, 0)), (b, [RANK, rows], (0, rows))):
@@ -72,7 +74,7 @@ def _insert(graph: Any, module: str, helper: Any) -> None:
     weight = {f"{module}.weight", f"{module}.codes"}
     x = next((node.input[0] for node in graph.node if weight & set(node.input)), None)
     if len(ends) != 1 or x is None:
-        raise InputError(f"onnx: {module} has no place for a LoRA in this graph", todo="leave it out of --lora-slots")
+        raise InputError(f"onnx: {module} has no place for a LoRA in this graph", todo="leave it out of `lora_slots`")
     (end,) = ends
     x, (a, b) = ungathered(graph, x), slot_names(module)
     for node in graph.node:

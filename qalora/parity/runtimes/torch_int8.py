@@ -47,6 +47,6 @@ def _quantize_dynamic() -> Any:
         from torch.ao.quantization import quantize_dynamic
     except ImportError as error:
         raise InputError(
-            f"torch {torch.__version__} has no dynamic INT8 any more", todo="leave out --dynamic-int8"
+            f"torch {torch.__version__} has no dynamic INT8 any more", todo="leave out `dynamic_int8`"
         ) from error
     return quantize_dynamic

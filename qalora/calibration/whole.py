@@ -1,0 +1,47 @@
+"""Quantizing a whole model as `qalora quantize` does: with or without a text, at one width or one for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qalora.calibration.text import Calibration, quantize_on_text
+from qalora.calibration.widths import WIDTHS
+from qalora.checkpoint import Checkpoint
+from qalora.errors import about
+from qalora.options import fields_of
+from qalora.options.quantize import Quantize, RoundingOptions
+from qalora.quantization.model import quantize
+from qalora.quantization.options import QuantizeOptions
+from qalora.training.data import check_data
+
+__all__ = ["check_quantize", "quantize_model"]
+
+
+def check_quantize(options: Quantize) -> None:
+    """InputError for a calibration text that is neither here nor of the Hub, before any model is opened."""
+    if options.calibration is not None:
+        with about("calibration"):
+            check_data(options.calibration)
+
+
+def quantize_model(model: Checkpoint, options: Quantize, *, tick: Callable[[], None] = lambda: None) -> Checkpoint:
+    """The model with its linear weights quantized; nothing is read yet, unless widths are to be chosen.
+
+    tick  called after each decoder layer, where inputs are computed
+    """
+    shared: dict[str, Any] = {one.name: getattr(options, one.name) for one in fields_of(RoundingOptions)}
+    shared |= {} if options.bits == "auto" else {"bits": options.bits}
+    layer = QuantizeOptions(**shared)
+    if options.calibration is None:
+        given = {one.name: getattr(layer, one.name) for one in fields_of(QuantizeOptions)}
+        return quantize(model, requantize=options.requantize, **given)
+    return quantize_on_text(
+        model,
+        Calibration(data=options.calibration, tokens=options.calibration_tokens, length=options.calibration_length),
+        layer,
+        budget=options.budget,
+        widths=sorted(options.widths) or WIDTHS,
+        requantize=options.requantize,
+        tick=tick,
+    )

@@ -1,0 +1,115 @@
+"""What a user may choose when a model is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qalora.errors import InputError
+from qalora.options.fields import Options, fields_of, option
+from qalora.options.words import BITS, SHARD_SIZE, Zeros
+
+__all__ = ["Quantize", "RoundingOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundingOptions(Options):
+    """How linear weights become integers, but for their width; raises InputError for an option out of range."""
+
+    group_size: int | None = option(32, "Columns that share a scale, or row.", low=1, empty="row")
+    zeros: Zeros = option("real", "Real zero points, whole ones, or the middle one everywhere.")
+    method: Literal["rtn", "clip", "hqq", "gptq"] = option(
+        "rtn",
+        "Rounding to nearest; searched clipping; searched scale and min; GPTQ, which wants `calibration`.",
+    )
+    fit_minima: bool = option(False, "Fit the minima to the layers' inputs; wants `calibration`.")
+    act_order: bool = option(
+        False, "gptq: the columns that matter most first; groups stay runs of columns.", expert=True
+    )
+    damping: float = option(
+        0.01,
+        "gptq: share of the mean diagonal of the inputs' moments that is added to it.",
+        above=0,
+        high=1,
+        expert=True,
+    )
+    passes: int = option(
+        2,
+        "gptq: passes of coordinate descent over all codes after GPTQ's own; 0 is GPTQ as published.",
+        low=0,
+        high=100,
+        expert=True,
+    )
+
+    def check(self) -> None:
+        """InputError for options that do not go together, or would change nothing."""
+        if self.fit_minima and self.zeros != "real":
+            raise InputError("fitted minima have real zero points", todo="give `zeros` real", field="zeros")
+        for one in fields_of(type(self)):
+            of_gptq = one.name in ("act_order", "damping", "passes")
+            if of_gptq and self.method != "gptq" and getattr(self, one.name) != one.default:
+                raise InputError(f"`{one.name}` is for `method` gptq, and the method is {self.method}", field=one.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantize(RoundingOptions):
+    """How a model is quantized; raises InputError for options out of range or that do not go together."""
+
+    bits: int | Literal["auto"] = option(4, "Bits of a weight; auto for widths by `budget`.", known=lambda: BITS)
+    calibration: str | None = option(
+        None,
+        "A text to compute the layers' inputs on; a text file, or rows as `train` takes them.",
+        place="hub",
+        metavar="FILE",
+        example="text.jsonl",
+    )
+    budget: float | None = option(
+        None,
+        "Bits auto: bits per weight of the linear layers at most, scale and min counted.",
+        above=0,
+        metavar="BITS",
+    )
+    requantize: bool = option(False, "Round a model that holds integers already.")
+    widths: tuple[int, ...] = option(
+        (), "Bits auto: one to choose from.", known=lambda: BITS, metavar="BITS", example=4, expert=True
+    )
+    calibration_tokens: int = option(8192, "Tokens of the calibration text.", low=1, expert=True)
+    calibration_length: int = option(256, "Tokens of a sequence of it.", low=2, expert=True)
+    max_shard_size: int = option(
+        SHARD_SIZE,
+        "safetensors: split a model that holds more into files of at most this, such as 200MB.",
+        size=True,
+        low=1,
+        metavar="SIZE",
+        expert=True,
+    )
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a width is chosen for each layer."""
+        return self.bits == "auto"
+
+    def check(self) -> None:
+        """InputError for options that do not go together, or would change nothing."""
+        super(Quantize, self).check()
+        if self.automatic != (self.budget is not None):
+            raise InputError("`bits` auto and `budget` go together, and one is missing", field="bits")
+        if self.widths and not self.automatic:
+            raise InputError("`widths` goes with `bits` auto", field="widths")
+        needs = "`bits` auto" if self.automatic else "`fit_minima`" if self.fit_minima else f"`method` {self.method}"
+        text = self.calibration is not None
+        if not text and (self.automatic or self.fit_minima or self.method == "gptq"):
+            raise InputError(
+                f"{needs} needs the layers' inputs on a text", todo="give one: `calibration`", field="method"
+            )
+        if text and not self.automatic and not self.fit_minima and self.method == "rtn":
+            raise InputError(
+                "`method` rtn makes no use of `calibration`",
+                todo="give `fit_minima`, or another method",
+                field="calibration",
+            )
+        for one in fields_of(type(self)):
+            if one.name.startswith("calibration_") and not text and getattr(self, one.name) != one.default:
+                raise InputError(
+                    f"`{one.name}` is of the text that `calibration` gives, and there is none", field=one.name
+                )

@@ -1,0 +1,36 @@
+"""Words and numbers that several records take."""
+
+from typing import Literal
+
+__all__ = ["BITS", "LOSSES", "SHARD_SIZE", "CheckpointFormat", "Convention", "Level", "Minima", "Zeros"]
+
+BITS = (2, 3, 4, 5, 6, 8)
+"""Widths of a code."""
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors in one safetensors file, as transformers splits."""
+
+Convention = Literal["paper", "official", "peft"]
+"""What an adapter's scaling means, see `qalora.adapter.records`."""
+
+Minima = Literal["float16", "float32"]
+"""What folded minima are rounded to."""
+
+CheckpointFormat = Literal["gptq", "gptq_v2"]
+"""What a GPTQ folder's zeros are stored as: minus one, or as they are."""
+
+Zeros = Literal["real", "integer", "symmetric"]
+"""Zero points: real ones, whole ones, or the middle one everywhere."""
+
+Level = Literal["weights", "logits", "generation"]
+"""How far a verification goes; each includes those before it."""
+
+LOSSES: dict[str, str] = {
+    "zeros": "real zero points rounded to integers; on SmolLM2 half of the adapter is lost",
+    "minima": "float32 minima rounded to float16, half an ULP",
+    "scales": "float32 scales rounded to float16, half an ULP",
+    "eight-bit": "re-encoded in 8 bits with the best multiplier per group; about 3 % of the adapter is lost",
+    "residual": "what integer zero points leave over rounded to float32, half an ULP of it",
+    "narrowing": "a float tensor stored in a narrower float type",
+}
+"""The losses that a user can allow by name, and what each means."""

@@ -1,0 +1,180 @@
+"""The steps of a pipeline, each by its record: what the commands do, and the steps of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from qalora.adapter import Adapter, given_adapter, open_adapter
+from qalora.calibration import check_quantize, quantize_model
+from qalora.checkpoint import Checkpoint
+from qalora.converters import exports, load, native
+from qalora.converters.plan import ExportOptions, Plan
+from qalora.formats.output import check_apart, check_output, check_writable
+from qalora.options.export import Export
+from qalora.options.quantize import Quantize
+from qalora.options.release import Package
+from qalora.options.train import TrainOptions
+from qalora.options.verify import Verify
+from qalora.options.words import CheckpointFormat, Convention
+from qalora.pipeline.watching import Watch
+from qalora.releasing.checksums import SUMS
+from qalora.releasing.options import ReleaseOptions
+from qalora.releasing.package import Release, Steps, plan_release, preview, release
+from qalora.training import check_before, train
+from qalora.training.documents import Account
+
+__all__ = [
+    "check_release",
+    "make_base",
+    "make_release",
+    "open_base",
+    "placed",
+    "preview_release",
+    "save",
+    "train_adapter",
+]
+
+
+def open_base(model: str | Path, form: CheckpointFormat | None, watch: Watch) -> Checkpoint:
+    """Load a model, and say what its reader noted, such as a label that may be wrong."""
+    found = load(model, checkpoint_format=form)
+    for note in found.notes:
+        watch.note(note)
+    return found
+
+
+def save(model: Checkpoint, out: Path, *, max_shard_size: int, force: bool, dry_run: bool, watch: Watch) -> Plan:
+    """Plan our own folder and, unless it is a dry run, write it to `out`; gives the plan."""
+    plan = native.plan(model, ExportOptions(max_shard_size=max_shard_size))
+    check_output(out, force=force, names=list(plan.files))
+    if not dry_run:
+        with watch.writing(sum(tensor.nbytes for tensor in plan.tensors), "writing") as progress:
+            exports.save(model, out, max_shard_size=max_shard_size, force=force, progress=progress)
+    return plan
+
+
+def make_base(
+    model: str | Path,
+    options: Quantize,
+    out: Path,
+    *,
+    form: CheckpointFormat | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    watch: Watch,
+) -> Plan:
+    """Quantize a model and write it as a folder of ours; gives the plan of what is written."""
+    check_apart(out, model)
+    check_output(out, force=force, names=["config.json"])
+    check_quantize(options)
+    source = open_base(model, form, watch)
+    check_apart(out, source.path)
+    if not dry_run:
+        check_writable(out)
+    with watch.layers(int(source.config.get("num_hidden_layers") or 1)) as tick:
+        quantized = quantize_model(source, options, tick=tick)
+        if options.calibration is not None and not dry_run:
+            # this does the work; `rows` would name this tensor where another is at fault
+            quantized.tensors[quantized.linears[0]].read(0, 1)
+    return save(quantized, out, max_shard_size=options.max_shard_size, force=force, dry_run=dry_run, watch=watch)
+
+
+def train_adapter(
+    model: str | Path, options: TrainOptions, *, form: CheckpointFormat | None = None, watch: Watch
+) -> Adapter:
+    """Train an adapter on a model and write it to `options.out`."""
+    check_before(options)
+    base = open_base(model, form, watch)
+
+    def told(account: Account) -> None:
+        for line in account.lines():
+            watch.note(line)
+
+    with watch.training() as show:
+        return train(base, options, show, told)
+
+
+def check_release(package: Package, *, force: bool, password: str | None) -> None:
+    """Refuse before the long work what would be refused after it."""
+    check_output(package.out, force=force, names=[SUMS])
+    if package.sign is not None:
+        from qalora.releasing.signing import check_key
+
+        check_key(package.sign, password=password)
+
+
+def check_before_release(
+    export: Export,
+    verify: Verify,
+    package: Package,
+    adapter: str | Path | Adapter | None,
+    convention: Convention | None,
+    *,
+    force: bool,
+    password: str | None,
+) -> None:
+    """Refuse what can be refused before a model is opened, which may mean a download."""
+    exports.check_fold(adapter, export.minima, convention)
+    exports.check_targets(export.targets, exports.writing(export))
+    check_release(package, force=force, password=password)
+    ReleaseOptions.of(export, verify, package, convention)  # which reads the files that they name
+    if isinstance(adapter, str | Path):
+        open_adapter(Path(adapter))
+
+
+def make_release(
+    base: Checkpoint,
+    adapter: Adapter | Path | None,
+    export: Export,
+    verify: Verify,
+    package: Package,
+    *,
+    convention: Convention | None = None,
+    force: bool = False,
+    password: str | None = None,
+    steps: Steps | None = None,
+    watch: Watch | None = None,
+) -> Release:
+    """Fold, export, verify and package; see `qalora.releasing.package.release`."""
+    watch = watch or Watch()
+    options = ReleaseOptions.of(export, verify, package, convention)
+    read = None if adapter is None else given_adapter(adapter, base, convention=convention)
+    planned = plan_release(base, options, package.out, adapter=read, force=force)
+    with watch.writing(planned.nbytes, "writing") as progress, watch.verification() as stage:
+        done = release(
+            planned,
+            package.out,
+            force=force,
+            allow_unproven=verify.allow_unproven,
+            memory=None if verify.memory is None else int(verify.memory * 1e9),
+            progress=progress,
+            stage=stage,
+            judged=watch.judged,
+            steps=steps,
+            sign_key=package.sign,
+            password=password,
+        )
+    watch.done(done)
+    return done
+
+
+def preview_release(
+    base: Checkpoint,
+    adapter: Adapter | Path | None,
+    export: Export,
+    verify: Verify,
+    package: Package,
+    *,
+    convention: Convention | None = None,
+    force: bool = False,
+) -> list[Plan]:
+    """What `make_release` would write."""
+    options = ReleaseOptions.of(export, verify, package, convention)
+    read = None if adapter is None else given_adapter(adapter, base, convention=convention)
+    return preview(base, options, package.out, adapter=read, force=force)
+
+
+def placed(options: TrainOptions, out: Path, *, resume: bool) -> TrainOptions:
+    """The options of a training whose adapter goes to `out`."""
+    return replace(options, out=out, resume=resume)

@@ -1,6 +1,0 @@
-"""A folder that a pipeline can ship: the artefacts, the proof, a model card and checksums."""
-
-from qalora.release.checksums import check_sums, write_sums
-from qalora.release.package import Release, release
-
-__all__ = ["Release", "check_sums", "release", "write_sums"]

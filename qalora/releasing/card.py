@@ -1,0 +1,290 @@
+"""The model card of a release, a pure function of manifest.json and report.json: what each artefact is, how to try it,
+and the proof. Every figure is the report's, or a size of the manifest's.
+
+The front matter is what the Hub reads (https://huggingface.co/docs/hub/model-cards), made by huggingface_hub. A model
+whose weights a fine-tune changed is a "finetune" of its base whatever it is stored in; without an adapter it is
+"quantized". license: a word of the Hub's list, else "other" with license_name and license_link.
+
+The template is Markdown with `{{ name }}` for the parts, see PARTS; nothing in it is executed. Names and sentences of
+manifest and report come out of files that others made: they are shortened and escaped, so that they are text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from typing import Any
+
+from qalora.errors import FormatError, InputError
+from qalora.releasing.digests import content_digest
+from qalora.releasing.licences import HUB_LICENCES
+from qalora.releasing.usage import adapter_usage, check_usage, usage
+
+__all__ = ["PARTS", "card_text", "check_template", "default_template"]
+
+PARTS = (
+    "card_data",
+    "title",
+    "summary",
+    "artifacts",
+    "usage",
+    "adapter",
+    "proven",
+    "proof",
+    "check",
+)
+"""What a template may name: the front matter's YAML; the name; what it is; the table of artefacts; a section to try
+each; the adapter's section; a half sentence on what was run; the table of runs; how to check the folder."""
+
+LIBRARIES = {"gptq": "transformers", "mlx": "mlx", "gguf": "gguf", "onnx": "onnx"}
+"""library_name by the first target that is there: the library that opens it."""
+
+NOT_RUN: Mapping[str, Any] = {"kind": "not run", "runtime": None, "lost": None, "logits": None, "gates": []}
+LONGEST = 200
+MARKS = re.compile(r"[\\`*_\[\]<>|&~!#{}$]")
+
+
+def default_template() -> str:
+    """The template that comes with qalora."""
+    return files("qalora.releasing").joinpath("card_template.md").read_text(encoding="utf-8")
+
+
+def check_template(template: str) -> None:
+    """InputError for a template that names what is no part, with its line, or that makes no card."""
+    _check_front(_filled(template, {**dict.fromkeys(PARTS, ""), "card_data": "pipeline_tag: text-generation"}))
+
+
+def card_text(manifest: Mapping[str, Any], report: Mapping[str, Any], *, template: str | None = None) -> str:
+    """The card of a manifest, as `read_manifest` gives it, and a report, `ParityReport.to_json(speed=False)`.
+
+    template is the text of --card-template where the release was made with one. Raises InputError for a template that
+    is not the manifest's, names what is no part, or is not a card; FormatError for what a manifest or report must not
+    hold.
+    """
+    told = manifest["options"]["template"]
+    if told != (None if template is None else content_digest(template.encode())):
+        raise InputError(
+            "the card's template",
+            expected="the one that the release was made with",
+            got="another one" if template is not None else "none",
+            todo="give it as `card_template`" if told else "leave out `card_template`",
+        )
+    try:
+        parts = _parts(manifest, report)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        expected = "a report of qalora.parity/1 and the manifest of its release"
+        raise FormatError("report.json, manifest.json", expected=expected, got=f"{error!r:.80}") from error
+    text = _filled(default_template() if template is None else template, parts)
+    _check_front(text)
+    return text
+
+
+def _parts(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
+    adapted = manifest["adapter"] is not None
+    tokens = report["text"]["tokens"]
+    ran = f" and run in its own runtime over the same {int(tokens)} tokens" if report["level"] != "weights" else ""
+    return {
+        "card_data": _front(manifest),
+        "title": _words(manifest["name"]) + (", fine-tuned" if adapted else ""),
+        "summary": _summary(manifest),
+        "artifacts": _artifacts(manifest, report),
+        "usage": "\n\n".join(usage(artifact, manifest) for artifact in manifest["artifacts"]),
+        "adapter": adapter_usage(manifest),
+        "proven": ran,
+        "proof": _proof(report),
+        "check": check_usage(),
+    }
+
+
+def _filled(template: str, parts: Mapping[str, str]) -> str:
+    def part(found: re.Match[str]) -> str:
+        if found[1] not in parts:
+            line = template.count("\n", 0, found.start()) + 1
+            raise InputError(
+                f"the card's template, line {line}", expected=f"one of {', '.join(parts)}", got=f"{found[1]!r:.60}"
+            )
+        return parts[found[1]]
+
+    text = re.sub(r"\{\{ *([A-Za-z_]\w*) *\}\}", part, template.replace("\r\n", "\n"))
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
+
+
+def _check_front(text: str) -> None:
+    """InputError where the card begins with no front matter that the Hub reads."""
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import ModelCard
+
+    if not text.startswith("---\n"):
+        raise InputError("the card's template", expected="'---' in its first line, and {{ card_data }} in the next")
+    try:
+        ModelCard(text)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the card's template: its front matter is not read ({reason})") from error
+
+
+def _front(manifest: Mapping[str, Any]) -> str:
+    """The front matter's YAML: what is None is not in it."""
+    from huggingface_hub import ModelCardData
+
+    targets = sorted(artifact["target"] for artifact in manifest["artifacts"])
+    base, adapted = _base(manifest), manifest["adapter"] is not None
+    bits = sorted({row["bits"] for row in manifest["base"]["tensors"].values() if "bits" in row})
+    found: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": ("finetune" if adapted else "quantized") if base else None,
+        "language": _told(manifest, "language", list),
+        "datasets": _told(manifest, "datasets", list),
+        "library_name": next((LIBRARIES[target] for target in LIBRARIES if target in targets), None),
+        "pipeline_tag": "text-generation",
+        "quantized_by": _told(manifest, "quantized_by", str),
+        "tags": [*(["qa-lora"] if adapted else []), "quantized", *(f"{n}-bit" for n in bits), *targets],
+        **_license(manifest),
+    }
+    return str(ModelCardData(**{key: value for key, value in found.items() if value}).to_yaml(line_break="\n"))
+
+
+def _told(manifest: Mapping[str, Any], key: str, kind: type) -> Any:
+    """What the card was told; None where nothing was. FormatError for what is no text, or no list of texts."""
+    value = manifest["options"]["card"].get(key)
+    if value is None or value == []:
+        return None
+    texts = value if kind is list and isinstance(value, list) else [value]
+    if not isinstance(value, kind) or not all(isinstance(item, str) for item in texts):
+        expected = "a text" if kind is str else "a list of texts"
+        raise FormatError(f"manifest.json: options.card.{key}", expected=expected, got=f"{value!r:.60}")
+    return value
+
+
+def _base(manifest: Mapping[str, Any]) -> str | None:
+    found: str | None = _told(manifest, "base_model", str) or manifest["base"]["source"]
+    return found
+
+
+def _license(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    given, link = _told(manifest, "license", str) or manifest["base"]["license"], _told(manifest, "license_link", str)
+    if given is not None and given.lower() in HUB_LICENCES:
+        return {"license": given.lower(), "license_link": link}
+    held = next((name for name in manifest["licences"] if name.startswith("LICENSE")), None)
+    if given is None and held is None:
+        return {}
+    return {"license": "other", "license_name": given or "as-in-its-file", "license_link": link or held}
+
+
+def _summary(manifest: Mapping[str, Any]) -> str:
+    rows = [row for row in manifest["base"]["tensors"].values() if "bits" in row]
+    kinds = sorted(Counter((int(row["bits"]), int(row["group_size"])) for row in rows))
+    held = " and ".join(f"{bits}-bit codes in groups of {size}" for bits, size in kinds[:3]) or "floats"
+    base = _base(manifest)
+    of = f" Its base is {_code(base)}." if base else ""
+    name, adapter = _words(manifest["name"]), manifest["adapter"]
+    if adapter is None:
+        return f"{name} in {held}.{of}"
+    rank = max((int(layer["rank"]) for layer in adapter["layers"].values()), default=0)
+    return (
+        f"{name} in {held}, with a QA-LoRA adapter of rank {rank} on {len(adapter['layers'])} layers that was folded "
+        f"exactly: fine-tuning changed the minima of the groups, and not one integer code.{of}"
+    )
+
+
+def _artifacts(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    lost = ["adapter lost"] if manifest["adapter"] is not None else []
+    head = ["folder", "size", "bits per weight", "weights are in", "exact", "runtime", *lost]
+    rows = [_row(head), _row(["---", "---:", "---:", "---", "---", "---", *("---:" for _ in lost)])]
+    for artifact in manifest["artifacts"]:
+        runs = _runs(report, artifact["folder"])
+        cells = [
+            _code(f"{artifact['folder']}/"),
+            _size(int(artifact["bytes"])),
+            f"{float(artifact['bits_per_weight']):.2f}",
+            _carriers(artifact["tensors"]),
+            _exact(artifact["tensors"]),
+            "<br>".join(_words(kind) for kind in runs) or "not run",
+        ]
+        rows.append(_row(cells + (["<br>".join(_percent(worst) for worst in runs.values())] if lost else [])))
+    return "\n".join(rows)
+
+
+def _runs(report: Mapping[str, Any], folder: str) -> dict[str, float | None]:
+    """Each runtime that ran an artefact of a folder, and the most of the adapter that was lost in it."""
+    found: dict[str, float | None] = {}
+    for artifact in report["artifacts"]:
+        if artifact["name"] == folder or artifact["name"].startswith(f"{folder}/"):
+            for run in artifact["runs"]:
+                if run["runtime"] is not None:
+                    before, lost = found.get(run["kind"]), run["lost"]
+                    found[run["kind"]] = lost if before is None else max(before, lost or 0.0)
+    return found
+
+
+def _carriers(tensors: Iterable[Mapping[str, Any]]) -> str:
+    counts = Counter(str(row["carrier"]) for row in tensors)
+    told = [f"{_words(carrier)} ({count})" for carrier, count in counts.most_common(4)]
+    return "<br>".join([*told, *(["others"] if len(counts) > 4 else [])])
+
+
+def _exact(tensors: Iterable[Mapping[str, Any]]) -> str:
+    losses = sorted({str(row["loss"]["size"]) for row in tensors if row["loss"] is not None})
+    return "<br>".join(_words(loss) for loss in losses) or "yes"
+
+
+def _proof(report: Mapping[str, Any]) -> str:
+    head = ["artefact", "codes that differ", "runtime", "adapter lost", "largest logit difference", "top-1", "gates"]
+    rows = [_row(head), _row(["---", "---:", "---", "---:", "---:", "---:", "---"])]
+    for artifact in report["artifacts"]:
+        for run in artifact["runs"] or [
+            {"kind": "not run", "runtime": None, "lost": None, "logits": None, "gates": []}
+        ]:
+            runtime, logits = run["runtime"], run["logits"]
+            named = run["kind"] if runtime is None else f"{runtime['name']} {runtime['version']}"
+            figures = ["", ""] if logits is None else [_number(logits["max"], ".3g"), _number(logits["top1"], ".4f")]
+            cells = [_code(artifact["name"]), str(int(artifact["weights"]["codes_differ"])), _words(named)]
+            rows.append(_row([*cells, _percent(run["lost"]), *figures, _worst([*artifact["gates"], *run["gates"]])]))
+    return "\n".join(rows)
+
+
+def _worst(gates: Iterable[Mapping[str, Any]]) -> str:
+    found = {gate["status"] for gate in gates}
+    return next((status for status in ("fail", "not proven", "ambiguous") if status in found), "pass")
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _size(nbytes: int) -> str:
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if nbytes >= 10**power:
+            return (
+                f"{nbytes / 10**power:.3g} {unit}" if nbytes < 1000 * 10**power else f"{nbytes // 10**power:,} {unit}"
+            )
+    return f"{nbytes} B"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _one_line(text: str) -> str:
+    """Printable, on one line, and not long."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
+
+
+def _words(text: str) -> str:
+    """Somebody's text as text in Markdown: no marks, no HTML, no links of their own accord."""
+    marked = MARKS.sub(lambda found: f"&#{ord(found[0])};", _one_line(text))
+    return marked.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _code(text: str) -> str:
+    """Somebody's text as code, in a table too."""
+    return f"`{_one_line(text).replace('`', chr(39)).replace('|', '/')}`"

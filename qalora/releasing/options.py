@@ -1,0 +1,133 @@
+"""What a release depends on, beside the model, the adapter and the versions of libraries.
+
+Every file that the user's options name has been read. The JSON is the "options" of a manifest: a release can be made
+again from it. A text is there as its digest only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from qalora.adapter.records import Convention
+from qalora.converters.exports import writing
+from qalora.converters.plan import ExportOptions
+from qalora.errors import about
+from qalora.formats.text import read_utf8
+from qalora.options import fields_of, plain
+from qalora.options.export import Export
+from qalora.options.release import Card, Package
+from qalora.options.verify import Verify
+from qalora.parity.text import verify_arguments
+from qalora.releasing.digests import content_digest
+
+__all__ = ["ReleaseOptions"]
+
+TEMPLATE_BYTES = 1 << 20
+CHECK_KEYS = ("level", "max_tokens", "generate", "threads", "dynamic_int8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseOptions:
+    """targets      formats, in the order in which they are written
+    export       what the writers are told; provenance and adapter are added by the release
+    convention, minima   how the adapter is read and folded; None: what the adapter says
+    level, text, max_tokens, prompts, generate, threads, dynamic_int8   see `qalora.parity.verify`
+    with_adapter whether a copy of the adapter lies beside the artefacts
+    card         what the card is told, by the names of `Card`
+    template     the card's template; None: the one that comes with qalora
+    """
+
+    targets: tuple[str, ...]
+    export: ExportOptions = field(default_factory=ExportOptions)
+    convention: Convention | None = None
+    minima: Literal["float16", "float32"] | None = None
+    level: str = "generation"
+    text: str | None = None
+    max_tokens: int = 256
+    prompts: tuple[str, ...] = ()
+    generate: int = 24
+    threads: int | None = None
+    dynamic_int8: bool = False
+    with_adapter: bool = True
+    card: Mapping[str, Any] = field(default_factory=dict)
+    template: str | None = None
+
+    @classmethod
+    def of(cls, export: Export, verify: Verify, package: Package, convention: Convention | None) -> ReleaseOptions:
+        """What a user chose, with its files read."""
+        checked = verify_arguments(verify)
+        checked.pop("memory")
+        return cls(
+            targets=export.targets,
+            export=writing(export),
+            convention=convention,
+            minima=export.minima,
+            with_adapter=package.with_adapter,
+            card=_card(package),
+            template=_template(package),
+            prompts=tuple(checked.pop("prompts")),
+            **checked,
+        )
+
+    def verification(self) -> dict[str, Any]:
+        """Arguments for `qalora.parity.verify`."""
+        return {
+            "minima": self.minima,
+            "text": self.text,
+            "prompts": list(self.prompts),
+            **{key: getattr(self, key) for key in CHECK_KEYS},
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as a manifest holds it."""
+        return {
+            "targets": list(self.targets),
+            "convention": self.convention,
+            "minima": self.minima,
+            "lora_slots": sorted(self.export.lora_slots),
+            **self.export.to_json(),
+            **{key: getattr(self, key) for key in CHECK_KEYS},
+            "prompts": list(self.prompts),
+            "text": None if self.text is None else content_digest(self.text.encode()),
+            "with_adapter": self.with_adapter,
+            "card": dict(self.card),
+            "template": None if self.template is None else content_digest(self.template.encode()),
+        }
+
+    @classmethod
+    def from_json(
+        cls, content: Mapping[str, Any], *, text: str | None = None, template: str | None = None
+    ) -> ReleaseOptions:
+        """The options of a manifest whose form has been checked; text and template are given, as only their digests
+        are in it.
+        """
+        return cls(
+            targets=tuple(content["targets"]),
+            export=ExportOptions.from_json(content, lora_slots=frozenset(content["lora_slots"])),
+            convention=content["convention"],
+            minima=content["minima"],
+            prompts=tuple(content["prompts"]),
+            with_adapter=content["with_adapter"],
+            card=dict(content["card"]),
+            text=text,
+            template=template,
+            **{key: content[key] for key in CHECK_KEYS},
+        )
+
+    def with_provenance(self, provenance: Mapping[str, str]) -> ExportOptions:
+        """What the writers are told, and where their files come from."""
+        return replace(self.export, provenance=provenance)
+
+
+def _card(package: Package) -> dict[str, Any]:
+    found = {one.name: plain(getattr(package, one.name)) for one in fields_of(Card)}
+    return {key: value for key, value in found.items() if value}
+
+
+def _template(package: Package) -> str | None:
+    if package.card_template is None:
+        return None
+    with about("card_template"):
+        return read_utf8(package.card_template, TEMPLATE_BYTES)
