@@ -7,7 +7,9 @@ they are read, so that a model larger than memory passes through a layer at a ti
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError, NotFiniteError
+from qalora.options.words import SHARD_SIZE
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
 if TYPE_CHECKING:
@@ -89,7 +92,7 @@ def _as_float(tensor: Tensor | GroupQuantTensor) -> Tensor:
     return tensor.dequantize() if isinstance(tensor, GroupQuantTensor) else tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Checkpoint:
     """A model as its files tell it.
 
@@ -116,6 +119,22 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     beside: Path | None = None
     stored: Checkpoint | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """In a line: where it is, and what."""
+        return f"Checkpoint({str(self.path)!r}, {self.layout}, {self.config.get('model_type')}, {self._widths()})"
+
+    def _widths(self) -> str:
+        specs = [self.tensors[name].spec for name in self.linears]
+        kinds = Counter(
+            "floats" if spec is None else f"{spec.bits} bits in groups of {spec.group_size}" for spec in specs
+        )
+        return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(3)) or "no linear weights"
+
+    def save(self, out: str | Path, *, max_shard_size: int = SHARD_SIZE, force: bool = False) -> None:
+        """Write it as a folder of ours, which `qalora.load` opens again; OutputError as `qalora.save`."""
+        writer = importlib.import_module("qalora.converters.exports")  # of a room above
+        writer.save(self, Path(out), max_shard_size=max_shard_size, force=force)
 
     @property
     def as_stored(self) -> bool:

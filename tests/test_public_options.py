@@ -640,6 +640,36 @@ def _(world: World) -> None:
     assert len(list((world.out / "a").glob("*.safetensors"))) > 1
 
 
+def test_a_checkpoint_saves_itself(world: World) -> None:
+    world.base.save(world.out / "a")
+    assert_same_model(load(world.out / "a"), world.base)
+    with pytest.raises(OutputError, match="exists already"):
+        world.base.save(str(world.out / "a"))
+    world.base.save(world.out / "a", force=True, max_shard_size=40_000)
+    assert len(list((world.out / "a").glob("*.safetensors"))) > 1
+
+
+def test_records_are_shown_in_a_line(world: World) -> None:
+    report = world.verified(level="weights")
+    (plan,) = qalora.export(world.base, "gguf", world.out)
+    adapter = f"Adapter({len(world.adapter.layers)} layers, rank 4, paper)"
+    assert repr(world.base).endswith(f", llama, {len(world.base.linears)} x 4 bits in groups of 32)")
+    assert repr(world.adapter) == adapter
+    assert repr(plan) == f"Plan(gguf, {len(plan.tensors)} tensors, {plan.nbytes:,} bytes)"
+    assert repr(report) == f"ParityReport({world.base.path.name}, 1 artefacts, gates: {report.counts()})"
+
+
+def test_a_run_says_its_steps_to_the_standard_logger(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    watch = qalora.Watch()
+    with caplog.at_level("INFO", logger="qalora"):
+        watch.step("train", "finished", 1.25)
+        watch.note("a label that may be wrong")
+    assert [(one.levelname, one.message) for one in caplog.records] == [
+        ("INFO", "train: finished, 1.2 s"),
+        ("WARNING", "a label that may be wrong"),
+    ]
+
+
 # release and check
 
 

@@ -84,7 +84,7 @@ class AdapterLayer:
         return self.b.shape[0], self.a.shape[1] * self.pool_size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Adapter:
     """A whole adapter.
 
@@ -100,3 +100,9 @@ class Adapter:
     minima: Minima | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     saved: SavedTensors | None = None
+
+    def __repr__(self) -> str:
+        """In a line: how many layers of which ranks, and how they are scaled."""
+        ranks = ", ".join(map(str, sorted({layer.rank for layer in self.layers.values()})))
+        beside = "" if self.saved is None else f", {len(self.saved.names)} tensors whole"
+        return f"Adapter({len(self.layers)} layers, rank {ranks}, {self.convention}{beside})"

@@ -190,7 +190,7 @@ def _check_parts(where: str, entries: _Stored, bits: int, group_size: int) -> tu
     return rows, columns
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class NativePlan(Plan):
     """A plan with the layout of the weights' files and the config to write."""
 

@@ -48,7 +48,7 @@ class PlannedTensor:
     loss: Loss | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Plan:
     """Everything a writer needs beside the model. Targets add fields of their own in a subclass.
 
@@ -64,6 +64,10 @@ class Plan:
     files: Mapping[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     longest: int | None = None
+
+    def __repr__(self) -> str:
+        """In a line: what is written, and how much."""
+        return f"Plan({self.target}, {len(self.tensors)} tensors, {self.nbytes:,} bytes)"
 
     @property
     def nbytes(self) -> int:

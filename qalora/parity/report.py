@@ -150,7 +150,7 @@ class AdapterSummary:
     unrounded: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ParityReport:
     """Everything that `qalora.parity.verify` found.
 
@@ -199,6 +199,10 @@ class ParityReport:
         """How many gates have which status, such as "55 pass, 1 ambiguous"."""
         found = Counter(result.status for _, result in self.results())
         return ", ".join(f"{found[status]} {status}" for status in COUNTED if found[status])
+
+    def __repr__(self) -> str:
+        """In a line: of what, and how it came out."""
+        return f"ParityReport({self.reference}, {len(self.artifacts)} artefacts, gates: {self.counts()})"
 
     def passed(self, *, allow_unproven: bool = False) -> bool:
         """Whether no gate failed, and, unless `allow_unproven`, none is unproven."""

@@ -1,7 +1,10 @@
-"""What a run says of itself while it goes on: functions that the command line gives, and nothing by default."""
+"""What a run says of itself while it goes on: functions that the command line gives. By default steps and notes go to
+the logger "qalora" of the standard module, at INFO and WARNING, and nothing else is said.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["Watch"]
 
 
+_LOG = logging.getLogger("qalora")
+
+
 def _nothing(*arguments: Any) -> None:
     """Say nothing."""
+
+
+def _note(message: str) -> None:
+    _LOG.warning("%s", message)
+
+
+def _step(step: str, state: str, seconds: float | None) -> None:
+    _LOG.info("%s: %s%s", step, state, "" if seconds is None else f", {seconds:.1f} s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +55,8 @@ class Watch:
     layers: Callable[[int], AbstractContextManager[Callable[[], None]]] = lambda layers: nullcontext(_nothing)
     training: Callable[[], AbstractContextManager[Training]] = lambda: nullcontext(_nothing)
     verification: Callable[[], AbstractContextManager[Callable[[str, float], None]]] = lambda: nullcontext(_nothing)
-    note: Callable[[str], None] = _nothing
-    step: Callable[[str, str, float | None], None] = _nothing
+    note: Callable[[str], None] = _note
+    step: Callable[[str, str, float | None], None] = _step
     judged: Callable[[ParityReport], None] = _nothing
     done: Callable[[Release], None] = _nothing
     planned: Callable[[PushPlan], None] = _nothing

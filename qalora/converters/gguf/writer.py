@@ -38,7 +38,7 @@ FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class GgufPlan(Plan):
     """A plan with the layout of the file, and GGUF's name of each tensor by transformers'; `factors` are the tensors
     that GGUF alone has, of rotary frequencies; `where` is the file of each tensor by GGUF's name; `modelfile` is the

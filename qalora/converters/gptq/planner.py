@@ -45,7 +45,7 @@ ENGINE_RANK = 512
 """The largest rank that engines which serve LoRA accept."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class GptqPlan(Plan):
     """A plan with the form, the layouts of words and adapter, and the JSON files to write.
 

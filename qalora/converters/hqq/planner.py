@@ -41,7 +41,7 @@ FLAGS = {
 """The flags of every layer that is written here: uint8 tensors without dimensions."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class HqqPlan(Plan):
     """A plan with the layout of the weights' files and the config to write."""
 

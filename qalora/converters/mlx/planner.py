@@ -35,7 +35,7 @@ EMBEDDING = "model.embed_tokens.weight"
 MODE = "affine"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class MlxPlan(Plan):
     """A plan with the layout of the weights' files and the config to write."""
 

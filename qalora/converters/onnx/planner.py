@@ -56,7 +56,7 @@ class GraphPlan:
     coded: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class OnnxPlan(Plan):
     """A plan with both graphs, config.json, and the tokenizer's files that are not the model's own."""
 
