@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from qalora.options.fields import Options, option
 from qalora.options.words import LOSSES, SHARD_SIZE, Minima
 
-__all__ = ["Export", "Folded", "Writing"]
+__all__ = ["Export", "Folded", "Writing", "shard_size"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Folded(Options):
-    """How a folder of ours is written."""
-
-    max_shard_size: int = option(
+def shard_size() -> Any:
+    """The option that every record of safetensors has."""
+    return option(
         SHARD_SIZE,
         "safetensors: split a model that holds more into files of at most this, such as 200MB.",
         size=True,
@@ -23,6 +21,13 @@ class Folded(Options):
         metavar="SIZE",
         expert=True,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folded(Options):
+    """How a folder of ours is written."""
+
+    max_shard_size: int = shard_size()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +62,7 @@ class Writing(Options):
         target="onnx",
         expert=True,
     )
-    max_shard_size: int = option(
-        SHARD_SIZE,
-        "safetensors: split a model that holds more into files of at most this, such as 200MB.",
-        size=True,
-        low=1,
-        metavar="SIZE",
-        expert=True,
-    )
+    max_shard_size: int = shard_size()
     split_max_size: int | None = option(
         None,
         "GGUF: split it into files of at most this, as gguf-split does; llama.cpp is given the first.",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qalora.errors import InputError
+from qalora.options.export import shard_size
 from qalora.options.fields import Options, fields_of, option
-from qalora.options.words import BITS, SHARD_SIZE, Zeros
+from qalora.options.words import BITS, Zeros
 
 __all__ = ["Quantize", "RoundingOptions"]
 
@@ -75,14 +76,7 @@ class Quantize(RoundingOptions):
     )
     calibration_tokens: int = option(8192, "Tokens of the calibration text.", low=1, expert=True)
     calibration_length: int = option(256, "Tokens of a sequence of it.", low=2, expert=True)
-    max_shard_size: int = option(
-        SHARD_SIZE,
-        "safetensors: split a model that holds more into files of at most this, such as 200MB.",
-        size=True,
-        low=1,
-        metavar="SIZE",
-        expert=True,
-    )
+    max_shard_size: int = shard_size()
 
     @property
     def automatic(self) -> bool:
