@@ -268,6 +268,19 @@ def test_an_interrupted_training_goes_on(place: Path, monkeypatch: pytest.Monkey
     assert not list((place / "work" / "train").rglob("*.checkpoint"))
 
 
+def test_how_a_base_is_read_counts(made: Path, tmp_path: Path) -> None:
+    """The same files give other weights under another label, in every export and proof."""
+    assert run("quantize", made / "float", "-o", tmp_path / "q", "--zeros", "integer").exit_code == 0
+    assert run("export", tmp_path / "q", "--to", "gptq", "-o", tmp_path).exit_code == 0
+    lines = ["[base]", 'model = "gptq"', "[export]", 'to = ["qalora"]', "[verify]", 'level = "weights"', "[release]"]
+    (tmp_path / "recipe.toml").write_text("\n".join([*lines, 'output = "dist"']), encoding="utf-8")
+    assert run("run", tmp_path / "recipe.toml").exit_code == 0
+    dry = ("run", tmp_path / "recipe.toml", "--dry-run", "--log-format", "json")
+    assert set(states(run(*dry)).values()) == {"reused"}
+    change(tmp_path, ('model = "gptq"', 'model = "gptq"\ncheckpoint-format = "gptq"'))
+    assert set(states(run(*dry)).values()) == {"to do"}
+
+
 def test_a_failed_gate_blocks_the_release_and_leaves_the_report(place: Path) -> None:
     shutil.rmtree(place / "dist")
     change(place, ("[verify]", "[verify]\nmemory = 0.000001"))
