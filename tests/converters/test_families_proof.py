@@ -99,7 +99,7 @@ def test_training_minimises_the_loss_of_its_logits(story: Story, compute: Any, t
     base = story.base
     (tmp_path / "text.txt").write_text(demo_text()[:4000], encoding="utf-8")
     out, data = tmp_path / "adapter", str(tmp_path / "text.txt")
-    settings: dict[str, Any] = {"steps": 5, "rank": 4, "batch_size": 4, "sequence_length": 32, "learning_rate": 0.01}
+    settings: dict[str, Any] = {"max_steps": 5, "rank": 4, "batch_size": 4, "max_length": 32, "learning_rate": 0.01}
     train(base, TrainOptions(data=data, out=out, dtype=compute, **settings))
     log = json.loads((out / "training.json").read_text("utf-8"))["held_out"]
     tokenizer = load_tokenizer(base)

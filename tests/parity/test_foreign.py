@@ -112,7 +112,7 @@ def test_the_builders_graph_of_a_gptq_checkpoint_passes(packed, built, tmp_path:
     assert {result.gate for result in artifact.gates} >= {"config", "codes", "minima", "floats", "tokenizer"}
     assert [run.kind for run in artifact.runs] == ["onnxruntime", "onnxruntime-genai"]
     out = tmp_path / "report.json"
-    command = ["verify", str(source), str(graph), "--max-tokens", "32", "--generate", "4", "--json", str(out)]
+    command = ["verify", str(source), str(graph), "--max-tokens", "32", "--generate", "4", "--report", str(out)]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     weights = json.loads(out.read_text(encoding="utf-8"))["artifacts"][0]["weights"]
