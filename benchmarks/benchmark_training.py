@@ -1,6 +1,6 @@
 """How fast, and in how much memory, an adapter is trained; beside PEFT, on one load, in one run.
 
-    python tools/benchmark_training.py [--steps 8] [--rounds 2] [--threads 2] [--only NAME ...] [--json FILE]
+    python benchmarks/benchmark_training.py [--steps 8] [--rounds 2] [--threads 2] [--only NAME ...] [--json FILE]
 
 SmolLM2-135M, 4 bits in groups of 32 with integer zeros, is written as GPTQ once: every contender trains on that folder,
 or on its weights as floats, with the same blocks in the same order, the same AdamW and the same schedule. Each runs in

@@ -1,6 +1,6 @@
 """How large the delta of a fine-tune is, format by format, on a real model.
 
-    python tools/delta_table.py [--max-steps 60 | --adapter ADAPTER] [--model MODEL] [--write docs/delta.md]
+    python benchmarks/delta_table.py [--max-steps 60 | --adapter ADAPTER] [--model MODEL] [--write docs/delta.md]
 
 SmolLM2 is exported as it is and with an adapter folded in; the adapter is trained for so many steps on the text that
 the demo trains on, or given. Each format's delta is written, applied, and compared with the export byte for byte. The

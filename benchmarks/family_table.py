@@ -1,6 +1,6 @@
 """Each family in each format: how far the logits are from the reference's in the format's own runtime.
 
-    python tools/family_table.py [--write docs/families.md]
+    python benchmarks/family_table.py [--write docs/families.md]
 
 For each family a tiny random model is quantized, an adapter folded in, exported to every format, and verified: weights
 read back, logits in each runtime. A cell is the largest logit difference over the largest logit, and whether every gate

@@ -1,8 +1,8 @@
 """How fast, and in how much memory, a checkpoint larger than its layers is exported; beside a plain copy.
 
-    python tools/benchmark_export.py [--work DIR] [--shape 1b] [--formats gptq gguf onnx] [--runs 3]
+    python benchmarks/benchmark_export.py [--work DIR] [--shape 1b] [--formats gptq gguf onnx] [--runs 3]
 
-For each format a process of its own exports a synthetic checkpoint (tools/synthetic.py) and reports its peak resident
+For each format a process of its own exports a synthetic checkpoint (synthetic.py) and reports its peak resident
 memory; then the files it wrote are copied, by reading and writing 8 MB at a time. Both begin with the source in the
 page cache. The ratio of the medians is the figure to quote. Then one 4096x4096 layer of 4 bits is repacked in memory.
 """

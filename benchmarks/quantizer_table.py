@@ -1,6 +1,6 @@
 """Perplexity of a real model quantized in every way there is here, beside other people's quantizers.
 
-    python tools/quantizer_table.py --work DIR [--cells gptq-3,hqq-2] [--write docs/quantize.md]
+    python benchmarks/quantizer_table.py --work DIR [--cells gptq-3,hqq-2] [--write docs/quantize.md]
 
 SmolLM2-135M-Instruct as its package carries it, dequantized, is the float model; calibration is the head of the
 language reference that every Python carries, perplexity is on its tail, which nothing has seen. Each cell is a JSON

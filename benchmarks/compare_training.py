@@ -1,6 +1,6 @@
 """The paper's comparison, repeated: QA-LoRA folded, QLoRA kept and quantized again, trained scales; 4, 3 and 2 bits.
 
-    python tools/compare_training.py --work DIR [--cells NAME,...] [--jobs 2] [--write docs/training_comparison.md]
+    python benchmarks/compare_training.py --work DIR [--cells NAME,...] [--jobs 2] [--write docs/training_comparison.md]
 
 SmolLM2-135M-Instruct as its package carries it is quantized by gptq once for each width; every method trains on those
 integers, on the same blocks in the same order, each at its best rate of a search with one seed, then with three seeds.

@@ -1,4 +1,4 @@
-"""tools/compare_training.py: what is run next, the tables of given cells, and every kind of cell on a tiny model."""
+"""benchmarks/compare_training.py: what is run next, tables of given cells, and every kind of cell on a tiny model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qalora.demo import demo_text
 from qalora.quantization import quantize
 from qalora.testing import byte_tokenizer, tiny_llama
 
-TOOLS = Path(__file__).parents[2] / "tools"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BETTER = ("plus", "fitted")
 """Variants that do better than what they vary, in the cells below."""
 PAGE = "Before\n\n<!-- table:begin -->\nold\n<!-- table:end -->\n\nafter\n"
@@ -29,8 +29,8 @@ PAGE = "Before\n\n<!-- table:begin -->\nold\n<!-- table:end -->\n\nafter\n"
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """A module of tools/ by name, as a script there imports it."""
-    monkeypatch.syspath_prepend(str(TOOLS))
+    """A module of benchmarks/ by name, as a script there imports it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
 

@@ -1,6 +1,6 @@
 """Write a synthetic quantized Llama of a real model's shape, a layer at a time: random codes, no tokenizer.
 
-python tools/synthetic.py FOLDER [--shape 1b|8b|70b] [--layers N] [--bits 4] [--group-size 32]
+python benchmarks/synthetic.py FOLDER [--shape 1b|8b|70b] [--layers N] [--bits 4] [--group-size 32]
 """
 
 from __future__ import annotations
