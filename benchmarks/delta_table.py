@@ -28,11 +28,11 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.plan import ExportOptions
+from qalora.delta import apply_delta, write_delta
+from qalora.delta.coding import LEVEL
+from qalora.delta.records import Patch
 from qalora.demo import demo_text, smollm2_file
 from qalora.formats.files import InputFile
-from qalora.releasing.delta import apply_delta, write_delta
-from qalora.releasing.delta.coding import LEVEL
-from qalora.releasing.delta.records import Patch
 from qalora.testing import random_adapter
 from qalora.training import TrainOptions, train
 
@@ -78,7 +78,7 @@ def row(what: str, base: Path, release: Path, folders: Sequence[str], work: Path
     if differ:
         raise SystemExit(f"{what}: {differ} came back otherwise")
     shutil.rmtree(work)
-    return line(what, written.release_bytes, written.nbytes)
+    return line(what, written.made_bytes, written.nbytes)
 
 
 def line(what: str, release: int, delta: int) -> str:

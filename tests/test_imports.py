@@ -20,6 +20,7 @@ FLOORS = [
     {"calibration", "integrations", "training"},
     {"converters"},
     {"folding", "adapter", "quantization", "residual", "checkpoint"},
+    {"delta"},
     {"formats"},
     {"fused"},
     {"tensor"},

@@ -25,7 +25,7 @@ def command() -> None:
 @log_format_option
 def make(base: Path, dist: Path, out: Path, force: bool) -> None:
     """Write what makes the release DIST of the release BASE, each byte as it is."""
-    from qalora.releasing.delta import check_base, write_delta
+    from qalora.delta import check_base, write_delta
 
     check_base(base, out, force=force)
     total = sum(path.stat().st_size for path in dist.rglob("*") if path.is_file())
@@ -53,7 +53,7 @@ def apply(delta: Path, base: Path, out: Path, targets: tuple[str, ...], force: b
     With --to, BASE may be that sub-folder itself, or its one file of weights. A wrong base, or a damaged delta, is
     refused before anything is written.
     """
-    from qalora.releasing.delta import apply_delta, chosen_files
+    from qalora.delta import apply_delta, chosen_files
 
     total = sum(file.nbytes for file in chosen_files(delta, targets))
     with progress_bar(total, "writing") as progress:

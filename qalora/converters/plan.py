@@ -6,12 +6,13 @@ a name; `Plan.check` refuses it unless that name was allowed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qalora.errors import ExactnessError
+from qalora.formats.output import Progress
 from qalora.options.export import Writing
 from qalora.options.words import LOSSES
 
@@ -23,9 +24,6 @@ __all__ = ["LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTens
 
 PROVENANCE = "qalora.provenance."
 """What the keys of `ExportOptions.provenance` begin with; a reader of ours ignores them."""
-
-Progress = Callable[[str, int], None]
-"""Called with a tensor's name and its bytes once it is written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

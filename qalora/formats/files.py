@@ -30,6 +30,7 @@ __all__ = [
     "check_content",
     "check_dimensions",
     "contained",
+    "files_below",
     "may_be_of_the_hub",
     "read_limited",
 ]
@@ -85,6 +86,11 @@ def _blobs_of(folder: Path) -> Path | None:
         if place.parent.name == "snapshots" and cache.name.startswith("models--"):
             return cache / "blobs"
     return None
+
+
+def files_below(folder: Path) -> list[str]:
+    """The names of all regular files below a folder, sorted, with forward slashes."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def may_be_of_the_hub(name: str) -> bool:

@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qalora.errors import OutputError
 
 __all__ = [
+    "Progress",
     "check_apart",
     "check_output",
     "check_writable",
@@ -26,6 +27,9 @@ __all__ = [
     "text_bytes",
     "write_json",
 ]
+
+Progress = Callable[[str, int], None]
+"""Called with the name of what was written, a tensor's or a file's, and its bytes."""
 
 
 def check_output(path: Path, *, force: bool, names: Collection[str] = ()) -> None:

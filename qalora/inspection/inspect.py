@@ -7,13 +7,12 @@ from pathlib import Path
 
 from qalora.adapter import Convention
 from qalora.converters.gguf.lora import is_lora
+from qalora.formats.output import Progress
 from qalora.inspection.adapter import inspect_adapter, inspect_gguf_lora, inspect_onnx_adapter
 from qalora.inspection.model import inspect_model
 from qalora.inspection.records import AdapterReport, FolderReport, ModelReport, Report
 
 __all__ = ["inspect"]
-
-Progress = Callable[[str, int], None]
 
 
 def inspect(

@@ -278,7 +278,7 @@ class Pipeline:
     def _check_delivery(self) -> None:
         """Refuse before the long work what would be refused after it."""
         if self.recipe.delta is not None:
-            from qalora.releasing.delta import check_base
+            from qalora.delta import check_base
 
             with self.source.lines_of("delta"), about("base"):
                 check_base(self.recipe.delta.base, delta_of(self.out), force=self.force)
@@ -291,7 +291,7 @@ class Pipeline:
     def _deliver(self) -> None:
         """The delta, and the upload."""
         if self.recipe.delta is not None:
-            from qalora.releasing.delta import write_delta
+            from qalora.delta import write_delta
 
             total = sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file())
             with self.watch.writing(total, "delta") as progress:

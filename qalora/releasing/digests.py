@@ -31,7 +31,6 @@ __all__ = [
     "combined_digest",
     "content_digest",
     "file_digest",
-    "files_below",
     "model_digests",
     "range_digest",
     "saved_digests",
@@ -122,11 +121,6 @@ def file_digest(path: Path) -> str:
     """The digest of a file."""
     with path.open("rb") as file:
         return _named(hashlib.file_digest(file, "sha256"))
-
-
-def files_below(folder: Path) -> list[str]:
-    """The names of all regular files below a folder, sorted, with forward slashes."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def range_digest(path: Path, offset: int, nbytes: int) -> str:

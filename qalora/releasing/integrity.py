@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qalora.errors import InputError
-from qalora.formats.files import contained
+from qalora.formats.files import contained, files_below
 from qalora.releasing.checksums import compare_sums
-from qalora.releasing.digests import file_digest, files_below, range_digest
+from qalora.releasing.digests import file_digest, range_digest
 from qalora.releasing.findings import Finding
 
 __all__ = ["check_files", "check_sums_stage", "differing_tensor"]

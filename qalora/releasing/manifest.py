@@ -35,6 +35,7 @@ from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters.plan import PROVENANCE, Plan
 from qalora.errors import FormatError, InputError
+from qalora.formats.files import files_below
 from qalora.formats.json_text import read_json
 from qalora.formats.output import json_bytes
 from qalora.releasing.digests import (
@@ -42,7 +43,6 @@ from qalora.releasing.digests import (
     combined_digest,
     content_digest,
     file_digest,
-    files_below,
     model_digests,
     range_digest,
     saved_digests,

@@ -21,7 +21,8 @@ from qalora.adapter.writing import write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters.exports import ExportJob, export_jobs, run_jobs
 from qalora.errors import InputError
-from qalora.releasing.digests import content_digest, files_below
+from qalora.formats.files import files_below
+from qalora.releasing.digests import content_digest
 from qalora.releasing.findings import Finding, Stage
 from qalora.releasing.integrity import differing_tensor
 from qalora.releasing.manifest import MANIFEST, adapter_part, artifact_part, base_part, make_manifest, provenance

@@ -1,4 +1,4 @@
-"""Write the delta between two releases: a tile at a time, so that a model larger than memory passes through.
+"""Write the delta between two folders: a tile at a time, so that a model larger than memory passes through.
 
 Tensors are found by name on both sides, wherever they stand, and compared: equal tiles are copied, changed ones are
 patched in the byte columns that changed. What is no tensor (heads, tokenizers, graphs) is searched for copies.
@@ -12,18 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from qalora.converters.plan import Progress
-from qalora.errors import InputError
-from qalora.formats.files import InputFile, contained
-from qalora.formats.output import check_output, new_folder
-from qalora.releasing.checksums import write_sums
-from qalora.releasing.delta.chunks import CHUNK, MAX_MATCHED, find_copies
-from qalora.releasing.delta.coding import Bytes, changed_columns, pack, pack_columns
-from qalora.releasing.delta.matching import match_files
-from qalora.releasing.delta.records import (
+from qalora.delta.chunks import CHUNK, MAX_MATCHED, find_copies
+from qalora.delta.coding import Bytes, changed_columns, pack, pack_columns
+from qalora.delta.matching import match_files
+from qalora.delta.records import (
     DATA,
     INDEX,
     MAX_COLUMNS,
+    SUMS,
     TILE,
     BaseFile,
     Copy,
@@ -35,9 +31,11 @@ from qalora.releasing.delta.records import (
     index_bytes,
     read_delta,
 )
-from qalora.releasing.delta.regions import Region, head_bytes, tensor_regions
-from qalora.releasing.delta.tiles import sha256, tiles
-from qalora.releasing.digests import files_below
+from qalora.delta.regions import Region, head_bytes, tensor_regions
+from qalora.delta.tiles import sha256, summed, tiles
+from qalora.errors import InputError
+from qalora.formats.files import InputFile, contained, files_below
+from qalora.formats.output import Progress, check_output, new_folder
 
 __all__ = ["WrittenDelta", "check_base", "write_delta"]
 
@@ -51,59 +49,60 @@ MAX_COPIES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenDelta:
-    """What was written: its folder, its files' records, the bytes of the delta and of the release that it makes."""
+    """What was written: its folder, its files' records, the bytes of the delta and of the folder that it makes."""
 
     folder: Path
     files: tuple[DeltaFile, ...]
     nbytes: int
-    release_bytes: int
+    made_bytes: int
 
     @property
     def ratio(self) -> float:
-        """Bytes of the delta over those of the release."""
-        return self.nbytes / max(1, self.release_bytes)
+        """Bytes of the delta over those of what it makes."""
+        return self.nbytes / max(1, self.made_bytes)
 
 
-def check_base(base_release: Path, out: Path, *, force: bool = False) -> None:
-    """Refuse what can be refused before a release is made: a base that is no folder of files, an output in the way."""
+def check_base(base: Path, out: Path, *, force: bool = False) -> None:
+    """Refuse what can be refused beforehand: a base that is no folder of files, an output in the way."""
     check_output(out, force=force, names=[INDEX])
-    if not base_release.is_dir():
-        raise InputError(f"{base_release}", expected="the folder of the base release", got="no folder")
-    if not files_below(base_release):
-        raise InputError(f"{base_release}", expected="the folder of the base release", got="an empty folder")
+    if not base.is_dir():
+        raise InputError(f"{base}", expected="the folder of the base release", got="no folder")
+    if not files_below(base):
+        raise InputError(f"{base}", expected="the folder of the base release", got="an empty folder")
 
 
 def write_delta(
-    base_release: Path,
-    release: Path,
+    base: Path,
+    new: Path,
     out: Path,
     *,
     force: bool = False,
     progress: Progress = lambda name, nbytes: None,
 ) -> WrittenDelta:
-    """Write to `out` what makes `release` from `base_release`; progress is called with each file and its bytes.
+    """Write to `out` what makes the folder `new` from `base`; progress is called with each file and its bytes.
 
-    Raises InputError where the base has nothing that the release could be rebuilt from, OutputError for an output that
+    Raises InputError where the base has nothing that `new` could be rebuilt from, OutputError for an output that
     exists without `force`.
     """
-    check_base(base_release, out, force=force)
-    matched = match_files(files_below(base_release), files_below(release))
+    check_base(base, out, force=force)
+    matched = match_files(files_below(base), files_below(new))
     files = []
     with new_folder(out, force=force, names=[INDEX]) as folder:
         with (folder / DATA).open("xb") as data:
-            for path, base in sorted(matched.items()):
-                before = None if base is None else contained(base_release, base)
-                files.append(_Maker(data).file(path, contained(release, path), base, before))
+            for path, old in sorted(matched.items()):
+                before = None if old is None else contained(base, old)
+                files.append(_Maker(data).file(path, contained(new, path), old, before))
                 progress(path, files[-1].nbytes)
         if files and all(file.base is None for file in files):
-            got = f"{base_release}, which shares no file with it"
-            raise InputError(f"{release}: a delta", expected="a release of the same base model", got=got)
+            got = f"{base}, which shares no file with it"
+            raise InputError(f"{new}: a delta", expected="a release of the same base model", got=got)
         (folder / INDEX).write_bytes(index_bytes(files))
         read_delta(folder)  # what nobody could apply is not written
-        write_sums(folder)
+        sums = "".join(f"{line}\n" for _, line in summed(folder))
+        (folder / SUMS).write_text(sums, encoding="utf-8")
         nbytes = sum(path.stat().st_size for path in folder.iterdir())
     made = sum(file.nbytes for file in files)
-    return WrittenDelta(folder=out, files=tuple(files), nbytes=nbytes, release_bytes=made)
+    return WrittenDelta(folder=out, files=tuple(files), nbytes=nbytes, made_bytes=made)
 
 
 class _Maker:
@@ -114,7 +113,7 @@ class _Maker:
         self._ops: list[Op] = []
 
     def file(self, path: str, place: Path, base: str | None, before: Path | None) -> DeltaFile:
-        """The record of the file `place`, rebuilt from `before`, whose path in the base release is `base`."""
+        """The record of the file `place`, rebuilt from `before`, whose path in the base's folder is `base`."""
         checked_path(path, str(place))
         with ExitStack() as stack:
             new = stack.enter_context(InputFile(place))

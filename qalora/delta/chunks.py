@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora.releasing.delta.coding import Bytes
+from qalora.delta.coding import Bytes
 
 __all__ = ["CHUNK", "MAX_MATCHED", "find_copies"]
 

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from qalora.delta import apply_delta, write_delta
+from qalora.delta.coding import pack
+from qalora.delta.records import SCHEMA, TILE, parse_index
 from qalora.errors import FormatError, InputError
 from qalora.releasing.checksums import write_sums
-from qalora.releasing.delta import apply_delta, write_delta
-from qalora.releasing.delta.coding import pack
-from qalora.releasing.delta.records import SCHEMA, TILE, parse_index
 
 Content = dict[str, Any]
 

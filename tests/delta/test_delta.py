@@ -15,13 +15,13 @@ from qalora.cli import main
 from qalora.converters import load
 from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.plan import ExportOptions
+from qalora.delta import apply_delta, check_base, write_delta
+from qalora.delta.records import Copy, Data, Patch, read_delta
 from qalora.errors import InputError, OutputError
 from qalora.formats.gguf import BLOCKS, read_header
 from qalora.formats.output import write_json
 from qalora.quantization import quantize
 from qalora.releasing.checksums import check_sums, write_sums
-from qalora.releasing.delta import apply_delta, check_base, write_delta
-from qalora.releasing.delta.records import Copy, Data, Patch, read_delta
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
 TARGETS = ("gguf", "mlx", "qalora", "gptq", "onnx", "hqq")

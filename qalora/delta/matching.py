@@ -1,4 +1,4 @@
-"""Which file of the base release a file of the new one is rebuilt from: names only, no file is opened.
+"""Which file of the base's folder a file of the new one is rebuilt from: names only, no file is opened.
 
 The same path; else, for a file of weights, the one in the same folder with the same ending whose name is most alike:
 a fine-tune's GGUF is called ...-QALoRA-Q4_1.gguf where the base's is ...-Q4_1.gguf; else none.
@@ -15,9 +15,9 @@ __all__ = ["match_files"]
 _WEIGHTS = (".gguf", ".safetensors", ".data", ".onnx")
 
 
-def match_files(base: Collection[str], release: Collection[str]) -> dict[str, str | None]:
-    """The base's path for each path of the release, None where it has none."""
-    return {path: path if path in base else _alike(path, base) for path in release}
+def match_files(base: Collection[str], new: Collection[str]) -> dict[str, str | None]:
+    """The base's path for each path of the new folder, None where it has none."""
+    return {path: path if path in base else _alike(path, base) for path in new}
 
 
 def _alike(path: str, base: Collection[str]) -> str | None:

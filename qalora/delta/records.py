@@ -4,8 +4,8 @@
             data.bin     zlib streams one behind the other, in the order of the operations
             SHA256SUMS   of the two
 
-    file    {"path": inside the release, "bytes", "sha256": of the result,
-             "base": null, or {"path": inside the base release, "bytes", "sha256"}, "ops": [operation, ...]}
+    file    {"path": inside the folder, "bytes", "sha256": of the result,
+             "base": null, or {"path": inside the base's folder, "bytes", "sha256"}, "ops": [operation, ...]}
 
 The operations rebuild a file from its first byte to its last. `packed` bytes of data.bin belong to one:
 
@@ -39,6 +39,7 @@ __all__ = [
     "INDEX",
     "MAX_COLUMNS",
     "SCHEMA",
+    "SUMS",
     "TILE",
     "BaseFile",
     "Copy",
@@ -56,6 +57,7 @@ __all__ = [
 SCHEMA = "qalora.delta/1"
 INDEX = "delta.json"
 DATA = "data.bin"
+SUMS = "SHA256SUMS"
 
 TILE = 8 << 20
 """Bytes that one data or patch operation makes, at most."""
@@ -70,7 +72,7 @@ MAX_NUMBER = 1 << 53
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseFile:
-    """The file of the base release that a file is rebuilt from."""
+    """The file of the base's folder that a file is rebuilt from."""
 
     path: str
     nbytes: int

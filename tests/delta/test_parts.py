@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from qalora.delta import apply_delta, write_delta
+from qalora.delta.chunks import CHUNK, find_copies
+from qalora.delta.coding import changed_columns, pack, pack_columns, unpack, unpack_columns
+from qalora.delta.matching import match_files
+from qalora.delta.records import TILE, Copy, Data, Patch
+from qalora.delta.regions import tensor_regions
 from qalora.errors import FormatError
 from qalora.formats.gguf import Metadata, create, plan_layout
-from qalora.releasing.delta import apply_delta, write_delta
-from qalora.releasing.delta.chunks import CHUNK, find_copies
-from qalora.releasing.delta.coding import changed_columns, pack, pack_columns, unpack, unpack_columns
-from qalora.releasing.delta.matching import match_files
-from qalora.releasing.delta.records import TILE, Copy, Data, Patch
-from qalora.releasing.delta.regions import tensor_regions
 
 
 @given(

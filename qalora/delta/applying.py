@@ -1,4 +1,4 @@
-"""Rebuild a release, or some of its sub-folders, from a delta and the base release: byte for byte, or not at all."""
+"""Rebuild a folder, or some of its sub-folders, from a delta and the base's folder: byte for byte, or not at all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from qalora.converters.plan import Progress
+from qalora.delta.coding import unpack, unpack_columns
+from qalora.delta.records import DATA, SUMS, Copy, Data, DeltaFile, Op, read_delta
+from qalora.delta.tiles import sha256, summed, tiles
 from qalora.errors import FormatError, InputError, OutputError
 from qalora.formats.files import InputFile, OutputFile, contained, read_limited
-from qalora.formats.output import check_output, new_folder
-from qalora.releasing.checksums import SUMS
-from qalora.releasing.delta.coding import unpack, unpack_columns
-from qalora.releasing.delta.records import DATA, INDEX, Copy, Data, DeltaFile, Op, read_delta
-from qalora.releasing.delta.tiles import sha256, tiles
+from qalora.formats.output import Progress, check_output, new_folder
 
 __all__ = ["Applied", "apply_delta", "chosen_files"]
 
@@ -31,7 +29,7 @@ class Applied:
 
 
 def chosen_files(delta: Path, targets: Sequence[str] = ()) -> list[DeltaFile]:
-    """The files of the release in its sub-folders `targets`, all where none is named; InputError for an unknown one."""
+    """The files of the sub-folders `targets`, all where none is named; InputError for an unknown one."""
     files = read_delta(delta)
     folders = sorted({PurePosixPath(file.path).parts[0] for file in files if "/" in file.path})
     for target in targets:
@@ -54,9 +52,9 @@ def apply_delta(
     force: bool = False,
     progress: Progress = lambda name, nbytes: None,
 ) -> Applied:
-    """Write to `out` the release that `delta` makes of `base`; with `targets`, those sub-folders of it alone.
+    """Write to `out` the folder that `delta` makes of `base`; with `targets`, those sub-folders of it alone.
 
-    base is the folder of the base release, or a part of it that holds what is needed: with one target, that sub-folder
+    base is the folder it was made over, or a part of it that holds what is needed: with one target, that sub-folder
     itself, or the one file of weights. Everything is checked before the first byte is written: the delta's checksums
     and every number in it, and the digest of each file of the base; each result's digest is checked before the output
     appears. Raises FormatError for a damaged delta, InputError for a wrong base, OutputError for an output that exists
@@ -90,16 +88,14 @@ def _check_room(out: Path, folder: Path, nbytes: int) -> None:
 
 def _check_sums(delta: Path) -> None:
     """Refuse a delta that is not what its SHA256SUMS says."""
-    path = contained(delta, SUMS)
-    lines = read_limited(path, 1 << 20).splitlines()
-    for name in (DATA, INDEX):
-        with InputFile(contained(delta, name)) as file:
-            if f"{sha256(file)}  {name}".encode() not in lines:
-                raise FormatError(f"{file.path}: changed since {SUMS} was written", todo="fetch it again")
+    lines = read_limited(contained(delta, SUMS), 1 << 20).splitlines()
+    for path, line in summed(delta):
+        if line.encode() not in lines:
+            raise FormatError(f"{path}: changed since {SUMS} was written", todo="fetch it again")
 
 
 def _bases(base: Path, files: Sequence[DeltaFile]) -> dict[str, Path]:
-    """Where each base file that is needed is, by its path in the base release; each is hashed, and has its digest."""
+    """Where each base file that is needed is, by its path in the base's folder; each is hashed, and has its digest."""
     needed = {file.base.path: file.base for file in files if file.base is not None}
     folders = {path.partition("/")[0] for path in needed}
     inside = len(folders) == 1 and all("/" in path for path in needed) and not (base / min(folders)).exists()

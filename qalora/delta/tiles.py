@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
-from qalora.formats.files import InputFile
-from qalora.releasing.delta.records import TILE
+from qalora.delta.records import DATA, INDEX, TILE
+from qalora.formats.files import InputFile, contained
 
-__all__ = ["sha256", "tiles"]
+__all__ = ["sha256", "summed", "tiles"]
 
 
 def tiles(at: int, nbytes: int, block: int) -> Iterator[tuple[int, int]]:
@@ -24,3 +25,10 @@ def sha256(file: InputFile) -> str:
     for at, count in tiles(0, file.size, 1):
         digest.update(file.tensor(at, count).numpy().data)
     return digest.hexdigest()
+
+
+def summed(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a delta, each with its line of SHA256SUMS: digest, two spaces, name."""
+    for name in (DATA, INDEX):
+        with InputFile(contained(folder, name)) as file:
+            yield file.path, f"{sha256(file)}  {name}"
