@@ -267,7 +267,7 @@ def _shell(forks: Forks, line: str, folder: Path) -> None:
         assert {word for word in words if word.startswith("-")} <= EXTERNAL[words[0]]
         assert all((folder / word).is_file() for word in words if word.startswith("gguf/"))
         return
-    if words[:3] == ["qalora", "check"] and find_spec("qalora.cli.check") is None:
+    if words[:2] == ["qalora", "check"] and find_spec("qalora.cli.check") is None:
         return
     if words[0] in ("qalora", "python"):
         given = ["-m", *words] if words[0] == "qalora" else words[1:]
