@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from copy import deepcopy
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +265,6 @@ def _shell(forks: Forks, line: str, folder: Path) -> None:
     if words[0] in EXTERNAL:
         assert {word for word in words if word.startswith("-")} <= EXTERNAL[words[0]]
         assert all((folder / word).is_file() for word in words if word.startswith("gguf/"))
-        return
-    if words[:2] == ["qalora", "check"] and find_spec("qalora.cli.check") is None:
         return
     if words[0] in ("qalora", "python"):
         given = ["-m", *words] if words[0] == "qalora" else words[1:]
