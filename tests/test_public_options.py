@@ -21,6 +21,7 @@ from qalora.adapter import Adapter, read_adapter, write_adapter
 from qalora.calibration import bits_per_weight
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
+from qalora.converters.onnx.files import accuracy_level
 from qalora.demo import demo_text
 from qalora.errors import ExactnessError, InputError, OutputError
 from qalora.folding import fold
@@ -28,7 +29,6 @@ from qalora.formats.gguf import read_header
 from qalora.options.export import Export
 from qalora.options.release import Package
 from qalora.options.verify import Verify
-from qalora.parity.artifacts import accuracy_level
 from qalora.quantization import quantize as quantize_model
 from qalora.testing import assert_same_model, random_adapter, random_model
 from qalora.training import TrainOptions

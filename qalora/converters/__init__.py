@@ -10,30 +10,71 @@ from dataclasses import replace
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.plan import Target
+from qalora.converters.format import Format, Layout
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import VERSIONS
+from qalora.options.words import TARGETS
 
-__all__ = ["TARGETS", "load", "target"]
-
-TARGETS: dict[str, str] = {
-    "gptq": "qalora.converters.gptq",
-    "gguf": "qalora.converters.gguf",
-    "onnx": "qalora.converters.onnx",
-    "mlx": "qalora.converters.mlx",
-    "hqq": "qalora.converters.hqq",
-    "qalora": "qalora.converters.native",
-}
-"""Each format that `export` writes, and the module that does it: a `Target`. Its folder has the format's name."""
+__all__ = ["TARGETS", "by_config", "layout", "layouts", "load", "recognise", "target"]
 
 
-def target(name: str) -> Target:
-    """The module that writes a format; InputError names those there are."""
+def target(name: str) -> Format:
+    """The record of a format that can be written; InputError names those there are."""
     if name not in TARGETS:
         raise InputError(field="targets", expected=f"one of {', '.join(TARGETS)}", got=repr(name))
-    module: Target = importlib.import_module(TARGETS[name])
-    return module
+    found: Format = importlib.import_module(TARGETS[name]).FORMAT
+    return found
+
+
+def layouts() -> tuple[Layout, ...]:
+    """Everything that can be read: the formats, and last the folder of a float model."""
+    from qalora.converters.huggingface import LAYOUT
+
+    return (*map(target, TARGETS), LAYOUT)
+
+
+def layout(name: str) -> Layout:
+    """The record of a layout by its name."""
+    return next(one for one in layouts() if one.name == name)
+
+
+def recognise(path: Path) -> Layout:
+    """What a file or folder is, by what is in it; FormatError for what is nothing that is read here."""
+    found = next((one for one in layouts() if one.by_files is not None and one.by_files(path)), None)
+    if found is None and path.is_file():
+        raise _not_recognised(path)
+    return found or by_config(path)
+
+
+def by_config(folder: Path) -> Layout:
+    """What a folder is by its config.json; FormatError for one that is missing, or names another method."""
+    from qalora.converters.huggingface import read_config
+
+    config = read_config(folder)
+    for one in layouts():
+        if one.by_config is not None and one.by_config(folder, config):
+            return one
+    settings = config["quantization_config"]
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if not isinstance(method, str):
+        raise FormatError(f"{folder}/config.json: quantization_config", expected="an object with a quant_method")
+    raise FormatError(
+        f"{folder}: quant_method",
+        expected=f"{', '.join(one for one in TARGETS if target(one).by_config is not None)}, or a float model",
+        got=repr(method),
+        todo="see the README",
+    )
+
+
+def _not_recognised(path: Path) -> FormatError:
+    with InputFile(path) as file:
+        magic = file.read(0, min(4, file.size))
+    if magic[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        return FormatError(f"{path}: a pickle, which runs code when it is opened", todo="convert it to safetensors")
+    return FormatError(
+        str(path), expected="a GGUF or ONNX file or a model folder", got=f"a file that begins with {magic!r}"
+    )
 
 
 def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoint:
@@ -47,67 +88,15 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
     """
     if checkpoint_format not in (None, *VERSIONS):
         raise InputError("checkpoint_format", expected=" or ".join(VERSIONS), got=repr(checkpoint_format))
-    found = _load(model, checkpoint_format)
-    if checkpoint_format is not None and found.layout != "gptq":
-        raise InputError(
-            f"`checkpoint_format` is for GPTQ folders, and {found.path} is {found.layout}", todo="leave it out"
-        )
-    return found if checkpoint_format is not None else replace(found, stored=found)  # its own label says something else
-
-
-def _load(model: str | Path, checkpoint_format: str | None) -> Checkpoint:
     path = Path(model)
-    if path.is_file():
-        return _load_file(path)
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         from qalora.converters.huggingface import download
 
         path = download(str(model))
-    if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors*")):
-        return _load_onnx(path)
-    from qalora.converters import huggingface, native
-    from qalora.converters.gptq.reader import read as read_gptq
-
-    method = huggingface.quant_method(path)
-    if method is None:
-        return huggingface.read(path)
-    if method == "qalora":
-        return native.read(path)
-    if method == "gptq":
-        return read_gptq(path, checkpoint_format=checkpoint_format)
-    if method == "mlx":
-        from qalora.converters.mlx.reader import read as read_mlx
-
-        return read_mlx(path)
-    if method == "hqq":
-        from qalora.converters.hqq.reader import read as read_hqq
-
-        return read_hqq(path)
-    raise FormatError(
-        f"{path}: quant_method",
-        expected="qalora, gptq, mlx, hqq, or a float model",
-        got=repr(method),
-        todo="see the README",
-    )
-
-
-def _load_onnx(path: Path) -> Checkpoint:
-    from qalora.converters.onnx.reader import read
-
-    return read(path)
-
-
-def _load_file(path: Path) -> Checkpoint:
-    if path.suffix == ".onnx":
-        return _load_onnx(path)
-    with InputFile(path) as file:
-        magic = file.read(0, min(4, file.size))
-    if magic == b"GGUF":
-        from qalora.converters.gguf.reader import read as read_gguf
-
-        return read_gguf(path)
-    if magic[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise FormatError(f"{path}: a pickle, which runs code when it is opened", todo="convert it to safetensors")
-    raise FormatError(
-        str(path), expected="a GGUF or ONNX file or a model folder", got=f"a file that begins with {magic!r}"
-    )
+    found = recognise(path)
+    if checkpoint_format is None:
+        read = found.read(path)
+        return replace(read, stored=read)
+    if found.read_as is None:
+        raise InputError(f"`checkpoint_format` is for GPTQ folders, and {path} is {found.name}", todo="leave it out")
+    return found.read_as(path, checkpoint_format)  # its own label says something else, so that it is not as stored

@@ -50,8 +50,9 @@ def check_targets(targets: Sequence[str], options: ExportOptions) -> None:
         raise InputError(field="targets", expected=f"at least one of {', '.join(TARGETS)}", got="none")
     for name in targets:
         target(name)
-    if options.lora_slots and "onnx" not in targets:
-        raise InputError(field="lora_slots", expected="onnx among the formats", got=", ".join(targets))
+    if options.lora_slots and not any(target(name).slots for name in targets):
+        able = " or ".join(name for name in TARGETS if target(name).slots)
+        raise InputError(field="lora_slots", expected=f"{able} among the formats", got=", ".join(targets))
 
 
 def check_fold(adapter: object, minima: Minima | None, convention: Convention | None) -> None:
@@ -92,8 +93,7 @@ def export_jobs(
         raise InputError("ExportOptions.adapter", expected="None where several formats are planned", got="an adapter")
     model = carry(model, adapter)
     writers = {name: target(name) for name in dict.fromkeys(targets)}
-    ships = adapter is not None and "gptq" in writers and options.gptq_form == "auto" and _ships_adapter(model)
-    beside = {"gptq"} if ships else set()
+    beside = {name for name, writer in writers.items() if adapter is not None and writer.ships(model, options)}
     folded = model
     if adapter is not None and beside != set(writers):  # what cannot be folded may still lie beside
         folded = fold(model, adapter, minima=minima or adapter.minima or "float16")
@@ -105,12 +105,6 @@ def export_jobs(
             plan.check(options.allow_loss)
         jobs.append(ExportJob(plan=plan, model=source))
     return jobs
-
-
-def _ships_adapter(model: Checkpoint) -> bool:
-    from qalora.converters.gptq import ships_adapter
-
-    return ships_adapter(model)
 
 
 def run_jobs(

@@ -18,6 +18,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of, tensor_shape
 from qalora.converters.families import bias_names, family_of, linear_names, norm_names, settings_of
+from qalora.converters.format import Layout, exact
 from qalora.errors import FormatError, InputError
 from qalora.formats.around import instead_of_config
 from qalora.formats.files import InputFile, check_content, contained, may_be_of_the_hub
@@ -27,6 +28,7 @@ from qalora.tensor import check_finite
 
 __all__ = [
     "HEAD",
+    "LAYOUT",
     "LICENCES",
     "TEMPLATES",
     "announced",
@@ -35,7 +37,6 @@ __all__ = [
     "download",
     "float_tensor",
     "model_of",
-    "quant_method",
     "read",
     "read_config",
     "stored_tensors",
@@ -74,24 +75,6 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
         got, todo = instead_of_config(folder) if name == "config.json" else ("none", "")
         raise FormatError(f"{folder}", expected=f"a model folder with {name}", got=got, todo=todo)
     return read_json_object(path, CONFIG_LIMIT)
-
-
-def quant_method(folder: Path) -> str | None:
-    """quantization_config.quant_method of a model folder, or None for a float model.
-
-    Older GPTQ folders have quantize_config.json instead, which names no method. MLX folders, "mlx" here, have
-    `quantization`, and may have a copy of it as quantization_config, which names no method.
-    """
-    found = read_config(folder)
-    config = found.get("quantization_config")
-    copied = config is None or (isinstance(config, dict) and "quant_method" not in config)
-    if isinstance(found.get("quantization"), dict) and copied:
-        return "mlx"
-    if config is None:
-        return "gptq" if (folder / "quantize_config.json").exists() else None
-    if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
-        raise FormatError(f"{folder}/config.json: quantization_config", expected="an object with a quant_method")
-    return str(config["quant_method"])
 
 
 def companion_files(folder: Path) -> dict[str, Path]:
@@ -333,3 +316,13 @@ def download(repo: str, *, here: bool = False) -> Path:
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{repo}: no such file or folder, and not to be had from the Hub ({reason})") from error
+
+
+LAYOUT = Layout(
+    name="huggingface",
+    read=read,
+    by_config=lambda folder, config: config.get("quantization_config") is None,
+    runtimes=("transformers",),
+    rounding=exact,
+    memory=2,  # of 16-bit floats, in float32
+)

@@ -20,7 +20,7 @@ generation_config.json, tokenizer and other companion files
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes, write_generation
+from qalora.converters.format import Format, Pushed, exact, quantized_by
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
 from qalora.converters.specs import narrowed
@@ -39,7 +40,7 @@ from qalora.formats.output import write_json
 from qalora.formats.safetensors import Entry, Part, ShardedLayout, ShardedWriter, plan_shards, read_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
 
-__all__ = ["StoredModule", "check_version", "plan", "read", "stored_modules", "write"]
+__all__ = ["FORMAT", "StoredModule", "check_version", "plan", "read", "stored_modules", "write"]
 
 VERSION = 1
 PARTS = ("codes", "scale", "min", "zero", "g_idx")
@@ -311,3 +312,35 @@ def _write_quantized(
             write(f"{module}.zero", zero, row)
     if tile.g_idx is not None and row == 0:
         write(f"{module}.g_idx", tile.g_idx, 0)
+
+
+_USAGE = """```python
+import qalora  # transformers opens the folder once qalora is imported; its layers stay packed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("qalora", dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained("qalora")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+It can be exported again and fine-tuned further: `qalora.load("qalora")`."""
+
+
+def _openings(pushed: Pushed) -> Sequence[str]:
+    return [f'import qalora; AutoModelForCausalLM.from_pretrained("{pushed.repo}", subfolder="qalora")']
+
+
+FORMAT = Format(
+    name="qalora",
+    title="qalora: transformers",
+    plan=plan,
+    write=write,
+    read=read,
+    by_config=quantized_by("qalora"),
+    runtimes=("torch",),
+    rounding=exact,
+    memory=8,  # dequantized, in float32: at least 8 times the bytes of 4-bit codes
+    usage=lambda released: _USAGE,
+    openings=_openings,
+)

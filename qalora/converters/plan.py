@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qalora.errors import ExactnessError
 from qalora.formats.output import Progress
@@ -18,9 +17,8 @@ from qalora.options.words import LOSSES
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
-    from qalora.checkpoint import Checkpoint
 
-__all__ = ["LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress", "Target"]
+__all__ = ["LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress"]
 
 PROVENANCE = "qalora.provenance."
 """What the keys of `ExportOptions.provenance` begin with; a reader of ours ignores them."""
@@ -129,13 +127,3 @@ class ExportOptions(Writing):
         given: Collection[str] = self.lora_slots
         object.__setattr__(self, "lora_slots", frozenset([given] if isinstance(given, str) else given))
         super(ExportOptions, self).__post_init__()
-
-
-class Target(Protocol):
-    """A module that writes a format: the registry in `qalora.converters` holds one for each name."""
-
-    def plan(self, model: Checkpoint, options: ExportOptions) -> Plan:
-        """Decide everything; raise InputError for what cannot be. Reads config and specs, and values where it must."""
-
-    def write(self, plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
-        """Write the planned files into an empty folder, a layer at a time."""

@@ -132,7 +132,7 @@ def _bfloat16_biases(model: Checkpoint) -> list[Finding]:
 
 
 def _int8_activations(model: Checkpoint) -> list[Finding]:
-    from qalora.parity.artifacts import accuracy_level
+    from qalora.converters.onnx.files import accuracy_level
 
     graph = model.path if model.path.is_file() else model.path / "model.onnx"
     level = accuracy_level(graph)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qalora.options.fields import Options, option
-from qalora.options.words import LOSSES, SHARD_SIZE, Minima
+from qalora.options.words import LOSSES, SHARD_SIZE, TARGETS, Minima
 
 __all__ = ["Export", "Folded", "Writing", "shard_size"]
 
@@ -80,7 +80,7 @@ class Export(Writing):
     """The formats, and how the weights are folded and written in them."""
 
     targets: tuple[str, ...] = option(
-        help="gptq, gguf, onnx, mlx, hqq, qalora (our own folder).",
+        help=f"{', '.join(TARGETS)} (our own folder).",
         spelled="to",
         metavar="FORMAT",
         example="gguf",

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-__all__ = ["BITS", "LOSSES", "SHARD_SIZE", "CheckpointFormat", "Convention", "Level", "Minima", "Zeros"]
+__all__ = ["BITS", "LOSSES", "SHARD_SIZE", "TARGETS", "CheckpointFormat", "Convention", "Level", "Minima", "Zeros"]
 
 BITS = (2, 3, 4, 5, 6, 8)
 """Widths of a code."""
@@ -24,6 +24,17 @@ Zeros = Literal["real", "integer", "symmetric"]
 
 Level = Literal["weights", "logits", "generation"]
 """How far a verification goes; each includes those before it."""
+
+TARGETS = {
+    "gptq": "qalora.converters.gptq",
+    "gguf": "qalora.converters.gguf",
+    "onnx": "qalora.converters.onnx",
+    "mlx": "qalora.converters.mlx",
+    "hqq": "qalora.converters.hqq",
+    "qalora": "qalora.converters.native",
+}
+"""Each format that `export` writes, and the module whose FORMAT says all of it (`qalora.converters.format`); our own
+folder is the last. An export's folder has the format's name."""
 
 LOSSES: dict[str, str] = {
     "zeros": "real zero points rounded to integers; on SmolLM2 half of the adapter is lost",

@@ -11,19 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters import by_config, layout, layouts, load
+from qalora.converters.format import Layout
 from qalora.errors import InputError
 from qalora.formats.around import instead_of_model
-from qalora.formats.files import InputFile
-from qalora.formats.gguf_split import part_number, split_files
-from qalora.formats.onnx import read_model
 
 __all__ = [
-    "GENERATORS",
-    "RUNTIMES",
     "Artifact",
-    "accuracy_level",
-    "has_head_in_words",
-    "is_symmetric",
     "may_run",
     "memory_needed",
     "open_artifact",
@@ -32,23 +26,7 @@ __all__ = [
     "runtimes_of",
 ]
 
-RUNTIMES: dict[str, tuple[str, ...]] = {
-    "gptq": ("gptqmodel",),
-    "gguf": ("llama.cpp",),
-    "onnx": ("onnxruntime",),
-    "mlx": ("mlx",),
-    "hqq": ("hqq",),
-    "qalora": ("torch",),
-    "huggingface": ("transformers",),
-}
-"""The runtimes that an artefact of each kind is proven in, as `qalora.parity.runtimes.open_runtime` knows them."""
-
-GENERATORS: dict[str, tuple[str, ...]] = {"onnx": ("onnxruntime-genai",)}
-"""Runtimes that generate from a kind too, and are used where they are installed; nothing is unproven without them."""
-
 _CUDA, _SLOW = "onnxruntime-cuda", "onnx.reference"
-ALSO: dict[str, tuple[str, ...]] = {"onnx": (_CUDA, _SLOW)}
-"""Runtimes that an artefact of a kind is proven in too, where there is a device for it, or where it is small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +34,7 @@ class Artifact:
     """One artefact.
 
     name  as the report calls it
-    kind  a key of RUNTIMES
+    kind  the name of its layout
     path  the folder, or the file of a GGUF or ONNX model
     lora  the GGUF LoRA beside it, or None
     """
@@ -65,6 +43,11 @@ class Artifact:
     kind: str
     path: Path
     lora: Path | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """What is so of every artefact of its kind."""
+        return layout(self.kind)
 
 
 def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Artifact]:
@@ -84,43 +67,32 @@ def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Ar
 
 
 def _paired(found: Sequence[Artifact]) -> list[Artifact]:
-    """GGUF LoRAs put beside the one model of their folder; InputError for one that has none, or several."""
-    from qalora.converters.gguf.lora import is_lora
-
-    loras = [artifact.path for artifact in found if artifact.kind == "gguf" and is_lora(artifact.path)]
-    kept = [artifact for artifact in found if artifact.path not in loras]
+    """LoRAs put beside the one model of their kind and folder; InputError for one that has none, or several."""
+    loras = [artifact for artifact in found if artifact.layout.is_lora(artifact.path)]
+    kept = [artifact for artifact in found if artifact not in loras]
     for lora in loras:
-        beside = [n for n, other in enumerate(kept) if other.kind == "gguf" and other.path.parent == lora.parent]
+        beside = [
+            n for n, other in enumerate(kept) if other.kind == lora.kind and other.path.parent == lora.path.parent
+        ]
         if len(beside) != 1 or kept[beside[0]].lora is not None:
-            raise InputError(f"{lora} is a LoRA", expected="one GGUF model, and one LoRA, in its folder", got="others")
-        kept[beside[0]] = replace(kept[beside[0]], lora=lora)
+            wanted = f"one {lora.kind.upper()} model, and one LoRA, in its folder"
+            raise InputError(f"{lora.path} is a LoRA", expected=wanted, got="others")
+        kept[beside[0]] = replace(kept[beside[0]], lora=lora.path)
     return kept
 
 
 def _artifacts(path: Path) -> list[tuple[str, Path]]:
     if path.is_file():
-        if path.suffix == ".onnx":
-            return [("onnx", path)]
-        with InputFile(path) as file:
-            return [("gguf", path)] if file.read(0, min(4, file.size)) == b"GGUF" else []
+        return [(one.name, path) for one in layouts() if one.by_files is not None and one.by_files(path)][:1]
     if not path.is_dir():
         return []
-    if (path / "model.onnx").is_file():
-        portable = path / "portable" / "model.onnx"
-        return [("onnx", path / "model.onnx"), *([("onnx", portable)] if portable.is_file() else [])]
+    files = [(one.name, file) for one in layouts() for file in one.artifacts(path)]
+    if files:
+        return files
     if (path / "config.json").is_file():
-        return [(_folder_kind(path), path)]
-    files = sorted(file for file in path.glob("*.gguf") if file.is_file() and part_number(file) == 1)
+        return [(by_config(path).name, path)]
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    inner = [found for folder in folders for found in _artifacts(folder)] if not files else []
-    return [("gguf", file) for file in files] + inner
-
-
-def _folder_kind(path: Path) -> str:
-    from qalora.converters.huggingface import quant_method
-
-    method = quant_method(path)
-    return method if method in RUNTIMES else "huggingface"
+    return [found for folder in folders for found in _artifacts(folder)]
 
 
 def _name(place: Path, given: Path, relative_to: Path | None) -> str:
@@ -153,12 +125,6 @@ def reference_artifact(model: Checkpoint) -> Artifact | None:
 
 def open_artifact(artifact: Artifact) -> Checkpoint:
     """Read an artefact back, lazily."""
-    if artifact.kind == "onnx":
-        from qalora.converters.onnx.reader import read as read_onnx
-
-        return read_onnx(artifact.path)
-    from qalora.converters import load
-
     return load(artifact.path)
 
 
@@ -166,18 +132,20 @@ def runtimes_of(artifact: Artifact) -> tuple[str, ...]:
     """The runtimes that an artefact is proven in: those of its kind, CUDA where there is a device, and, for a small
     graph of standard operators, onnx.reference.
     """
+    from qalora.converters.onnx.files import is_standard
     from qalora.parity.runtimes.onnx_reference import LARGEST
 
-    also = [kind for kind in ALSO.get(artifact.kind, ()) if kind != _CUDA or _has_cuda()]
-    if _SLOW in also and not (_weight_bytes(artifact) <= LARGEST and _is_standard(artifact.path)):
+    also = [kind for kind in artifact.layout.also if kind != _CUDA or _has_cuda()]
+    if _SLOW in also and not (_weight_bytes(artifact) <= LARGEST and is_standard(artifact.path)):
         also.remove(_SLOW)
-    return (*RUNTIMES[artifact.kind], *also)
+    return (*artifact.layout.runtimes, *also)
 
 
 def may_run(kind: str) -> tuple[str, ...]:
-    """Every runtime that an artefact of a kind may be run in here, whatever it is like; none of a kind that is none."""
-    also = [one for one in ALSO.get(kind, ()) if one != _CUDA or _has_cuda()]
-    return (*RUNTIMES.get(kind, ()), *also, *GENERATORS.get(kind, ()))
+    """Every runtime that an artefact of a kind may be run in here, whatever it is like."""
+    found = layout(kind)
+    also = [one for one in found.also if one != _CUDA or _has_cuda()]
+    return (*found.runtimes, *also, *found.generators)
 
 
 def _has_cuda() -> bool:
@@ -186,53 +154,11 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _is_standard(path: Path) -> bool:
-    """Whether a graph has standard operators only, and functions of its own that are made of them."""
-    graph = read_model(path)
-    own = {function.domain for function in graph.functions}
-    return all(opset.domain in own | {"", "ai.onnx"} for opset in graph.opset_import)
-
-
 def _weight_bytes(artifact: Artifact) -> int:
     """Bytes of an artefact's weights on disk."""
-    path = artifact.path
-    if artifact.kind == "gguf":
-        return sum(file.stat().st_size for file in split_files(path) if file.is_file())
-    files = path.parent.glob(f"{path.name}*") if artifact.kind == "onnx" else path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in artifact.layout.weights(artifact.path) if file.is_file())
 
 
-def memory_needed(artifact: Artifact, kind: str) -> int:
-    """About how many bytes a runtime takes for an artefact's weights; 0 where it maps the file and reads as it goes.
-
-    torch holds them dequantized, in float32: at least 8 times the bytes of 4-bit codes; so does transformers: twice
-    those of 16-bit floats.
-    """
-    if kind == "llama.cpp":
-        return 0
-    size = _weight_bytes(artifact)
-    if kind == "transformers":
-        return 2 * size
-    return 8 * size if kind == "torch" and artifact.kind == "qalora" else size
-
-
-def accuracy_level(path: Path) -> int:
-    """The highest accuracy_level of a graph's MatMulNBits nodes, 0 where there are none; 4 has int8 activations."""
-    graph = read_model(path)
-    nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
-    levels = [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"]
-    return max(levels, default=0)
-
-
-def has_head_in_words(folder: Path) -> bool:
-    """Whether a GPTQ folder's output layer is in words."""
-    from qalora.converters.huggingface import stored_tensors
-
-    return "lm_head.qweight" in stored_tensors(folder)
-
-
-def is_symmetric(folder: Path) -> bool:
-    """Whether a GPTQ folder says that its zeros are the middle everywhere."""
-    from qalora.converters.huggingface import read_config
-
-    return bool((read_config(folder).get("quantization_config") or {}).get("sym"))
+def memory_needed(artifact: Artifact) -> int:
+    """About how many bytes a runtime takes for an artefact's weights; 0 where it maps the file and reads as it goes."""
+    return artifact.layout.memory and artifact.layout.memory * _weight_bytes(artifact)

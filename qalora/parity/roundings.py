@@ -10,14 +10,14 @@ quantize_row_q8_1_ref; ONNX Runtime 1.31, MLAS's SQNBIT_CompInt8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qalora.adapter import AdapterLayer
+from qalora.converters.format import EXACT, Rounding
 from qalora.residual import to_residual
 from qalora.tensor import GroupQuantTensor
 
@@ -25,30 +25,6 @@ __all__ = ["EXACT", "Q8_BLOCK", "Rounding", "product", "q8_input", "running_sum"
 
 Q8_BLOCK = 32
 """Columns that share a scale in llama.cpp's Q8_0 and Q8_1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rounding:
-    """What a runtime's kernels round beside float32's own summation.
-
-    kind   "none"
-           "weights": scale * (codes - zero) to float16 (GPTQ kernels)
-           "lora": the same, and the LoRA beside, its input, and both its products to float16 (PEFT gives a LoRA the
-           dtype of the layer below, whose scales are float16)
-           "q8": the input to int8 in blocks of 32 columns, d = max|x|/127 in float16, and, where minima are stored,
-           their factor d * sum(q) in float16 (llama.cpp's Q8_0 and Q8_1)
-           "int8": the input to int8 in blocks of a group, d in float32 (MatMulNBits at accuracy level 4)
-           "float16" or "bfloat16": input, weight and output to that dtype
-    zeros  which integer zeros "weights" and "lora" subtract: see `qalora.residual.to_residual`
-    head   whether the weight of the output layer goes to float16 in "weights" and "lora" too
-    """
-
-    kind: Literal["none", "weights", "lora", "q8", "int8", "float16", "bfloat16"] = "none"
-    zeros: Literal["nearest", "symmetric"] = "nearest"
-    head: bool = False
-
-
-EXACT = Rounding()
 
 
 def product(

@@ -12,22 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, MissingLibraryError
-from qalora.parity.artifacts import (
-    GENERATORS,
-    Artifact,
-    accuracy_level,
-    has_head_in_words,
-    is_symmetric,
-    memory_needed,
-    runtimes_of,
-)
+from qalora.parity.artifacts import Artifact, memory_needed, runtimes_of
 from qalora.parity.bench import Bench
 from qalora.parity.ends import EndDifferences
 from qalora.parity.evidence import Evidence, Generation, TokenizerFindings
@@ -111,7 +102,7 @@ class Runner:
         done = [self._run(kind, artifact, held, weights) for kind in runtimes_of(artifact)]
         logits = done[0].own or done[0].logits
         if self.generate and logits is not None and artifact.path.parent.name != "portable":
-            for kind in GENERATORS.get(artifact.kind, ()):
+            for kind in artifact.layout.generators:
                 run = self._generator(kind, artifact, held, logits.max)
                 done += [] if run is None else [run]
         return tuple(done)
@@ -140,7 +131,7 @@ class Runner:
         )
 
     def _run(self, kind: str, artifact: Artifact, held: Held, weights: WeightMetrics) -> RunReport:
-        needed = memory_needed(artifact, kind)
+        needed = memory_needed(artifact)
         if needed > self.memory:
             reason = f"it needs about {needed / 1e9:.1f} GB of memory, and there are {self.memory / 1e9:.1f}"
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(unproven("memory", reason),))
@@ -357,16 +348,7 @@ def _fault(report: RunReport, layers: Sequence[LayerError], weights: WeightMetri
 
 
 def rounding_of(artifact: Artifact, info: RuntimeInfo) -> Rounding:
-    """What the runtime's kernels round, from what it says of itself."""
+    """What the runtime's kernels round, from what it says of itself, or by the artefact's layout."""
     if info.dtype in ("float16", "bfloat16"):
         return Rounding(kind="float16" if info.dtype == "float16" else "bfloat16")
-    if artifact.kind == "gguf" and info.name != "torch":
-        return Rounding(kind="q8")
-    if artifact.kind == "gptq":
-        lora = (artifact.path / "adapter_config.json").exists()
-        zeros: Literal["symmetric", "nearest"] = "symmetric" if is_symmetric(artifact.path) else "nearest"
-        head = has_head_in_words(artifact.path)
-        return Rounding(kind="lora" if lora else "weights", zeros=zeros, head=head)
-    if artifact.kind == "onnx" and accuracy_level(artifact.path) == 4:
-        return Rounding(kind="int8")
-    return EXACT
+    return artifact.layout.rounding(artifact.path)

@@ -22,6 +22,7 @@ import torch
 from qalora.adapter import Adapter, Convention, given_adapter, read_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
+from qalora.converters.format import EXACT
 from qalora.errors import InputError
 from qalora.folding import check_minima
 from qalora.options.words import Level
@@ -173,7 +174,7 @@ def _passes(job: Job, artifacts: Sequence[Artifact], held: Sequence[Held]) -> in
     """
     forwards = {job.usual, job.adapted, *map(job.expected, held)}
     forwards |= {Forward(weights="base"), Forward(weights="side")} if job.adapter is not None else set()
-    rounded = {artifact.kind for artifact in artifacts} & {"gguf", "gptq"}
+    rounded = {artifact.kind for artifact in artifacts if artifact.layout.rounding(artifact.path) != EXACT}
     own = 0 if job.own is None else 1
     return 1 + own + len(forwards) + len(rounded) + sum(len(runtimes_of(artifact)) for artifact in artifacts)
 
@@ -190,7 +191,7 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
     progress(f"reading {artifact.name}", 0.0)
     held = holds(job.adapter, artifact, checkpoint)
     expected = job.folded if held == FOLDED and job.folded is not None else job.base
-    found = compare_weights(checkpoint, expected, residual=artifact.kind in ("gptq", "onnx"))
+    found = compare_weights(checkpoint, expected, residual=artifact.layout.residual)
     tokenizer = job.tokenizer.compare(checkpoint)
     beside = None
     if held == BESIDE and job.adapter is not None:
@@ -210,11 +211,9 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
 
 def _beside(artifact: Artifact, checkpoint: Checkpoint) -> Adapter:
     """The adapter that lies beside an artefact's weights."""
-    if artifact.lora is None:
+    if artifact.lora is None or artifact.layout.read_lora is None:
         return read_adapter(checkpoint.beside or artifact.path, checkpoint)
-    from qalora.converters.gguf.lora import read_lora
-
-    return read_lora(artifact.lora, checkpoint)
+    return artifact.layout.read_lora(artifact.lora, checkpoint)
 
 
 def _report(

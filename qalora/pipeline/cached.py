@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalora.converters import layouts
 from qalora.converters.exports import ExportJob, run_jobs
 from qalora.converters.plan import Progress
 from qalora.formats.output import new_file
 from qalora.options import fields_of
 from qalora.options.export import Writing
-from qalora.parity.artifacts import RUNTIMES as OF_ARTIFACTS
 from qalora.parity.artifacts import may_run
 from qalora.parity.runtimes import RUNTIMES
 from qalora.pipeline.kept_report import kept_report, report_bytes
@@ -58,7 +58,7 @@ def proof_versions(targets: Iterable[str]) -> dict[str, str]:
     own runtime too, may be of any format.
     """
     kinds = {kind for target in targets for kind in may_run(target)}
-    kinds |= {kind for kinds_of in OF_ARTIFACTS.values() for kind in kinds_of}
+    kinds |= {kind for one in layouts() for kind in one.runtimes}
     return versions({*MAKERS, *(name for kind in kinds for name in RUNTIMES[kind].imports)})
 
 

@@ -29,7 +29,7 @@ def open_all(
     folder: Path, *, progress: Callable[[str], None] = lambda name: None
 ) -> tuple[list[Finding], list[tuple[str, str]]]:
     """Findings, and (artefact, why) for each that was not opened because its runtime is not installed."""
-    from qalora.parity.artifacts import RUNTIMES, recognize
+    from qalora.parity.artifacts import recognize
 
     try:
         artifacts = recognize([folder], relative_to=folder)
@@ -37,7 +37,7 @@ def open_all(
         return [Finding(where=folder.name, problem=str(error))], []
     findings, unproven = [], []
     for artifact in artifacts:
-        for kind in RUNTIMES[artifact.kind]:
+        for kind in artifact.layout.runtimes:
             progress(f"{artifact.name} in {kind}")
             lora = None if artifact.lora is None else str(artifact.lora)
             reply = _ask({"path": str(artifact.path), "runtime": kind, "lora": lora})

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qalora.converters import layouts
 from qalora.converters.plan import ExportOptions
-from qalora.parity.artifacts import RUNTIMES as OF_ARTIFACTS
 from qalora.parity.artifacts import may_run
 from qalora.parity.runtimes import RUNTIMES
 from qalora.pipeline import steps
@@ -76,7 +76,7 @@ def test_a_runtime_of_another_version_is_another_proof(site: Path, target: str, 
     before, of_other = key(target), key(other)
     install(site, package, "1.1", holds=holds)
     assert key(target) != before
-    bases = {kind for kinds in OF_ARTIFACTS.values() for kind in kinds}  # what the base may run in
+    bases = {kind for one in layouts() for kind in one.runtimes}  # what the base may run in
     shared = {*MAKERS, *(name for kind in {*may_run(other), *bases} for name in RUNTIMES[kind].imports)}
     assert (key(other) == of_other) == (holds not in shared)
 

@@ -1,6 +1,31 @@
 """GGUF files, read and written; the codes move as they are. `qalora.formats.gguf` and `gguf_blocks` hold the bytes."""
 
+from qalora.converters.format import Format, Rounding
+from qalora.converters.gguf.files import is_gguf, models
+from qalora.converters.gguf.lora import is_lora, read_lora
 from qalora.converters.gguf.reader import read
+from qalora.converters.gguf.usage import openings, usage
 from qalora.converters.gguf.writer import plan, write
+from qalora.formats.gguf_split import split_files
 
-__all__ = ["plan", "read", "write"]
+__all__ = ["FORMAT", "plan", "read", "write"]
+
+FORMAT = Format(
+    name="gguf",
+    title="GGUF: llama.cpp, Ollama",
+    plan=plan,
+    write=write,
+    read=read,
+    by_files=is_gguf,
+    artifacts=models,
+    weights=split_files,
+    is_lora=is_lora,
+    read_lora=read_lora,
+    runtimes=("llama.cpp",),
+    rounding=lambda path: Rounding(kind="q8"),
+    memory=0,
+    usage=usage,
+    openings=openings,
+    library="gguf",
+    tokenizer=True,
+)

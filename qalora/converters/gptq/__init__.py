@@ -8,8 +8,45 @@ README.md                            what that adapter is, and how to load both
 tokenizer and other companion files
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qalora.checkpoint import Checkpoint
+from qalora.converters.format import Format, quantized_by
 from qalora.converters.gptq.planner import plan, ships_adapter
 from qalora.converters.gptq.reader import read
+from qalora.converters.gptq.rounding import rounding
+from qalora.converters.gptq.usage import openings, usage
 from qalora.converters.gptq.writer import write
+from qalora.converters.plan import ExportOptions
 
-__all__ = ["plan", "read", "ships_adapter", "write"]
+__all__ = ["FORMAT", "plan", "read", "ships_adapter", "write"]
+
+
+def _by_config(folder: Path, config: Mapping[str, Any]) -> bool:
+    """By the method, or by the file that older folders have instead, which names none."""
+    older = not isinstance(config.get("quantization"), dict) and (folder / "quantize_config.json").exists()
+    return quantized_by("gptq")(folder, config) or (config.get("quantization_config") is None and older)
+
+
+def _ships(model: Checkpoint, options: ExportOptions) -> bool:
+    return options.gptq_form == "auto" and ships_adapter(model)
+
+
+FORMAT = Format(
+    name="gptq",
+    title="GPTQ: transformers with GPTQModel",
+    plan=plan,
+    write=write,
+    read=read,
+    read_as=lambda path, said: read(path, checkpoint_format=said),
+    by_config=_by_config,
+    runtimes=("gptqmodel",),
+    rounding=rounding,
+    residual=True,
+    ships=_ships,
+    usage=usage,
+    openings=openings,
+    library="transformers",
+)

@@ -10,8 +10,23 @@ tokenizer and other companion files
 transformers 5.23 refuses every HQQ model ("not available yet"); hqq 0.2.8's HQQLinear takes these tensors as they are.
 """
 
+from qalora.converters.format import Format, exact, quantized_by
 from qalora.converters.hqq.planner import plan
 from qalora.converters.hqq.reader import read
+from qalora.converters.hqq.usage import openings, usage
 from qalora.converters.hqq.writer import write
 
-__all__ = ["plan", "read", "write"]
+__all__ = ["FORMAT", "plan", "read", "write"]
+
+FORMAT = Format(
+    name="hqq",
+    title="HQQ: hqq's layers",
+    plan=plan,
+    write=write,
+    read=read,
+    by_config=quantized_by("hqq"),
+    runtimes=("hqq",),
+    rounding=exact,
+    usage=usage,
+    openings=openings,
+)

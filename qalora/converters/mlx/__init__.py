@@ -7,8 +7,36 @@ model.safetensors   <module>.weight, .scales, .biases as `qalora.formats.mlx` sa
 tokenizer and other companion files
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qalora.converters.format import Format, exact, quantized_by
 from qalora.converters.mlx.planner import plan
 from qalora.converters.mlx.reader import read
+from qalora.converters.mlx.usage import openings, usage
 from qalora.converters.mlx.writer import write
 
-__all__ = ["plan", "read", "write"]
+__all__ = ["FORMAT", "plan", "read", "write"]
+
+
+def _by_config(folder: Path, config: Mapping[str, Any]) -> bool:
+    """By `quantization`, of which quantization_config may be a copy, which names no method."""
+    found = config.get("quantization_config")
+    copied = found is None or (isinstance(found, dict) and "quant_method" not in found)
+    return quantized_by("mlx")(folder, config) or (copied and isinstance(config.get("quantization"), dict))
+
+
+FORMAT = Format(
+    name="mlx",
+    title="MLX: mlx-lm",
+    plan=plan,
+    write=write,
+    read=read,
+    by_config=_by_config,
+    runtimes=("mlx",),
+    rounding=exact,
+    usage=usage,
+    openings=openings,
+    library="mlx",
+)

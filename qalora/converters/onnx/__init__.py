@@ -8,8 +8,31 @@ key-value heads, past, head size], and give logits [batch, sequence, vocabulary]
 are float32.
 """
 
+from qalora.converters.format import Format
+from qalora.converters.onnx.files import graphs, is_decoder, rounding, weight_files
 from qalora.converters.onnx.planner import plan
 from qalora.converters.onnx.reader import read
+from qalora.converters.onnx.usage import openings, usage
 from qalora.converters.onnx.writer import write
 
-__all__ = ["plan", "read", "write"]
+__all__ = ["FORMAT", "plan", "read", "write"]
+
+FORMAT = Format(
+    name="onnx",
+    title="ONNX: onnxruntime-genai, ONNX Runtime",
+    plan=plan,
+    write=write,
+    read=read,
+    by_files=is_decoder,
+    artifacts=graphs,
+    weights=weight_files,
+    runtimes=("onnxruntime",),
+    also=("onnxruntime-cuda", "onnx.reference"),
+    generators=("onnxruntime-genai",),
+    rounding=rounding,
+    residual=True,
+    slots=True,
+    usage=usage,
+    openings=openings,
+    library="onnx",
+)

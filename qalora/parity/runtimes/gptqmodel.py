@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.gptq.rounding import has_head_in_words
 from qalora.errors import FormatError
-from qalora.parity.artifacts import has_head_in_words
 from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer

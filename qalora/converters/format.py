@@ -1,0 +1,159 @@
+"""What a format is: a record that its folder makes. What treats formats alike reads it, and asks none for its name.
+
+A format has a line in `qalora.options.words.TARGETS`, with the module whose FORMAT is the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from qalora.adapter import Adapter
+from qalora.checkpoint import Checkpoint
+from qalora.converters.plan import ExportOptions, Plan, Progress
+from qalora.errors import FormatError
+
+__all__ = ["EXACT", "Format", "Layout", "Pushed", "Released", "Rounding", "exact", "plain_name", "quantized_by"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """What a runtime's kernels round beside float32's own summation.
+
+    kind   "none"
+           "weights": scale * (codes - zero) to float16 (GPTQ kernels)
+           "lora": the same, and the LoRA beside, its input, and both its products to float16 (PEFT gives a LoRA the
+           dtype of the layer below, whose scales are float16)
+           "q8": the input to int8 in blocks of 32 columns, d = max|x|/127 in float16, and, where minima are stored,
+           their factor d * sum(q) in float16 (llama.cpp's Q8_0 and Q8_1)
+           "int8": the input to int8 in blocks of a group, d in float32 (MatMulNBits at accuracy level 4)
+           "float16" or "bfloat16": input, weight and output to that dtype
+    zeros  which integer zeros "weights" and "lora" subtract: see `qalora.residual.to_residual`
+    head   whether the weight of the output layer goes to float16 in "weights" and "lora" too
+    """
+
+    kind: Literal["none", "weights", "lora", "q8", "int8", "float16", "bfloat16"] = "none"
+    zeros: Literal["nearest", "symmetric"] = "nearest"
+    head: bool = False
+
+
+EXACT = Rounding()
+
+
+def exact(path: Path) -> Rounding:
+    """The rounding of kernels that compute in float32 with the numbers as they are stored."""
+    return EXACT
+
+
+def quantized_by(method: str) -> Callable[[Path, Mapping[str, Any]], bool]:
+    """Recognises a folder by quantization_config.quant_method in its config.json."""
+
+    def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
+        found = config.get("quantization_config")
+        return isinstance(found, dict) and found.get("quant_method") == method
+
+    return recognises
+
+
+def _safetensors(folder: Path) -> Iterable[Path]:
+    return folder.glob("*.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What can be read.
+
+    name       as reports and `Checkpoint.layout` have it
+    read       opens a path that is recognised
+    read_as    the same for a folder whose label of its zeros is wrong, with the right one (CheckpointFormat)
+    by_files   recognises a file or folder by itself
+    by_config  recognises a folder by its config.json, where no layout did by files
+    artifacts  the files of a folder that are models of their own, each to be proven
+    is_lora    whether one of these is an adapter for the one beside it, which read_lora reads
+    weights    the files that hold an artefact's weights
+    runtimes   what an artefact is proven in, as `qalora.parity.runtimes.RUNTIMES` has them; also: where there is a
+               device for it, or the artefact is small; generators: they generate from it too, and are used where they
+               are installed; nothing is unproven without them
+    rounding   what the kernels of these round, for an artefact's path; `exact` where it is nothing
+    residual   whether a weight may be codes and a residual in float, which are compared as their sum
+    memory     bytes that a runtime takes for a byte of weights on disk; 0 where it maps the file
+    """
+
+    name: str
+    read: Callable[[Path], Checkpoint]
+    runtimes: tuple[str, ...]
+    rounding: Callable[[Path], Rounding]
+    read_as: Callable[[Path, str], Checkpoint] | None = None
+    by_files: Callable[[Path], bool] | None = None
+    by_config: Callable[[Path, Mapping[str, Any]], bool] | None = None
+    artifacts: Callable[[Path], Sequence[Path]] = lambda folder: ()
+    is_lora: Callable[[Path], bool] = lambda path: False
+    read_lora: Callable[[Path, Checkpoint], Adapter] | None = None
+    weights: Callable[[Path], Iterable[Path]] = _safetensors
+    also: tuple[str, ...] = ()
+    generators: tuple[str, ...] = ()
+    residual: bool = False
+    memory: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """What a release says of one format: its model's name, the files of the format's folder, the tensors' carriers."""
+
+    model: str
+    files: tuple[str, ...]
+    carriers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """A format's folder in a repository of the Hub: its files, and `fetch`, the command that brings it to `local`."""
+
+    repo: str
+    local: str
+    fetch: str
+    files: tuple[str, ...]
+
+
+class Writer(Protocol):
+    """Writes the planned files into an empty folder, a layer at a time."""
+
+    def __call__(self, plan: Any, model: Checkpoint, folder: Path, progress: Progress) -> None:
+        """plan: what the format's own `plan` gave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format(Layout):
+    """What can be written too.
+
+    title     as a model card calls it, with what runs it
+    plan      decides everything; raises InputError for what cannot be. Reads config and specs, and values where it must
+    write     writes what was planned
+    ships     whether an adapter is to lie beside this model rather than be folded into it
+    slots     whether it has slots for a LoRA at run time (ExportOptions.lora_slots)
+    usage     the text of a card that tries it, in the release's folder; see `qalora.releasing.usage`
+    openings  what opens it on the Hub: commands, or lines of Python
+    library   the Hub's word for the library that opens it, or None
+    tokenizer whether the tokenizer is in the file itself
+    packages  what brings top-level modules, beside those that every format needs, that decide the bytes written
+    """
+
+    title: str
+    plan: Callable[[Checkpoint, ExportOptions], Plan]
+    write: Writer
+    usage: Callable[[Released], str]
+    openings: Callable[[Pushed], Sequence[str]]
+    ships: Callable[[Checkpoint, ExportOptions], bool] = lambda model, options: False
+    slots: bool = False
+    library: str | None = None
+    tokenizer: bool = False
+    packages: tuple[str, ...] = ()
+
+
+def plain_name(name: str) -> str:
+    """A name that goes into a block of code: letters, digits and - _ . + alone."""
+    if not name or len(name) > 255 or not all(char.isalnum() or char in "-_.+" for char in name):
+        raise FormatError("manifest.json: a name in it", expected="letters, digits and - _ . +", got=f"{name!r:.80}")
+    return name

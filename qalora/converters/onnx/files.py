@@ -1,0 +1,47 @@
+"""The files of an ONNX folder, and what a graph says of how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from qalora.converters.format import EXACT, Rounding
+from qalora.formats.onnx import read_model
+
+__all__ = ["accuracy_level", "graphs", "is_decoder", "is_standard", "rounding", "weight_files"]
+
+
+def is_decoder(path: Path) -> bool:
+    """Whether a path is a graph, or a folder of one that has no safetensors, which would be the model then."""
+    return path.suffix == ".onnx" if path.is_file() else bool(graphs(path)) and not any(path.glob("*.safetensors*"))
+
+
+def graphs(folder: Path) -> Sequence[Path]:
+    """The graphs of a folder: that for ONNX Runtime, and the portable one where it is there."""
+    first, portable = folder / "model.onnx", folder / "portable" / "model.onnx"
+    return [path for path in (first, portable) if path.is_file()] if first.is_file() else []
+
+
+def weight_files(path: Path) -> Iterable[Path]:
+    """A graph and its data."""
+    return path.parent.glob(f"{path.name}*")
+
+
+def rounding(path: Path) -> Rounding:
+    """Inputs to int8 where the graph asks for it."""
+    return Rounding(kind="int8") if accuracy_level(path) == 4 else EXACT
+
+
+def accuracy_level(path: Path) -> int:
+    """The highest accuracy_level of a graph's MatMulNBits nodes, 0 where there are none; 4 has int8 activations."""
+    graph = read_model(path)
+    nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
+    levels = [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"]
+    return max(levels, default=0)
+
+
+def is_standard(path: Path) -> bool:
+    """Whether a graph has standard operators only, and functions of its own that are made of them."""
+    graph = read_model(path)
+    own = {function.domain for function in graph.functions}
+    return all(opset.domain in own | {"", "ai.onnx"} for opset in graph.opset_import)
