@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
+from qalora.converters import TARGETS, target
 from qalora.errors import FormatError, InputError
 from qalora.releasing.digests import content_digest
 from qalora.releasing.licences import HUB_LICENCES
@@ -37,9 +38,6 @@ PARTS = (
 )
 """What a template may name: the front matter's YAML; the name; what it is; the table of artefacts; a section to try
 each; the adapter's section; a half sentence on what was run; the table of runs; how to check the folder."""
-
-LIBRARIES = {"gptq": "transformers", "mlx": "mlx", "gguf": "gguf", "onnx": "onnx"}
-"""library_name by the first target that is there: the library that opens it."""
 
 NOT_RUN: Mapping[str, Any] = {"kind": "not run", "runtime": None, "lost": None, "logits": None, "gates": []}
 LONGEST = 200
@@ -139,13 +137,19 @@ def _front(manifest: Mapping[str, Any]) -> str:
         "base_model_relation": ("finetune" if adapted else "quantized") if base else None,
         "language": _told(manifest, "language", list),
         "datasets": _told(manifest, "datasets", list),
-        "library_name": next((LIBRARIES[target] for target in LIBRARIES if target in targets), None),
+        "library_name": _library(targets),
         "pipeline_tag": "text-generation",
         "quantized_by": _told(manifest, "quantized_by", str),
         "tags": [*(["qa-lora"] if adapted else []), "quantized", *(f"{n}-bit" for n in bits), *targets],
         **_license(manifest),
     }
     return str(ModelCardData(**{key: value for key, value in found.items() if value}).to_yaml(line_break="\n"))
+
+
+def _library(targets: Iterable[str]) -> str | None:
+    """The library that opens the first of the targets: one that opens a folder before one that opens a file."""
+    found = [one for name in TARGETS if name in targets and (one := target(name)).library is not None]
+    return next((one.library for one in sorted(found, key=lambda one: one.by_config is None)), None)
 
 
 def _told(manifest: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -1,11 +1,7 @@
 """A finished release on the Hub: one repository with the folder as it is, checked before and after the upload.
 
 The layout of the folder is the layout of the repository, so that SHA256SUMS and model.sig hold there too, and the card
-is the repository's. What opens a sub-folder of a repository, and what wants the files on disk first, is in `openings`.
-Sources: transformers' `subfolder`, which 5.23 cannot with an adapter beside the weights, as GPTQ with real zeros has
-it ("Neither a state dict nor checkpoint files were found"); llama.cpp's common/download.cpp, where `-hf REPO:TAG`
-looks for the tag in the paths of all *.gguf files, sub-folders too; mlx_lm.load and onnxruntime-genai, which open
-folders and know no sub-folder of a repository.
+is the repository's. What opens a sub-folder of a repository, and what wants the files on disk first, each format says.
 """
 
 from __future__ import annotations
@@ -18,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from qalora.converters import TARGETS, target
+from qalora.converters.format import Pushed
 from qalora.errors import InputError, ProofError
 from qalora.formats.json_text import read_json
 from qalora.releasing.checksums import HUBS, check_sums, release_files
@@ -90,24 +88,10 @@ def openings(plan: PushPlan) -> list[tuple[str, str]]:
     local = repo.split("/")[1]
     found = []
     for top in tops:
-        names = [name for name, _ in plan.files if name.startswith(f"{top}/")]
+        files = tuple(name.removeprefix(f"{top}/") for name, _ in plan.files if name.startswith(f"{top}/"))
         fetch = f"hf download {repo} --include '{top}/*' --local-dir {local}"
-        if top == "gptq" and "gptq/adapter_config.json" in names:
-            found.append((top, f'{fetch}, then AutoModelForCausalLM.from_pretrained("{local}/gptq")'))
-        elif top == "gptq":
-            found.append((top, f'AutoModelForCausalLM.from_pretrained("{repo}", subfolder="gptq")'))
-        elif top == "gguf":
-            found += [(top, line) for line in _gguf_openings(repo, local, fetch, names)]
-        elif top == "mlx":
-            found.append((top, f"{fetch} && mlx_lm.generate --model {local}/mlx --prompt Hello"))
-        elif top == "onnx":
-            found.append((top, f'{fetch}, then onnxruntime_genai.Model("{local}/onnx")'))
-        elif top == "qalora":
-            found.append((top, f'import qalora; AutoModelForCausalLM.from_pretrained("{repo}", subfolder="qalora")'))
-        elif top == "hqq":
-            found.append((top, f'{fetch}, then qalora.load("{local}/hqq")'))
-        else:
-            found.append((top, fetch))
+        pushed = Pushed(repo=repo, local=local, fetch=fetch, files=files)
+        found += [(top, line) for line in (target(top).openings(pushed) if top in TARGETS else [fetch])]
     return found
 
 
@@ -171,20 +155,6 @@ def _check_file(folder: Path, name: str, size: int) -> None:
             got=f"{size:,}",
             todo=f"make the release again with {split}" if split else "leave this format out",
         )
-
-
-def _gguf_openings(repo: str, local: str, fetch: str, names: list[str]) -> list[str]:
-    lines = []
-    for name in names:
-        stem = name.removesuffix(".gguf")
-        split = re.search(r"-(\d{5})-of-\d{5}$", stem)
-        if stem == name or (split and split[1] != "00001"):
-            continue
-        tag = re.search(r"[-.]([A-Za-z0-9_]+)$", stem[: split.start()] if split else stem)
-        lines.append(f"llama-cli -hf {repo}:{tag[1]}" if tag else f"llama-cli -hf {repo} -hff {name}")
-    if "gguf/Modelfile" in names:
-        lines.append(f"{fetch} && ollama create {local.lower()} -f {local}/gguf/Modelfile")
-    return lines
 
 
 def _literal(name: str) -> str:
