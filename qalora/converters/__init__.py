@@ -16,7 +16,7 @@ from qalora.formats.files import InputFile
 from qalora.formats.gptq import VERSIONS
 from qalora.options.words import TARGETS
 
-__all__ = ["TARGETS", "by_config", "layout", "layouts", "load", "recognise", "target"]
+__all__ = ["TARGETS", "by_config", "layout", "layouts", "load", "packages", "recognise", "target", "weight_suffixes"]
 
 
 def target(name: str) -> Format:
@@ -37,6 +37,16 @@ def layouts() -> tuple[Layout, ...]:
 def layout(name: str) -> Layout:
     """The record of a layout by its name."""
     return next(one for one in layouts() if one.name == name)
+
+
+def weight_suffixes() -> frozenset[str]:
+    """What the names of files end with that a runtime would open as weights."""
+    return frozenset(suffix for one in layouts() for suffix in one.suffixes)
+
+
+def packages() -> frozenset[str]:
+    """The top-level modules, of some formats alone, that decide the bytes that are written."""
+    return frozenset(package for name in TARGETS for package in target(name).packages)
 
 
 def recognise(path: Path) -> Layout:

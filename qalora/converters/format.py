@@ -14,6 +14,7 @@ from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.errors import FormatError
+from qalora.formats.safetensors import read_header
 
 __all__ = ["EXACT", "Format", "Layout", "Pushed", "Released", "Rounding", "exact", "plain_name", "quantized_by"]
 
@@ -61,6 +62,10 @@ def _safetensors(folder: Path) -> Iterable[Path]:
     return folder.glob("*.safetensors")
 
 
+def _metadata(path: Path) -> Mapping[str, Any] | None:
+    return read_header(path).metadata if path.suffix == ".safetensors" else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """What can be read.
@@ -78,6 +83,10 @@ class Layout:
                are installed; nothing is unproven without them
     rounding   what the kernels of these round, for an artefact's path; `exact` where it is nothing
     residual   whether a weight may be codes and a residual in float, which are compared as their sum
+    tokenizer  whether the tokenizer is in the file itself
+    findings   the module whose `findings` gives what `inspect` warns of in it alone; "" where there is nothing
+    suffixes   what the names of files of weights end with
+    told       the metadata in a file of its folder, where its PROVENANCE is; None for a file that has no place for it
     memory     bytes that a runtime takes for a byte of weights on disk; 0 where it maps the file
     """
 
@@ -95,6 +104,10 @@ class Layout:
     also: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
     residual: bool = False
+    tokenizer: bool = False
+    findings: str = ""
+    suffixes: tuple[str, ...] = (".safetensors",)
+    told: Callable[[Path], Mapping[str, Any] | None] = _metadata
     memory: int = 1
 
 
@@ -136,7 +149,6 @@ class Format(Layout):
     usage     the text of a card that tries it, in the release's folder; see `qalora.releasing.usage`
     openings  what opens it on the Hub: commands, or lines of Python
     library   the Hub's word for the library that opens it, or None
-    tokenizer whether the tokenizer is in the file itself
     packages  what brings top-level modules, beside those that every format needs, that decide the bytes written
     """
 
@@ -148,7 +160,6 @@ class Format(Layout):
     ships: Callable[[Checkpoint, ExportOptions], bool] = lambda model, options: False
     slots: bool = False
     library: str | None = None
-    tokenizer: bool = False
     packages: tuple[str, ...] = ()
 
 

@@ -10,9 +10,9 @@ from collections.abc import Collection
 from itertools import takewhile
 from pathlib import PurePosixPath
 
-__all__ = ["match_files"]
+from qalora.converters import weight_suffixes
 
-_WEIGHTS = (".gguf", ".safetensors", ".data", ".onnx")
+__all__ = ["match_files"]
 
 
 def match_files(base: Collection[str], new: Collection[str]) -> dict[str, str | None]:
@@ -22,7 +22,7 @@ def match_files(base: Collection[str], new: Collection[str]) -> dict[str, str | 
 
 def _alike(path: str, base: Collection[str]) -> str | None:
     wanted = PurePosixPath(path)
-    if wanted.suffix not in _WEIGHTS:
+    if wanted.suffix not in weight_suffixes():
         return None
     found = [
         other

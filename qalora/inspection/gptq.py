@@ -19,7 +19,7 @@ from qalora.formats.gptq import unpack_qzeros
 from qalora.formats.safetensors import read_tensor
 from qalora.inspection.records import Finding
 
-__all__ = ["gptq_findings"]
+__all__ = ["findings"]
 
 LABELS = ("config.json", "quantize_config.json")
 
@@ -36,7 +36,7 @@ class _Zeros:
     highest: int
 
 
-def gptq_findings(model: Checkpoint) -> list[Finding]:
+def findings(model: Checkpoint) -> list[Finding]:
     """The warnings of a GPTQ folder. A layer whose qzeros cannot be read is left to the look at its values."""
     settings = _settings(model)
     label = settings.get("checkpoint_format") or settings.get("format") or "gptq"

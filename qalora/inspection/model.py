@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.formats.gguf_split import split_files
+from qalora.converters import layout
 from qalora.inspection.companions import companion_findings, end_tokens
-from qalora.inspection.gptq import gptq_findings
 from qalora.inspection.records import Finding, ModelReport, TensorKind
 from qalora.inspection.values import read_values
 
 __all__ = ["inspect_model"]
-
-WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".data")
 
 
 def inspect_model(
@@ -24,8 +22,9 @@ def inspect_model(
 ) -> ModelReport:
     """Inspect an open model; `path` is what the user called it."""
     findings = _act_order(model)
-    if model.layout == "gptq":
-        findings += gptq_findings(model)
+    found = layout(model.layout)
+    if found.findings:
+        findings += importlib.import_module(found.findings).findings(model)
     histogram = None
     if not quick:
         histogram, more = read_values(model, progress or (lambda name, weights: None))
@@ -33,7 +32,7 @@ def inspect_model(
     findings += companion_findings(model)
     ends, notes, more = end_tokens(model)
     findings += more
-    files = _weight_files(model)
+    files = [*found.weights(model.path)]
     return ModelReport(
         path=path,
         layout=model.layout,
@@ -67,14 +66,6 @@ def _kinds(tensors: Iterable[LazyTensor]) -> tuple[TensorKind, ...]:
         TensorKind(count=count, weights=weights[key], **dict(zip(names, key, strict=True)))  # type: ignore[arg-type]
         for key, count in counts.most_common()
     )
-
-
-def _weight_files(model: Checkpoint) -> list[Path]:
-    """The files that hold the weights: one GGUF file, a graph and its data, or the folder's safetensors."""
-    if model.path.is_file() and model.layout != "onnx":
-        return split_files(model.path)
-    folder = model.path.parent if model.path.is_file() else model.path
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(WEIGHT_SUFFIXES))
 
 
 def _act_order(model: Checkpoint) -> list[Finding]:

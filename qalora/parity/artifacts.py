@@ -120,7 +120,8 @@ def reference_artifact(model: Checkpoint) -> Artifact | None:
     if not model.as_stored or model.beside is not None:  # a runtime would take the adapter too
         return None
     (kind, path), *_ = _artifacts(model.path)
-    return None if kind == "qalora" else Artifact(name="reference", kind=kind, path=path)
+    found = Artifact(name="reference", kind=kind, path=path)
+    return None if found.layout.runtimes[0] == "torch" else found
 
 
 def open_artifact(artifact: Artifact) -> Checkpoint:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters import layout
 from qalora.converters.ends import Ends, ends_of, in_words, token_texts
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import InputError
@@ -60,7 +61,7 @@ class EndsCheck:
             found = ends_of(artifact)
         except InputError as error:
             return EndDifferences(extra=(f"what is no token ({error})",))
-        if artifact.layout == "gguf" and not found.ids and not has_tokenizer(artifact):
+        if layout(artifact.layout).tokenizer and not found.ids and not has_tokenizer(artifact):
             return None
         return self._differences(RuntimeEnds(ids=frozenset(found.ids), own=found.added), artifact)
 

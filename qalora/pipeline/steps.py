@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora._version import __version__
+from qalora.converters import packages
 from qalora.errors import InputError
 from qalora.formats.json_text import read_json
 from qalora.formats.output import json_bytes, new_file, write_json
@@ -46,7 +47,7 @@ FILES = 100_000
 FRESH = 2.0
 """Seconds: a file that changed so recently may change again within the tick of its clock, and is not remembered."""
 
-MAKERS = ("gguf", "jinja2", "numpy", "onnx", "safetensors", "tokenizers", "torch", "transformers")
+MAKERS = ("jinja2", "numpy", "safetensors", "tokenizers", "torch", "transformers", *sorted(packages()))
 """Libraries whose version may decide the bytes of a result."""
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters import weight_suffixes
 from qalora.errors import InputError
 from qalora.releasing.checksums import SIGNATURE, SUMS
 from qalora.releasing.consistency import (
@@ -41,9 +42,6 @@ from qalora.releasing.rederive import Inputs, make_again
 __all__ = ["Checked", "check_is_release", "check_release"]
 
 T = TypeVar("T")
-
-WEIGHTS = (".gguf", ".safetensors", ".onnx", ".data")
-"""What the names of files end with that runtimes would open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +144,7 @@ class _Asked:
 
 def _is_opened(path: Path) -> bool:
     """Whether a runtime would open a file, or look for files behind it, as behind a link."""
-    return path.suffix in WEIGHTS or path.is_symlink()
+    return path.suffix in weight_suffixes() or path.is_symlink()
 
 
 def _signature(asked: _Asked, folder: Path, public_key: Path | None) -> None:

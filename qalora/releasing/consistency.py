@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from qalora.converters import target
 from qalora.converters.plan import PROVENANCE
 from qalora.errors import InputError, MissingLibraryError
 from qalora.formats.files import contained, read_limited
@@ -133,38 +134,15 @@ def check_provenance(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]
         for name in artifact["files"]:
             try:
                 path = contained(folder, name)
-                told = _told(path) if path.is_file() else None
+                found_there = target(artifact["target"]).told(path) if path.is_file() else None
             except InputError as error:
                 found.append(Finding(where=name, problem=str(error)))
                 continue
-            if told is None:
+            if found_there is None:
                 continue
+            told = {key: value for key, value in found_there.items() if key.startswith(PROVENANCE)}
             other = sorted(key for key in {*wanted, *told} if wanted.get(key) != told.get(key))
             if other:
                 problem = f"{told.get(other[0], 'nothing')!r:.90} where {MANIFEST} says {wanted.get(other[0])!r:.90}"
                 found.append(Finding(where=f"{name}: {other[0]}", problem=problem))
     return found
-
-
-def _told(path: Path) -> dict[str, str] | None:
-    """The provenance in a file's metadata; None for a file that has no place for it."""
-    if path.suffix == ".gguf":
-        from qalora.formats.gguf import read_header
-        from qalora.formats.gguf_split import part_number
-
-        if part_number(path) != 1:
-            return None
-        entries = read_header(path).metadata.entries
-        metadata = {key: str(value.value) for key, value in entries.items()}
-    elif path.suffix == ".safetensors":
-        from qalora.formats.safetensors import read_header as read_safetensors
-
-        metadata = dict(read_safetensors(path).metadata)
-    elif path.name == "model.onnx":
-        from qalora.formats.onnx import read_model
-
-        properties = read_model(path).metadata_props
-        metadata = {entry.key: entry.value for entry in properties if isinstance(entry.key, str)}  # bytes: no UTF-8
-    else:
-        return None
-    return {key: value for key, value in metadata.items() if key.startswith(PROVENANCE)}

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from qalora._version import __version__
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
+from qalora.converters import packages
 from qalora.converters.plan import PROVENANCE, Plan
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import files_below
@@ -68,8 +69,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 SCHEMA = "qalora.release/1"
-LIBRARIES = ("gguf", "numpy", "onnx", "safetensors", "tokenizers", "torch", "transformers")
-"""The libraries that have a part in what is written."""
+LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+"""The libraries that have a part in what is written, whatever the format."""
 
 LIMIT = 256 << 20
 """Bytes of a manifest that are read at most."""
@@ -193,7 +194,7 @@ def _unlabelled(version: str) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"qalora": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
-    for name in LIBRARIES:
+    for name in sorted({*LIBRARIES, *packages()}):
         try:
             found[name] = _unlabelled(version(name))
         except PackageNotFoundError:

@@ -1,7 +1,7 @@
 """GGUF files, read and written; the codes move as they are. `qalora.formats.gguf` and `gguf_blocks` hold the bytes."""
 
 from qalora.converters.format import Format, Rounding
-from qalora.converters.gguf.files import is_gguf, models
+from qalora.converters.gguf.files import is_gguf, models, told
 from qalora.converters.gguf.lora import is_lora, read_lora
 from qalora.converters.gguf.reader import read
 from qalora.converters.gguf.usage import openings, usage
@@ -24,6 +24,10 @@ FORMAT = Format(
     runtimes=("llama.cpp",),
     rounding=lambda path: Rounding(kind="q8"),
     memory=0,
+    findings="qalora.inspection.gguf",
+    suffixes=(".gguf",),
+    told=told,
+    packages=("gguf",),
     usage=usage,
     openings=openings,
     library="gguf",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qalora.formats.files import InputFile
+from qalora.formats.gguf import read_header
 from qalora.formats.gguf_split import part_number
 
-__all__ = ["is_gguf", "models"]
+__all__ = ["is_gguf", "models", "told"]
 
 
 def is_gguf(path: Path) -> bool:
@@ -17,6 +19,13 @@ def is_gguf(path: Path) -> bool:
         return False
     with InputFile(path) as file:
         return file.read(0, min(4, file.size)) == b"GGUF"
+
+
+def told(path: Path) -> Mapping[str, Any] | None:
+    """The values of a model's first file; the others of a split one have none of their own."""
+    if path.suffix != ".gguf" or part_number(path) != 1:
+        return None
+    return {key: str(value.value) for key, value in read_header(path).metadata.entries.items()}
 
 
 def models(folder: Path) -> Sequence[Path]:

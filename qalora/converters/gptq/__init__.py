@@ -46,6 +46,7 @@ FORMAT = Format(
     rounding=rounding,
     residual=True,
     ships=_ships,
+    findings="qalora.inspection.gptq",
     usage=usage,
     openings=openings,
     library="transformers",

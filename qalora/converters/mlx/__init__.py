@@ -36,6 +36,7 @@ FORMAT = Format(
     by_config=_by_config,
     runtimes=("mlx",),
     rounding=exact,
+    findings="qalora.inspection.mlx",
     usage=usage,
     openings=openings,
     library="mlx",

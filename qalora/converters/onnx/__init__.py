@@ -9,7 +9,7 @@ are float32.
 """
 
 from qalora.converters.format import Format
-from qalora.converters.onnx.files import graphs, is_decoder, rounding, weight_files
+from qalora.converters.onnx.files import graphs, is_decoder, rounding, told, weight_files
 from qalora.converters.onnx.planner import plan
 from qalora.converters.onnx.reader import read
 from qalora.converters.onnx.usage import openings, usage
@@ -32,6 +32,10 @@ FORMAT = Format(
     rounding=rounding,
     residual=True,
     slots=True,
+    findings="qalora.inspection.onnx",
+    suffixes=(".onnx", ".data"),
+    told=told,
+    packages=("onnx",),
     usage=usage,
     openings=openings,
     library="onnx",

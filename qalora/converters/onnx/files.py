@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qalora.converters.format import EXACT, Rounding
 from qalora.formats.onnx import read_model
 
-__all__ = ["accuracy_level", "graphs", "is_decoder", "is_standard", "rounding", "weight_files"]
+__all__ = ["accuracy_level", "graphs", "is_decoder", "is_standard", "rounding", "told", "weight_files"]
 
 
 def is_decoder(path: Path) -> bool:
@@ -23,8 +24,17 @@ def graphs(folder: Path) -> Sequence[Path]:
 
 
 def weight_files(path: Path) -> Iterable[Path]:
-    """A graph and its data."""
-    return path.parent.glob(f"{path.name}*")
+    """A graph, or the first of a folder, and its data."""
+    graph = path / "model.onnx" if path.is_dir() else path
+    return graph.parent.glob(f"{graph.name}*")
+
+
+def told(path: Path) -> Mapping[str, Any] | None:
+    """The properties of a graph."""
+    if path.name != "model.onnx":
+        return None
+    properties = read_model(path).metadata_props
+    return {entry.key: entry.value for entry in properties if isinstance(entry.key, str)}  # bytes: no UTF-8
 
 
 def rounding(path: Path) -> Rounding:
