@@ -36,7 +36,7 @@ def layouts() -> tuple[Layout, ...]:
 
 def layout(name: str) -> Layout:
     """The record of a layout by its name."""
-    return next(one for one in layouts() if one.name == name)
+    return {one.name: one for one in layouts()}[name]
 
 
 def weight_suffixes() -> frozenset[str]:

@@ -70,11 +70,12 @@ def _metadata(path: Path) -> Mapping[str, Any] | None:
 class Layout:
     """What can be read.
 
-    name       as reports and `Checkpoint.layout` have it
+    name       as reports and `Checkpoint.layout` have it; kind: as people call it
     read       opens a path that is recognised
     read_as    the same for a folder whose label of its zeros is wrong, with the right one (CheckpointFormat)
     by_files   recognises a file or folder by itself
     by_config  recognises a folder by its config.json, where no layout did by files
+    end        what the names of tensors of integers end with, and unannounced: what to do where config.json is silent
     artifacts  the files of a folder that are models of their own, each to be proven
     is_lora    whether one of these is an adapter for the one beside it, which read_lora reads
     weights    the files that hold an artefact's weights
@@ -91,12 +92,15 @@ class Layout:
     """
 
     name: str
+    kind: str
     read: Callable[[Path], Checkpoint]
     runtimes: tuple[str, ...]
     rounding: Callable[[Path], Rounding]
     read_as: Callable[[Path, str], Checkpoint] | None = None
     by_files: Callable[[Path], bool] | None = None
     by_config: Callable[[Path, Mapping[str, Any]], bool] | None = None
+    end: str = ""
+    unannounced: str = "its quantization_config is missing: take config.json from where the model came from"
     artifacts: Callable[[Path], Sequence[Path]] = lambda folder: ()
     is_lora: Callable[[Path], bool] = lambda path: False
     read_lora: Callable[[Path, Checkpoint], Adapter] | None = None
@@ -141,7 +145,7 @@ class Writer(Protocol):
 class Format(Layout):
     """What can be written too.
 
-    title     as a model card calls it, with what runs it
+    runs      what runs it, for the heading of a model card
     plan      decides everything; raises InputError for what cannot be. Reads config and specs, and values where it must
     write     writes what was planned
     ships     whether an adapter is to lie beside this model rather than be folded into it
@@ -152,7 +156,7 @@ class Format(Layout):
     packages  what brings top-level modules, beside those that every format needs, that decide the bytes written
     """
 
-    title: str
+    runs: str
     plan: Callable[[Checkpoint, ExportOptions], Plan]
     write: Writer
     usage: Callable[[Released], str]

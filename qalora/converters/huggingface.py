@@ -128,20 +128,20 @@ def read(folder: Path) -> Checkpoint:
 Stored = dict[str, tuple[Path, Entry]]
 
 _INTEGERS = {
-    ".qweight": ("GPTQ", "quantize_config.json, which came with the model, is missing: put it beside config.json"),
-    ".codes": ("qalora", "its quantization_config is missing: take config.json from where the model came from"),
-    ".W_q": ("HQQ", "its quantization_config is missing: take config.json from where the model came from"),
     ".weight_packed": ("compressed-tensors", "it is not read here: start from the float model"),
     ".weight.absmax": ("bitsandbytes", "it is not read here: start from the float model"),
     ".weight_scale_inv": ("FP8", "it is not read here: start from the float model"),
-    ".biases": ("MLX", "`quantization` is missing in config.json: take it from where the model came from"),
 }
-"""Ends of tensors' names that tell integers, whose they are, and what to do where the config says nothing of them."""
+"""Ends of tensors' names that tell integers, whose they are, and what to do where the config says nothing of them; what
+is read here says so in its record."""
 
 
 def _check_floats(folder: Path, stored: Stored) -> None:
     """FormatError for a model whose config says nothing of the integers that it holds."""
-    for end, (kind, todo) in _INTEGERS.items():
+    from qalora.converters import layouts
+
+    ours = {one.end: (one.kind, one.unannounced) for one in layouts() if one.end}
+    for end, (kind, todo) in {**ours, **_INTEGERS}.items():
         found = sorted(name for name in stored if name.endswith(end))
         if not found:
             continue
@@ -320,6 +320,7 @@ def download(repo: str, *, here: bool = False) -> Path:
 
 LAYOUT = Layout(
     name="huggingface",
+    kind="float",
     read=read,
     by_config=lambda folder, config: config.get("quantization_config") is None,
     runtimes=("transformers",),

@@ -333,11 +333,13 @@ def _openings(pushed: Pushed) -> Sequence[str]:
 
 FORMAT = Format(
     name="qalora",
-    title="qalora: transformers",
+    kind="qalora",
+    runs="transformers",
     plan=plan,
     write=write,
     read=read,
     by_config=quantized_by("qalora"),
+    end=".codes",
     runtimes=("torch",),
     rounding=exact,
     memory=8,  # dequantized, in float32: at least 8 times the bytes of 4-bit codes

@@ -21,7 +21,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 def companion_findings(model: Checkpoint) -> list[Finding]:
     """The warnings of a model's companions."""
     found = layout(model.layout)
-    where = f"its {found.name.upper()} metadata" if found.tokenizer else "its folder"
+    where = f"its {found.kind} metadata" if found.tokenizer else "its folder"
     if not has_tokenizer(model) and _is_portable_graph(model):
         return []
     if not has_tokenizer(model):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from qalora.converters import by_config, layout, layouts, load
 from qalora.converters.format import Layout
 from qalora.errors import InputError
 from qalora.formats.around import instead_of_model
+from qalora.parity.runtimes import RUNTIMES
 
 __all__ = [
     "Artifact",
@@ -25,8 +27,6 @@ __all__ = [
     "reference_artifact",
     "runtimes_of",
 ]
-
-_CUDA, _SLOW = "onnxruntime-cuda", "onnx.reference"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def _paired(found: Sequence[Artifact]) -> list[Artifact]:
             n for n, other in enumerate(kept) if other.kind == lora.kind and other.path.parent == lora.path.parent
         ]
         if len(beside) != 1 or kept[beside[0]].lora is not None:
-            wanted = f"one {lora.kind.upper()} model, and one LoRA, in its folder"
+            wanted = f"one {lora.layout.kind} model, and one LoRA, in its folder"
             raise InputError(f"{lora.path} is a LoRA", expected=wanted, got="others")
         kept[beside[0]] = replace(kept[beside[0]], lora=lora.path)
     return kept
@@ -133,20 +133,22 @@ def runtimes_of(artifact: Artifact) -> tuple[str, ...]:
     """The runtimes that an artefact is proven in: those of its kind, CUDA where there is a device, and, for a small
     graph of standard operators, onnx.reference.
     """
-    from qalora.converters.onnx.files import is_standard
-    from qalora.parity.runtimes.onnx_reference import LARGEST
-
-    also = [kind for kind in artifact.layout.also if kind != _CUDA or _has_cuda()]
-    if _SLOW in also and not (_weight_bytes(artifact) <= LARGEST and is_standard(artifact.path)):
-        also.remove(_SLOW)
-    return (*artifact.layout.runtimes, *also)
+    return (*artifact.layout.runtimes, *(one for one in _also(artifact.layout) if _takes(one, artifact)))
 
 
 def may_run(kind: str) -> tuple[str, ...]:
     """Every runtime that an artefact of a kind may be run in here, whatever it is like."""
     found = layout(kind)
-    also = [one for one in found.also if one != _CUDA or _has_cuda()]
-    return (*found.runtimes, *also, *found.generators)
+    return (*found.runtimes, *_also(found), *found.generators)
+
+
+def _also(found: Layout) -> list[str]:
+    return [one for one in found.also if not RUNTIMES[one].cuda or _has_cuda()]
+
+
+def _takes(kind: str, artifact: Artifact) -> bool:
+    parts = RUNTIMES[kind]
+    return not parts.picky or bool(import_module(parts.module).takes(artifact.path, _weight_bytes(artifact)))
 
 
 def _has_cuda() -> bool:

@@ -35,7 +35,7 @@ def usage(artifact: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     body = found.usage(Released(model=manifest["name"], files=tuple(files), carriers=carriers))
     if not found.tokenizer and not any(file.rpartition("/")[2] in TOKENIZERS for file in files):
         body += "\n\nThe base model has no tokenizer in a form that could be written here: take its own instead."
-    return f"### {found.title}\n\n{body}"
+    return f"### {found.kind}: {found.runs}\n\n{body}"
 
 
 def adapter_usage(manifest: Mapping[str, Any]) -> str:

@@ -109,11 +109,13 @@ def _usage(released: Released) -> str:
 
 FORMAT = Format(
     name="toy",
-    title="Toy: a format of the tests",
+    kind="Toy",
+    runs="a format of the tests",
     plan=plan,
     write=write,
     read=read,
     by_config=quantized_by("toy"),
+    end=".codes_of_toy",
     weights=lambda folder: [folder / FILE],
     suffixes=(".toy",),
     told=_told,

@@ -4,7 +4,7 @@ from qalora.converters.format import Format, Rounding
 from qalora.converters.gguf.files import is_gguf, models, told
 from qalora.converters.gguf.lora import is_lora, read_lora
 from qalora.converters.gguf.reader import read
-from qalora.converters.gguf.usage import openings, usage
+from qalora.converters.gguf.running import openings, usage
 from qalora.converters.gguf.writer import plan, write
 from qalora.formats.gguf_split import split_files
 
@@ -12,7 +12,8 @@ __all__ = ["FORMAT", "plan", "read", "write"]
 
 FORMAT = Format(
     name="gguf",
-    title="GGUF: llama.cpp, Ollama",
+    kind="GGUF",
+    runs="llama.cpp, Ollama",
     plan=plan,
     write=write,
     read=read,

@@ -14,10 +14,10 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.format import Format, quantized_by
+from qalora.converters.gptq.kernels import rounding
 from qalora.converters.gptq.planner import plan, ships_adapter
 from qalora.converters.gptq.reader import read
-from qalora.converters.gptq.rounding import rounding
-from qalora.converters.gptq.usage import openings, usage
+from qalora.converters.gptq.running import openings, usage
 from qalora.converters.gptq.writer import write
 from qalora.converters.plan import ExportOptions
 
@@ -36,12 +36,15 @@ def _ships(model: Checkpoint, options: ExportOptions) -> bool:
 
 FORMAT = Format(
     name="gptq",
-    title="GPTQ: transformers with GPTQModel",
+    kind="GPTQ",
+    runs="transformers with GPTQModel",
     plan=plan,
     write=write,
     read=read,
     read_as=lambda path, said: read(path, checkpoint_format=said),
     by_config=_by_config,
+    end=".qweight",
+    unannounced="quantize_config.json, which came with the model, is missing: put it beside config.json",
     runtimes=("gptqmodel",),
     rounding=rounding,
     residual=True,

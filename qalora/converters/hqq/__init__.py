@@ -13,18 +13,20 @@ transformers 5.23 refuses every HQQ model ("not available yet"); hqq 0.2.8's HQQ
 from qalora.converters.format import Format, exact, quantized_by
 from qalora.converters.hqq.planner import plan
 from qalora.converters.hqq.reader import read
-from qalora.converters.hqq.usage import openings, usage
+from qalora.converters.hqq.running import openings, usage
 from qalora.converters.hqq.writer import write
 
 __all__ = ["FORMAT", "plan", "read", "write"]
 
 FORMAT = Format(
     name="hqq",
-    title="HQQ: hqq's layers",
+    kind="HQQ",
+    runs="hqq's layers",
     plan=plan,
     write=write,
     read=read,
     by_config=quantized_by("hqq"),
+    end=".W_q",
     runtimes=("hqq",),
     rounding=exact,
     usage=usage,

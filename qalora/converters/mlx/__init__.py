@@ -14,7 +14,7 @@ from typing import Any
 from qalora.converters.format import Format, exact, quantized_by
 from qalora.converters.mlx.planner import plan
 from qalora.converters.mlx.reader import read
-from qalora.converters.mlx.usage import openings, usage
+from qalora.converters.mlx.running import openings, usage
 from qalora.converters.mlx.writer import write
 
 __all__ = ["FORMAT", "plan", "read", "write"]
@@ -29,11 +29,14 @@ def _by_config(folder: Path, config: Mapping[str, Any]) -> bool:
 
 FORMAT = Format(
     name="mlx",
-    title="MLX: mlx-lm",
+    kind="MLX",
+    runs="mlx-lm",
     plan=plan,
     write=write,
     read=read,
     by_config=_by_config,
+    end=".biases",
+    unannounced="`quantization` is missing in config.json: take it from where the model came from",
     runtimes=("mlx",),
     rounding=exact,
     findings="qalora.inspection.mlx",

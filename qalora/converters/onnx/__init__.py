@@ -12,14 +12,15 @@ from qalora.converters.format import Format
 from qalora.converters.onnx.files import graphs, is_decoder, rounding, told, weight_files
 from qalora.converters.onnx.planner import plan
 from qalora.converters.onnx.reader import read
-from qalora.converters.onnx.usage import openings, usage
+from qalora.converters.onnx.running import openings, usage
 from qalora.converters.onnx.writer import write
 
 __all__ = ["FORMAT", "plan", "read", "write"]
 
 FORMAT = Format(
     name="onnx",
-    title="ONNX: onnxruntime-genai, ONNX Runtime",
+    kind="ONNX",
+    runs="onnxruntime-genai, ONNX Runtime",
     plan=plan,
     write=write,
     read=read,

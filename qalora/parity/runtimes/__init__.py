@@ -30,11 +30,15 @@ class RuntimeParts:
     module   of this package, with a function `open_artifact(path, threads)`
     imports  the top-level modules that it imports, which hold its kernels: their packages, and what these require, are
              what a proof depends on
+    cuda     whether it needs a device of CUDA
+    picky    whether its module has a function `takes(path, nbytes)`, for an artefact and the bytes of its weights
     purpose  what it is for, and extra: which of ours brings it; for the sentence where it is not installed
     """
 
     module: str
     imports: tuple[str, ...]
+    cuda: bool = False
+    picky: bool = False
     purpose: str = ""
     extra: str = "runtimes"
 
@@ -53,9 +57,9 @@ RUNTIMES = {
     ),
     "onnxruntime": RuntimeParts(module=f"{_HERE}.onnxruntime", imports=("onnxruntime", "onnx"), purpose=_ONNX),
     "onnxruntime-cuda": RuntimeParts(
-        module=f"{_HERE}.onnxruntime_cuda", imports=("onnxruntime", "onnx"), purpose=f"{_ONNX} on CUDA"
+        module=f"{_HERE}.onnxruntime_cuda", imports=("onnxruntime", "onnx"), cuda=True, purpose=f"{_ONNX} on CUDA"
     ),
-    "onnx.reference": RuntimeParts(module=f"{_HERE}.onnx_reference", imports=("onnx",)),
+    "onnx.reference": RuntimeParts(module=f"{_HERE}.onnx_reference", imports=("onnx",), picky=True),
     "onnxruntime-genai": RuntimeParts(
         module=f"{_HERE}.genai",
         imports=("onnxruntime_genai", "onnxruntime"),

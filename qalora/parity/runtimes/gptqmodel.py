@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.gptq.rounding import has_head_in_words
+from qalora.converters.gptq.kernels import has_head_in_words
 from qalora.errors import FormatError
 from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo, check_libraries

@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.onnx.files import is_standard
 from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.onnxruntime import LAYER, DecoderRuntime
 
-__all__ = ["LARGEST", "open_artifact"]
+__all__ = ["open_artifact", "takes"]
 
 LARGEST = 64 << 20
 """Bytes of weights up to which it is used: beyond, a single pass takes minutes."""
 
 _TYPES = {1: "tensor(float)", 6: "tensor(int32)", 7: "tensor(int64)", 10: "tensor(float16)"}
+
+
+def takes(path: Path, nbytes: int) -> bool:
+    """Whether a graph with so many bytes of weights is small, and of standard operators."""
+    return nbytes <= LARGEST and is_standard(path)
 
 
 class OnnxReference(DecoderRuntime):
