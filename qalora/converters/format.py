@@ -5,6 +5,7 @@ A format has a line in `qalora.options.words.TARGETS`, with the module whose FOR
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.errors import FormatError
 from qalora.formats.safetensors import read_header
 
-__all__ = ["EXACT", "Format", "Layout", "Pushed", "Released", "Rounding", "exact", "plain_name", "quantized_by"]
+__all__ = ["EXACT", "Format", "Layout", "Pushed", "Released", "Rounding", "exact", "late", "plain_name", "quantized_by"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,15 @@ class Rounding:
 
 
 EXACT = Rounding()
+
+
+def late(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported when it is called: to know a format, its code need not be there."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **options)
+
+    return call
 
 
 def exact(path: Path) -> Rounding:
@@ -85,7 +95,7 @@ class Layout:
     rounding   what the kernels of these round, for an artefact's path; `exact` where it is nothing
     residual   whether a weight may be codes and a residual in float, which are compared as their sum
     tokenizer  whether the tokenizer is in the file itself
-    findings   the module whose `findings` gives what `inspect` warns of in it alone; "" where there is nothing
+    findings   what `inspect` warns of in it alone
     suffixes   what the names of files of weights end with
     told       the metadata in a file of its folder, where its PROVENANCE is; None for a file that has no place for it
     memory     bytes that a runtime takes for a byte of weights on disk; 0 where it maps the file
@@ -109,7 +119,7 @@ class Layout:
     generators: tuple[str, ...] = ()
     residual: bool = False
     tokenizer: bool = False
-    findings: str = ""
+    findings: Callable[[Checkpoint], Iterable[Any]] = lambda model: ()
     suffixes: tuple[str, ...] = (".safetensors",)
     told: Callable[[Path], Mapping[str, Any] | None] = _metadata
     memory: int = 1

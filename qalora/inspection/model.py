@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,8 +22,7 @@ def inspect_model(
     """Inspect an open model; `path` is what the user called it."""
     findings = _act_order(model)
     found = layout(model.layout)
-    if found.findings:
-        findings += importlib.import_module(found.findings).findings(model)
+    findings += found.findings(model)
     histogram = None
     if not quick:
         histogram, more = read_values(model, progress or (lambda name, weights: None))

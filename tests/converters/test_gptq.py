@@ -14,6 +14,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import gptq, huggingface, load
 from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.gptq.forms import encode
+from qalora.converters.gptq.planner import GptqPlan
 from qalora.converters.plan import ExportOptions
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
@@ -37,7 +38,7 @@ def quantized(source: Path, **options: Any) -> Checkpoint:
     return random_model(huggingface.read(source), **options)
 
 
-def written(model: Checkpoint, folder: Path, options: ExportOptions | None = None) -> gptq.planner.GptqPlan:
+def written(model: Checkpoint, folder: Path, options: ExportOptions | None = None) -> GptqPlan:
     options = options or ExportOptions()
     plan = gptq.plan(model, options)
     plan.check(options.allow_loss)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import gptq, huggingface
+from qalora.converters.gptq.planner import GptqPlan
 from qalora.converters.plan import ExportOptions
 from qalora.errors import ExactnessError, FormatError, InputError
 from qalora.tensor import GroupQuantTensor, unpack_codes
@@ -24,7 +25,7 @@ def quantized(source: Path, **options: Any) -> Checkpoint:
     return random_model(huggingface.read(source), **options)
 
 
-def written(model: Checkpoint, folder: Path, options: ExportOptions | None = None) -> gptq.planner.GptqPlan:
+def written(model: Checkpoint, folder: Path, options: ExportOptions | None = None) -> GptqPlan:
     options = options or ExportOptions()
     plan = gptq.plan(model, options)
     plan.check(options.allow_loss)

@@ -1,14 +1,15 @@
 """GGUF files, read and written; the codes move as they are. `qalora.formats.gguf` and `gguf_blocks` hold the bytes."""
 
-from qalora.converters.format import Format, Rounding
+from qalora.converters.format import Format, Rounding, late
 from qalora.converters.gguf.files import is_gguf, models, told
-from qalora.converters.gguf.lora import is_lora, read_lora
-from qalora.converters.gguf.reader import read
 from qalora.converters.gguf.running import openings, usage
-from qalora.converters.gguf.writer import plan, write
 from qalora.formats.gguf_split import split_files
 
 __all__ = ["FORMAT", "plan", "read", "write"]
+
+plan = late("qalora.converters.gguf.writer", "plan")
+read = late("qalora.converters.gguf.reader", "read")
+write = late("qalora.converters.gguf.writer", "write")
 
 FORMAT = Format(
     name="gguf",
@@ -20,12 +21,12 @@ FORMAT = Format(
     by_files=is_gguf,
     artifacts=models,
     weights=split_files,
-    is_lora=is_lora,
-    read_lora=read_lora,
+    is_lora=late("qalora.converters.gguf.lora", "is_lora"),
+    read_lora=late("qalora.converters.gguf.lora", "read_lora"),
     runtimes=("llama.cpp",),
     rounding=lambda path: Rounding(kind="q8"),
     memory=0,
-    findings="qalora.inspection.gguf",
+    findings=late("qalora.inspection.gguf", "findings"),
     suffixes=(".gguf",),
     told=told,
     packages=("gguf",),

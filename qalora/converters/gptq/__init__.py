@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.format import Format, quantized_by
+from qalora.converters.format import Format, late, quantized_by
 from qalora.converters.gptq.kernels import rounding
-from qalora.converters.gptq.planner import plan, ships_adapter
-from qalora.converters.gptq.reader import read
 from qalora.converters.gptq.running import openings, usage
-from qalora.converters.gptq.writer import write
 from qalora.converters.plan import ExportOptions
 
 __all__ = ["FORMAT", "plan", "read", "ships_adapter", "write"]
+
+plan = late("qalora.converters.gptq.planner", "plan")
+read = late("qalora.converters.gptq.reader", "read")
+ships_adapter = late("qalora.converters.gptq.planner", "ships_adapter")
+write = late("qalora.converters.gptq.writer", "write")
 
 
 def _by_config(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -49,7 +51,7 @@ FORMAT = Format(
     rounding=rounding,
     residual=True,
     ships=_ships,
-    findings="qalora.inspection.gptq",
+    findings=late("qalora.inspection.gptq", "findings"),
     usage=usage,
     openings=openings,
     library="transformers",

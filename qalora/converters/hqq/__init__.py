@@ -10,13 +10,14 @@ tokenizer and other companion files
 transformers 5.23 refuses every HQQ model ("not available yet"); hqq 0.2.8's HQQLinear takes these tensors as they are.
 """
 
-from qalora.converters.format import Format, exact, quantized_by
-from qalora.converters.hqq.planner import plan
-from qalora.converters.hqq.reader import read
+from qalora.converters.format import Format, exact, late, quantized_by
 from qalora.converters.hqq.running import openings, usage
-from qalora.converters.hqq.writer import write
 
 __all__ = ["FORMAT", "plan", "read", "write"]
+
+plan = late("qalora.converters.hqq.planner", "plan")
+read = late("qalora.converters.hqq.reader", "read")
+write = late("qalora.converters.hqq.writer", "write")
 
 FORMAT = Format(
     name="hqq",

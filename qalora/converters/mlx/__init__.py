@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qalora.converters.format import Format, exact, quantized_by
-from qalora.converters.mlx.planner import plan
-from qalora.converters.mlx.reader import read
+from qalora.converters.format import Format, exact, late, quantized_by
 from qalora.converters.mlx.running import openings, usage
-from qalora.converters.mlx.writer import write
 
 __all__ = ["FORMAT", "plan", "read", "write"]
+
+plan = late("qalora.converters.mlx.planner", "plan")
+read = late("qalora.converters.mlx.reader", "read")
+write = late("qalora.converters.mlx.writer", "write")
 
 
 def _by_config(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -39,7 +40,7 @@ FORMAT = Format(
     unannounced="`quantization` is missing in config.json: take it from where the model came from",
     runtimes=("mlx",),
     rounding=exact,
-    findings="qalora.inspection.mlx",
+    findings=late("qalora.inspection.mlx", "findings"),
     usage=usage,
     openings=openings,
     library="mlx",

@@ -8,14 +8,15 @@ key-value heads, past, head size], and give logits [batch, sequence, vocabulary]
 are float32.
 """
 
-from qalora.converters.format import Format
+from qalora.converters.format import Format, late
 from qalora.converters.onnx.files import graphs, is_decoder, rounding, told, weight_files
-from qalora.converters.onnx.planner import plan
-from qalora.converters.onnx.reader import read
 from qalora.converters.onnx.running import openings, usage
-from qalora.converters.onnx.writer import write
 
 __all__ = ["FORMAT", "plan", "read", "write"]
+
+plan = late("qalora.converters.onnx.planner", "plan")
+read = late("qalora.converters.onnx.reader", "read")
+write = late("qalora.converters.onnx.writer", "write")
 
 FORMAT = Format(
     name="onnx",
@@ -33,7 +34,7 @@ FORMAT = Format(
     rounding=rounding,
     residual=True,
     slots=True,
-    findings="qalora.inspection.onnx",
+    findings=late("qalora.inspection.onnx", "findings"),
     suffixes=(".onnx", ".data"),
     told=told,
     packages=("onnx",),
