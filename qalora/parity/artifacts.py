@@ -137,9 +137,9 @@ def runtimes_of(artifact: Artifact) -> tuple[str, ...]:
 
 
 def may_run(kind: str) -> tuple[str, ...]:
-    """Every runtime that an artefact of a kind may be run in here, whatever it is like."""
-    found = layout(kind)
-    return (*found.runtimes, *_also(found), *found.generators)
+    """Every runtime that an artefact of a kind may be run in here, whatever it is like; none of a kind that is none."""
+    found = next((one for one in layouts() if one.name == kind), None)
+    return () if found is None else (*found.runtimes, *_also(found), *found.generators)
 
 
 def _also(found: Layout) -> list[str]:
