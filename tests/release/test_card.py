@@ -19,6 +19,7 @@ from qalora.converters.plan import ExportOptions
 from qalora.errors import FormatError, InputError
 from qalora.quantization import quantize
 from qalora.releasing.card import PARTS, card_text, check_template, default_template
+from qalora.releasing.licences import HUB_LICENCES
 from qalora.releasing.manifest import read_manifest
 from qalora.releasing.options import ReleaseOptions
 from qalora.releasing.package import plan_release, release
@@ -282,3 +283,10 @@ def test_the_folder_is_as_it_was(whole: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert card_text(*parts(tmp_path / "copy")) == (whole / "README.md").read_text("utf-8")
     assert all(kind in (whole / "README.md").read_text("utf-8") for kind in ("| mlx |", "| hqq |", "| llama.cpp |"))
+
+
+def test_every_word_of_a_licence_is_whole() -> None:
+    """A word that a line broke in two would make the card of such a model say `other`."""
+    assert {"cc-by-3.0", "cc-by-nc-sa-3.0", "apache-2.0"} <= HUB_LICENCES
+    assert not [word for word in HUB_LICENCES if word.endswith("-") or word[0].isdigit()]
+    assert not HUB_LICENCES & {"by-3.0", "nc-sa-3.0"}
