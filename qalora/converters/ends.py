@@ -1,6 +1,6 @@
 """Where generation ends: the one record of a model's end tokens, whatever files name them.
 
-Each kind of model is asked as its own runtime asks it:
+Each kind of model is asked as its own runtime asks it, see `Layout.ends`:
 
     a float, GPTQ or HQQ folder, our own   generation_config.json where there is that file, though it name none, else
                                            config.json: transformers' generate
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters import layout
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import contained
 from qalora.formats.gguf_ends import MARK, eog_of, marked
@@ -74,11 +75,12 @@ class Ends:
 
 def ends_of(model: Checkpoint) -> Ends:
     """The record of a model. FormatError for what is no token id of it, and no list of such."""
-    if model.gguf is not None and (model.layout == "gguf" or GENERATION not in model.files):
+    rule = layout(model.layout).ends
+    if model.gguf is not None and (rule == "llama.cpp" or GENERATION not in model.files):
         return _of_gguf(model)
-    if model.layout == "onnx" and (path := _genai(model)) is not None:
+    if rule == "onnxruntime-genai" and (path := _genai(model)) is not None:
         return _of_genai(model, path)
-    if model.layout == "mlx":
+    if rule == "mlx-lm":
         return _of_mlx(model)
     value, source = _said(model)
     return Ends(ids=_ids(model, value, _where(model, source)), source=source)
@@ -229,7 +231,7 @@ def in_words(ids: Iterable[int], texts: Mapping[int, str]) -> str:
 
 def end_notes(model: Checkpoint) -> tuple[str, ...]:
     """What a user should know where the files of a model name other end tokens than those that count."""
-    if model.layout == "gguf":
+    if layout(model.layout).ends == "llama.cpp":
         return ()
     ends, texts, notes, name = ends_of(model), token_texts(model), [], model.path.name
     for source, value in (("config.json", model.config.get(KEY)), (GENERATION, _generation(model).get(KEY))):

@@ -94,6 +94,7 @@ class Layout:
                are installed; nothing is unproven without them
     rounding   what the kernels of these round, for an artefact's path; `exact` where it is nothing
     residual   whether a weight may be codes and a residual in float, which are compared as their sum
+    ends       whose rule says where generation ends: see `qalora.converters.ends`
     tokenizer  whether the tokenizer is in the file itself
     findings   what `inspect` warns of in it alone
     suffixes   what the names of files of weights end with
@@ -118,6 +119,7 @@ class Layout:
     also: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
     residual: bool = False
+    ends: Literal["transformers", "mlx-lm", "llama.cpp", "onnxruntime-genai"] = "transformers"
     tokenizer: bool = False
     findings: Callable[[Checkpoint], Iterable[Any]] = lambda model: ()
     suffixes: tuple[str, ...] = (".safetensors",)

@@ -40,6 +40,7 @@ FORMAT = Format(
     unannounced="`quantization` is missing in config.json: take it from where the model came from",
     runtimes=("mlx",),
     rounding=exact,
+    ends="mlx-lm",
     findings=late("qalora.inspection.mlx", "findings"),
     usage=usage,
     openings=openings,

@@ -34,6 +34,7 @@ FORMAT = Format(
     rounding=rounding,
     residual=True,
     slots=True,
+    ends="onnxruntime-genai",
     findings=late("qalora.inspection.onnx", "findings"),
     suffixes=(".onnx", ".data"),
     told=told,
