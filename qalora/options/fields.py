@@ -190,11 +190,8 @@ class Options:
     @classmethod
     def from_json(cls, content: Mapping[str, Any], **given: Any) -> Self:
         """The record of what `to_json` gave; what is given comes in place of what is there."""
-        known = {one.name: one for one in fields_of(cls)}
-        read = {
-            name: None if value is None else known[name].take(value) for name, value in content.items() if name in known
-        }
-        return cls(**{**read, **given})
+        own, _ = split(cls, content)
+        return cls(**{**own, **given})
 
 
 def option(
