@@ -121,7 +121,7 @@ def test_where_almost_nothing_is_learned_nothing_is_trained(tmp_path: Path) -> N
 
 
 def test_an_account_of_the_calibration_is_said(place: Path, tmp_path: Path) -> None:
-    words = ("--method", "gptq", "--max-length", 32, "--calibration-tokens", 64, "--dry-run")
+    words = ("--method", "gptq", "--calibration-length", 32, "--calibration-tokens", 64, "--dry-run")
     result = run("quantize", place / "float", "-o", tmp_path / "q", "--calibration", place / "chat.txt", *words)
     assert result.exit_code == 0, result.output
     assert "keys of rows that are passed over: id" in result.output.replace("\n", " ")
