@@ -28,7 +28,7 @@ from qalora.options.quantize import Quantize
 from qalora.options.release import Package
 from qalora.options.train import TrainOptions
 from qalora.options.verify import Verify
-from qalora.options.words import CheckpointFormat, Convention, Level, Minima, Zeros
+from qalora.options.words import SHARD_SIZE, CheckpointFormat, Convention, Level, Minima, Zeros
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
@@ -109,7 +109,7 @@ def save(
     model: Checkpoint,
     out: str | Path,
     *,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = SHARD_SIZE,
     force: bool = False,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Plan:
@@ -254,7 +254,7 @@ def export(
     gguf_form: Literal["auto", "wide"] = "auto",
     accuracy_level: int = 0,
     onnx_embedding: Literal["float32", "quantized"] = "float32",
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = SHARD_SIZE,
     split_max_size: int | None = None,
     lora_slots: str | Iterable[str] = (),
     force: bool = False,

@@ -30,6 +30,7 @@ __all__ = [
     "check_targets",
     "export",
     "export_jobs",
+    "run_job",
     "run_jobs",
     "save",
     "writing",
@@ -129,14 +130,19 @@ def save(
     force: bool = False,
     progress: Progress = lambda name, nbytes: None,
 ) -> Plan:
-    """Write our own folder to `out`; gives the plan."""
+    """Plan our own folder and write it to `out`; gives the plan."""
     plan = native.plan(model, ExportOptions(max_shard_size=max_shard_size))
-    names = list(plan.files)
-    check_output(out, force=force, names=names)
-    check_apart(out, model.path)
-    with new_folder(out, force=force, names=names) as folder:
-        native.write(plan, model, folder, progress)
+    run_job(ExportJob(plan=plan, model=model), out, force=force, progress=progress)
     return plan
+
+
+def run_job(job: ExportJob, out: Path, *, force: bool, progress: Progress) -> None:
+    """Write one job to `out` itself."""
+    names = list(job.plan.files)
+    check_output(out, force=force, names=names)
+    check_apart(out, job.model.path)
+    with new_folder(out, force=force, names=names) as folder:
+        target(job.plan.target).write(job.plan, job.model, folder, progress)
 
 
 def export(

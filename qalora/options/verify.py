@@ -37,3 +37,8 @@ class Verify(Options):
     dynamic_int8: bool = option(
         False, "Compare with PyTorch's dynamic INT8 of the same model too, unjudged.", expert=True
     )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes."""
+        return None if self.memory is None else int(self.memory * 1e9)

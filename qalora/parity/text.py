@@ -68,7 +68,7 @@ def verify_arguments(options: Verify) -> dict[str, Any]:
         "prompts": [*options.prompt, *lines],
         "generate": options.generate,
         "threads": options.threads,
-        "memory": None if options.memory is None else int(options.memory * 1e9),
+        "memory": options.memory_bytes,
         "dynamic_int8": options.dynamic_int8,
     }
 

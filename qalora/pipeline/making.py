@@ -50,7 +50,7 @@ def save(model: Checkpoint, out: Path, *, max_shard_size: int, force: bool, dry_
     check_output(out, force=force, names=list(plan.files))
     if not dry_run:
         with watch.writing(sum(tensor.nbytes for tensor in plan.tensors), "writing") as progress:
-            exports.save(model, out, max_shard_size=max_shard_size, force=force, progress=progress)
+            exports.run_job(exports.ExportJob(plan=plan, model=model), out, force=force, progress=progress)
     return plan
 
 
@@ -147,7 +147,7 @@ def make_release(
             package.out,
             force=force,
             allow_unproven=verify.allow_unproven,
-            memory=None if verify.memory is None else int(verify.memory * 1e9),
+            memory=verify.memory_bytes,
             progress=progress,
             stage=stage,
             judged=watch.judged,

@@ -133,7 +133,10 @@ class Pipeline:
             target: self._look(f"export {target}", export_step(target, options.to_json(), inputs)).digest
             for target in options.targets
         }
-        self._look("verify", proof_step({**options.to_json(), "memory": self._memory}, {**inputs, **exported}))
+        self._look(
+            "verify",
+            proof_step({**options.to_json(), "memory": self.recipe.verify.memory_bytes}, {**inputs, **exported}),
+        )
         self._look_at_release(self._release_step(model, adapter))
         return self.rows
 
@@ -310,11 +313,6 @@ class Pipeline:
     def _form(self) -> Any:
         """How the base is read where its own files go on; what [quantize] makes is a folder of ours."""
         return self.recipe.base.checkpoint_format if self.recipe.quantize is None else None
-
-    @property
-    def _memory(self) -> int | None:
-        given = self.recipe.verify.memory
-        return None if given is None else int(given * 1e9)
 
     def _base(self, *, local: bool) -> _Thing:
         """The base; a folder or file, or what is here of the Hub."""
