@@ -37,9 +37,15 @@ __all__ = [
     "ProofError",
     "QaloraError",
     "about",
+    "with_options",
 ]
 
 _OPTION = re.compile(r"`([a-z][a-z0-9_]*)`")
+
+
+def with_options(text: str, spell: Callable[[str], str]) -> str:
+    """A text with each `option` in backquotes as `spell` writes it."""
+    return _OPTION.sub(lambda match: spell(match[1]), text)
 
 
 class QaloraError(Exception):
@@ -52,7 +58,7 @@ class QaloraError(Exception):
         text = str(self)
         if self.field is not None and text.startswith(f"{self.field}: "):
             text = spell(self.field) + text.removeprefix(self.field)
-        return _OPTION.sub(lambda match: spell(match[1]), text)
+        return with_options(text, spell)
 
 
 class InputError(QaloraError, ValueError):

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import click
 
 from qalora._version import __version__
-from qalora.cli.options import flags_in, spelling
+from qalora.cli.options import spelling
 from qalora.cli.progress import asks_for_json, json_log, log_event
-from qalora.errors import ProofError, QaloraError
+from qalora.errors import ProofError, QaloraError, with_options
 
 __all__ = ["main"]
 
@@ -89,7 +89,7 @@ class LazyGroup(click.Group):
         except (KeyboardInterrupt, click.Abort) as error:
             if not json_log() and not str(error):
                 raise
-            _fail(ctx, flags_in(str(error), ctx) or "interrupted", 1)
+            _fail(ctx, with_options(str(error), spelling(ctx)) or "interrupted", 1)
         if json_log():
             log_event("done", status=0)
         return result

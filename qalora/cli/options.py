@@ -7,7 +7,6 @@ give is left to the record.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from qalora.cli.progress import say
+from qalora.errors import with_options
 from qalora.options import Option, fields_of
 from qalora.options.words import CheckpointFormat, Convention, Minima
 
@@ -47,7 +47,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 _SPELLING = "qalora.spelling"
-_OPTION = re.compile(r"`([a-z][a-z0-9_]*)`")
 _KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
@@ -76,12 +75,6 @@ def spelling(ctx: click.Context) -> Callable[[str], str]:
     """How the command that failed spells an option; what is none of its stays in backquotes."""
     known: dict[str, str] = ctx.meta.get(_SPELLING, {})
     return lambda name: known.get(name, f"`{name}`")
-
-
-def flags_in(text: str, ctx: click.Context) -> str:
-    """A text with each option in backquotes as the command that runs spells it."""
-    spell = spelling(ctx)
-    return _OPTION.sub(lambda found: spell(found[1]), text)
 
 
 def _spelled(param: click.Parameter) -> str:
@@ -131,7 +124,7 @@ def options_of(record: type, *, leave_out: Collection[str] = ()) -> Callable[[F]
 def _decorator(option: Option, record: type) -> Callable[[F], F]:
     flag = f"--{option.flag}"
     names = {one.name: f"--{one.flag}" for one in fields_of(record)}
-    text = re.sub(r"`([a-z_]+)`", lambda found: names.get(found[1], found[1]), option.help)
+    text = with_options(option.help, lambda name: names.get(name, name))
     settings: dict[str, Any] = {"help": f"{text} Repeatable." if option.many is not None else text}
     settings |= {"cls": _Option, "option": option}
     if option.kind is bool:

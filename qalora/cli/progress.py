@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qalora.errors import with_options
 from qalora.formats.output import text_bytes
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ EVENTS = {
 """Each event of `--log-format json` and what is in it."""
 
 _META = "qalora.log_format"
-_OPTION = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 def log_format_option(function: F) -> F:
@@ -97,17 +96,17 @@ def log_event(event: str, **content: object) -> None:
 
 def say(message: str) -> None:
     """A note on stderr; an option in backquotes is shown as the flag that it is."""
-    message = _OPTION.sub(_flag, message)
+    message = with_options(message, _flag)
     if json_log():
         log_event("note", message=message)
     else:
         click.echo(f"note: {message}", err=True)
 
 
-def _flag(found: re.Match[str]) -> str:
+def _flag(name: str) -> str:
     context = click.get_current_context(silent=True)
     params = [] if context is None else context.command.params
-    return next((max(one.opts, key=len) for one in params if one.name == found[1]), found[0])
+    return next((max(one.opts, key=len) for one in params if one.name == name), f"`{name}`")
 
 
 def say_stage(stage: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qalora.errors import FormatError, InputError, about
+from qalora.errors import FormatError, InputError, about, with_options
 from qalora.formats.files import may_be_of_the_hub
 from qalora.formats.text import read_utf8
 from qalora.options import Option, fields_of
@@ -205,7 +205,7 @@ def _check_places(source: Source, recipe: Recipe) -> None:
 
 def _sentence(text: str) -> str:
     said = text[:1].lower() + text[1:].rstrip(".")
-    return re.sub(r"`([a-z_]+)`", lambda match: match[1].replace("_", "-"), said)
+    return with_options(said, lambda name: name.replace("_", "-"))
 
 
 def _meant(name: str, names: Collection[str]) -> str:

@@ -7,11 +7,11 @@ section that may be used by removing the "#".
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
+from qalora.errors import with_options
 from qalora.options import Option, fields_of, plain
 from qalora.options.recipe import SECTIONS
 from qalora.pipeline.recipe import keys_of
@@ -80,7 +80,7 @@ def _prose(text: str) -> str:
 def _help(key: Option) -> str:
     """With other options as the keys that they are."""
     keys = {option.name: option.flag for section in SECTIONS for option in fields_of(section.record)}
-    return re.sub(r"`([a-z_]+)`", lambda found: keys.get(found[1], found[1]), key.help)
+    return with_options(key.help, lambda name: keys.get(name, name))
 
 
 def _kind(key: Option) -> str:
