@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qalora.pipeline import Row, Watch
     from qalora.releasing.check import Checked
     from qalora.releasing.package import Release
-    from qalora.training.loop import StepReport
+    from qalora.training.pace import StepReport
 
 _install_hook()
 

@@ -172,22 +172,22 @@ def folded_minima(
     """round(min + factor * B @ A), in the steps of the docstring above; float32 [out, in / min(group_size, pool_size)].
 
     minimum    float32 [out, in/group_size]
-    a, b       float32 [rank, in/pool_size], [out, rank]
+    a, b       float32 [rank, in/pool_size], [out, rank]; all three may have a dimension before, for several layers
     pool_size  divides group_size, or is a multiple of it
     minima     "float16": float32 tensors of values that float16 holds. A value out of reach (65520 and more) comes out
                beyond 65504 or as NaN, and is for the caller to refuse: asking costs a synchronisation on a GPU.
 
     Runs on the tensors' device. No gradient: the rounding has none; training passes it through.
     """
-    wide_a, columns_b = a.double(), b.double().t().contiguous()
-    acc = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64, device=b.device)
-    for j in range(a.shape[0]):
-        acc.addcmul_(columns_b[j].unsqueeze(1), wide_a[j].unsqueeze(0))
+    rows_a, columns_b = a.double().unsqueeze(-2).unbind(-3), b.double().mT.contiguous().unsqueeze(-1).unbind(-3)
+    acc = torch.zeros(*b.shape[:-1], a.shape[-1], dtype=torch.float64, device=b.device)
+    for column, row in zip(columns_b, rows_a, strict=True):
+        acc.addcmul_(column, row)
     acc.mul_(factor)
     if pool_size > group_size:
-        acc = acc.repeat_interleave(pool_size // group_size, dim=1)
+        acc = acc.repeat_interleave(pool_size // group_size, dim=-1)
     elif pool_size < group_size:
-        minimum = minimum.repeat_interleave(group_size // pool_size, dim=1)
+        minimum = minimum.repeat_interleave(group_size // pool_size, dim=-1)
     acc.add_(minimum)
     return (_round_to_float16(acc) if minima == "float16" else acc).float()
 

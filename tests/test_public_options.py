@@ -300,29 +300,29 @@ def _(world: World) -> None:
 
 @effect("train", "weights")
 def _(world: World) -> None:
-    """Held in bfloat16 beside the packed ones, or not; the adapter is the same to the bit."""
+    """Weights are made once or at each use; in bfloat16 to the same bits, and in float32 the folded ones themselves."""
     kept, made = {}, {}
-    for weights in ("kept", "packed"):
-        chosen = TrainOptions(
-            data=str(world.text),
-            out=world.out / weights,
-            max_steps=2,
-            max_length=32,
-            dtype="bfloat16",
-            weights=weights,
-        )
-        seen: list[bool] = []
+    for dtype in ("bfloat16", "float32"):
+        for weights in ("kept", "packed"):
+            settings: dict[str, Any] = {"max_steps": 2, "max_length": 32, "dtype": dtype, "weights": weights}
+            chosen = TrainOptions(data=str(world.text), out=world.out / f"{weights}-{dtype}", **settings)
+            seen: set[str] = set()
+            gc.collect()
+            others = {id(one) for one in gc.get_objects() if type(one) is FoldedLinear}
 
-        def look(report: object, seen: list[bool] = seen) -> None:
-            seen += [one._wide is not None for one in gc.get_objects() if type(one) is FoldedLinear]
+            def look(report: object, seen: set[str] = seen, others: set[int] = others) -> None:
+                layers = [one for one in gc.get_objects() if type(one) is FoldedLinear and id(one) not in others]
+                found = [one.shared for one in layers]
+                seen |= {"folded" if one is None else "packed" if one._kept is None else "kept" for one in found}
 
-        made[weights] = train_model(world.base, chosen, look)
-        kept[weights] = any(seen)
-        gc.collect()
-    assert kept == {"kept": True, "packed": False}
-    assert same_layers(made["kept"], made["packed"])
-    with pytest.raises(InputError, match="`weights` packed is for `dtype` bfloat16"):
-        world.trained("b", weights="packed")
+            made[dtype, weights] = train_model(world.base, chosen, look)
+            kept[dtype, weights] = seen
+            gc.collect()
+    assert kept["bfloat16", "kept"] == {"kept"}
+    assert kept["bfloat16", "packed"] == {"packed"}
+    assert kept["float32", "kept"] == {"kept"}
+    assert kept["float32", "packed"] == {"folded"}
+    assert same_layers(made["bfloat16", "kept"], made["bfloat16", "packed"])
 
 
 @effect("train", "gradient_checkpointing")

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from qalora.converters.plan import Progress
     from qalora.parity.report import ParityReport
     from qalora.pipeline.watching import Watch
-    from qalora.training.loop import Progress as TrainingProgress
-    from qalora.training.loop import StepReport
+    from qalora.training.pace import Progress as TrainingProgress
+    from qalora.training.pace import StepReport
 
 __all__ = [
     "EVENTS",
@@ -46,7 +47,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 EVENTS = {
     "step": "a step of a recipe: `step`, `state` (started, reused, goes on, finished), `seconds` when finished",
     "progress": "`stage`, and, where it is known, the `share` that is done, 0 to 1, once for each percent; `bytes` and "
-    "`total` where bytes are counted; `step`, `steps`, `loss`, `held_out`, `tokens_per_second` in training",
+    "`total` where bytes are counted; `step`, `steps`, `loss`, `held_out`, `tokens_per_second`, `seconds_left` in "
+    "training",
     "gate": "a gate was judged: `at`, `gate`, `status` (pass, fail, ambiguous, not proven), `value`, `bound`, `detail`",
     "note": "`message`: what the user should know",
     "done": "the last line of a command that ends well; `status` is 0",
@@ -230,32 +232,29 @@ def training_bar() -> Iterator[TrainingProgress]:
         def log(report: StepReport) -> None:
             if report.note:
                 say(report.note)
-            shown = {key: _number(getattr(report, key)) for key in ("loss", "held_out", "tokens_per_second")}
+            keys = ("loss", "held_out", "tokens_per_second", "seconds_left")
+            shown = {key: _number(getattr(report, key)) for key in keys}
             percents.show("training", report.step / report.steps, step=report.step, steps=report.steps, **shown)
 
         yield log
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def show(report: StepReport) -> None:
             text = f"loss {report.loss:.3f}  held-out {report.held_out:.3f}  {report.tokens_per_second:.0f} tokens/s"
+            if report.step < report.steps:
+                text += f"  {timedelta(seconds=round(report.seconds_left))} left"
             bar.update(task, total=report.steps, completed=report.step, description=text)
             if report.note:
                 say(report.note)
             if not console.is_terminal and (
-                report.step % max(1, report.steps // 6) == 0 or report.step == report.steps
+                report.step % max(1, report.steps // 6) == 0 or report.step in (1, report.steps)
             ):
                 click.echo(f"step {report.step} of {report.steps}: {text}", err=True)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
     from qalora.training.distributed import Processes
     from qalora.training.documents import Account
-    from qalora.training.loop import StepReport
+    from qalora.training.pace import StepReport
 
 
 @click.command("train", cls=Command, epilog="Example: qalora train base --data text.jsonl -o adapter --max-steps 200")

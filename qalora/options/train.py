@@ -108,7 +108,8 @@ class TrainOptions(Options):
     )
     weights: Literal["kept", "packed"] = option(
         "kept",
-        "With bfloat16: the base's weights kept in it, or unpacked at each use, slower in less memory.",
+        "The base's weights kept in what layers multiply, or unpacked at each use: slower, in less memory. In float32 "
+        "packed multiplies the folded weights themselves.",
         matters=False,
         expert=True,
     )
@@ -125,10 +126,6 @@ class TrainOptions(Options):
             raise InputError("`alpha` goes with one rank, not with `rank` auto, whose scaling is 1", field="alpha")
         if self.rank != "auto" and self.budget is not None:
             raise InputError(field="budget", expected="`rank` auto beside it", got=f"rank {self.rank}")
-        if self.weights == "packed" and self.dtype == "float32":
-            raise InputError(
-                "`weights` packed is for `dtype` bfloat16, and the computation is in float32", field="weights"
-            )
 
     @property
     def scaling(self) -> float:

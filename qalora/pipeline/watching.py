@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qalora.parity import ParityReport
     from qalora.releasing.package import Release
     from qalora.releasing.push import PushPlan
-    from qalora.training.loop import Progress as Training
+    from qalora.training.pace import Progress as Training
 
 __all__ = ["Watch"]
 

@@ -1,12 +1,14 @@
-"""Parts of a transformers decoder that keep less for the backward, or run faster, in bfloat16.
+"""Parts of a transformers decoder that run faster, and keep less for the backward, in a training step.
 
-`fit` puts them into a module that `qalora.converters.torch_module.build` made. They take effect where a layer's input
-is bfloat16: with float32 the module computes what it did before, bit for bit, and that is how it is evaluated.
+`fit` puts them into a module that `qalora.converters.torch_module.build` made. They take effect where a backward
+follows, in float32 and in bfloat16; without one the module computes what it did before, bit for bit, and that is how it
+is evaluated.
 
-norms        transformers computes in float32 and would give float32, as the weight is; here the result is rounded to
-             bfloat16, once. The input alone is kept, and the norm computed again in the backward
+norms        y = w * x * r with r = 1 / sqrt(mean(x^2) + epsilon), in float32; x and r are kept
+                 grad_x = r * w * g - x * r^3 * mean(w * g * x)
+             what comes out has the dtype of x: transformers would give float32, as the weight is
 gated MLPs   act(gate) * up: gate and up alone are kept
-attention    on a CPU, where torch's fused kernel takes four times as long at 128 tokens:
+attention    with bfloat16 on a CPU, where torch's fused kernel takes four times as long at 128 tokens:
                  P = softmax(scale * Q K^T)     O = P V       scores and softmax in float32, P kept in bfloat16
                  dV = P^T dO    dS = P * (dP - rowsum(P * dP))  with dP = dO V^T    dQ = scale dS K    dK = scale dS^T Q
              up to `LONGEST` tokens, from where on P takes too much; queries that share a key are rows of one product
@@ -33,15 +35,17 @@ LONGEST = 512
 """Tokens of a sequence up to which P is kept: batch * heads * tokens^2 * 2 bytes a layer."""
 
 
-def fit(module: Any, decoder: Decoder, device: torch.device) -> None:
-    """Make the parts of a module, whose parameters are float32, take and give bfloat16."""
+def fit(module: Any, decoder: Decoder, dtype: torch.dtype) -> None:
+    """Replace the parts of a module, whose parameters are float32, for training steps in a dtype."""
+    device = module.model.norm.weight.device
+    offset = 1.0 if decoder.family.norm_offset else 0.0
     for layer in module.model.layers:
         for name, _ in decoder.family.norms:
-            _replace_forward(layer.get_submodule(name), _norm)
+            _replace_forward(layer.get_submodule(name), _norm, decoder.epsilon, offset)
         if all(hasattr(layer.mlp, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             _replace_forward(layer.mlp, _gated_mlp)
-    _replace_forward(module.model.norm, _norm)
-    if device.type == "cpu" and decoder.softcap is None:
+    _replace_forward(module.model.norm, _norm, decoder.epsilon, offset)
+    if dtype == torch.bfloat16 and device.type == "cpu" and decoder.softcap is None:
         _register_attention()
         module.config._attn_implementation = ATTENTION
 
@@ -52,9 +56,9 @@ def checkpoint_layers(module: Any) -> None:
         _replace_forward(layer, _again)
 
 
-def _replace_forward(part: nn.Module, by: Callable[..., Any]) -> None:
-    """`by` is called with the module, its forward so far, and its arguments."""
-    part.forward = partial(by, part, part.forward)
+def _replace_forward(part: nn.Module, by: Callable[..., Any], *settings: float) -> None:
+    """`by` is called with the module, its forward so far, settings, and its arguments."""
+    part.forward = partial(by, part, part.forward, *settings)
 
 
 def _again(part: nn.Module, forward: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
@@ -63,41 +67,56 @@ def _again(part: nn.Module, forward: Callable[..., Any], *inputs: Any, **setting
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **settings)
 
 
-def _norm(part: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if x.dtype == torch.float32:
+def _norm(part: Any, forward: Callable[[Tensor], Tensor], epsilon: float, offset: float, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
         return forward(x)
-    return _recomputed(lambda y: forward(y).to(y.dtype), x)
+    y: Tensor = _Norm.apply(x, part.weight + offset, epsilon)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Norm(torch.autograd.Function):
+    """The formulas of the module, over the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        root = wide.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, root)
+        return (wide * root).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, root = ctx.saved_tensors
+        wide, scaled = x.float(), grads[0].float() * weight
+        mean = (scaled * wide).mean(dim=-1, keepdim=True).mul_(root.pow(3))
+        return scaled.mul_(root).addcmul_(wide, mean, value=-1.0).to(x.dtype), None, None
 
 
 def _gated_mlp(part: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if x.dtype == torch.float32:
+    if not torch.is_grad_enabled():
         return forward(x)
-    hidden = _recomputed(lambda gate, up: part.act_fn(gate) * up, part.gate_proj(x), part.up_proj(x))
+    hidden: Tensor = _Gated.apply(part.gate_proj(x), part.up_proj(x), part.act_fn)  # type: ignore[no-untyped-call]
     found: Tensor = part.down_proj(hidden)
     return found
 
 
-def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """function(*inputs), of which the inputs alone are kept."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    found: Tensor = _Recomputed.apply(function, *inputs)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.function = function
-        ctx.save_for_backward(*inputs)
-        return function(*inputs)
+class _Gated(torch.autograd.Function):
+    """act(gate) * up, of which gate and up alone are kept."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [value.detach().requires_grad_() for value in ctx.saved_tensors]
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        gate = gate.detach().requires_grad_()
         with torch.enable_grad():
-            found = ctx.function(*inputs)
-        return None, *torch.autograd.grad(found, inputs, grads[0])
+            bent = ctx.act(gate)
+        (grad_gate,) = torch.autograd.grad(bent, gate, grads[0] * up)
+        return grad_gate, bent.detach() * grads[0], None
 
 
 def _register_attention() -> None:
@@ -116,7 +135,12 @@ def _attention(
     Gives [batch, tokens, heads, size].
     """
     tokens = query.shape[2]
-    if query.dtype == torch.float32 or tokens > LONGEST or value.shape[3] != query.shape[3]:
+    if (
+        query.dtype == torch.float32
+        or not torch.is_grad_enabled()
+        or tokens > LONGEST
+        or value.shape[3] != query.shape[3]
+    ):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)

@@ -1,9 +1,10 @@
-"""Training with the fold in the loop: the model that is trained is, at every step, the folded model.
+"""Training with the fold in the loop: each step trains the model of the minima that would be folded now.
 
-The adapter, its gradients and AdamW are float32; layers multiply float32 or bfloat16 (`qalora.training.layer` says what
-that means for the fold). Held-out losses are always those of the folded model in float32. Runs are deterministic: the
-same options, data and model give the same adapter on the same machine with the same number of threads, whether or not
-the run was interrupted and resumed.
+The adapter, its gradients and AdamW are float32. Steps multiply the base's weights and what the fold adds to them, in
+float32 or bfloat16 (`qalora.training.fast`). Held-out losses are always those of the folded model, by the exact forward
+in float32 (`qalora.training.layer`), and the adapter that is written folds to the very minima of the last one.
+Runs are deterministic: the same options, data and model give the same adapter on the same machine with the same number
+of threads, whether or not the run was interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,12 @@ from qalora.training.compute import dtype_of, find_device
 from qalora.training.data import Blocks, training_blocks
 from qalora.training.distributed import ALONE, Processes, joined
 from qalora.training.documents import Account
+from qalora.training.fast import SharedInput, refresh, share_inputs
 from qalora.training.interrupt import Interrupted, deferred
-from qalora.training.layer import FoldedLinear, folded_size, keep_weights
+from qalora.training.layer import FoldedLinear, folded_size
 from qalora.training.lean import checkpoint_layers, fit
 from qalora.training.loss import IGNORED, summed_cross_entropy
+from qalora.training.pace import Pace, Progress, StepReport
 from qalora.training.starting import SEQUENCES, first_rows
 from qalora.training.state import (
     State,
@@ -48,29 +49,12 @@ from qalora.training.state import (
 )
 from qalora.training.strength import Tried, at_strength, best_of, try_strengths
 
-__all__ = ["LOG", "Progress", "StepReport", "planned_data", "train", "untrained"]
+__all__ = ["LOG", "planned_data", "train", "untrained"]
 
 LOG = "training.json"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """Where a run is: step of steps, the loss of the step, the latest held-out loss, tokens a second so far.
-
-    strength  the factor of what was learned that is kept, in the last report; its held-out loss is at that strength
-    note      what the user should know: that a checkpoint could not be written, and why
-    """
-
-    step: int
-    steps: int
-    loss: float
-    held_out: float
-    tokens_per_second: float
-    strength: float = 1.0
-    note: str = ""
-
-
-Progress = Callable[[StepReport], None]
+EVALUATED = 2048
+"""Tokens of a forward for held-out losses, at most, if a step's have no more: each forward unpacks every weight."""
 
 
 def train(
@@ -187,6 +171,7 @@ class _Run:
         self._dtype = dtype_of(options.dtype, self._device)
         self._layers: dict[str, FoldedLinear] = {}
         self._tried: Tried = ()
+        self._pace = Pace()
         self._rng = torch.Generator().manual_seed(options.seed)
 
         def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
@@ -213,10 +198,13 @@ class _Run:
         self._module = build(model, linear).to(self._device)
         decoder = decoder_of(model.config, model.path)
         self._softcap = decoder.logit_softcap
-        if self._dtype != torch.float32:
-            fit(self._module, decoder, self._device)
-            if options.weights == "kept":
-                keep_weights([layer for layer in self._module.modules() if isinstance(layer, FoldedLinear)])
+        self._shared: list[SharedInput] = []
+        if self._dtype != torch.float32 or options.weights == "kept":
+            fit(self._module, decoder, self._dtype)
+            layers = ((path, part) for path, part in self._module.named_modules() if isinstance(part, FoldedLinear))
+            self._shared = share_inputs(layers, self._dtype, keep=options.weights == "kept")
+        head = self._module.lm_head.weight
+        self._heads = {dtype: head.detach().to(dtype) for dtype in (torch.float32, self._dtype)}
         if options.gradient_checkpointing:
             checkpoint_layers(self._module)
         self._take_parameters()
@@ -240,13 +228,18 @@ class _Run:
         self._parameters = {
             f"{path}.{part}": getattr(layer, part) for path, layer in self._layers.items() for part in ("a", "b")
         }
+        sizes = [parameter.numel() for parameter in self._parameters.values()]
+        # In one piece: small tensors that a backward makes would lie between the large ones, and leave gaps.
+        self._gradients = torch.zeros(sum(sizes), device=self._device)
+        for parameter, part in zip(self._parameters.values(), torch.split(self._gradients, sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
         self._optimizer = torch.optim.AdamW(
             list(self._parameters.values()),
             lr=options.learning_rate,
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=options.weight_decay,
-            foreach=self._device.type == "cuda",  # never fused: it would not count versions, which layers watch
+            fused=True,
         )
 
     def start(self) -> None:
@@ -263,7 +256,7 @@ class _Run:
         mean = self._backward(0, min(SEQUENCES, len(self._kept)))
         for layer in self._layers.values():
             layer.gathered = None
-        self._optimizer.zero_grad(set_to_none=True)
+        self._gradients.zero_()
         self._processes.sum_tensors(list(found.values()))
         if not math.isfinite(mean):
             raise DivergedError(
@@ -290,12 +283,12 @@ class _Run:
             self.start()
         if not state.held_out:
             state.held_out.append((0, self.evaluate()))
-        started, first = time.monotonic(), state.step
         if state.step == self._steps:
             self._try_strengths(state)
-            progress(self._report(state, 0.0, ""))
+            progress(self._report(state, ""))
         while state.step < self._steps:
-            state.losses.append(self._step(state.step))
+            with self._pace.timed("step"):
+                state.losses.append(self._step(state.step))
             state.step += 1
             if state.step == self._steps or (options.evaluate_every and state.step % options.evaluate_every == 0):
                 state.held_out.append((state.step, self.evaluate()))
@@ -304,8 +297,7 @@ class _Run:
             stop = self._processes.sum(asked()) > 0
             due = options.save_every and state.step % options.save_every == 0 and state.step < self._steps
             note = self._saved(state) if stop or due else ""
-            done = (state.step - first) * self._each * options.max_length
-            progress(self._report(state, done / max(1e-9, time.monotonic() - started), "" if stop else note))
+            progress(self._report(state, "" if stop else note))
             if stop:
                 where = self._processes.heard(note) or f"continue from {checkpoint_of(options.out)} with `resume`"
                 raise Interrupted(f"interrupted after step {state.step} of {self._steps}; {where}")
@@ -322,14 +314,18 @@ class _Run:
         with at_strength(list(self._layers.values()), strength):
             return self.evaluate()
 
-    def _report(self, state: State, speed: float, note: str) -> StepReport:
+    def _report(self, state: State, note: str) -> StepReport:
+        options, left = self._options, self._steps - state.step
+        every = options.evaluate_every or self._steps
+        evaluations = math.ceil(self._steps / every) - state.step // every if left else 0
         strength, held_out = best_of(self._tried) if self._tried else (1.0, state.held_out[-1][1])
         return StepReport(
             step=state.step,
             steps=self._steps,
             loss=state.losses[-1],
             held_out=held_out,
-            tokens_per_second=speed,
+            tokens_per_second=self._pace.speed(self._each * options.max_length),
+            seconds_left=self._pace.left(left, evaluations),
             strength=strength,
             note=note,
         )
@@ -373,40 +369,42 @@ class _Run:
         for group in self._optimizer.param_groups:
             group["lr"] = options.learning_rate * _schedule(step, self._steps, options.warmup)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._gradients.zero_()
         return mean
 
     def _backward(self, first: int, sequences: int) -> float:
         """Forward and backward over this process's share of the run's sequences number first, first+1, ...; gives the
         mean loss of all their tokens, which is what the processes' gradients add up to the gradient of.
         """
+        refresh(self._shared)
         tokens, targets = self._kept.take(_order(len(self._kept), self._options.seed, first, sequences))
         count = max(1, int((targets != IGNORED).sum()))
         total = 0.0
-        for rows in self._forwards(sequences):
+        for rows in self._forwards(sequences, self._options.batch_size):
             loss = self._loss(tokens[rows], targets[rows], self._dtype)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return self._processes.sum(total) / count
 
-    def _forwards(self, sequences: int) -> Iterator[Tensor]:
-        """This process's share of some sequences, in runs of a forward's size."""
-        share = self._processes.share(sequences)
-        return (rows for rows in torch.split(share, self._options.batch_size) if len(rows))
+    def _forwards(self, sequences: int, most: int) -> Iterator[Tensor]:
+        """This process's share of some sequences, so many at most at a time."""
+        return (rows for rows in torch.split(self._processes.share(sequences), most) if len(rows))
 
     def _loss(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         embedded = self._module.model.embed_tokens(tokens.to(self._device)).to(dtype)
         out = self._module.model(inputs_embeds=embedded, use_cache=False)
         hidden = out.last_hidden_state.flatten(0, 1)
         wanted = targets.to(self._device).flatten()
-        return summed_cross_entropy(hidden, self._module.lm_head.weight, wanted, self._softcap)
+        return summed_cross_entropy(hidden, self._heads[dtype], wanted, self._softcap)
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The held-out loss in nats per token, of the folded model in float32."""
+        """The held-out loss in nats per token, of the folded model in float32: the exact forward."""
+        options = self._options
         total = 0.0
-        for rows in self._forwards(len(self._held)):
-            total += self._loss(*self._held.take(rows), torch.float32).item()
+        with self._pace.timed("evaluation"):
+            for rows in self._forwards(len(self._held), max(options.batch_size, EVALUATED // options.max_length)):
+                total += self._loss(*self._held.take(rows), torch.float32).item()
         return self._processes.sum(total) / int((self._held.targets != IGNORED).sum())
 
     def adapter(self) -> Adapter:

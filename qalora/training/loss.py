@@ -6,7 +6,8 @@
 Where a family caps its logits, z = cap * tanh(h @ W^T / cap) takes the place of h @ W^T, and each term of the
 gradient's sum over the vocabulary is multiplied with 1 - (z / cap)^2. W is frozen, so that h alone has a gradient; it
 is computed in the forward, and no logits are kept. With a bfloat16 h, W is rounded to bfloat16 for the two products;
-logits, softmax and loss are float32 from there on, and the softmax is rounded again for the second product.
+logits, softmax and loss are float32 from there on, and the softmax is rounded again for the second product. Its sum
+divides what comes out of that product, which is smaller.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
     """The sum (not the mean) over targets, in nats.
 
     hidden   float32 or bfloat16 [rows, hidden size]
-    weight   float32 [vocabulary, hidden size], frozen
+    weight   float32 or as hidden [vocabulary, hidden size], frozen
     targets  int64 [rows], IGNORED where a row does not count
     softcap  what caps the logits, if something does
     """
@@ -44,8 +45,11 @@ class _Chunked(torch.autograd.Function):
         grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         weight = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        products = hidden.new_empty(min(ROWS, len(kept)), weight.shape[0])  # one piece of memory for every part
+        wide = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
         for rows in torch.split(kept, ROWS):
-            logits = (hidden[rows] @ weight.t()).float()
+            product = torch.mm(hidden[rows], weight.t(), out=products[: len(rows)])
+            logits = product if wide is products else wide[: len(rows)].copy_(product)
             slope = None
             if softcap is not None:
                 bent = logits.div_(softcap).tanh_()
@@ -57,10 +61,11 @@ class _Chunked(torch.autograd.Function):
             total = share.sum(dim=1, keepdim=True)
             loss += (largest + total.log() - chosen).sum(dtype=torch.float64)
             if grad is not None:
-                share.div_(total).scatter_add_(1, wanted, share.new_full(wanted.shape, -1.0))
+                share.scatter_add_(1, wanted, -total)
                 if slope is not None:
                     share.mul_(slope)
-                grad[rows] = share.to(weight.dtype) @ weight
+                parts = share if wide is products else product.copy_(share)
+                grad[rows] = ((parts @ weight) / total).to(grad.dtype)
         ctx.save_for_backward(grad)
         return loss
 

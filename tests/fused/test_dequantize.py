@@ -23,7 +23,8 @@ from qalora.fused import dequantize
 from qalora.integrations.layers import QuantizedLinear
 from qalora.tensor import BITS
 from qalora.testing import random_tensor
-from qalora.training.layer import FoldedLinear, keep_weights
+from qalora.training.fast import SharedInput, refresh, share_inputs
+from qalora.training.layer import FoldedLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(24, 8), (1056, 32), (1040, 1040), (4096, 128)]
@@ -189,9 +190,14 @@ def test_a_trained_layer_has_the_same_weights_on_a_gpu() -> None:
     here, there = _trained("cpu"), _trained("cuda")
     assert isinstance(here.adapter_layer(), AdapterLayer)
     assert torch.equal(there.weight().cpu(), here.weight())
-    assert torch.equal(there.wide_weight().cpu(), here.wide_weight())
-    keep_weights([there])
-    assert torch.equal(there.wide_weight().cpu(), here.wide_weight())
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(_step_weight(there, dtype, keep=True).cpu(), _step_weight(here, dtype, keep=False))
+
+
+def _step_weight(layer: FoldedLinear, dtype: torch.dtype, *, keep: bool) -> torch.Tensor:
+    shared: list[SharedInput] = share_inputs([("layer", layer)], dtype, keep=keep)
+    refresh(shared)
+    return shared[0].weight()
 
 
 @gpu

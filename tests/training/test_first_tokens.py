@@ -119,7 +119,7 @@ def test_calibration_and_verification_have_them(model: Checkpoint, place: Path, 
 
 def test_a_run_of_other_tokens_is_not_resumed(model: Checkpoint, place: Path, tmp_path: Path) -> None:
     """The same file, model and options, read in another way, as an earlier version did: the tokens are not the same."""
-    from qalora.training.loop import StepReport
+    from qalora.training.pace import StepReport
 
     base = quantize(model, bits=4, group_size=32)
     (tmp_path / "other").mkdir()

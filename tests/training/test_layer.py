@@ -10,7 +10,7 @@ from qalora.errors import AdapterError
 from qalora.folding import fold_tensor
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import random_tensor
-from qalora.training.layer import FoldedLinear, keep_weights
+from qalora.training.layer import FoldedLinear
 from qalora.training.loss import IGNORED, summed_cross_entropy
 
 
@@ -109,79 +109,6 @@ def test_pools_that_cannot_be_folded(pool_size: int, words: str) -> None:
 
 ROUNDED = 2.0**-8
 """bfloat16 has 8 bits: what rounding moves a number by, of itself, at most. A tenth more is for float32's errors."""
-
-
-@pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize(("group_size", "pool_size"), [(32, 32), (16, 64), (64, 16)])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_bfloat16_products_are_near_the_folded_weight_s(bits: int, group_size: int, pool_size: int, kept: bool) -> None:
-    """Against W' in float64: W, min' - min, pool(x) and what comes out are rounded, each by 2^-8 at most."""
-    tensor, layer = make(bits, group_size, pool_size)
-    if kept:
-        keep_weights([layer])
-    folded = fold_tensor(tensor, layer.adapter_layer(), "float16")
-    size = folded.group_size
-    x = torch.randn(2, 5, 128).bfloat16().requires_grad_()
-    grad = torch.randn(2, 5, 48).bfloat16()
-    y = layer(x)
-    found = torch.autograd.grad(y, (x, layer.a, layer.b), grad)
-    assert y.dtype == torch.bfloat16
-
-    wide, right = x.detach().double(), folded.dequantize().double()
-    assert layer.bias is not None
-    bias = layer.bias.double()
-    change = (folded.min.double() - tensor.regrouped(size).min.double()).abs()
-    base, pooled = tensor.dequantize().double().abs(), wide.view(2, 5, -1, size).sum(dim=3).abs()
-    inner = ROUNDED * (wide.abs() @ base.t()) + (2 * ROUNDED + ROUNDED**2) * (pooled @ change.t())
-    wanted = wide @ right.t() + bias
-    assert bool(((y.double() - wanted).abs() <= 1.1 * (inner + ROUNDED * (bias.abs() + inner + wanted.abs()))).all())
-
-    # grad_x: both parts of the weight, both products and their sum are rounded
-    size_of = grad.double().abs() @ (base + change.repeat_interleave(size, dim=1))
-    assert bool(((found[0].double() - grad.double() @ right).abs() <= 1.1 * 3 * ROUNDED * size_of).all())
-    # grad_A, grad_B: float32 sums of exact products, as in the test of float32
-    a, b = layer.a.detach().double(), layer.b.detach().double()
-    rows = wide.view(10, -1, pool_size).sum(dim=2)
-    grad_m = layer.factor * grad.double().view(10, 48).t() @ rows
-    for got, exact in zip(found[1:], (b.t() @ grad_m, grad_m @ a.t()), strict=True):
-        assert got.dtype == torch.float32
-        assert float((got.double() - exact).abs().max()) <= 2 * 480 * 2.0**-24 * float(exact.abs().max())
-
-
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize(("group_size", "pool_size"), [(32, 32), (16, 64), (64, 16)])
-def test_bfloat16_weights_follow_the_folded_minima(group_size: int, pool_size: int, trained: bool) -> None:
-    """Kept or made anew, they are the rounded base and the rounded change of the shipped minima, after every step."""
-    tensor, layer = make(group_size=group_size, pool_size=pool_size)
-    _, kept = make(group_size=group_size, pool_size=pool_size)
-    if not trained:
-        layer.trained = kept.trained = False
-    keep_weights([kept])
-    for _ in range(3):
-        folded = fold_tensor(tensor, layer.adapter_layer(), "float16")
-        change = folded.min - tensor.regrouped(folded.group_size).min
-        parts = [tensor.dequantize()] + ([change] if trained else [])
-        wanted = torch.cat([part.bfloat16() for part in parts], dim=1)
-        for _ in range(2):
-            assert torch.equal(layer.wide_weight(), wanted)
-            assert torch.equal(kept.wide_weight(), wanted)
-        for one in (layer, kept):
-            optimizer = torch.optim.AdamW([one.a, one.b], lr=0.01, fused=False)
-            one.a.grad, one.b.grad = torch.ones_like(one.a), torch.ones_like(one.b)
-            optimizer.step()
-
-
-def test_bfloat16_keeps_pooled_inputs_only() -> None:
-    _, layer = make()
-    sizes: list[tuple[int, ...]] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(torch.randn(2, 5, 128).bfloat16().requires_grad_())
-    assert sorted(sizes) == sorted([(10, 4), (4, 4), (48, 4)])
 
 
 def test_the_loss_of_bfloat16() -> None:

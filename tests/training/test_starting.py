@@ -13,7 +13,8 @@ from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError
 from qalora.folding import prove_fold
 from qalora.training import TrainOptions, train
-from qalora.training.loop import _data, _Run, _targets
+from qalora.training.fast import refresh
+from qalora.training.loop import _data, _order, _Run, _targets
 from qalora.training.starting import SEQUENCES, allocate, first_rows, principal_rows
 
 
@@ -32,12 +33,12 @@ def test_the_gradient_is_that_of_the_loss(base: Checkpoint, text: Path, tmp_path
     chosen = options(text, tmp_path / "a", dtype=compute, batch_size=SEQUENCES)
     run = run_of(base, chosen)
     gathered = run._first_gradients()
-    assert all(layer.gathered is None and layer.a.grad is None for layer in run._layers.values())
+    assert all(layer.gathered is None for layer in run._layers.values())
+    assert not bool(run._gradients.any())
     other = run_of(base, chosen)
     for layer in other._layers.values():
         layer.start_from(torch.eye(layer.a.shape[1]))
-    from qalora.training.loop import _order
-
+    refresh(other._shared)
     tokens, targets = other._kept.take(_order(len(other._kept), 0, 0, SEQUENCES))
     (other._loss(tokens, targets, other._dtype) / int((targets >= 0).sum())).backward()
     for path, layer in other._layers.items():
