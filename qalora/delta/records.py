@@ -24,15 +24,15 @@ A data or patch operation makes at most TILE bytes, which bounds the memory of w
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
 from qalora.errors import FormatError
 from qalora.formats.files import contained, read_limited
 from qalora.formats.json_text import parse_json
+from qalora.formats.record_json import Key, Only, decode, encode, like
 
 __all__ = [
     "DATA",
@@ -70,58 +70,79 @@ MAX_PATH = 1024
 MAX_NUMBER = 1 << 53
 
 
+def _is_plain(path: str) -> bool:
+    return (
+        0 < len(path) <= MAX_PATH
+        and path.isprintable()
+        and "\\" not in path
+        and not path.startswith("/")
+        and not {".", ".."} & set(path.split("/"))
+        and str(PurePosixPath(path)) == path
+    )
+
+
+def _from(least: int) -> Only:
+    return Only(lambda number: least <= number < MAX_NUMBER, f"a whole number of at least {least}, below 2^53")
+
+
+PlainPath = Annotated[str, Only(_is_plain, "a plain path inside the release")]
+Digest = Annotated[str, like("[0-9a-f]{64}", "64 hexadecimal digits")]
+Place = Annotated[int, _from(0)]
+Size = Annotated[int, _from(0), Key("bytes")]
+Count = Annotated[int, _from(1)]
+Made = Annotated[int, _from(1), Only(lambda number: number <= TILE, f"at most {TILE} bytes"), Key("bytes")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseFile:
     """The file of the base's folder that a file is rebuilt from."""
 
-    path: str
-    nbytes: int
-    sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As delta.json has it."""
-        return {"path": self.path, "bytes": self.nbytes, "sha256": self.sha256}
+    path: PlainPath
+    nbytes: Size
+    sha256: Digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
     """`nbytes` of the base file from byte `at`."""
 
-    at: int
-    nbytes: int
-    packed: int = 0
-
-    @property
-    def read(self) -> int:
-        """Bytes of the base file that it needs, from `at`."""
-        return self.nbytes
-
-    def to_json(self) -> dict[str, Any]:
-        """As delta.json has it."""
-        return {"op": "copy", "at": self.at, "bytes": self.nbytes}
+    op: Literal["copy"] = "copy"
+    at: Place
+    nbytes: Annotated[Count, Key("bytes")]
+    packed: ClassVar[int] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     """`nbytes` that the delta itself holds."""
 
-    nbytes: int
-    packed: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As delta.json has it."""
-        return {"op": "data", "bytes": self.nbytes, "packed": self.packed}
+    op: Literal["data"] = "data"
+    nbytes: Made
+    packed: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
     """Blocks of the base file from byte `at`, with the byte columns (a, b) of each replaced by what the delta holds."""
 
-    at: int
-    block: int
-    blocks: int
+    op: Literal["patch"] = "patch"
+    at: Place
+    block: Count
+    blocks: Count
     columns: tuple[tuple[int, int], ...]
-    packed: int
+    packed: Count
+
+    def __post_init__(self) -> None:
+        if self.nbytes > TILE:
+            raise FormatError("blocks", expected=f"at most {TILE} bytes", got=str(self.nbytes))
+        if not 1 <= len(self.columns) <= MAX_COLUMNS:
+            raise FormatError("columns", expected=f"1 to {MAX_COLUMNS}", got=str(len(self.columns)))
+        at = 0
+        for start, stop in self.columns:
+            if not at <= start < stop <= self.block:
+                expected = f"ascending [start, stop] of a block of {self.block}"
+                raise FormatError("columns", expected=expected, got=f"{[start, stop]}"[:40])
+            at = stop
 
     @property
     def nbytes(self) -> int:
@@ -133,12 +154,6 @@ class Patch:
         """Bytes that the stream unpacks to."""
         return self.blocks * sum(stop - start for start, stop in self.columns)
 
-    def to_json(self) -> dict[str, Any]:
-        """As delta.json has it."""
-        columns = [list(column) for column in self.columns]
-        numbers = {"at": self.at, "block": self.block, "blocks": self.blocks, "packed": self.packed}
-        return {"op": "patch", **numbers, "columns": columns}
-
 
 Op = Copy | Data | Patch
 
@@ -147,28 +162,57 @@ Op = Copy | Data | Patch
 class DeltaFile:
     """One file of the result. base: the file that its copies and patches read, None where it needs none."""
 
-    path: str
-    nbytes: int
-    sha256: str
+    path: PlainPath
+    nbytes: Size
+    sha256: Digest
     base: BaseFile | None
     ops: tuple[Op, ...]
+
+    def __post_init__(self) -> None:
+        made = sum(op.nbytes for op in self.ops)
+        if made != self.nbytes:
+            raise FormatError("ops", expected=f"{self.nbytes} bytes together", got=str(made))
+        there = 0 if self.base is None else self.base.nbytes
+        for n, op in enumerate(self.ops):
+            if not isinstance(op, Data) and op.at + op.nbytes > there:
+                got = f"{op.nbytes} bytes from {op.at}"
+                raise FormatError(f"ops[{n}]", expected=f"bytes of a base file of {there}", got=got)
 
     @property
     def packed(self) -> int:
         """Bytes of data.bin that belong to it."""
         return sum(op.packed for op in self.ops)
 
-    def to_json(self) -> dict[str, Any]:
-        """As delta.json has it."""
-        base = None if self.base is None else self.base.to_json()
-        ops = [op.to_json() for op in self.ops]
-        return {"path": self.path, "bytes": self.nbytes, "sha256": self.sha256, "base": base, "ops": ops}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Index:
+    """delta.json. Raises FormatError where a path stands twice, on file systems that ignore case too, or is another
+    one's folder.
+    """
+
+    schema: Literal["qalora.delta/1"] = "qalora.delta/1"
+    files: tuple[DeltaFile, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.files) > MAX_FILES:
+            raise FormatError("files", expected=f"at most {MAX_FILES}", got=str(len(self.files)))
+        if sum(len(file.ops) for file in self.files) > MAX_OPS:
+            raise FormatError("files", expected=f"at most {MAX_OPS} operations", got="more")
+        seen: set[str] = set()
+        folders: set[str] = set()
+        for path in (file.path.casefold() for file in self.files):
+            if path in seen:
+                raise FormatError(f"the path {path!r} stands twice")
+            seen.add(path)
+            folders |= {str(parent) for parent in PurePosixPath(path).parents}
+        for path in sorted(seen & folders):
+            raise FormatError(f"the path {path!r} is a file and a folder")
 
 
 def index_bytes(files: Sequence[DeltaFile]) -> bytes:
     """delta.json: sorted by path, a line for each file."""
     lines = [
-        json.dumps(file.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        json.dumps(encode(file), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         for file in sorted(files, key=lambda file: file.path)
     ]
     return ('{"files":[\n' + ",\n".join(lines) + f'\n],"schema":"{SCHEMA}"}}\n').encode()
@@ -187,140 +231,9 @@ def read_delta(folder: Path) -> tuple[DeltaFile, ...]:
 
 def parse_index(content: bytes, where: str) -> tuple[DeltaFile, ...]:
     """The files of delta.json; `where` names it in errors."""
-    index = parse_json(content, where, strict=True, todo="fetch it again")
-    index = _object(index, {"schema", "files"}, where)
-    if index["schema"] != SCHEMA:
-        raise FormatError(f"{where}: schema", expected=SCHEMA, got=repr(index["schema"])[:80])
-    files = tuple(_file(file, f"{where}: files[{n}]") for n, file in enumerate(_list(index["files"], MAX_FILES, where)))
-    _check_paths([file.path for file in files], where)
-    if sum(len(file.ops) for file in files) > MAX_OPS:
-        raise FormatError(where, expected=f"at most {MAX_OPS} operations", got="more")
-    return files
+    return decode(_Index, parse_json(content, where, strict=True, todo="fetch it again"), where).files
 
 
-def _object(value: object, keys: set[str], where: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != keys:
-        got = ", ".join(sorted(value))[:120] if isinstance(value, dict) else type(value).__name__
-        raise FormatError(where, expected=f"an object of {', '.join(sorted(keys))}", got=got)
-    return value
-
-
-def _list(value: object, limit: int, where: str) -> list[Any]:
-    if not isinstance(value, list) or len(value) > limit:
-        got = f"{len(value)}" if isinstance(value, list) else type(value).__name__
-        raise FormatError(where, expected=f"a list of at most {limit}", got=got)
-    return value
-
-
-def _number(value: object, least: int, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < MAX_NUMBER:
-        raise FormatError(where, expected=f"a whole number of at least {least}", got=repr(value)[:40])
-    return value
-
-
-def _digest(value: object, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise FormatError(f"{where}: sha256", expected="64 hexadecimal digits", got=repr(value)[:80])
-    return value
-
-
-def checked_path(value: object, where: str) -> str:
+def checked_path(path: str, where: str) -> str:
     """A path as a delta may hold it: relative, plain, in its shortest form; FormatError otherwise."""
-    plain = (
-        isinstance(value, str)
-        and 0 < len(value) <= MAX_PATH
-        and value.isprintable()
-        and "\\" not in value
-        and not value.startswith("/")
-        and not {".", ".."} & set(value.split("/"))
-        and str(PurePosixPath(value)) == value
-    )
-    if not plain or not isinstance(value, str):
-        raise FormatError(f"{where}: path", expected="a plain path inside the release", got=repr(value)[:80])
-    return value
-
-
-def _check_paths(paths: Sequence[str], where: str) -> None:
-    """Refuse a path that stands twice, on file systems that ignore case too, or that is another one's folder."""
-    seen: set[str] = set()
-    folders: set[str] = set()
-    for path in map(str.casefold, paths):
-        if path in seen:
-            raise FormatError(f"{where}: the path {path!r} stands twice")
-        seen.add(path)
-        folders |= {str(parent) for parent in PurePosixPath(path).parents}
-    for path in sorted(seen & folders):
-        raise FormatError(f"{where}: the path {path!r} is a file and a folder")
-
-
-def _file(value: object, where: str) -> DeltaFile:
-    value = _object(value, {"path", "bytes", "sha256", "base", "ops"}, where)
-    where = f"{where} {checked_path(value['path'], where)}"
-    base = None if value["base"] is None else _base(value["base"], f"{where}: base")
-    ops = tuple(_op(op, f"{where}: ops[{n}]") for n, op in enumerate(_list(value["ops"], MAX_OPS, f"{where}: ops")))
-    nbytes = _number(value["bytes"], 0, f"{where}: bytes")
-    made = sum(op.nbytes for op in ops)
-    if made != nbytes:
-        raise FormatError(f"{where}: ops", expected=f"{nbytes} bytes together", got=str(made))
-    for n, op in enumerate(ops):
-        held = 0 if base is None else base.nbytes
-        if not isinstance(op, Data) and op.at + op.nbytes > held:
-            got = f"{op.nbytes} bytes from {op.at}"
-            raise FormatError(f"{where}: ops[{n}]", expected=f"bytes of a base file of {held}", got=got)
-    return DeltaFile(path=value["path"], nbytes=nbytes, sha256=_digest(value["sha256"], where), base=base, ops=ops)
-
-
-def _base(value: object, where: str) -> BaseFile:
-    value = _object(value, {"path", "bytes", "sha256"}, where)
-    return BaseFile(
-        path=checked_path(value["path"], where),
-        nbytes=_number(value["bytes"], 0, f"{where}: bytes"),
-        sha256=_digest(value["sha256"], where),
-    )
-
-
-_KEYS: Mapping[str, set[str]] = {
-    "copy": {"op", "at", "bytes"},
-    "data": {"op", "bytes", "packed"},
-    "patch": {"op", "at", "block", "blocks", "columns", "packed"},
-}
-
-
-def _op(value: object, where: str) -> Op:
-    kind = value.get("op") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or kind not in _KEYS:
-        raise FormatError(f"{where}: op", expected=", ".join(_KEYS), got=repr(kind)[:40])
-    value = _object(value, _KEYS[kind], where)
-    numbers = {
-        key: _number(given, 0 if key == "at" else 1, f"{where}: {key}")
-        for key, given in value.items()
-        if key not in ("op", "columns")
-    }
-    op: Op
-    if kind == "copy":
-        return Copy(at=numbers["at"], nbytes=numbers["bytes"])
-    if kind == "data":
-        op = Data(nbytes=numbers["bytes"], packed=numbers["packed"])
-    else:
-        columns = _columns(value["columns"], numbers["block"], f"{where}: columns")
-        op = Patch(columns=columns, **numbers)
-    if op.nbytes > TILE:
-        raise FormatError(where, expected=f"at most {TILE} bytes", got=str(op.nbytes))
-    return op
-
-
-def _columns(value: object, block: int, where: str) -> tuple[tuple[int, int], ...]:
-    columns, at = [], 0
-    for pair in _list(value, MAX_COLUMNS, where):
-        start, stop = (_number(number, 0, where) for number in _list(pair, 2, where)) if _pair(pair) else (1, 0)
-        if not at <= start < stop <= block:
-            raise FormatError(where, expected=f"ascending [start, stop] of a block of {block}", got=repr(pair)[:40])
-        columns.append((start, stop))
-        at = stop
-    if not columns:
-        raise FormatError(where, expected="at least one", got="none")
-    return tuple(columns)
-
-
-def _pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2
+    return decode(PlainPath, path, where)
