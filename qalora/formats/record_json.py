@@ -225,10 +225,10 @@ def _record(kind: Any) -> Reader:
         for key, part in parts.items():  # a word before all else: it says what the rest means
             if part.word is not None and _object(content).get(key) != part.word:
                 raise _Wrong(str(part.word), _shown(content.get(key)), _step(key), todo=_LATER)
-        for key in sorted(_object(content).keys() ^ readers):
-            if key in content:
-                raise _Wrong("a known key", "another", _step(key), todo=_LATER)
-            if parts[key].needed:
+        for key in sorted(_object(content).keys() - readers):
+            raise _Wrong("a known key", "another", _step(key), todo=_LATER)
+        for key, part in parts.items():
+            if part.needed and key not in content:
                 raise _Wrong("this key", "none", _step(key))
         values = {readers[key][0]: _inside(key, readers[key][1], item) for key, item in content.items()}
         try:
@@ -243,12 +243,13 @@ def _one_of(kinds: list[Any]) -> Reader:
     """Of several records the one whose words are there; of these the first whose keys are, or else the first."""
 
     def one_of(content: Any) -> Any:
-        named = [kind for kind in kinds if all(_object(content).get(part.key) == part.word for part in words[kind])]
+        there = _object(content)
+        named = [kind for kind in kinds if all(there.get(part.key) == part.word for part in words[kind])]
         if not named:
             key = words[kinds[0]][0].key
             told = " or ".join(str(part.word) for kind in kinds for part in words[kind])
-            raise _Wrong(told, _shown(content.get(key)), _step(key), todo=_LATER)
-        whole = (kind for kind in named if all(part.key in content for part in _parts(kind) if part.needed))
+            raise _Wrong(told, _shown(there.get(key)), _step(key), todo=_LATER)
+        whole = (kind for kind in named if all(part.key in there for part in _parts(kind) if part.needed))
         return _reader(next(whole, named[0]))(content)
 
     words = {kind: [part for part in _parts(kind) if part.word is not None] for kind in kinds}

@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
+from qalora.formats.record_json import Key, encode
 from qalora.parity.evidence import Generation
 from qalora.parity.gates import GateResult, Status, worst
 from qalora.parity.job import Held
@@ -24,7 +25,7 @@ from qalora.parity.layerwise import LayerError
 from qalora.parity.metrics import LogitMetrics
 from qalora.parity.noise import Noise
 from qalora.parity.runtimes import RuntimeInfo
-from qalora.parity.weights import TensorDifference, WeightMetrics
+from qalora.parity.weights import WeightMetrics
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,9 +126,9 @@ class ArtifactReport:
     kind: str
     holds: Held
     weights: WeightMetrics
+    layers: Annotated[Mapping[str, float], Key("adapter_lost_by_layer")] = field(default_factory=dict)
     gates: tuple[GateResult, ...]
     runs: tuple[RunReport, ...]
-    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +172,8 @@ class ParityReport:
     adapter: AdapterSummary | None
     noise: Noise | None
     gates: tuple[GateResult, ...]
-    artifacts: tuple[ArtifactReport, ...]
     reference_runs: tuple[RunReport, ...] = ()
+    artifacts: tuple[ArtifactReport, ...]
     comparison: RunReport | None = None
 
     def runs(self) -> list[tuple[str, RunReport]]:
@@ -220,19 +221,18 @@ class ParityReport:
 
     def to_json(self, *, speed: bool = True) -> dict[str, Any]:
         """The report as JSON, schema "qalora.parity/1"; without `speed` nothing in it depends on how fast it went."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed(),
-            "reference": self.reference,
-            "level": self.level,
-            "text": {"source": self.text, "tokens": self.tokens, "windows": self.windows},
-            "adapter": None if self.adapter is None else _plain(asdict(self.adapter)),
-            "noise": None if self.noise is None else _noise(self.noise),
-            "gates": [_plain(asdict(result)) for result in self.gates],
-            "reference_runs": [_run_json(run, speed=speed) for run in self.reference_runs],
-            "artifacts": [_artifact_json(artifact, speed=speed) for artifact in self.artifacts],
-            "comparison": None if self.comparison is None else _run_json(self.comparison, speed=speed),
-        }
+        found: dict[str, Any] = {"schema": SCHEMA, "passed": self.passed(), **encode(self, _written)}
+        found["text"] = {"source": self.text, "tokens": found.pop("tokens"), "windows": found.pop("windows")}
+        if self.noise is not None:  # the bound that follows from the numbers as they are written
+            found["noise"]["bound"] = _written(Noise(**found["noise"]).bound)
+        for artifact in found["artifacts"]:
+            weights = artifact["weights"]
+            total, different = weights.pop("total"), weights.pop("different")
+            weights |= {key: value for key, value in total.items() if key != "name"}
+            weights |= {"differing_tensors": len(different), "different": different[:LISTED]}
+        for run in (run for run in _runs(found) if not speed):
+            run["speed"] = None
+        return found
 
 
 def _sentence(result: GateResult) -> str:
@@ -242,55 +242,15 @@ def _sentence(result: GateResult) -> str:
     return f"{result.gate} {number(result.value)}, bound {number(result.bound)}{detail}"
 
 
-def _artifact_json(artifact: ArtifactReport, *, speed: bool) -> dict[str, Any]:
-    weights = artifact.weights
-    return {
-        "name": artifact.name,
-        "kind": artifact.kind,
-        "holds": artifact.holds,
-        "weights": {
-            "tensors": weights.tensors,
-            "missing": list(weights.missing),
-            "extra": list(weights.extra),
-            "shapes": list(weights.shapes),
-            "config": list(weights.config),
-            "notes": list(weights.notes),
-            **_difference_json(weights.total, named=False),
-            "differing_tensors": len(weights.different),
-            "different": [_difference_json(found, named=True) for found in weights.different[:LISTED]],
-        },
-        "adapter_lost_by_layer": _plain(dict(artifact.layers)),
-        "gates": [_plain(asdict(result)) for result in artifact.gates],
-        "runs": [_run_json(run, speed=speed) for run in artifact.runs],
-    }
+def _runs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All runs of a report's JSON."""
+    judged = (run for artifact in found["artifacts"] for run in artifact["runs"])
+    return [*found["reference_runs"], *judged, *([] if found["comparison"] is None else [found["comparison"]])]
 
 
-def _run_json(run: RunReport, *, speed: bool) -> dict[str, Any]:
-    content: dict[str, Any] = _plain(asdict(run if speed else replace(run, speed=None)))
-    return content
-
-
-def _difference_json(difference: TensorDifference, *, named: bool) -> dict[str, Any]:
-    values: dict[str, Any] = _plain(asdict(difference))
-    return values if named else {key: value for key, value in values.items() if key != "name"}
-
-
-def _noise(noise: Noise) -> dict[str, float]:
-    """The numbers as they are written, and the bound that follows from those."""
-    written = _plain(asdict(noise))
-    bound: float = _plain(Noise(**written).bound)
-    return {**written, "bound": bound}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, reals with six digits, null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+def _written(number: float) -> float | None:
+    """Six digits; null for what is not finite."""
+    return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
 def render(report: ParityReport) -> list[RenderableType]:

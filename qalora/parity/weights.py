@@ -43,9 +43,9 @@ class WeightMetrics:
     extra: tuple[str, ...]
     shapes: tuple[str, ...]
     config: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     total: TensorDifference
     different: tuple[TensorDifference, ...]
-    notes: tuple[str, ...] = ()
 
     @classmethod
     def nothing(cls) -> WeightMetrics:

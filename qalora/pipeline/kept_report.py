@@ -5,14 +5,13 @@ Not the report that is shipped, whose numbers are rounded. Only what this module
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora.errors import InputError
-from qalora.formats.files import read_limited
+from qalora.formats.json_text import read_json
 from qalora.formats.output import json_bytes
+from qalora.formats.record_json import decode, encode
 
 if TYPE_CHECKING:
     from qalora.parity import ParityReport
@@ -24,15 +23,14 @@ LIMIT = 1 << 30
 
 def report_bytes(report: ParityReport) -> bytes:
     """The report as JSON; NaN and Infinity as Python writes them."""
-    return json_bytes(asdict(report))
+    return json_bytes(encode(report))
 
 
 def kept_report(path: Path) -> ParityReport | None:
     """The report that `report_bytes` was made of; None for anything else."""
     from qalora.parity import ParityReport
-    from qalora.parity.reading import record_from_json
 
     try:
-        return record_from_json(ParityReport, json.loads(read_limited(path, LIMIT)), str(path))
-    except (InputError, ValueError, RecursionError):
+        return decode(ParityReport, read_json(path, LIMIT), str(path))
+    except InputError:
         return None

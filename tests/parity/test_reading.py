@@ -43,14 +43,23 @@ def test_of_weights_alone(base, folded, adapter, write, tmp_path: Path) -> None:
     [
         (("schema",), "qalora.parity/9", "schema"),
         (("text",), 3, "text: expected an object"),
-        (("text", "tokens"), "many", "text.tokens: expected int"),
+        (("text", "tokens"), "many", "text: tokens: expected a whole number, got 'many'"),
         (("artifacts",), {}, "artifacts: expected a list"),
-        (("artifacts", 0, "weights", "codes_differ"), None, r"weights\.total\.codes_differ: expected int"),
+        (
+            ("artifacts", 0, "weights", "codes_differ"),
+            None,
+            r"weights\.total\.codes_differ: expected a whole number, got null",
+        ),
         (("artifacts", 0, "weights", "code_at"), [1], r"code_at: expected 2 values"),
         (("artifacts", 0, "gates", 0, "status"), "fine", r"gates\[0\]\.status: expected pass or fail"),
         (("artifacts", 0, "runs", 0, "lost"), "none", r"runs\[0\]\.lost: expected a number"),
         (("artifacts", 0, "runs", 0, "logits"), {"tokens": 1}, r"logits\.max: expected this key"),
-        (("artifacts", 0, "runs", 0, "more"), 1, r"runs\[0\]\.more: expected no such key"),
+        (("artifacts", 0, "runs", 0, "lost"), 10**400, r"runs\[0\]\.lost: expected a number"),
+        (("artifacts", 0, "weights", "error_max"), 10**400, r"weights\.total\.error_max: expected a number"),
+        (("artifacts", 0, "weights"), [], r"artifacts\[0\]\.weights: expected an object, got a list"),
+        (("noise",), 1, "noise: expected an object, got 1"),
+        (("more",), 1, r"report\.json: more: expected a known key"),
+        (("artifacts", 0, "runs", 0, "more"), 1, r"runs\[0\]\.more: expected a known key"),
     ],
 )
 def test_what_has_another_form_is_named(report: ParityReport, path: tuple[Any, ...], value: Any, said: str) -> None:
