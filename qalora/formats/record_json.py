@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from qalora.errors import FormatError, InputError
 
-__all__ = ["Finite", "Key", "Only", "decode", "encode", "json_keys", "like"]
+__all__ = ["Finite", "Key", "Only", "decode", "encode", "like"]
 
 T = TypeVar("T")
 Reader = Callable[[Any], Any]
@@ -91,14 +91,6 @@ def encode(value: Any, real: Callable[[float], Any] = lambda number: number) -> 
     if isinstance(value, tuple | list):
         return [encode(item, real) for item in value]
     return real(value) if isinstance(value, float) else value
-
-
-def json_keys(kind: Any) -> set[str]:
-    """The keys of a record, and of all the records in it."""
-    inner = set[str]().union(*map(json_keys, get_args(kind))) if get_origin(kind) is not Literal else set()
-    if not isinstance(kind, type) or not is_dataclass(kind):
-        return inner
-    return inner.union(*({part.key} | json_keys(part.kind) for part in _parts(kind)))
 
 
 class _Wrong(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from qalora.options.fields import Options, option
 
@@ -12,7 +13,9 @@ __all__ = ["Card", "Package"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card(Options):
-    """What the model card is told that the model does not say."""
+    """What the model card is told that the model does not say; its JSON has what was told alone."""
+
+    SPARSE: ClassVar[bool] = True
 
     base_model: str | None = option(
         None, "Card: the base on the Hub, where the model does not say.", metavar="HUB_ID", expert=True

@@ -11,6 +11,7 @@ manifest and report come out of files that others made: they are shortened and e
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,9 +19,12 @@ from importlib.resources import files
 from typing import Any
 
 from qalora.converters import TARGETS, target
-from qalora.errors import FormatError, InputError
+from qalora.errors import InputError
+from qalora.parity.gates import worst
+from qalora.parity.report import ParityReport, RunReport
 from qalora.releasing.digests import content_digest
 from qalora.releasing.licences import HUB_LICENCES
+from qalora.releasing.records import Manifest, TensorEntry
 from qalora.releasing.usage import adapter_usage, check_usage, usage
 
 __all__ = ["PARTS", "card_text", "check_template", "default_template"]
@@ -39,7 +43,7 @@ PARTS = (
 """What a template may name: the front matter's YAML; the name; what it is; the table of artefacts; a section to try
 each; the adapter's section; a half sentence on what was run; the table of runs; how to check the folder."""
 
-NOT_RUN: Mapping[str, Any] = {"kind": "not run", "runtime": None, "lost": None, "logits": None, "gates": []}
+NOT_RUN = RunReport(kind="not run", runtime=None, rounding="")
 LONGEST = 200
 MARKS = re.compile(r"[\\`*_\[\]<>|&~!#{}$]")
 
@@ -54,14 +58,13 @@ def check_template(template: str) -> None:
     _check_front(_filled(template, {**dict.fromkeys(PARTS, ""), "card_data": "pipeline_tag: text-generation"}))
 
 
-def card_text(manifest: Mapping[str, Any], report: Mapping[str, Any], *, template: str | None = None) -> str:
-    """The card of a manifest, as `read_manifest` gives it, and a report, `ParityReport.to_json(speed=False)`.
+def card_text(manifest: Manifest, report: ParityReport, *, template: str | None = None) -> str:
+    """The card of a manifest and a report, as `report_from_json` gives it.
 
     template is the text of --card-template where the release was made with one. Raises InputError for a template that
-    is not the manifest's, names what is no part, or is not a card; FormatError for what a manifest or report must not
-    hold.
+    is not the manifest's, names what is no part, or is not a card; FormatError for a target that is none.
     """
-    told = manifest["options"]["template"]
+    told = manifest.options.template
     if told != (None if template is None else content_digest(template.encode())):
         raise InputError(
             "the card's template",
@@ -69,28 +72,19 @@ def card_text(manifest: Mapping[str, Any], report: Mapping[str, Any], *, templat
             got="another one" if template is not None else "none",
             todo="give it as `card_template`" if told else "leave out `card_template`",
         )
-    try:
-        parts = _parts(manifest, report)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        expected = "a report of qalora.parity/1 and the manifest of its release"
-        raise FormatError("report.json, manifest.json", expected=expected, got=f"{error!r:.80}") from error
-    text = _filled(default_template() if template is None else template, parts)
+    text = _filled(default_template() if template is None else template, _parts(manifest, report))
     _check_front(text)
     return text
 
 
-def _parts(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
-    adapted = manifest["adapter"] is not None
-    tokens = report["text"]["tokens"]
-    ran = f" and run in its own runtime over the same {int(tokens)} tokens" if report["level"] != "weights" else ""
+def _parts(manifest: Manifest, report: ParityReport) -> dict[str, str]:
+    ran = f" and run in its own runtime over the same {report.tokens} tokens" if report.level != "weights" else ""
     return {
         "card_data": _front(manifest),
-        "title": _words(manifest["name"]) + (", fine-tuned" if adapted else ""),
+        "title": _words(manifest.name) + ("" if manifest.adapter is None else ", fine-tuned"),
         "summary": _summary(manifest),
         "artifacts": _artifacts(manifest, report),
-        "usage": "\n\n".join(usage(artifact, manifest) for artifact in manifest["artifacts"]),
+        "usage": "\n\n".join(usage(artifact, manifest.name) for artifact in manifest.artifacts),
         "adapter": adapter_usage(manifest),
         "proven": ran,
         "proof": _proof(report),
@@ -125,21 +119,21 @@ def _check_front(text: str) -> None:
         raise InputError(f"the card's template: its front matter is not read ({reason})") from error
 
 
-def _front(manifest: Mapping[str, Any]) -> str:
+def _front(manifest: Manifest) -> str:
     """The front matter's YAML: what is None is not in it."""
     from huggingface_hub import ModelCardData
 
-    targets = sorted(artifact["target"] for artifact in manifest["artifacts"])
-    base, adapted = _base(manifest), manifest["adapter"] is not None
-    bits = sorted({row["bits"] for row in manifest["base"]["tensors"].values() if "bits" in row})
+    targets = sorted(artifact.target for artifact in manifest.artifacts)
+    base, adapted, card = _base(manifest), manifest.adapter is not None, manifest.options.card
+    bits = sorted({bits for bits, _ in manifest.base.grids})
     found: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": ("finetune" if adapted else "quantized") if base else None,
-        "language": _told(manifest, "language", list),
-        "datasets": _told(manifest, "datasets", list),
+        "language": list(card.language),
+        "datasets": list(card.datasets),
         "library_name": _library(targets),
         "pipeline_tag": "text-generation",
-        "quantized_by": _told(manifest, "quantized_by", str),
+        "quantized_by": card.quantized_by,
         "tags": [*(["qa-lora"] if adapted else []), "quantized", *(f"{n}-bit" for n in bits), *targets],
         **_license(manifest),
     }
@@ -152,108 +146,86 @@ def _library(targets: Iterable[str]) -> str | None:
     return next((one.library for one in sorted(found, key=lambda one: one.by_config is None)), None)
 
 
-def _told(manifest: Mapping[str, Any], key: str, kind: type) -> Any:
-    """What the card was told; None where nothing was. FormatError for what is no text, or no list of texts."""
-    value = manifest["options"]["card"].get(key)
-    if value is None or value == []:
-        return None
-    texts = value if kind is list and isinstance(value, list) else [value]
-    if not isinstance(value, kind) or not all(isinstance(item, str) for item in texts):
-        expected = "a text" if kind is str else "a list of texts"
-        raise FormatError(f"manifest.json: options.card.{key}", expected=expected, got=f"{value!r:.60}")
-    return value
+def _base(manifest: Manifest) -> str | None:
+    return manifest.options.card.base_model or manifest.base.source
 
 
-def _base(manifest: Mapping[str, Any]) -> str | None:
-    found: str | None = _told(manifest, "base_model", str) or manifest["base"]["source"]
-    return found
-
-
-def _license(manifest: Mapping[str, Any]) -> dict[str, str | None]:
-    given, link = _told(manifest, "license", str) or manifest["base"]["license"], _told(manifest, "license_link", str)
+def _license(manifest: Manifest) -> dict[str, str | None]:
+    given, link = manifest.license, manifest.options.card.license_link
     if given is not None and given.lower() in HUB_LICENCES:
         return {"license": given.lower(), "license_link": link}
-    held = next((name for name in manifest["licences"] if name.startswith("LICENSE")), None)
+    held = next((name for name in manifest.licences if name.startswith("LICENSE")), None)
     if given is None and held is None:
         return {}
     return {"license": "other", "license_name": given or "as-in-its-file", "license_link": link or held}
 
 
-def _summary(manifest: Mapping[str, Any]) -> str:
-    rows = [row for row in manifest["base"]["tensors"].values() if "bits" in row]
-    kinds = sorted(Counter((int(row["bits"]), int(row["group_size"])) for row in rows))
-    held = " and ".join(f"{bits}-bit codes in groups of {size}" for bits, size in kinds[:3]) or "floats"
+def _summary(manifest: Manifest) -> str:
+    held = " and ".join(f"{bits}-bit codes in groups of {size}" for bits, size in manifest.base.grids[:3]) or "floats"
     base = _base(manifest)
     of = f" Its base is {_code(base)}." if base else ""
-    name, adapter = _words(manifest["name"]), manifest["adapter"]
+    name, adapter = _words(manifest.name), manifest.adapter
     if adapter is None:
         return f"{name} in {held}.{of}"
-    rank = max((int(layer["rank"]) for layer in adapter["layers"].values()), default=0)
+    rank = max((layer.rank for layer in adapter.layers.values()), default=0)
     return (
-        f"{name} in {held}, with a QA-LoRA adapter of rank {rank} on {len(adapter['layers'])} layers that was folded "
+        f"{name} in {held}, with a QA-LoRA adapter of rank {rank} on {len(adapter.layers)} layers that was folded "
         f"exactly: fine-tuning changed the minima of the groups, and not one integer code.{of}"
     )
 
 
-def _artifacts(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    lost = ["adapter lost"] if manifest["adapter"] is not None else []
+def _artifacts(manifest: Manifest, report: ParityReport) -> str:
+    lost = [] if manifest.adapter is None else ["adapter lost"]
     head = ["folder", "size", "bits per weight", "weights are in", "exact", "runtime", *lost]
     rows = [_row(head), _row(["---", "---:", "---:", "---", "---", "---", *("---:" for _ in lost)])]
-    for artifact in manifest["artifacts"]:
-        runs = _runs(report, artifact["folder"])
+    for artifact in manifest.artifacts:
+        runs = _runs(report, artifact.folder)
         cells = [
-            _code(f"{artifact['folder']}/"),
-            _size(int(artifact["bytes"])),
-            f"{float(artifact['bits_per_weight']):.2f}",
-            _carriers(artifact["tensors"]),
-            _exact(artifact["tensors"]),
+            _code(f"{artifact.folder}/"),
+            _size(artifact.nbytes),
+            f"{artifact.bits_per_weight:.2f}",
+            _carriers(artifact.tensors),
+            _exact(artifact.tensors),
             "<br>".join(_words(kind) for kind in runs) or "not run",
         ]
-        rows.append(_row(cells + (["<br>".join(_percent(worst) for worst in runs.values())] if lost else [])))
+        rows.append(_row(cells + (["<br>".join(_percent(lost_most) for lost_most in runs.values())] if lost else [])))
     return "\n".join(rows)
 
 
-def _runs(report: Mapping[str, Any], folder: str) -> dict[str, float | None]:
+def _runs(report: ParityReport, folder: str) -> dict[str, float | None]:
     """Each runtime that ran an artefact of a folder, and the most of the adapter that was lost in it."""
     found: dict[str, float | None] = {}
-    for artifact in report["artifacts"]:
-        if artifact["name"] == folder or artifact["name"].startswith(f"{folder}/"):
-            for run in artifact["runs"]:
-                if run["runtime"] is not None:
-                    before, lost = found.get(run["kind"]), run["lost"]
-                    found[run["kind"]] = lost if before is None else max(before, lost or 0.0)
+    for artifact in report.artifacts:
+        if artifact.name == folder or artifact.name.startswith(f"{folder}/"):
+            for run in artifact.runs:
+                if run.runtime is not None:
+                    before = found.get(run.kind)
+                    found[run.kind] = run.lost if before is None else max(before, run.lost or 0.0)
     return found
 
 
-def _carriers(tensors: Iterable[Mapping[str, Any]]) -> str:
-    counts = Counter(str(row["carrier"]) for row in tensors)
+def _carriers(tensors: Iterable[TensorEntry]) -> str:
+    counts = Counter(row.carrier for row in tensors)
     told = [f"{_words(carrier)} ({count})" for carrier, count in counts.most_common(4)]
     return "<br>".join([*told, *(["others"] if len(counts) > 4 else [])])
 
 
-def _exact(tensors: Iterable[Mapping[str, Any]]) -> str:
-    losses = sorted({str(row["loss"]["size"]) for row in tensors if row["loss"] is not None})
+def _exact(tensors: Iterable[TensorEntry]) -> str:
+    losses = sorted({row.loss.size for row in tensors if row.loss is not None})
     return "<br>".join(_words(loss) for loss in losses) or "yes"
 
 
-def _proof(report: Mapping[str, Any]) -> str:
+def _proof(report: ParityReport) -> str:
     head = ["artefact", "codes that differ", "runtime", "adapter lost", "largest logit difference", "top-1", "gates"]
     rows = [_row(head), _row(["---", "---:", "---", "---:", "---:", "---:", "---"])]
-    for artifact in report["artifacts"]:
-        for run in artifact["runs"] or [
-            {"kind": "not run", "runtime": None, "lost": None, "logits": None, "gates": []}
-        ]:
-            runtime, logits = run["runtime"], run["logits"]
-            named = run["kind"] if runtime is None else f"{runtime['name']} {runtime['version']}"
-            figures = ["", ""] if logits is None else [_number(logits["max"], ".3g"), _number(logits["top1"], ".4f")]
-            cells = [_code(artifact["name"]), str(int(artifact["weights"]["codes_differ"])), _words(named)]
-            rows.append(_row([*cells, _percent(run["lost"]), *figures, _worst([*artifact["gates"], *run["gates"]])]))
+    for artifact in report.artifacts:
+        for run in artifact.runs or (NOT_RUN,):
+            runtime, logits = run.runtime, run.logits
+            named = run.kind if runtime is None else f"{runtime.name} {runtime.version}"
+            figures = ["", ""] if logits is None else [_number(logits.max, ".3g"), _number(logits.top1, ".4f")]
+            cells = [_code(artifact.name), str(artifact.weights.total.codes_differ), _words(named)]
+            rows.append(_row([*cells, _percent(run.lost), *figures, worst((*artifact.gates, *run.gates))]))
     return "\n".join(rows)
-
-
-def _worst(gates: Iterable[Mapping[str, Any]]) -> str:
-    found = {gate["status"] for gate in gates}
-    return next((status for status in ("fail", "not proven", "ambiguous") if status in found), "pass")
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -273,8 +245,8 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.3g} %"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
 
 
 def _one_line(text: str) -> str:

@@ -97,10 +97,10 @@ def check_release(
     if manifest is not None and read is not None:
         content, report = read
         asked.ask("report", lambda: check_report(content, report, manifest))
-        given = manifest["options"]["template"] is None or template is not None
+        given = manifest.options.template is None or template is not None
         why = "" if given else "the card was made with a template: give it with `card_template`"
-        asked.ask("card", lambda: check_card(folder, content, manifest, template), skipped=why)
-        asked.ask("page and SBOM", lambda: check_pages(folder, content, report, manifest))
+        asked.ask("card", lambda: check_card(folder, report, manifest, template), skipped=why)
+        asked.ask("page and SBOM", lambda: check_pages(folder, report, manifest))
     damaged = any(_is_opened(folder / finding.where) for finding in sums)
     if open_artifacts:
         _opening(asked, folder, allow_unproven=allow_unproven, damaged=damaged)

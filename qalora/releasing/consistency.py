@@ -23,8 +23,9 @@ from qalora.parity.report import ParityReport
 from qalora.releasing.card import card_text
 from qalora.releasing.digests import file_digest
 from qalora.releasing.findings import Finding
-from qalora.releasing.manifest import MANIFEST, provenance
+from qalora.releasing.manifest import MANIFEST, gate_entries, provenance
 from qalora.releasing.package import CARD, LICENCES, PAGE, REPORT
+from qalora.releasing.records import Manifest
 from qalora.releasing.sbom import SBOM, sbom_bytes, validate_sbom
 
 __all__ = ["check_card", "check_licences", "check_pages", "check_provenance", "check_report", "read_report"]
@@ -38,24 +39,23 @@ def read_report(folder: Path) -> tuple[dict[str, Any], ParityReport]:
     return content, report_from_json(content, REPORT)
 
 
-def check_report(content: Mapping[str, Any], report: ParityReport, manifest: Mapping[str, Any]) -> list[Finding]:
+def check_report(content: Mapping[str, Any], report: ParityReport, manifest: Manifest) -> list[Finding]:
     """Its verdict is that of its gates, every gate's status that of its figures; the manifest says the same."""
     found = []
-    if content.get("passed") is not report.passed() or manifest["passed"] is not report.passed():
+    if content.get("passed") is not report.passed() or manifest.passed is not report.passed():
         found.append(Finding(where=f"{REPORT}: passed", problem="its gates say otherwise"))
     for where, result in report.results():
         if result.status == "pass" and not _may_pass(result.value, result.bound, result.gate):
             problem = f"{result.value:g} with bound {result.bound:g} is no pass"
             found.append(Finding(where=f"{REPORT}: {where}: {result.gate}", problem=problem))
-    gates = [{"at": where, "gate": result.gate, "status": result.status} for where, result in report.results()]
-    if gates != manifest["gates"]:
+    if gate_entries(report) != manifest.gates:
         found.append(Finding(where=f"{MANIFEST}: gates", problem=f"not those of {REPORT}"))
     if not report.passed(allow_unproven=True):
         found.append(Finding(where=REPORT, problem=f"a gate failed: {report.failure()}"))
     proven = {artifact.name.partition("/")[0] for artifact in report.artifacts}
-    for artifact in manifest["artifacts"]:
-        if artifact["folder"] not in proven:
-            found.append(Finding(where=artifact["folder"], problem=f"{REPORT} says nothing of it"))
+    for artifact in manifest.artifacts:
+        if artifact.folder not in proven:
+            found.append(Finding(where=artifact.folder, problem=f"{REPORT} says nothing of it"))
     return found
 
 
@@ -70,9 +70,7 @@ def _may_pass(value: float | None, bound: float | None, gate: str) -> bool:
     return value >= bound - slack if least else value <= bound + slack
 
 
-def check_pages(
-    folder: Path, content: Mapping[str, Any], report: ParityReport, manifest: Mapping[str, Any]
-) -> list[Finding]:
+def check_pages(folder: Path, report: ParityReport, manifest: Manifest) -> list[Finding]:
     """The HTML page and the SBOM are what report and manifest give."""
     made: dict[str, Callable[[], bytes]] = {
         PAGE: lambda: text_bytes(to_html(report, speed=False)),
@@ -89,11 +87,9 @@ def check_pages(
     return found
 
 
-def check_card(
-    folder: Path, content: Mapping[str, Any], manifest: Mapping[str, Any], template: str | None
-) -> list[Finding]:
+def check_card(folder: Path, report: ParityReport, manifest: Manifest, template: str | None) -> list[Finding]:
     """The card is what report and manifest give; the first line that is not is shown."""
-    wanted = text_bytes(card_text(manifest, content, template=template)).decode("utf-8")
+    wanted = text_bytes(card_text(manifest, report, template=template)).decode("utf-8")
     path = contained(folder, CARD)
     if not path.is_file():
         return [Finding(where=CARD, problem="it is not there")]
@@ -112,29 +108,29 @@ def _differs(folder: Path, name: str, wanted: bytes) -> bool:
     return not path.is_file() or read_limited(path, LIMIT) != wanted
 
 
-def check_licences(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
+def check_licences(folder: Path, manifest: Manifest) -> list[Finding]:
     """Each licence that the manifest names is there, and is the base's."""
     found = []
-    for name in manifest["licences"]:
+    for name in manifest.licences:
         path = contained(folder, name)
         if not path.is_file():
             found.append(Finding(where=name, problem="the base's licence is not there"))
-        elif manifest["base"]["files"].get(name) != file_digest(path):
+        elif manifest.base.files.get(name) != file_digest(path):
             found.append(Finding(where=name, problem="not the base's licence"))
-    left_out = {name for name in manifest["base"]["files"] if name in LICENCES} - {*manifest["licences"]}
+    left_out = {name for name in manifest.base.files if name in LICENCES} - {*manifest.licences}
     return found + [Finding(where=name, problem=f"{MANIFEST} leaves it out") for name in sorted(left_out)]
 
 
-def check_provenance(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
+def check_provenance(folder: Path, manifest: Manifest) -> list[Finding]:
     """Every GGUF, safetensors and ONNX file can be read, says where it comes from, and says what the manifest says."""
-    wanted = provenance(manifest["base"], manifest["adapter"])
-    wanted[f"{PROVENANCE}version"] = manifest["versions"].get("qalora", "")
+    wanted = provenance(manifest.base.digest, None if manifest.adapter is None else manifest.adapter.digest)
+    wanted[f"{PROVENANCE}version"] = manifest.versions.get("qalora", "")
     found = []
-    for artifact in manifest["artifacts"]:
-        for name in artifact["files"]:
+    for artifact in manifest.artifacts:
+        for name in artifact.files:
             try:
                 path = contained(folder, name)
-                found_there = target(artifact["target"]).told(path) if path.is_file() else None
+                found_there = target(artifact.target).told(path) if path.is_file() else None
             except InputError as error:
                 found.append(Finding(where=name, problem=str(error)))
                 continue

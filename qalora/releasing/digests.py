@@ -24,6 +24,8 @@ from torch import Tensor
 
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.formats.record_json import encode
+from qalora.releasing.records import FloatDigest, LayerDigest, QuantizedDigest, TensorDigest
 from qalora.tensor import GroupQuantTensor
 
 __all__ = [
@@ -52,16 +54,15 @@ def _update(hashed: Any, tensor: Tensor) -> None:
     hashed.update(flat.view(torch.uint8).numpy().data)
 
 
-def tensor_digest(lazy: LazyTensor) -> dict[str, Any]:
-    """What the module's docstring says of one tensor, as JSON."""
+def tensor_digest(lazy: LazyTensor) -> TensorDigest:
+    """What the module's docstring says of one tensor."""
     spec = lazy.spec
     if spec is None:
         values = hashlib.sha256()
         for _, tile in lazy.tiles():
             _update(values, tile if isinstance(tile, Tensor) else tile.dequantize())
         dtype = str(lazy.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "shape": list(lazy.shape), "values": _named(values)}
-    found: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "shape": list(lazy.shape)}
+        return FloatDigest(dtype=dtype, shape=tuple(lazy.shape), values=_named(values))
     hashed = {name: hashlib.sha256() for name in ("codes", "scale", "min")}
     for row, tile in lazy.tiles():
         if not isinstance(tile, GroupQuantTensor):
@@ -71,15 +72,16 @@ def tensor_digest(lazy: LazyTensor) -> dict[str, Any]:
         if row == 0 and tile.g_idx is not None:
             hashed["g_idx"] = hashlib.sha256()
             _update(hashed["g_idx"], tile.g_idx)
-    return found | {name: _named(value) for name, value in hashed.items()}
+    told = {name: _named(value) for name, value in hashed.items()}
+    return QuantizedDigest(bits=spec.bits, group_size=spec.group_size, shape=tuple(lazy.shape), **told)
 
 
-def model_digests(model: Checkpoint) -> dict[str, dict[str, Any]]:
+def model_digests(model: Checkpoint) -> dict[str, TensorDigest]:
     """`tensor_digest` of every tensor, by name. Reads the whole model, a tile at a time."""
     return {name: tensor_digest(lazy) for name, lazy in model.tensors.items()}
 
 
-def adapter_digests(adapter: Adapter) -> dict[str, dict[str, Any]]:
+def adapter_digests(adapter: Adapter) -> dict[str, LayerDigest]:
     """For each layer rank, pool_size and factor, and the digests of A and B, float32 little-endian."""
     return {module: _layer_digest(layer) for module, layer in adapter.layers.items()}
 
@@ -97,18 +99,17 @@ def saved_digests(adapter: Adapter) -> dict[str, str]:
     return {**found, **{name: file_digest(path) for name, path in saved.files.items()}}
 
 
-def _layer_digest(layer: AdapterLayer) -> dict[str, Any]:
-    found: dict[str, Any] = {"rank": layer.rank, "pool_size": layer.pool_size, "factor": layer.factor}
+def _layer_digest(layer: AdapterLayer) -> LayerDigest:
+    hashed = {name: hashlib.sha256() for name in ("a", "b")}
     for name, values in (("a", layer.a), ("b", layer.b)):
-        hashed = hashlib.sha256()
-        _update(hashed, values)
-        found[name] = _named(hashed)
-    return found
+        _update(hashed[name], values)
+    told = {name: _named(value) for name, value in hashed.items()}
+    return LayerDigest(rank=layer.rank, pool_size=layer.pool_size, factor=float(layer.factor), **told)
 
 
 def combined_digest(parts: Mapping[str, Any]) -> str:
     """One digest of many, as the module's docstring says."""
-    lines = (f"{name} {json.dumps(parts[name], sort_keys=True)}\n" for name in sorted(parts))
+    lines = (f"{name} {json.dumps(encode(parts[name]), sort_keys=True)}\n" for name in sorted(parts))
     return content_digest("".join(lines).encode())
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qalora.errors import InputError
 from qalora.formats.files import contained, files_below
 from qalora.releasing.checksums import compare_sums
 from qalora.releasing.digests import file_digest, range_digest
 from qalora.releasing.findings import Finding
+from qalora.releasing.records import FileEntry, Manifest, TensorEntry
 
 __all__ = ["check_files", "check_sums_stage", "differing_tensor"]
 
@@ -20,28 +20,28 @@ def check_sums_stage(folder: Path) -> list[Finding]:
     return [Finding(where=name, problem=problem) for name, problem in compare_sums(folder).items()]
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
+def check_files(folder: Path, manifest: Manifest) -> list[Finding]:
     """The artefacts' files, and the bytes of every tensor, against the manifest."""
     findings = []
-    for artifact in manifest["artifacts"]:
-        root = artifact["folder"]
-        fault = _fault_of_place(folder, root, artifact["target"])
+    for artifact in manifest.artifacts:
+        root = artifact.folder
+        fault = _fault_of_place(folder, root, artifact.target)
         if fault is not None:
             findings.append(fault)
             continue
-        findings += _check_listed(folder, root, artifact["files"])
-        for row in artifact["tensors"]:
-            name = f"{root}/{row['file']}"
+        findings += _check_listed(folder, root, artifact.files)
+        for row in artifact.tensors:
+            name = f"{root}/{row.file}"
             path = _inside(folder, name)
             if path is None:
                 continue  # found above, as a file
             size = path.stat().st_size
-            if not (0 <= row["offset"] <= size and 0 <= row["bytes"] <= size):  # its parts may lie apart: no sum
+            if not (0 <= row.offset <= size and 0 <= row.nbytes <= size):  # its parts may lie apart: no sum
                 problem = f"manifest.json places it outside of the file's {size} bytes"
-                findings.append(Finding(where=f"{name}: {row['name']}", problem=problem))
+                findings.append(Finding(where=f"{name}: {row.name}", problem=problem))
                 break
-            if range_digest(path, row["offset"], row["bytes"]) != row["sha256"]:
-                findings.append(Finding(where=f"{name}: {row['name']}", problem=f"{SAID}, at byte {row['offset']}"))
+            if range_digest(path, row.offset, row.nbytes) != row.sha256:
+                findings.append(Finding(where=f"{name}: {row.name}", problem=f"{SAID}, at byte {row.offset}"))
                 break  # the first one names the file
     return findings
 
@@ -61,13 +61,13 @@ def _fault_of_place(folder: Path, root: str, target: str) -> Finding | None:
     return None
 
 
-def _check_listed(folder: Path, root: str, files: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+def _check_listed(folder: Path, root: str, files: Mapping[str, FileEntry]) -> list[Finding]:
     findings = []
     for name, said in files.items():
         path = _inside(folder, name)
         if path is None or not name.startswith(f"{root}/"):
             findings.append(Finding(where=name, problem="manifest.json lists it, and it is not there"))
-        elif path.stat().st_size != said["bytes"] or file_digest(path) != said["sha256"]:
+        elif path.stat().st_size != said.nbytes or file_digest(path) != said.sha256:
             findings.append(Finding(where=name, problem=SAID))
     there = {f"{root}/{name}" for name in files_below(folder / root)}
     findings += [Finding(where=name, problem="manifest.json does not list it") for name in sorted(there - set(files))]
@@ -82,7 +82,7 @@ def _inside(folder: Path, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def differing_tensor(made: Path, found: Path, rows: list[Mapping[str, Any]]) -> str | None:
+def differing_tensor(made: Path, found: Path, rows: Sequence[TensorEntry]) -> str | None:
     """Where two files differ first: the tensor there, or "outside its tensors"; None where they are the same.
 
     rows  the manifest's tensors of this file
@@ -90,8 +90,8 @@ def differing_tensor(made: Path, found: Path, rows: list[Mapping[str, Any]]) -> 
     at = _first_difference(made, found)
     if at is None:
         return None
-    here = [row for row in rows if row["offset"] <= at < row["offset"] + row["bytes"]]
-    return f"{here[0]['name']}, at byte {at}" if here else f"outside its tensors, at byte {at}"
+    here = [row for row in rows if row.offset <= at < row.offset + row.nbytes]
+    return f"{here[0].name}, at byte {at}" if here else f"outside its tensors, at byte {at}"
 
 
 def _first_difference(one: Path, other: Path, piece: int = 4 << 20) -> int | None:

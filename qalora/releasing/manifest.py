@@ -1,21 +1,4 @@
-"""manifest.json: what a release was made of, how, and what came out, so that it can be checked and made again.
-
-    schema      "qalora.release/1"; later versions of it add keys and rename none
-    name        the model's, as --name gives it, or the base's
-    created     null, or the time that SOURCE_DATE_EPOCH gives
-    versions    of qalora, of Python, of the libraries that write the files, of the runtimes that proved them
-    base        name; source (its Hub id, or null); license (null where the base does not say); layout; parameters;
-                digest, of all tensors; config, the digest of its JSON; files, companion files; tensors
-    adapter     null, or digest, convention, minima, layers
-    options     see `qalora.releasing.options`
-    artifacts   for each target: folder, bytes, bits_per_weight, notes, files with bytes and sha256, and tensors: what
-                was planned for each, and the digest of its bytes
-    gates       where each gate was applied, its name, and its status: figures and derivations are in report.json
-    passed      whether the report passed
-    licences    the files of the base that say what may be done with it
-
-Digests are those of `qalora.releasing.digests`. Nothing in it depends on the machine; the time is there on request.
-"""
+"""manifest.json made and read; what it holds stands in `qalora.releasing.records`."""
 
 from __future__ import annotations
 
@@ -24,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -34,11 +18,12 @@ from qalora._version import __version__
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import packages
-from qalora.converters.plan import PROVENANCE, Plan
-from qalora.errors import FormatError, InputError
+from qalora.converters.plan import PROVENANCE, Plan, PlannedTensor
+from qalora.errors import InputError
 from qalora.formats.files import files_below
 from qalora.formats.json_text import read_json
 from qalora.formats.output import json_bytes
+from qalora.formats.record_json import decode
 from qalora.releasing.digests import (
     adapter_digests,
     combined_digest,
@@ -48,27 +33,33 @@ from qalora.releasing.digests import (
     range_digest,
     saved_digests,
 )
-from qalora.releasing.manifest_form import MANIFEST_FORM
 from qalora.releasing.options import ReleaseOptions
-from qalora.releasing.shape import check_shape
+from qalora.releasing.records import (
+    AdapterEntry,
+    ArtifactEntry,
+    BaseEntry,
+    FileEntry,
+    GateEntry,
+    Manifest,
+    TensorEntry,
+)
 
 if TYPE_CHECKING:
     from qalora.parity import ParityReport
 
 __all__ = [
     "MANIFEST",
-    "SCHEMA",
     "adapter_part",
     "artifact_part",
     "base_part",
     "created",
+    "gate_entries",
     "make_manifest",
     "provenance",
     "read_manifest",
 ]
 
 MANIFEST = "manifest.json"
-SCHEMA = "qalora.release/1"
 LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 """The libraries that have a part in what is written, whatever the format."""
 
@@ -76,105 +67,100 @@ LIMIT = 256 << 20
 """Bytes of a manifest that are read at most."""
 
 
-def base_part(model: Checkpoint) -> dict[str, Any]:
+def base_part(model: Checkpoint) -> BaseEntry:
     """What the manifest says of the base. Reads all of it, a tile at a time."""
     tensors = model_digests(model)
-    return {
-        "name": _name(model),
-        "source": _source(model),
-        "license": _license(model),
-        "layout": model.layout,
-        "parameters": sum(math.prod(lazy.shape) for lazy in model.tensors.values()),
-        "digest": combined_digest(tensors),
-        "config": content_digest(json_bytes(_portable(model.config))),
-        "files": {name: file_digest(path) for name, path in sorted(model.files.items())},
-        "tensors": tensors,
-    }
+    return BaseEntry(
+        name=_name(model),
+        source=_source(model),
+        license=_license(model),
+        layout=model.layout,
+        parameters=sum(math.prod(lazy.shape) for lazy in model.tensors.values()),
+        digest=combined_digest(tensors),
+        config=content_digest(json_bytes(_portable(model.config))),
+        files={name: file_digest(path) for name, path in sorted(model.files.items())},
+        tensors=tensors,
+    )
 
 
-def adapter_part(adapter: Adapter | None) -> dict[str, Any] | None:
+def adapter_part(adapter: Adapter | None) -> AdapterEntry | None:
     """What the manifest says of the adapter."""
     if adapter is None:
         return None
     layers, saved = adapter_digests(adapter), saved_digests(adapter)
-    record = {"convention": adapter.convention, "minima": adapter.minima}
-    parts = {**layers, "adapter": record, **({"saved": saved} if saved else {})}
-    return {"digest": combined_digest(parts), **record, "layers": layers, "saved": saved}
+    told = {"convention": adapter.convention, "minima": adapter.minima}
+    digest = combined_digest({**layers, "adapter": told, **({"saved": saved} if saved else {})})
+    return AdapterEntry(digest=digest, convention=adapter.convention, minima=adapter.minima, layers=layers, saved=saved)
 
 
-def provenance(base: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> dict[str, str]:
-    """The metadata that every artefact carries."""
-    told = {"version": __version__, "base": base["digest"]}
-    if adapter is not None:
-        told["adapter"] = adapter["digest"]
+def provenance(base: str, adapter: str | None) -> dict[str, str]:
+    """The metadata that every artefact carries, of the digests of base and adapter."""
+    told = {"version": __version__, "base": base, **({} if adapter is None else {"adapter": adapter})}
     return {f"{PROVENANCE}{key}": value for key, value in told.items()}
 
 
-def artifact_part(plan: Plan, folder: Path, parameters: int) -> dict[str, Any]:
+def artifact_part(plan: Plan, folder: Path, parameters: int) -> ArtifactEntry:
     """What the manifest says of one target's folder, `folder/<target>`, which has been written."""
     root = folder / plan.target
     files = files_below(root)
     nbytes = sum((root / name).stat().st_size for name in files)
-    planned = plan.to_json()
-    tensors = [
-        {**row, "sha256": range_digest(root / row["file"], row["offset"], row["bytes"])} for row in planned["tensors"]
-    ]
-    return {
-        "target": plan.target,
-        "folder": plan.target,
-        "bytes": nbytes,
-        "bits_per_weight": round(8 * nbytes / parameters, 3),
-        "longest": planned["longest"],
-        "notes": planned["notes"],
-        "files": {f"{plan.target}/{name}": _file_part(root / name) for name in files},
-        "tensors": tensors,
-    }
+    return ArtifactEntry(
+        target=plan.target,
+        folder=plan.target,
+        nbytes=nbytes,
+        bits_per_weight=round(8 * nbytes / parameters, 3),
+        longest=plan.longest,
+        notes=plan.notes,
+        files={f"{plan.target}/{name}": _file_entry(root / name) for name in files},
+        tensors=tuple(_tensor_entry(tensor, root / tensor.file) for tensor in plan.tensors),
+    )
 
 
-def _file_part(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+def _file_entry(path: Path) -> FileEntry:
+    return FileEntry(nbytes=path.stat().st_size, sha256=file_digest(path))
+
+
+def _tensor_entry(planned: PlannedTensor, path: Path) -> TensorEntry:
+    told = {one.name: getattr(planned, one.name) for one in fields(planned)}
+    return TensorEntry(**told, sha256=range_digest(path, planned.offset, planned.nbytes))
 
 
 def make_manifest(
     *,
-    base: Mapping[str, Any],
-    adapter: Mapping[str, Any] | None,
+    base: BaseEntry,
+    adapter: AdapterEntry | None,
     options: ReleaseOptions,
-    artifacts: Sequence[Mapping[str, Any]],
+    artifacts: Sequence[ArtifactEntry],
     report: ParityReport,
     licences: Sequence[str],
-) -> dict[str, Any]:
+) -> Manifest:
     """Put the parts together."""
     told = [run.runtime for _, run in report.runs() if run.runtime is not None]
-    runtimes = {runtime.name: _unlabelled(runtime.version) for runtime in told}
-    return {
-        "schema": SCHEMA,
-        "name": options.export.name or base["name"],
-        "created": created(),
-        "versions": {**_versions(), **runtimes},
-        "base": dict(base),
-        "adapter": adapter,
-        "options": options.to_json(),
-        "artifacts": list(artifacts),
-        "gates": [{"at": where, "gate": result.gate, "status": result.status} for where, result in report.results()],
-        "passed": report.passed(),
-        "licences": sorted(licences),
-    }
+    return Manifest(
+        name=options.export.name or base.name,
+        created=created(),
+        versions={**_versions(), **{runtime.name: _unlabelled(runtime.version) for runtime in told}},
+        base=base,
+        adapter=adapter,
+        options=options.entry(),
+        artifacts=tuple(artifacts),
+        gates=gate_entries(report),
+        passed=report.passed(),
+        licences=tuple(sorted(licences)),
+    )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a release, its form checked. FormatError names the key that is wrong."""
+def gate_entries(report: ParityReport) -> tuple[GateEntry, ...]:
+    """What the manifest says of a report's gates."""
+    return tuple(GateEntry(at=where, gate=found.gate, status=found.status) for where, found in report.results())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a release. FormatError names the key that is wrong."""
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: {MANIFEST}", expected="the manifest of a release", got="no such file")
-    content = read_json(path, LIMIT)
-    if isinstance(content, dict) and content.get("schema") != SCHEMA:
-        raise FormatError(
-            f"{path}: schema", expected=SCHEMA, got=f"{content.get('schema')!r:.60}", todo="update qalora"
-        )
-    check_shape(content, MANIFEST_FORM, str(path))
-    found: dict[str, Any] = content
-    return found
+    return decode(Manifest, read_json(path, LIMIT), str(path))
 
 
 def created() -> str | None:

@@ -14,18 +14,22 @@ from qalora.adapter.records import Convention
 from qalora.converters.exports import writing
 from qalora.converters.plan import ExportOptions
 from qalora.errors import about
+from qalora.formats.record_json import encode
 from qalora.formats.text import read_utf8
-from qalora.options import fields_of, plain
-from qalora.options.export import Export
+from qalora.options import fields_of
+from qalora.options.export import Export, Writing
 from qalora.options.release import Card, Package
 from qalora.options.verify import Verify
 from qalora.parity.text import verify_arguments
 from qalora.releasing.digests import content_digest
+from qalora.releasing.records import OptionsEntry
 
 __all__ = ["ReleaseOptions"]
 
 TEMPLATE_BYTES = 1 << 20
 CHECK_KEYS = ("level", "max_tokens", "generate", "threads", "dynamic_int8")
+OWN = ("targets", "convention", "minima", *CHECK_KEYS, "prompts", "with_adapter", "card")
+"""The fields that a manifest's options have too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,7 @@ class ReleaseOptions:
     convention, minima   how the adapter is read and folded; None: what the adapter says
     level, text, max_tokens, prompts, generate, threads, dynamic_int8   see `qalora.parity.verify`
     with_adapter whether a copy of the adapter lies beside the artefacts
-    card         what the card is told, by the names of `Card`
+    card         what the card is told
     template     the card's template; None: the one that comes with qalora
     """
 
@@ -51,7 +55,7 @@ class ReleaseOptions:
     threads: int | None = None
     dynamic_int8: bool = False
     with_adapter: bool = True
-    card: Mapping[str, Any] = field(default_factory=dict)
+    card: Card = field(default_factory=Card)
     template: str | None = None
 
     @classmethod
@@ -65,7 +69,7 @@ class ReleaseOptions:
             convention=convention,
             minima=export.minima,
             with_adapter=package.with_adapter,
-            card=_card(package),
+            card=Card(**{one.name: getattr(package, one.name) for one in fields_of(Card)}),
             template=_template(package),
             prompts=tuple(checked.pop("prompts")),
             **checked,
@@ -80,50 +84,28 @@ class ReleaseOptions:
             **{key: getattr(self, key) for key in CHECK_KEYS},
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def entry(self) -> OptionsEntry:
         """Everything, as a manifest holds it."""
-        return {
-            "targets": list(self.targets),
-            "convention": self.convention,
-            "minima": self.minima,
-            "lora_slots": sorted(self.export.lora_slots),
-            **self.export.to_json(),
-            **{key: getattr(self, key) for key in CHECK_KEYS},
-            "prompts": list(self.prompts),
-            "text": None if self.text is None else content_digest(self.text.encode()),
-            "with_adapter": self.with_adapter,
-            "card": dict(self.card),
-            "template": None if self.template is None else content_digest(self.template.encode()),
-        }
+        text, template = (None if one is None else content_digest(one.encode()) for one in (self.text, self.template))
+        written = {one.name: getattr(self.export, one.name) for one in fields_of(Writing)}
+        own = {name: getattr(self, name) for name in OWN}
+        return OptionsEntry(lora_slots=self.export.lora_slots, text=text, template=template, **written, **own)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON."""
+        found: dict[str, Any] = encode(self.entry())
+        return found
 
     @classmethod
-    def from_json(
-        cls, content: Mapping[str, Any], *, text: str | None = None, template: str | None = None
-    ) -> ReleaseOptions:
-        """The options of a manifest whose form has been checked; text and template are given, as only their digests
-        are in it.
-        """
-        return cls(
-            targets=tuple(content["targets"]),
-            export=ExportOptions.from_json(content, lora_slots=frozenset(content["lora_slots"])),
-            convention=content["convention"],
-            minima=content["minima"],
-            prompts=tuple(content["prompts"]),
-            with_adapter=content["with_adapter"],
-            card=dict(content["card"]),
-            text=text,
-            template=template,
-            **{key: content[key] for key in CHECK_KEYS},
-        )
+    def of_entry(cls, entry: OptionsEntry, *, text: str | None = None, template: str | None = None) -> ReleaseOptions:
+        """The options of a manifest; text and template are given, as only their digests are in it."""
+        written = {one.name: getattr(entry, one.name) for one in fields_of(Writing)}
+        export = ExportOptions(lora_slots=entry.lora_slots, **written)
+        return cls(export=export, text=text, template=template, **{name: getattr(entry, name) for name in OWN})
 
     def with_provenance(self, provenance: Mapping[str, str]) -> ExportOptions:
         """What the writers are told, and where their files come from."""
         return replace(self.export, provenance=provenance)
-
-
-def _card(package: Package) -> dict[str, Any]:
-    found = {one.name: plain(getattr(package, one.name)) for one in fields_of(Card)}
-    return {key: value for key, value in found.items() if value}
 
 
 def _template(package: Package) -> str | None:

@@ -10,10 +10,10 @@ The folder appears only when every gate has passed. When one fails, the report s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qalora.adapter import Adapter
 from qalora.adapter.writing import write_adapter
@@ -23,6 +23,7 @@ from qalora.converters.huggingface import LICENCES
 from qalora.converters.plan import Plan, Progress
 from qalora.errors import ProofError
 from qalora.formats.output import check_apart, check_output, new_folder, text_bytes, write_json
+from qalora.formats.record_json import encode
 from qalora.releasing.card import card_text, check_template
 from qalora.releasing.checksums import SUMS, write_sums
 from qalora.releasing.manifest import (
@@ -34,6 +35,7 @@ from qalora.releasing.manifest import (
     provenance,
 )
 from qalora.releasing.options import ReleaseOptions
+from qalora.releasing.records import AdapterEntry, BaseEntry
 from qalora.releasing.sbom import SBOM, sbom_bytes
 from qalora.releasing.signing import sign
 
@@ -76,8 +78,8 @@ class ReleasePlan:
     adapter: Adapter | None
     options: ReleaseOptions
     jobs: tuple[ExportJob, ...]
-    base: Mapping[str, Any]
-    told: Mapping[str, Any] | None
+    base: BaseEntry
+    told: AdapterEntry | None
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +114,7 @@ def plan_release(
     """Check everything that can be refused: the output, and each target's plan. Reads the model for its digests."""
     preview(model, options, out, adapter=adapter, force=force)  # refuses before the long reading
     base, told = base_part(model), adapter_part(adapter)
-    export = options.with_provenance(provenance(base, told))
+    export = options.with_provenance(provenance(base.digest, None if told is None else told.digest))
     jobs = export_jobs(model, options.targets, export, adapter=adapter, minima=options.minima)
     return ReleasePlan(model=model, adapter=adapter, options=options, jobs=tuple(jobs), base=base, told=told)
 
@@ -125,7 +127,7 @@ def preview(
     check_apart(out, model.path)
     if options.template is not None:
         check_template(options.template)
-    blank = {"digest": "sha256:" + 64 * "0"}
+    blank = "sha256:" + 64 * "0"
     export = options.with_provenance(provenance(blank, None if adapter is None else blank))
     jobs = export_jobs(model, options.targets, export, adapter=adapter, minima=options.minima)
     return [job.plan for job in jobs]
@@ -198,12 +200,12 @@ def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
         write_adapter(planned.adapter, folder / ADAPTER)
     found = report.to_json(speed=False)
     write_json(folder / REPORT, found)
-    # of the JSON, as a check makes it again from there
-    (folder / PAGE).write_bytes(text_bytes(to_html(report_from_json(found, REPORT), speed=False)))
+    again = report_from_json(found, REPORT)  # card and page are of the JSON, as a check makes them from there
+    (folder / PAGE).write_bytes(text_bytes(to_html(again, speed=False)))
     licences = [name for name in LICENCES if name in planned.model.files]
     for name in licences:
         shutil.copyfile(planned.model.files[name], folder / name)
-    artifacts = [artifact_part(job.plan, folder, planned.base["parameters"]) for job in planned.jobs]
+    artifacts = [artifact_part(job.plan, folder, planned.base.parameters) for job in planned.jobs]
     manifest = make_manifest(
         base=planned.base,
         adapter=planned.told,
@@ -212,7 +214,7 @@ def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
         report=report,
         licences=licences,
     )
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, encode(manifest))
     (folder / SBOM).write_bytes(sbom_bytes(manifest))
-    (folder / CARD).write_bytes(text_bytes(card_text(manifest, found, template=planned.options.template)))
-    write_sums(folder, {name: file["sha256"] for part in artifacts for name, file in part["files"].items()})
+    (folder / CARD).write_bytes(text_bytes(card_text(manifest, again, template=planned.options.template)))
+    write_sums(folder, {name: file.sha256 for part in artifacts for name, file in part.files.items()})

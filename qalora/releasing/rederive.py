@@ -22,12 +22,14 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.exports import ExportJob, export_jobs, run_jobs
 from qalora.errors import InputError
 from qalora.formats.files import files_below
+from qalora.formats.record_json import encode
 from qalora.releasing.digests import content_digest
 from qalora.releasing.findings import Finding, Stage
 from qalora.releasing.integrity import differing_tensor
 from qalora.releasing.manifest import MANIFEST, adapter_part, artifact_part, base_part, make_manifest, provenance
 from qalora.releasing.options import ReleaseOptions
 from qalora.releasing.package import ADAPTER, REPORT, ReleasePlan, prove
+from qalora.releasing.records import AdapterEntry, BaseEntry, LayerDigest, Manifest, TensorDigest
 
 __all__ = ["Inputs", "compare_reports", "make_again"]
 
@@ -57,7 +59,7 @@ class _Again:
 
 def make_again(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     report: Mapping[str, Any],
     inputs: Inputs,
     *,
@@ -80,79 +82,81 @@ def make_again(
 
 
 def _plan(
-    folder: Path, manifest: Mapping[str, Any], inputs: Inputs, again: _Again, progress: Callable[[str], None]
+    folder: Path, manifest: Manifest, inputs: Inputs, again: _Again, progress: Callable[[str], None]
 ) -> ReleasePlan | None:
     progress("reading the base")
     base = base_part(inputs.base)
-    _compare_base(base, manifest["base"], again)
+    _compare_base(base, manifest.base, again)
     if again.findings:
         return None
     adapter = _adapter(folder, manifest, inputs)
     told = adapter_part(adapter)
-    _compare_told(told, manifest["adapter"], again)
+    _compare_told(told, manifest.adapter, again)
     if again.findings:
         return None
-    options = ReleaseOptions.from_json(manifest["options"], text=inputs.text, template=inputs.template)
-    export = options.with_provenance(provenance(base, told))
+    options = ReleaseOptions.of_entry(manifest.options, text=inputs.text, template=inputs.template)
+    export = options.with_provenance(provenance(base.digest, None if told is None else told.digest))
     jobs = export_jobs(inputs.base, options.targets, export, adapter=adapter, minima=options.minima)
     return ReleasePlan(model=inputs.base, adapter=adapter, options=options, jobs=tuple(jobs), base=base, told=told)
 
 
-def _compare_base(base: Mapping[str, Any], said: Mapping[str, Any], again: _Again) -> None:
+def _compare_base(base: BaseEntry, said: BaseEntry, again: _Again) -> None:
     """The first tensor that differs, and each companion file."""
-    for name in sorted({*base["tensors"], *said["tensors"]}):
-        mine, theirs = base["tensors"].get(name), said["tensors"].get(name)
+    for name in sorted({*base.tensors, *said.tensors}):
+        mine, theirs = base.tensors.get(name), said.tensors.get(name)
         if mine != theirs:
             again.add(f"base: {name}", f"{_difference(mine, theirs)}: it is not the base of this release")
             return
-    if base["digest"] != said["digest"]:
+    if base.digest != said.digest:
         again.add(f"{MANIFEST}: base.digest", "not that of its tensors")
-    for name in sorted({*base["files"], *said["files"]}):
-        if base["files"].get(name) != said["files"].get(name):
+    for name in sorted({*base.files, *said.files}):
+        if base.files.get(name) != said.files.get(name):
             again.add(f"base: {name}", f"not the file that {MANIFEST} names")
-    if base["config"] != said["config"]:
+    if base.config != said.config:
         again.add("base: config.json", f"not the one that {MANIFEST} names")
 
 
-def _difference(mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> str:
+def _difference(mine: TensorDigest | LayerDigest | None, theirs: TensorDigest | LayerDigest | None) -> str:
     if mine is None or theirs is None:
         return "only one of the two has it"
-    keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+    one, other = encode(mine), encode(theirs)
+    keys = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
     return f"other {' and '.join(keys)}"
 
 
-def _adapter(folder: Path, manifest: Mapping[str, Any], inputs: Inputs) -> Adapter | None:
-    if manifest["adapter"] is None:
+def _adapter(folder: Path, manifest: Manifest, inputs: Inputs) -> Adapter | None:
+    if manifest.adapter is None:
         if inputs.adapter is not None:
             raise InputError(field="adapter", expected="none, as this release has none", got=str(inputs.adapter))
         return None
     place = inputs.adapter if inputs.adapter is not None else folder / ADAPTER
     if not place.exists():
         raise InputError("this release was made with an adapter", todo="give it as `adapter`")
-    return read_adapter(place, inputs.base, convention=manifest["options"]["convention"])
+    return read_adapter(place, inputs.base, convention=manifest.options.convention)
 
 
-def _compare_told(told: Mapping[str, Any] | None, said: Mapping[str, Any] | None, again: _Again) -> None:
+def _compare_told(told: AdapterEntry | None, said: AdapterEntry | None, again: _Again) -> None:
     if told is None or said is None:
         return
-    for module in sorted({*told["layers"], *said["layers"]}):
-        mine, theirs = told["layers"].get(module), said["layers"].get(module)
+    for module in sorted({*told.layers, *said.layers}):
+        mine, theirs = told.layers.get(module), said.layers.get(module)
         if mine != theirs:
             again.add(f"adapter: {module}", f"{_difference(mine, theirs)}: it is not the adapter of this release")
             return
-    for name in sorted({*told["saved"], *said["saved"]}):
-        if told["saved"].get(name) != said["saved"].get(name):
+    for name in sorted({*told.saved, *said.saved}):
+        if told.saved.get(name) != said.saved.get(name):
             again.add(f"adapter: {name}", "another one: it is not the adapter of this release")
             return
     for key in ("convention", "minima", "digest"):
-        if told[key] != said[key]:
-            again.add(f"adapter: {key}", f"{told[key]} where {MANIFEST} says {said[key]}")
+        mine, theirs = getattr(told, key), getattr(said, key)
+        if mine != theirs:
+            again.add(f"adapter: {key}", f"{mine} where {MANIFEST} says {theirs}")
 
 
-def _compare_target(folder: Path, manifest: Mapping[str, Any], job: ExportJob, again: _Again) -> None:
+def _compare_target(folder: Path, manifest: Manifest, job: ExportJob, again: _Again) -> None:
     """Write one target again, and name the first tensor that differs in each of its files."""
     target = job.plan.target
-    said = next((artifact for artifact in manifest["artifacts"] if artifact["target"] == target), None)
+    said = next((artifact for artifact in manifest.artifacts if artifact.target == target), None)
     if said is None:
         again.add(target, f"{MANIFEST} lists no such artefact, and its options name it")
         return
@@ -165,7 +169,7 @@ def _compare_target(folder: Path, manifest: Mapping[str, Any], job: ExportJob, a
                 problem = "base and adapter give no such file" if name in there else "it is not there"
                 again.add(f"{target}/{name}", problem)
                 continue
-            rows = [row for row in said["tensors"] if row["file"] == name]
+            rows = [row for row in said.tensors if row.file == name]
             differs = differing_tensor(made / name, folder / target / name, rows)
             if differs is not None:
                 again.add(f"{target}/{name}: {differs}", "not what base and adapter give")
@@ -184,14 +188,14 @@ def _compare_adapter(folder: Path, planned: ReleasePlan, again: _Again) -> None:
 
 def _measure(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     report: Mapping[str, Any],
     planned: ReleasePlan,
     again: _Again,
     progress: Callable[[str], None],
 ) -> None:
     """Verify the artefacts again, compare the report, and the manifest that follows."""
-    wanted, options = manifest["options"]["text"], planned.options
+    wanted, options = manifest.options.text, planned.options
     if wanted is not None and options.text is None:
         again.notes.append("the report was measured on a text of its own: give it as `text` to measure again")
         return
@@ -201,19 +205,19 @@ def _measure(
     findings, notes = compare_reports(report, found.to_json(speed=False))
     again.findings += findings
     again.notes += notes
-    parts = [artifact_part(job.plan, folder, planned.base["parameters"]) for job in planned.jobs]
+    parts = [artifact_part(job.plan, folder, planned.base.parameters) for job in planned.jobs]
     made = make_manifest(
         base=planned.base,
         adapter=planned.told,
         options=options,
         artifacts=parts,
         report=found,
-        licences=manifest["licences"],
+        licences=manifest.licences,
     )
-    for key in sorted({*made, *manifest} - {"created", "versions", "gates", "passed"}):
-        if made.get(key) != manifest.get(key):
+    for key in ("adapter", "artifacts", "base", "licences", "name", "options"):
+        if getattr(made, key) != getattr(manifest, key):
             again.add(f"{MANIFEST}: {key}", "not what base, adapter and options give")
-    other = {key: value for key, value in made["versions"].items() if manifest["versions"].get(key) != value}
+    other = {key: value for key, value in made.versions.items() if manifest.versions.get(key) != value}
     if other:
         told = ", ".join(f"{key} {value}" for key, value in sorted(other.items()))
         again.notes.append(f"other versions here: {told}")

@@ -15,13 +15,15 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import quote
 
 from qalora.errors import FormatError, MissingLibraryError
 from qalora.formats.output import json_bytes
+from qalora.formats.record_json import encode
+from qalora.releasing.records import Manifest
 
 __all__ = ["SBOM", "sbom_bytes", "validate_sbom"]
 
@@ -40,18 +42,18 @@ SPDX = {word.lower(): word for word in _SPDX_WORDS.split()}
 """Licences that SPDX knows by the same word as models do; others are named, not identified."""
 
 
-def sbom_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The BOM of a manifest, as `read_manifest` gives it: JSON with sorted keys. FormatError for odd tensors."""
-    content = hashlib.sha256(json_bytes(manifest)).hexdigest()
+def sbom_bytes(manifest: Manifest) -> bytes:
+    """The BOM of a manifest: JSON with sorted keys."""
+    content = hashlib.sha256(json_bytes(encode(manifest))).hexdigest()
     files = list(_files(manifest))
     libraries = list(_libraries(manifest))
     parts = [_base(manifest), *_adapter(manifest), *files, *libraries]
     metadata: dict[str, Any] = {
         "component": _model(manifest),
-        "tools": {"components": [_library("qalora", manifest["versions"]["qalora"], kind="application")]},
+        "tools": {"components": [_library("qalora", manifest.versions.get("qalora", ""), kind="application")]},
     }
-    if manifest["created"] is not None:
-        metadata["timestamp"] = manifest["created"]
+    if manifest.created is not None:
+        metadata["timestamp"] = manifest.created
     return json_bytes(
         {
             "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -87,14 +89,14 @@ def validate_sbom(content: bytes, name: str = SBOM) -> None:
         raise FormatError(name, expected="a bill of materials by the schema of CycloneDX 1.6", got=reason[:200])
 
 
-def _model(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    adapted, tensors = manifest["adapter"] is not None, manifest["base"]["tensors"].values()
-    kinds = sorted({_grid(row) for row in tensors if "bits" in row})
-    held = ", ".join(f"{bits}-bit codes in groups of {size}" for bits, size in kinds) or "floats"
+def _model(manifest: Manifest) -> dict[str, Any]:
+    adapted, card = manifest.adapter is not None, manifest.options.card
+    held = ", ".join(f"{bits}-bit codes in groups of {size}" for bits, size in manifest.base.grids) or "floats"
+    datasets = [{"type": "dataset", "name": name} for name in card.datasets]
     return {
         "bom-ref": MODEL,
         "type": "machine-learning-model",
-        "name": manifest["name"],
+        "name": manifest.name,
         "description": f"a decoder in {held}" + (", a QA-LoRA adapter folded into its minima" if adapted else ""),
         **_licences(manifest),
         "modelCard": {
@@ -104,7 +106,7 @@ def _model(manifest: Mapping[str, Any]) -> dict[str, Any]:
                 "architectureFamily": "transformer",
                 "inputs": [{"format": "token ids"}],
                 "outputs": [{"format": "logits"}],
-                **({"datasets": _datasets(manifest)} if _datasets(manifest) else {}),
+                **({"datasets": datasets} if datasets else {}),
             },
             "quantitativeAnalysis": {"performanceMetrics": list(_metrics(manifest))},
             "properties": _properties(manifest),
@@ -112,27 +114,19 @@ def _model(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _grid(row: Mapping[str, Any]) -> tuple[int, int]:
-    bits, size = row["bits"], row.get("group_size")
-    if not isinstance(bits, int) or not isinstance(size, int):
-        raise FormatError("manifest.json: base.tensors", expected="bits and group_size", got=f"{(bits, size)!r:.60}")
-    return bits, size
-
-
-def _metrics(manifest: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+def _metrics(manifest: Manifest) -> Iterator[dict[str, str]]:
     """Sizes, and the gates with their verdict; the figures behind them are in report.json."""
-    for artifact in manifest["artifacts"]:
-        yield {"type": "bits per weight", "value": str(artifact["bits_per_weight"]), "slice": artifact["folder"]}
-    for gate in manifest["gates"]:
-        yield {"type": f"gate: {gate['gate']}", "value": gate["status"], "slice": gate["at"]}
+    for artifact in manifest.artifacts:
+        yield {"type": "bits per weight", "value": str(artifact.bits_per_weight), "slice": artifact.folder}
+    for gate in manifest.gates:
+        yield {"type": f"gate: {gate.gate}", "value": gate.status, "slice": gate.at}
 
 
-def _properties(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
-    losses = manifest["options"]["allow_loss"]
+def _properties(manifest: Manifest) -> list[dict[str, str]]:
     told = {
-        "parameters": str(manifest["base"]["parameters"]),
-        "passed": str(manifest["passed"]).lower(),
-        "losses accepted": ", ".join(losses) or "none",
+        "parameters": str(manifest.base.parameters),
+        "passed": str(manifest.passed).lower(),
+        "losses accepted": ", ".join(sorted(manifest.options.allow_loss)) or "none",
     }
     return [_property(key, value) for key, value in sorted(told.items())]
 
@@ -141,29 +135,24 @@ def _property(key: str, value: str) -> dict[str, str]:
     return {"name": f"qalora:{key}", "value": value}
 
 
-def _datasets(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    named = manifest["options"]["card"].get("datasets") or []
-    return [{"type": "dataset", "name": str(name)} for name in named]
-
-
-def _base(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    base = manifest["base"]
-    source = manifest["options"]["card"].get("base_model") or base["source"]
-    files = [_property(f"file {name}", digest) for name, digest in sorted(base["files"].items())]
+def _base(manifest: Manifest) -> dict[str, Any]:
+    base = manifest.base
+    source = manifest.options.card.base_model or base.source
+    files = [_property(f"file {name}", digest) for name, digest in sorted(base.files.items())]
     found = {
         "bom-ref": BASE,
         "type": "machine-learning-model",
-        "name": base["name"],
+        "name": base.name,
         **_licences(manifest),
-        "properties": [_property("digest", base["digest"]), _property("config", base["config"]), *files],
+        "properties": [_property("digest", base.digest), _property("config", base.config), *files],
     }
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
+    if source is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
         found["externalReferences"] = [{"type": "distribution", "url": f"https://huggingface.co/{source}"}]
     return found
 
 
-def _adapter(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    adapter = manifest["adapter"]
+def _adapter(manifest: Manifest) -> Iterator[dict[str, Any]]:
+    adapter = manifest.adapter
     if adapter is not None:
         yield {
             "bom-ref": ADAPTER,
@@ -171,33 +160,33 @@ def _adapter(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "name": "QA-LoRA adapter",
             "data": [{"type": "other", "name": "QA-LoRA adapter"}],
             "properties": [
-                _property("convention", adapter["convention"]),
-                _property("digest", adapter["digest"]),
-                _property("layers", str(len(adapter["layers"]))),
+                _property("convention", adapter.convention),
+                _property("digest", adapter.digest),
+                _property("layers", str(len(adapter.layers))),
             ],
         }
 
 
-def _files(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for artifact in manifest["artifacts"]:
-        for name, file in sorted(artifact["files"].items()):
+def _files(manifest: Manifest) -> Iterator[dict[str, Any]]:
+    for artifact in manifest.artifacts:
+        for name, file in sorted(artifact.files.items()):
             yield {
                 "bom-ref": f"file:{name}",
                 "type": "file",
                 "name": name,
-                "hashes": [{"alg": "SHA-256", "content": file["sha256"].removeprefix("sha256:")}],
-                "properties": [_property("bytes", str(file["bytes"])), _property("format", artifact["target"])],
+                "hashes": [{"alg": "SHA-256", "content": file.sha256.removeprefix("sha256:")}],
+                "properties": [_property("bytes", str(file.nbytes)), _property("format", artifact.target)],
             }
 
 
-def _libraries(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _libraries(manifest: Manifest) -> Iterator[dict[str, Any]]:
     """Python, and packages of PyPI: of a runtime that is several, as {"a + b": "1 + 2"} or {"a": "1, b 2"}, each."""
     found: dict[str, str] = {}
-    for name, version in sorted(manifest["versions"].items()):
+    for name, version in sorted(manifest.versions.items()):
         for one, number in zip(name.split(" + "), version.split(" + "), strict=False):
             first, *others = number.split(", ")
             told = [first if " " in first else f"{one} {first}", *others]  # "0.32.2, mlx 0.32.4", "xllamacpp 2026.10"
-            found.update(text.split(" ", 1) for text in told if " " in text)
+            found |= {text.partition(" ")[0]: text.partition(" ")[2] for text in told if " " in text}
     for name, version in sorted(found.items()):
         if name == "python":
             yield {"bom-ref": f"python@{version}", "type": "platform", "name": "Python", "version": version}
@@ -211,19 +200,19 @@ def _library(name: str, version: str, kind: str = "library") -> dict[str, Any]:
     return {"bom-ref": purl, "type": kind, "name": name, "version": version, "purl": purl}
 
 
-def _licences(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    given = manifest["options"]["card"].get("license") or manifest["base"]["license"]
-    if not isinstance(given, str):
+def _licences(manifest: Manifest) -> dict[str, Any]:
+    given = manifest.license
+    if given is None:
         return {}
     known = SPDX.get(given.lower())
     found: dict[str, Any] = {"id": known} if known else {"name": given}
     return {"licenses": [{"license": found}]}
 
 
-def _dependencies(manifest: Mapping[str, Any], libraries: list[str]) -> list[dict[str, Any]]:
+def _dependencies(manifest: Manifest, libraries: list[str]) -> list[dict[str, Any]]:
     """Every artefact's files are made of base and adapter, and of them the model consists; libraries made them."""
-    sources = [BASE, *([ADAPTER] if manifest["adapter"] is not None else [])]
-    files = [f"file:{name}" for artifact in manifest["artifacts"] for name in artifact["files"]]
+    sources = [BASE, *([ADAPTER] if manifest.adapter is not None else [])]
+    files = [f"file:{name}" for artifact in manifest.artifacts for name in artifact.files]
     found = {MODEL: [*sources, *files, *libraries], **dict.fromkeys(files, sources)}
     found |= {name: [] for name in [*sources, *libraries]}
     return [{"ref": ref, "dependsOn": sorted(found[ref])} for ref in sorted(found)]

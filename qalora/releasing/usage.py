@@ -7,12 +7,10 @@ only, and the block of Python beside them loads the same file in llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from qalora.converters import TARGETS, target
-from qalora.converters.format import Released, plain_name
+from qalora.converters.format import Released
 from qalora.errors import FormatError
+from qalora.releasing.records import ArtifactEntry, Manifest
 
 __all__ = ["adapter_usage", "check_usage", "usage"]
 
@@ -25,29 +23,29 @@ _CONVENTIONS = {
 }
 
 
-def usage(artifact: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """The section of one artefact of a manifest."""
-    name, files = artifact["target"], sorted(file.partition("/")[2] for file in artifact["files"])
+def usage(artifact: ArtifactEntry, model: str) -> str:
+    """The section of one artefact of a model."""
+    name, files = artifact.target, sorted(file.partition("/")[2] for file in artifact.files)
     if name not in TARGETS:
         raise FormatError("manifest.json: target", expected=", ".join(TARGETS), got=f"{name!r:.40}")
     found = target(name)
-    carriers = tuple(row["carrier"] for row in artifact["tensors"])
-    body = found.usage(Released(model=manifest["name"], files=tuple(files), carriers=carriers))
+    carriers = tuple(row.carrier for row in artifact.tensors)
+    body = found.usage(Released(model=model, files=tuple(files), carriers=carriers))
     if not found.tokenizer and not any(file.rpartition("/")[2] in TOKENIZERS for file in files):
         body += "\n\nThe base model has no tokenizer in a form that could be written here: take its own instead."
     return f"### {found.kind}: {found.runs}\n\n{body}"
 
 
-def adapter_usage(manifest: Mapping[str, Any]) -> str:
+def adapter_usage(manifest: Manifest) -> str:
     """The section about the adapter's folder; empty where there is none."""
-    adapter = manifest["adapter"]
-    if adapter is None or not manifest["options"]["with_adapter"]:
+    adapter = manifest.adapter
+    if adapter is None or not manifest.options.with_adapter:
         return ""
-    told = _CONVENTIONS.get(adapter["convention"], "see qalora's documentation")
+    told = _CONVENTIONS[adapter.convention]
     return f"""## The adapter alone
 
 `adapter/` holds the QA-LoRA adapter that was folded, in PEFT's layout with qalora's keys beside PEFT's. Its scaling is
-of the convention `{plain_name(adapter["convention"])}`: {told}. As an ordinary LoRA it gives another model.
+of the convention `{adapter.convention}`: {told}. As an ordinary LoRA it gives another model.
 
 ```sh
 qalora inspect adapter

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from qalora.cli.options import chosen, options_of
+from qalora.formats.record_json import encode
 from qalora.options import fields_of
 from qalora.options.export import Export
 from qalora.options.release import Card, Package
@@ -22,7 +23,7 @@ def command(**settings: Any) -> None:
     package = chosen(Package, settings, out="dist")
     assert not settings
     made = ReleaseOptions.of(Export(targets=("gguf",)), Verify(), package, None)
-    click.echo(json.dumps({"card": made.card, "template": made.template}))
+    click.echo(json.dumps({"card": encode(made.card), "template": made.template}))
 
 
 def told(*words: object) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qalora.errors import FormatError
-from qalora.formats.record_json import Finite, Key, Only, decode, encode, json_keys, like
+from qalora.formats.record_json import Finite, Key, Only, decode, encode, like
 
 Name = Annotated[str, like("[a-z]+", "a name")]
 Size = Annotated[int, Only(lambda number: number >= 0, "a size"), Key("bytes")]
@@ -92,6 +92,7 @@ WHOLES = st.builds(
 
 
 @given(WHOLES)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_there_and_back(whole: Whole) -> None:
     assert decode(Whole, json.loads(json.dumps(encode(whole))), "x.json") == whole
 
@@ -116,10 +117,6 @@ def test_what_it_looks_like() -> None:
         "seldom": {"words": ["b"]},
         "right": False,
         "open": None,
-    }
-    assert json_keys(Whole) - {"name"} == {
-        *("bytes", "shapes", "said", "weight", "exact", "names", "sizes", "seldom", "right", "open"),
-        *("kind", "radius", "sides", "text", "lines", "colour", "words"),
     }
 
 
@@ -185,6 +182,7 @@ ANY = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(encode(Whole(name="a", nbytes=0)))), ANY)
 def test_any_value_in_any_place(key: str, value: Any) -> None:
     """It is refused, with its place, or the record is that of its own JSON; a NaN is no other NaN."""

@@ -17,12 +17,14 @@ from forks import Forks
 from qalora.converters import TARGETS, load
 from qalora.converters.plan import ExportOptions
 from qalora.errors import FormatError, InputError
+from qalora.formats.record_json import decode
+from qalora.parity.reading import report_from_json
 from qalora.quantization import quantize
 from qalora.releasing.card import PARTS, card_text, check_template, default_template
 from qalora.releasing.licences import HUB_LICENCES
-from qalora.releasing.manifest import read_manifest
 from qalora.releasing.options import ReleaseOptions
 from qalora.releasing.package import plan_release, release
+from qalora.releasing.records import ArtifactEntry, Manifest
 from qalora.releasing.usage import usage
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
@@ -47,7 +49,13 @@ def released(root: Path, targets: tuple[str, ...], *, adapted: bool = True, **op
 
 
 def parts(folder: Path) -> tuple[Json, Json]:
-    return read_manifest(folder), json.loads((folder / "report.json").read_text("utf-8"))
+    manifest, report = (json.loads((folder / name).read_text("utf-8")) for name in ("manifest.json", "report.json"))
+    return manifest, report
+
+
+def made(manifest: Json, report: Json, **given: Any) -> str:
+    """The card of what the two files hold."""
+    return card_text(decode(Manifest, manifest, "manifest.json"), report_from_json(report, "report.json"), **given)
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +77,14 @@ def blocks(card: str) -> list[tuple[str, str]]:
 
 def test_it_is_a_function_of_manifest_and_report(light: Path) -> None:
     manifest, report = parts(light)
-    assert card_text(manifest, report) == (light / "README.md").read_text("utf-8")
+    assert made(manifest, report) == (light / "README.md").read_text("utf-8")
     report["artifacts"][0]["weights"]["codes_differ"] = 7
-    assert "| 7 |" in card_text(manifest, report)
+    assert "| 7 |" in made(manifest, report)
 
 
 def test_front_matter(light: Path) -> None:
     manifest, report = parts(light)
-    plain = ModelCard(card_text(manifest, report)).data.to_dict()
+    plain = ModelCard(made(manifest, report)).data.to_dict()
     assert plain["tags"] == ["qa-lora", "quantized", "4-bit", "gguf", "onnx", "qalora"]
     assert plain["library_name"] == "gguf" and plain["pipeline_tag"] == "text-generation"
     assert not {"base_model", "base_model_relation", "license", "language", "datasets", "quantized_by"} & set(plain)
@@ -87,13 +95,13 @@ def test_front_matter(light: Path) -> None:
         "datasets": ["some/data"],
         "quantized_by": "somebody",
     }
-    told = ModelCard(card_text(manifest, report)).data.to_dict()
+    told = ModelCard(made(manifest, report)).data.to_dict()
     assert told["base_model"] == "some/base" and told["base_model_relation"] == "finetune"
     assert told["license"] == "apache-2.0" and "license_name" not in told
     assert told["language"] == ["en", "de"] and told["datasets"] == ["some/data"]
     assert told["quantized_by"] == "somebody"
     manifest["adapter"] = None
-    assert ModelCard(card_text(manifest, report)).data.to_dict()["base_model_relation"] == "quantized"
+    assert ModelCard(made(manifest, report)).data.to_dict()["base_model_relation"] == "quantized"
 
 
 @pytest.mark.parametrize(
@@ -117,20 +125,20 @@ def test_front_matter(light: Path) -> None:
 def test_licences(light: Path, card: Json, licences: list[str], expected: Json) -> None:
     manifest, report = parts(light)
     manifest["options"]["card"], manifest["licences"] = card, licences
-    found = ModelCard(card_text(manifest, report)).data.to_dict()
+    found = ModelCard(made(manifest, report)).data.to_dict()
     assert {key: value for key, value in found.items() if key.startswith("license")} == expected
 
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
     template = "---\n{{ card_data }}\nextra: 1\n---\n# Ours: {{title}}\n{{ proof }}\n{% not executed %} {{ '{{' }}\n"
     with pytest.raises(InputError, match=r"none; give it as `card_template`|expected the one"):
-        card_text(*_with_template(tmp_path, template))
+        made(*_with_template(tmp_path, template))
     manifest, report = _with_template(tmp_path, template)
-    text = card_text(manifest, report, template=template)
+    text = made(manifest, report, template=template)
     assert "# Ours: tiny, fine-tuned\n" in text and "{% not executed %} {{ '{{' }}" in text
     assert ModelCard(text).data.to_dict()["extra"] == 1
     with pytest.raises(InputError, match="another one"):
-        card_text(manifest, report, template=default_template())
+        made(manifest, report, template=default_template())
 
 
 def _with_template(root: Path, template: str) -> tuple[Json, Json]:
@@ -154,7 +162,7 @@ def test_templates_that_make_no_card(light: Path, template: str, message: str) -
     manifest, report = parts(light)
     manifest["options"]["template"] = content_digest(template.encode())
     with pytest.raises(InputError, match=message):
-        card_text(manifest, report, template=template)
+        made(manifest, report, template=template)
     with pytest.raises(InputError, match=message):
         check_template(template)
     check_template(default_template())
@@ -184,7 +192,12 @@ def _source(manifest: Json, report: Json) -> None:
 def _report(manifest: Json, report: Json) -> None:
     report["artifacts"][0]["name"] = EVIL
     report["artifacts"][0]["runs"] = [
-        {"kind": EVIL, "runtime": {"name": EVIL, "version": EVIL}, "lost": 0.5, "logits": None, "gates": []}
+        {
+            "kind": EVIL,
+            "runtime": {"name": EVIL, "version": EVIL, "backend": EVIL, "dtype": EVIL, "threads": 1},
+            "rounding": EVIL,
+            "lost": 0.5,
+        }
     ]
 
 
@@ -192,7 +205,7 @@ def _report(manifest: Json, report: Json) -> None:
 def test_strings_of_others_stay_text(light: Path, plant: Callable[[Json, Json], None]) -> None:
     manifest, report = deepcopy(parts(light))
     plant(manifest, report)
-    text = card_text(manifest, report)
+    text = made(manifest, report)
     card = ModelCard(text)
     code = re.sub(r"`[^`\n]*`", "", card.text)
     assert "<script>" not in code and "](http" not in code and "www.evil" not in code
@@ -203,13 +216,16 @@ def test_strings_of_others_stay_text(light: Path, plant: Callable[[Json, Json], 
     assert [row.count("|") for row in card.text.splitlines() if row[:1] == "|"][:6] == [8] * 5 + [8]
 
 
+FILE = {"bytes": 1, "sha256": "sha256:" + 64 * "0"}
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda manifest: manifest["options"]["card"].update(language="en"),
         lambda manifest: manifest["options"]["card"].update(quantized_by=["a"]),
         lambda manifest: manifest["artifacts"][0].update(target="exe"),
-        lambda manifest: manifest["artifacts"][0].update(files={'gguf/a" && rm -r x.gguf': {}}),
+        lambda manifest: manifest["artifacts"][0].update(files={'gguf/a" && rm -r x.gguf': FILE}),
         lambda manifest: manifest["artifacts"][0].update(files={}),
         lambda manifest: manifest["adapter"].update(convention="a`b"),
         lambda manifest: manifest["base"]["tensors"].update(x={"bits": 4}),
@@ -219,28 +235,29 @@ def test_manifests_that_lie_are_refused(light: Path, change: Callable[[Json], No
     manifest, report = parts(light)
     change(manifest)
     with pytest.raises(FormatError, match=r"manifest\.json"):
-        card_text(manifest, report)
+        made(manifest, report)
 
 
 @pytest.mark.parametrize(
     "report",
     [
-        {},
+        {"schema": "qalora.parity/2"},
         {"text": None, "level": "weights"},
-        {"text": {"tokens": "many"}, "level": "logits", "artifacts": []},
-        {"text": {"tokens": 1}, "level": "weights", "artifacts": [{"name": 1}]},
+        {"text": {"tokens": "many", "source": None, "windows": 1}, "level": "logits", "artifacts": []},
+        {"text": {"tokens": 1, "source": None, "windows": 1}, "level": "weights", "artifacts": [{"name": 1}]},
     ],
 )
 def test_reports_that_are_none(light: Path, report: Json) -> None:
-    with pytest.raises(FormatError, match=r"report\.json, manifest\.json: expected a report"):
-        card_text(parts(light)[0], report)
+    with pytest.raises(FormatError, match=r"^report\.json: "):
+        made(parts(light)[0], {"schema": "qalora.parity/1", **report})
 
 
 def test_every_target_has_its_usage(light: Path) -> None:
     manifest, _ = parts(light)
     for target in TARGETS:
-        files = {"gguf/a.gguf": {}} if target == "gguf" else {}
-        assert blocks(usage({"target": target, "files": files, "tensors": []}, manifest))
+        files = {"gguf/a.gguf": FILE} if target == "gguf" else {}
+        changed = {**manifest["artifacts"][0], "target": target, "files": files, "tensors": []}
+        assert blocks(usage(decode(ArtifactEntry, changed, ""), manifest["name"]))
 
 
 @pytest.mark.slow
@@ -281,7 +298,7 @@ def test_the_folder_is_as_it_was(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "copy")
     done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "copy", check=False)
     assert done.returncode == 0
-    assert card_text(*parts(tmp_path / "copy")) == (whole / "README.md").read_text("utf-8")
+    assert made(*parts(tmp_path / "copy")) == (whole / "README.md").read_text("utf-8")
     assert all(kind in (whole / "README.md").read_text("utf-8") for kind in ("| mlx |", "| hqq |", "| llama.cpp |"))
 
 

@@ -106,11 +106,13 @@ def render(dist: Path) -> None:
     from qalora.parity.html import to_html
     from qalora.parity.reading import report_from_json
     from qalora.releasing.card import card_text
+    from qalora.releasing.manifest import read_manifest
     from qalora.releasing.sbom import sbom_bytes
 
-    manifest, report = (json.loads((dist / name).read_text("utf-8")) for name in ("manifest.json", "report.json"))
+    manifest = read_manifest(dist)
+    report = report_from_json(json.loads((dist / "report.json").read_text("utf-8")), "")
     (dist / "README.md").write_text(card_text(manifest, report), encoding="utf-8")
-    (dist / "report.html").write_text(to_html(report_from_json(report, ""), speed=False), encoding="utf-8")
+    (dist / "report.html").write_text(to_html(report, speed=False), encoding="utf-8")
     (dist / "sbom.cdx.json").write_bytes(sbom_bytes(manifest))
     write_sums(dist)
 

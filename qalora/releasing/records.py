@@ -1,0 +1,208 @@
+"""The records of manifest.json, schema "qalora.release/1": what a release was made of, how, and what came out, so that
+it can be checked and made again. Later versions of the schema add keys and rename none.
+
+Digests are those of `qalora.releasing.digests`. Nothing in it depends on the machine; the time is there on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from qalora.converters.plan import Loss
+from qalora.formats.record_json import Finite, Key, like
+from qalora.options.export import Writing
+from qalora.options.release import Card
+from qalora.options.words import Convention, Level, Minima
+from qalora.parity.gates import Status
+
+__all__ = [
+    "AdapterEntry",
+    "ArtifactEntry",
+    "BaseEntry",
+    "Digest",
+    "FileEntry",
+    "FloatDigest",
+    "GateEntry",
+    "LayerDigest",
+    "Manifest",
+    "OptionsEntry",
+    "QuantizedDigest",
+    "TensorDigest",
+    "TensorEntry",
+]
+
+Digest = Annotated[str, like("sha256:[0-9a-f]{64}", "sha256: and 64 hexadecimal digits")]
+Size = Annotated[int, Key("bytes")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedDigest:
+    """A quantized tensor of the base. g_idx: None where the columns are in order."""
+
+    SPARSE: ClassVar[bool] = True
+
+    bits: int
+    group_size: int
+    shape: tuple[int, ...]
+    codes: Digest
+    scale: Digest
+    min: Digest
+    g_idx: Digest | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatDigest:
+    """A float tensor of the base."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    values: Digest
+
+
+TensorDigest = QuantizedDigest | FloatDigest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseEntry:
+    """The base.
+
+    source   its Hub id, and license, where they are known
+    layout   the format it was read from
+    digest   of all tensors; config: of the JSON of its config; files: of its companion files
+    """
+
+    name: str
+    source: str | None
+    license: str | None
+    layout: str
+    parameters: int
+    digest: Digest
+    config: Digest
+    files: Mapping[str, Digest]
+    tensors: Mapping[str, TensorDigest]
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Bits and group size of its quantized tensors, each pair once, in order."""
+        return sorted({(row.bits, row.group_size) for row in self.tensors.values() if isinstance(row, QuantizedDigest)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDigest:
+    """One layer of the adapter; `a` and `b` are the digests of A and B."""
+
+    rank: int
+    pool_size: int
+    factor: Finite
+    a: Digest
+    b: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterEntry:
+    """The adapter. saved: the tensors and rows that it brings whole, and the files of its tokenizer."""
+
+    digest: Digest
+    convention: Convention
+    minima: Minima | None
+    layers: Mapping[str, LayerDigest]
+    saved: Mapping[str, Digest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionsEntry(Writing):
+    """Everything that the release was told, see `qalora.releasing.options`; of text and template the digests."""
+
+    targets: tuple[str, ...]
+    convention: Convention | None
+    minima: Minima | None
+    lora_slots: frozenset[str]
+    level: Level
+    max_tokens: int
+    generate: int
+    threads: int | None
+    dynamic_int8: bool
+    prompts: tuple[str, ...]
+    text: Digest | None
+    with_adapter: bool
+    card: Card
+    template: Digest | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """A file of an artefact."""
+
+    nbytes: Size
+    sha256: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """What was planned for one tensor, and the digest of its bytes in its file."""
+
+    name: str
+    carrier: str
+    file: str
+    offset: int
+    nbytes: Size
+    loss: Loss | None
+    sha256: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactEntry:
+    """What came out for one target.
+
+    nbytes   of all its files, which are named as in the release; a tensor's `file` is named as in the folder
+    longest  tokens up to which its runtime computes what the model does; None: as far as the model reaches
+    """
+
+    target: str
+    folder: str
+    nbytes: Size
+    bits_per_weight: Finite
+    longest: int | None
+    notes: tuple[str, ...]
+    files: Mapping[str, FileEntry]
+    tensors: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateEntry:
+    """Where a gate was applied, its name and its status; figures and derivations are in report.json."""
+
+    at: str
+    gate: str
+    status: Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All of it.
+
+    name      the model's, as --name gives it, or the base's
+    created   None, or the time that SOURCE_DATE_EPOCH gives
+    versions  of qalora, of Python, of the libraries that write the files, of the runtimes that proved them
+    passed    whether the report passed
+    licences  the files of the base that say what may be done with it
+    """
+
+    schema: Literal["qalora.release/1"] = "qalora.release/1"
+    name: str
+    created: str | None
+    versions: Mapping[str, str]
+    base: BaseEntry
+    adapter: AdapterEntry | None
+    options: OptionsEntry
+    artifacts: tuple[ArtifactEntry, ...]
+    gates: tuple[GateEntry, ...]
+    passed: bool
+    licences: tuple[str, ...]
+
+    @property
+    def license(self) -> str | None:
+        """What the card was told, or the base says."""
+        return self.options.card.license or self.base.license
