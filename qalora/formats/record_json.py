@@ -19,9 +19,9 @@ import math
 import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from qalora.errors import FormatError, InputError
 
@@ -81,8 +81,8 @@ def decode(kind: type[T], content: Any, where: str) -> T:
 def encode(value: Any, real: Callable[[float], Any] = lambda number: number) -> Any:
     """What JSON has for a record, or for what its fields hold; `real` gives what is written for a float."""
     if is_dataclass(value):
-        found = [(part, getattr(value, part.name)) for part in _parts(cast(Any, type(value)))]
-        sparse = getattr(value, "SPARSE", False)
+        kind: Any = type(value)
+        found, sparse = [(part, getattr(value, part.name)) for part in _parts(kind)], getattr(kind, "SPARSE", False)
         return {part.key: encode(item, real) for part, item in found if not sparse or item != part.default}
     if isinstance(value, Mapping):
         return {key: encode(item, real) for key, item in value.items()}
@@ -101,8 +101,7 @@ class _Wrong(Exception):
         self.expected, self.got, self.place, self.what, self.todo = expected, got, place, what, todo
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class _Part(NamedTuple):
     """A field of a record. word: the one that it always is, or None."""
 
     name: str
@@ -110,23 +109,22 @@ class _Part:
     kind: Any
     default: Any
     needed: bool
-    word: Any
+    word: str | None
 
 
 @cache
-def _parts(kind: type) -> tuple[_Part, ...]:
+def _parts(kind: Any) -> tuple[_Part, ...]:
     hints = get_type_hints(kind, include_extras=True)
-    found = []
-    for field in fields(cast(Any, kind)):
-        hint = hints[field.name]
-        marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-        key = next((mark.name for mark in marks if isinstance(mark, Key)), field.name)
-        words = get_args(hint) if get_origin(hint) is Literal else ()
-        word = words[0] if len(words) == 1 else None
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        needed = default is MISSING or word is not None
-        found.append(_Part(name=field.name, key=key, kind=hint, default=default, needed=needed, word=word))
-    return tuple(found)
+    return tuple(_part(field, hints[field.name]) for field in fields(kind))
+
+
+def _part(field: Field[Any], hint: Any) -> _Part:
+    marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    words = get_args(hint) if get_origin(hint) is Literal else ()
+    word = words[0] if len(words) == 1 else None
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    key = next((mark.name for mark in marks if isinstance(mark, Key)), field.name)
+    return _Part(field.name, key, hint, default, default is MISSING or word is not None, word)
 
 
 @cache
@@ -138,15 +136,15 @@ def _reader(kind: Any) -> Reader:
     if origin in (Union, types.UnionType):
         kinds = [one for one in inner if one is not types.NoneType]
         read = _reader(kinds[0]) if len(kinds) == 1 else _one_of(kinds)
-        return read if len(kinds) == len(inner) else _or_none(read)
+        return read if kinds == [*inner] else lambda content: None if content is None else read(content)
     if origin is Literal:
-        return _words(inner)
-    if origin is tuple and inner[-1] is not Ellipsis:
-        return _row([_reader(one) for one in inner])
+        return _limited(lambda content: content, [Only(inner.__contains__, " or ".join(inner))])
     if origin in (tuple, frozenset):
-        return _many(origin, _reader(inner[0]))
+        readers = [_reader(one) for one in inner if one is not Ellipsis]
+        return _many(origin, readers, same=origin is frozenset or Ellipsis in inner)
     if origin is not None and issubclass(origin, Mapping):
-        return _mapping(_reader(inner[1]))
+        read = _reader(inner[1])
+        return lambda content: {key: _inside(key, read, item) for key, item in _object(content).items()}
     if kind is Any:
         return lambda content: content
     return _record(kind) if is_dataclass(kind) else _plain(kind)
@@ -163,25 +161,15 @@ def _limited(read: Reader, limits: list[Only]) -> Reader:
     return limited
 
 
-def _words(words: tuple[Any, ...]) -> Reader:
-    def one_word(content: Any) -> Any:
-        if content not in words:
-            raise _Wrong(" or ".join(map(str, words)), _shown(content))
-        return content
-
-    return one_word
-
-
 def _plain(kind: type) -> Reader:
     """A value of a type of JSON's own."""
 
     def plain(content: Any) -> Any:
-        if isinstance(content, kind) and not (kind is int and isinstance(content, bool)):
+        whole = isinstance(content, int) and not isinstance(content, bool)
+        if isinstance(content, kind) and (whole or kind is not int):
             return content
-        if kind is float and content is None:
-            return math.nan
-        if kind is float and isinstance(content, int) and not isinstance(content, bool) and abs(content) < LARGEST:
-            return float(content)
+        if kind is float and (content is None or (whole and abs(content) < LARGEST)):
+            return math.nan if content is None else float(content)
         raise _Wrong(_NAMES[kind], _shown(content))
 
     return plain
@@ -190,23 +178,17 @@ def _plain(kind: type) -> Reader:
 _object, _list = _plain(dict), _plain(list)
 
 
-def _row(readers: list[Reader]) -> Reader:
-    """A list of as many values as there are types."""
+def _many(make: Any, readers: list[Reader], same: bool) -> Reader:
+    """A list of things of the same type, or of as many as there are types."""
 
-    def row(content: Any) -> tuple[Any, ...]:
-        if len(_list(content)) != len(readers):
-            raise _Wrong(f"{len(readers)} values", f"{len(content)}")
-        return tuple(_inside(n, *pair) for n, pair in enumerate(zip(readers, content, strict=True)))
+    def many(content: Any) -> Any:
+        items = _list(content)
+        each = readers * len(items) if same else readers
+        if len(each) != len(items):
+            raise _Wrong(f"{len(each)} values", f"{len(items)}")
+        return make(_inside(n, *pair) for n, pair in enumerate(zip(each, items, strict=True)))
 
-    return row
-
-
-def _many(make: Any, read: Reader) -> Reader:
-    return lambda content: make(_inside(n, read, item) for n, item in enumerate(_list(content)))
-
-
-def _mapping(read: Reader) -> Reader:
-    return lambda content: {key: _inside(key, read, item) for key, item in _object(content).items()}
+    return many
 
 
 def _record(kind: Any) -> Reader:
@@ -216,7 +198,7 @@ def _record(kind: Any) -> Reader:
     def record(content: Any) -> Any:
         for key, part in parts.items():  # a word before all else: it says what the rest means
             if part.word is not None and _object(content).get(key) != part.word:
-                raise _Wrong(str(part.word), _shown(content.get(key)), _step(key), todo=_LATER)
+                raise _Wrong(part.word, _shown(content.get(key)), _step(key), todo=_LATER)
         for key in sorted(_object(content).keys() - readers):
             raise _Wrong("a known key", "another", _step(key), todo=_LATER)
         for key, part in parts.items():
@@ -246,10 +228,6 @@ def _one_of(kinds: list[Any]) -> Reader:
 
     words = {kind: [part for part in _parts(kind) if part.word is not None] for kind in kinds}
     return one_of
-
-
-def _or_none(read: Reader) -> Reader:
-    return lambda content: None if content is None else read(content)
 
 
 def _inside(at: str | int, read: Reader, content: Any) -> Any:
