@@ -352,12 +352,18 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_our_record_is_checked(tmp_path: Path) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"version": 2}, "version: expected 1, got 2; update qalora"),
-        ({"convention": "mine"}, "expected a convention and minima"),
-        ({"minima": "bfloat16"}, "expected a convention and minima"),
+        ({"convention": "mine"}, "convention: expected paper or official or peft, got 'mine'"),
+        ({"minima": "bfloat16"}, "minima: expected float16 or float32, got 'bfloat16'"),
         ({"layers": {}}, "layers: expected those of"),
-        ({"layers": {Q: 1, DOWN: 2}}, "expected pool_size and factor"),
-        ({"layers": {m: {"pool_size": 0, "factor": 1.0} for m in SHAPES}}, "pool_size of"),
-        ({"layers": {m: {"pool_size": 32, "factor": math.nan} for m in SHAPES}}, "factor of"),
+        ({"layers": {Q: 1, DOWN: 2}}, "expected an object, got 1"),
+        (
+            {"layers": {m: {"pool_size": 0, "factor": 1.0} for m in SHAPES}},
+            "expected a whole number from 1, got 0",
+        ),
+        (
+            {"layers": {m: {"pool_size": 32, "factor": math.nan} for m in SHAPES}},
+            "expected a finite number, got nan",
+        ),
         ({"layers": {m: {"pool_size": 32, "factor": 0.2500001} for m in SHAPES}}, "undo the change"),
         ({"layers": {m: {"pool_size": 16, "factor": 0.25} for m in SHAPES}}, "as its files say"),
     ]

@@ -16,40 +16,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qalora.adapter.keys import sort_keys
-from qalora.adapter.peft_config import CONFIG, PeftConfig, check_number, check_work, parse_config, read_json
+from qalora.adapter.peft_config import CONFIG, PeftConfig, check_work, parse_config, read_json
 from qalora.adapter.records import CONVENTIONS, Adapter, AdapterLayer, Convention, convention_factor
 from qalora.adapter.saved import SavedTensors
 from qalora.adapter.saving import check_names, check_saved, saved_tensors
-from qalora.adapter.writing import RECORD, RECORD_VERSION, WEIGHTS
+from qalora.adapter.writing import RECORD, WEIGHTS, AdapterRecord
 from qalora.checkpoint import module_of
 from qalora.errors import AdapterError, FormatError, InputError
 from qalora.formats.around import instead_of_adapter
 from qalora.formats.files import InputFile, contained
+from qalora.formats.record_json import decode
 from qalora.formats.safetensors import Entry, read_header, read_tensor
 
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
 
-__all__ = ["AdapterRecord", "AdapterSource", "convention_of", "given_adapter", "open_adapter", "read_adapter"]
+__all__ = ["AdapterSource", "convention_of", "given_adapter", "open_adapter", "read_adapter"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAME_FACTOR = 2.0**-48
 """How far, relatively, a recorded factor may be from what alpha gives, which is rounded at each of five steps."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterRecord:
-    """What `qalora_adapter.json` says: for each module its pool size and factor."""
-
-    convention: Convention
-    minima: Literal["float16", "float32"] | None
-    layers: Mapping[str, tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,23 +168,11 @@ def _pair(parts: Mapping[str, Entry], where: str) -> tuple[Entry, Entry]:
 def _read_record(folder: Path, pairs: Mapping[str, object]) -> AdapterRecord | None:
     if not (folder / RECORD).exists():
         return None
-    content, where = read_json(folder, RECORD), str(folder / RECORD)
-    if content.get("version") != RECORD_VERSION:
-        raise FormatError(
-            f"{where}: version", expected=str(RECORD_VERSION), got=repr(content.get("version")), todo="update qalora"
-        )
-    convention, minima, layers = content.get("convention"), content.get("minima"), content.get("layers")
-    if convention not in CONVENTIONS or minima not in (None, "float16", "float32"):
-        raise FormatError(where, expected="a convention and minima", got=f"{convention!r} and {minima!r}")
-    if not isinstance(layers, dict) or set(layers) != set(pairs):
+    where = str(folder / RECORD)
+    record = decode(AdapterRecord, read_json(folder, RECORD), where)
+    if set(record.layers) != set(pairs):
         raise FormatError(f"{where}: layers", expected=f"those of {WEIGHTS}", got="others", todo=f"remove {RECORD}")
-    read = {}
-    for module, layer in layers.items():
-        if not isinstance(layer, dict):
-            raise FormatError(f"{where}: {module}", expected="pool_size and factor", got=type(layer).__name__)
-        pool_size = check_number(layer.get("pool_size"), f"{where}: pool_size of {module}", whole=True)
-        read[module] = int(pool_size), check_number(layer.get("factor"), f"{where}: factor of {module}")
-    return AdapterRecord(convention=convention, minima=minima, layers=read)
+    return record
 
 
 def _check_model(source: AdapterSource, model: Checkpoint) -> None:
@@ -221,7 +201,7 @@ def _check_model(source: AdapterSource, model: Checkpoint) -> None:
 def _pool_size(source: AdapterSource, module: str, model: Checkpoint | None) -> int:
     """in / (columns of A), checked against what the files say; what the files say where there is no model."""
     config, record = source.config, source.record
-    said = record.layers[module][0] if record is not None else config.group_size if config.use_qalora else None
+    said = record.layers[module].pool_size if record is not None else config.group_size if config.use_qalora else None
     if model is None:
         if said is None:
             raise AdapterError(
@@ -290,7 +270,7 @@ def _factor(source: AdapterSource, module: str, convention: Convention, pool_siz
         given = convention_factor(convention, scaling, source.columns(module) * pool_size, pool_size)
     if source.record is None:
         return given
-    recorded = source.record.layers[module][1]
+    recorded = source.record.layers[module].factor
     if abs(recorded - given) > SAME_FACTOR * abs(given):
         raise AdapterError(
             f"{source.folder}: the factor of {module}",

@@ -23,8 +23,9 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -34,14 +35,35 @@ from qalora.adapter.rewriting import alpha_for, convert
 from qalora.checkpoint import LazyTensor, module_of
 from qalora.errors import AdapterError
 from qalora.formats.output import write_json
+from qalora.formats.record_json import Finite, Only, encode
 from qalora.formats.safetensors import Layout, SafetensorsWriter, plan_layout
+from qalora.options.words import Minima
 
-__all__ = ["ADAPTER_FILES", "RECORD", "RECORD_VERSION", "WEIGHTS", "adapter_sizes", "write_adapter"]
+__all__ = ["ADAPTER_FILES", "RECORD", "WEIGHTS", "AdapterRecord", "adapter_sizes", "write_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "qalora_adapter.json"
-RECORD_VERSION = 1
 ADAPTER_FILES = (CONFIG, WEIGHTS, RECORD)
+
+PoolSize = Annotated[int, Only(lambda size: 1 <= size < 1 << 31, "a whole number from 1")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord:
+    """What `qalora_adapter.json` says of a module."""
+
+    pool_size: PoolSize
+    factor: Finite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRecord:
+    """What `qalora_adapter.json` says."""
+
+    version: Literal[1] = 1
+    convention: Convention
+    minima: Minima | None
+    layers: Mapping[str, LayerRecord]
 
 
 def write_adapter(adapter: Adapter, folder: Path | str, *, convention: Convention | None = None) -> None:
@@ -153,15 +175,11 @@ def _plain(alpha: float) -> float | int:
 
 
 def _record(adapter: Adapter) -> dict[str, Any]:
-    layers: Mapping[str, Any] = {
-        module: {"pool_size": layer.pool_size, "factor": layer.factor} for module, layer in adapter.layers.items()
+    layers = {
+        module: LayerRecord(pool_size=layer.pool_size, factor=layer.factor) for module, layer in adapter.layers.items()
     }
-    return {
-        "version": RECORD_VERSION,
-        "convention": adapter.convention,
-        "minima": adapter.minima,
-        "layers": layers,
-    }
+    found: dict[str, Any] = encode(AdapterRecord(convention=adapter.convention, minima=adapter.minima, layers=layers))
+    return found
 
 
 def _text(content: object) -> str:

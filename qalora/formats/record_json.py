@@ -6,11 +6,12 @@
         nbytes: Annotated[int, Key("bytes"), Only(lambda n: n >= 0, "a size")]
 
 A field's type is a record, str, int, bool, float, `Any`, words (`Literal`), one of these or None, a tuple of them, a
-frozenset of text (a sorted list), a Mapping of text to them, or one of several records. Of several records it is the
-one whose word is there, a field of one word that all of them have (`op: Literal["copy"] = "copy"`); without words, the
-first whose keys are all there. A field that has a default may be absent, but for a word. What is not finite may be null
-where a number is wanted, as JSON has no name for it; `Finite` takes neither. A class whose `SPARSE` is true leaves out
-what is as by default. A record's own check (`__post_init__`) raises InputError, which is told with the record's place.
+frozenset of text (a sorted list), a Mapping of text to them, or one of several records; a path is only written. Of
+several records it is the one whose word is there, a field of one word that all of them have (`op: Literal["copy"] =
+"copy"`); without words, the first whose keys are all there. A field that has a default may be absent, but for a word.
+What is not finite may be null where a number is wanted, as JSON has no name for it; `Finite` takes neither. A class
+whose `SPARSE` is true leaves out what is as by default. A record's own check (`__post_init__`) raises InputError, which
+is told with the record's place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from qalora.errors import FormatError, InputError
@@ -90,6 +92,8 @@ def encode(value: Any, real: Callable[[float], Any] = lambda number: number) -> 
         return sorted(value)
     if isinstance(value, tuple | list):
         return [encode(item, real) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
     return real(value) if isinstance(value, float) else value
 
 
@@ -109,7 +113,7 @@ class _Part(NamedTuple):
     kind: Any
     default: Any
     needed: bool
-    word: str | None
+    word: Any
 
 
 @cache
@@ -138,7 +142,7 @@ def _reader(kind: Any) -> Reader:
         read = _reader(kinds[0]) if len(kinds) == 1 else _one_of(kinds)
         return read if kinds == [*inner] else lambda content: None if content is None else read(content)
     if origin is Literal:
-        return _limited(lambda content: content, [Only(inner.__contains__, " or ".join(inner))])
+        return _limited(lambda content: content, [Only(inner.__contains__, " or ".join(map(str, inner)))])
     if origin in (tuple, frozenset):
         readers = [_reader(one) for one in inner if one is not Ellipsis]
         return _many(origin, readers, same=origin is frozenset or Ellipsis in inner)
@@ -198,7 +202,7 @@ def _record(kind: Any) -> Reader:
     def record(content: Any) -> Any:
         for key, part in parts.items():  # a word before all else: it says what the rest means
             if part.word is not None and _object(content).get(key) != part.word:
-                raise _Wrong(part.word, _shown(content.get(key)), _step(key), todo=_LATER)
+                raise _Wrong(str(part.word), _shown(content.get(key)), _step(key), todo=_LATER)
         for key in sorted(_object(content).keys() - readers):
             raise _Wrong("a known key", "another", _step(key), todo=_LATER)
         for key, part in parts.items():

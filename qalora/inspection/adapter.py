@@ -131,7 +131,7 @@ def _pool(source: AdapterSource, module: str, width: int | None) -> int | None:
     if width is not None and width % columns == 0:
         return width // columns
     if source.record is not None:
-        return source.record.layers[module][0]
+        return source.record.layers[module].pool_size
     return source.config.group_size if source.config.use_qalora else None
 
 

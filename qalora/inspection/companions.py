@@ -10,7 +10,7 @@ from qalora.converters.ends import end_notes, ends_of, token_texts
 from qalora.converters.tokenizer import has_tokenizer
 from qalora.errors import InputError
 from qalora.formats.json_text import read_json
-from qalora.inspection.records import EndTokens, Finding
+from qalora.inspection.records import EndToken, EndTokens, Finding
 
 __all__ = ["companion_findings", "end_tokens"]
 
@@ -50,7 +50,8 @@ def end_tokens(model: Checkpoint) -> tuple[EndTokens | None, tuple[str, ...], li
             todo="name the end tokens by their ids in generation_config.json",
         )
         return None, (), [warning]
-    return EndTokens(tokens=tuple((n, texts.get(n)) for n in found.ids), source=found.source), end_notes(model), []
+    tokens = tuple(EndToken(id=n, text=texts.get(n)) for n in found.ids)
+    return EndTokens(tokens=tokens, source=found.source), end_notes(model), []
 
 
 def _is_portable_graph(model: Checkpoint) -> bool:

@@ -1,42 +1,25 @@
 """What an inspection gives, as dataclasses and as JSON. The JSON is stable: keys are added, never renamed.
 
-A model:
-
-    {"kind": "model", "path", "layout": "huggingface" | "qalora" | "gptq" | "gguf" | "onnx" | ...,
-     "family": config's model_type, "layers": int, "tied": bool,
-     "weights": int, "bytes": int, "bits_per_weight": float,     of the files that hold weights
-     "tensors": [{"count", "weights", "dtype": "float32" | null, "bits" | null, "group_size" | null,
-                  "zeros": "integer" | "real" | null, "act_order": bool}],     one for each kind, commonest first
-     "codes": {"scales": [[exponent, count], ...], "zero_scales": int, "negative_scales": int,
-               "zero_points": [lowest, highest] | null} | null,    null without integers, and where values were not read
-     "ends": {"tokens": [{"id": int, "text": str | null}], "source": str} | null,
-     "files": [str], "notes": [str], "warnings": [...]}
-
-    ends    the tokens that end a generation, and what names them; null where that is no token
-    codes   of the linear layers; scales: how many |scale| lie in 2**exponent <= |scale| < 2**(exponent + 1)
-
-An adapter:
-
-    {"kind": "adapter", "path", "layout": "peft" | "gguf-lora" | "onnx-adapter",
-     "convention": "paper" | "official" | "peft" | null, "minima": "float16" | "float32" | null, "use_qalora": bool,
-     "base": str | null, "parameters": int, "bytes": int,
-     "layers": [{"count", "rank", "pool_size" | null}], "notes": [str], "warnings": [...]}
-
-A folder of several artefacts: {"kind": "folder", "path", "artifacts": [models and adapters]}
-
-A warning: {"code": one of WARNINGS, "message": str, "evidence": str, "todo": str}
+Its keys are the fields, by these names where they have others: `bytes` for nbytes, and `codes` for the histogram, whose
+`scales` are pairs [exponent, count], how many |scale| lie in 2**exponent <= |scale| < 2**(exponent + 1), beside
+`zero_scales` and `negative_scales`. A model has `bits_per_weight` too; an adapter's `layers` are objects of `count`,
+`rank` and `pool_size`. `kind` is "model", "adapter" or "folder", and `tensors` has one row for each kind of tensor, the
+commonest first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from qalora.formats.record_json import Key, encode
 
 __all__ = [
     "WARNINGS",
     "AdapterReport",
+    "EndToken",
     "EndTokens",
     "Finding",
     "FolderReport",
@@ -112,9 +95,9 @@ class ScaleHistogram:
     zero_points  the lowest and the highest -min/scale; None where every scale is 0
     """
 
-    counts: tuple[tuple[int, int], ...]
-    zero: int
-    negative: int
+    counts: Annotated[tuple[tuple[int, int], ...], Key("scales")]
+    zero: Annotated[int, Key("zero_scales")]
+    negative: Annotated[int, Key("negative_scales")]
     zero_points: tuple[float, float] | None
 
     def lines(self, width: int = 40) -> list[str]:
@@ -125,15 +108,23 @@ class ScaleHistogram:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EndTokens:
-    """What ends a generation: (id, text) of each token, and what names them."""
+class EndToken:
+    """A token that ends a generation. text: None where the tokenizer has none for it."""
 
-    tokens: tuple[tuple[int, str | None], ...]
+    id: int
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndTokens:
+    """What ends a generation, and what names these tokens."""
+
+    tokens: tuple[EndToken, ...]
     source: str
 
     def __str__(self) -> str:
         """In words."""
-        listed = [str(n) if text is None else f"{n} {text!r}" for n, text in self.tokens]
+        listed = [str(one.id) if one.text is None else f"{one.id} {one.text!r}" for one in self.tokens]
         return f"{', '.join(listed) or 'no token'} ({self.source})"
 
 
@@ -143,15 +134,16 @@ class ModelReport:
     ends a generation is no token.
     """
 
+    kind: Literal["model"] = "model"
     path: Path
     layout: str
     family: str
     layers: int
     tied: bool
     weights: int
-    nbytes: int
+    nbytes: Annotated[int, Key("bytes")]
     tensors: tuple[TensorKind, ...]
-    histogram: ScaleHistogram | None
+    histogram: Annotated[ScaleHistogram | None, Key("codes")]
     ends: EndTokens | None
     files: tuple[str, ...]
     notes: tuple[str, ...]
@@ -164,39 +156,14 @@ class ModelReport:
 
     def to_json(self) -> dict[str, Any]:
         """See the module's docstring."""
-        held = self.histogram
-        return {
-            "kind": "model",
-            "path": str(self.path),
-            "layout": self.layout,
-            "family": self.family,
-            "layers": self.layers,
-            "tied": self.tied,
-            "weights": self.weights,
-            "bytes": self.nbytes,
-            "bits_per_weight": round(self.bits_per_weight, 4),
-            "tensors": [asdict(kind) for kind in self.tensors],
-            "codes": None
-            if held is None
-            else {
-                "scales": [list(pair) for pair in held.counts],
-                "zero_scales": held.zero,
-                "negative_scales": held.negative,
-                "zero_points": None if held.zero_points is None else list(held.zero_points),
-            },
-            "ends": None
-            if self.ends is None
-            else {"tokens": [{"id": n, "text": text} for n, text in self.ends.tokens], "source": self.ends.source},
-            "files": list(self.files),
-            "notes": list(self.notes),
-            "warnings": [asdict(finding) for finding in self.warnings],
-        }
+        return {**encode(self), "bits_per_weight": round(self.bits_per_weight, 4)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterReport:
     """An adapter. `layers`: how many have which (rank, pool size); a pool size of None is not known."""
 
+    kind: Literal["adapter"] = "adapter"
     path: Path
     layout: str
     convention: str | None
@@ -204,45 +171,28 @@ class AdapterReport:
     use_qalora: bool
     base: str | None
     parameters: int
-    nbytes: int
+    nbytes: Annotated[int, Key("bytes")]
     layers: Mapping[tuple[int, int | None], int]
     notes: tuple[str, ...]
     warnings: tuple[Finding, ...]
 
     def to_json(self) -> dict[str, Any]:
         """See the module's docstring."""
-        return {
-            "kind": "adapter",
-            "path": str(self.path),
-            "layout": self.layout,
-            "convention": self.convention,
-            "minima": self.minima,
-            "use_qalora": self.use_qalora,
-            "base": self.base,
-            "parameters": self.parameters,
-            "bytes": self.nbytes,
-            "layers": [
-                {"count": count, "rank": rank, "pool_size": pool} for (rank, pool), count in self.layers.items()
-            ],
-            "notes": list(self.notes),
-            "warnings": [asdict(finding) for finding in self.warnings],
-        }
+        rows = [{"count": count, "rank": rank, "pool_size": pool} for (rank, pool), count in self.layers.items()]
+        return {**encode(self), "layers": rows}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderReport:
     """A folder that holds several artefacts."""
 
+    kind: Literal["folder"] = "folder"
     path: Path
     artifacts: tuple[ModelReport | AdapterReport, ...]
 
     def to_json(self) -> dict[str, Any]:
         """See the module's docstring."""
-        return {
-            "kind": "folder",
-            "path": str(self.path),
-            "artifacts": [artifact.to_json() for artifact in self.artifacts],
-        }
+        return {**encode(self), "artifacts": [artifact.to_json() for artifact in self.artifacts]}
 
 
 Report = ModelReport | AdapterReport | FolderReport

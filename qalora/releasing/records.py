@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from qalora.converters.plan import Loss
+from qalora.converters.plan import PlannedTensor
 from qalora.formats.record_json import Finite, Key, like
 from qalora.options.export import Writing
 from qalora.options.release import Card
@@ -140,15 +140,10 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorEntry:
+class TensorEntry(PlannedTensor):
     """What was planned for one tensor, and the digest of its bytes in its file."""
 
-    name: str
-    carrier: str
-    file: str
-    offset: int
     nbytes: Size
-    loss: Loss | None
     sha256: Digest
 
 

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from qalora.errors import FormatError, InputError, OutputError
 from qalora.formats.files import InputFile
-from qalora.formats.json_text import read_json_object
+from qalora.formats.json_text import read_json
 from qalora.formats.output import new_file, new_folder, write_json
+from qalora.formats.record_json import decode, encode
 from qalora.formats.safetensors import SafetensorsWriter, plan_layout, read_header, read_tensor
 
 __all__ = [
@@ -61,6 +62,17 @@ class State:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Record:
+    """state.json."""
+
+    version: Any
+    step: int
+    losses: tuple[float, ...]
+    held_out: tuple[tuple[int, float], ...]
+    run: Mapping[str, Any]
 
 
 def checkpoint_of(out: Path) -> Path:
@@ -107,13 +119,7 @@ def write_state(
         for key, word in MOMENTS.items():
             tensors[f"{name}.{word}"] = optimizer.state[parameter][key].cpu()
     layout = plan_layout([(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()], {})
-    record = {
-        "version": VERSION,
-        "step": state.step,
-        "losses": state.losses,
-        "held_out": [list(pair) for pair in state.held_out],
-        "run": dict(run),
-    }
+    record = {"version": VERSION, **encode(state), "run": dict(run)}
 
     def write(weights: Path) -> None:
         with SafetensorsWriter(weights, layout) as file:
@@ -225,16 +231,9 @@ def _record(folder: Path) -> tuple[dict[str, Any], State]:
     """What the run was, with the version, and where it is."""
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder}", expected="a checkpoint to resume", got="none", todo="start without `resume`")
-    record = read_json_object(folder / RECORD, 64 << 20, strict=True)
-    try:
-        state = State(
-            step=int(record["step"]),
-            losses=[float(loss) for loss in record["losses"]],
-            held_out=[(int(step), float(loss)) for step, loss in record["held_out"]],
-        )
-        return {**record["run"], "version": record["version"]}, state
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{folder / RECORD}", expected="a training state", got=type(error).__name__) from error
+    record = decode(_Record, read_json(folder / RECORD, 64 << 20, strict=True), str(folder / RECORD))
+    state = State(step=record.step, losses=list(record.losses), held_out=list(record.held_out))
+    return {**record.run, "version": record.version}, state
 
 
 @torch.no_grad()
