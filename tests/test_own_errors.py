@@ -20,10 +20,9 @@ OURS = {"QaloraError", "InputError", "FormatError", "OutputError", "MissingLibra
 
 ALLOWED = {
     "releasing/opening.py: _answer": "the sentence is the answer of a process",
-    "pipeline/kept_report.py: kept_report": "a report that is not read is made again",
+    "pipeline/cached.py: _kept": "a report that is not read is made again",
     "parity/runtimes/genai.py: ends": "a folder whose tokenizer the library does not take has no ends to compare",
     "fused/__init__.py: _proven": "the plain path instead",
-    "training/state.py: _record": "a record that checks nothing is made of what was read",
 }
 """Handlers that take ours too, and why that is right."""
 

@@ -8,10 +8,10 @@
 A field's type is a record, str, int, bool, float, `Any`, words (`Literal`), one of these or None, a tuple of them, a
 frozenset of text (a sorted list), a Mapping of text to them, or one of several records; a path is only written. Of
 several records it is the one whose word is there, a field of one word that all of them have (`op: Literal["copy"] =
-"copy"`); without words, the first whose keys are all there. A field that has a default may be absent, but for a word.
-What is not finite may be null where a number is wanted, as JSON has no name for it; `Finite` takes neither. A class
-whose `SPARSE` is true leaves out what is as by default. A record's own check (`__post_init__`) raises InputError, which
-is told with the record's place.
+"copy"`); without words, the first whose keys are all there. A field that has a default may be absent, but for a word,
+and in a class whose `WHOLE` is true; a class whose `SPARSE` is true leaves out what is as by default. What is not
+finite may be null where a number is wanted, as JSON has no name for it; `Finite` takes neither. A record's own check
+(`__post_init__`) raises InputError, which is told with the record's place.
 """
 
 from __future__ import annotations
@@ -119,16 +119,16 @@ class _Part(NamedTuple):
 @cache
 def _parts(kind: Any) -> tuple[_Part, ...]:
     hints = get_type_hints(kind, include_extras=True)
-    return tuple(_part(field, hints[field.name]) for field in fields(kind))
+    return tuple(_part(field, hints[field.name], getattr(kind, "WHOLE", False)) for field in fields(kind))
 
 
-def _part(field: Field[Any], hint: Any) -> _Part:
+def _part(field: Field[Any], hint: Any, whole: bool) -> _Part:
     marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
     words = get_args(hint) if get_origin(hint) is Literal else ()
     word = words[0] if len(words) == 1 else None
     default = field.default if field.default_factory is MISSING else field.default_factory()
     key = next((mark.name for mark in marks if isinstance(mark, Key)), field.name)
-    return _Part(field.name, key, hint, default, default is MISSING or word is not None, word)
+    return _Part(field.name, key, hint, default, whole or default is MISSING or word is not None, word)
 
 
 @cache

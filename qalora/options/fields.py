@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qalora.errors import InputError
 
@@ -186,12 +186,6 @@ class Options:
     def to_json(self) -> dict[str, Any]:
         """Every option that may change what is made, by its name; text for paths, sorted lists for sets."""
         return {one.name: plain(getattr(self, one.name)) for one in fields_of(type(self)) if one.matters}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any], **given: Any) -> Self:
-        """The record of what `to_json` gave; what is given comes in place of what is there."""
-        own, _ = split(cls, content)
-        return cls(**{**own, **given})
 
 
 def option(

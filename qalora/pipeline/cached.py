@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from qalora.converters import layouts
 from qalora.converters.exports import ExportJob, run_jobs
 from qalora.converters.plan import Progress
-from qalora.formats.output import new_file
+from qalora.errors import InputError
+from qalora.formats.json_text import read_json
+from qalora.formats.output import new_file, write_json
+from qalora.formats.record_json import decode, encode
 from qalora.options import fields_of
 from qalora.options.export import Writing
 from qalora.parity.artifacts import may_run
 from qalora.parity.runtimes import RUNTIMES
-from qalora.pipeline.kept_report import kept_report, report_bytes
 from qalora.pipeline.steps import MAKERS, Result, Step, Store, versions
 from qalora.releasing.package import ReleasePlan, Stage, Steps, prove
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from qalora.parity import ParityReport
 
 __all__ = ["CachedSteps", "Notice", "export_step", "proof_step", "proof_versions"]
+
+LIMIT = 1 << 30
+"""Bytes of a report that are read at most."""
 
 Notice = Callable[[str, str, float | None], None]
 """Called with a step, "started", "reused" or "finished", and the seconds that it took."""
@@ -106,7 +111,7 @@ class CachedSteps(Steps):
         step = proof_step({**planned.options.to_json(), "memory": memory}, {**self.inputs, **made})
         self.store.use("verify", step)
         found = self.store.found(step)
-        kept = None if found is None else kept_report(found.path)
+        kept = None if found is None else _kept(found.path)
         self.notice("verify", "started" if kept is None else "reused", None)
         report = self._proven(planned, folder, memory, stage, step) if kept is None else kept
         self.notice("release", "started", None)
@@ -124,5 +129,16 @@ class CachedSteps(Steps):
 
 
 def _write(place: Path, report: ParityReport) -> None:
+    """The report between runs: every number whole, NaN and Infinity as Python writes them."""
     with new_file(place) as file:
-        file.write_bytes(report_bytes(report))
+        write_json(file, encode(report))
+
+
+def _kept(path: Path) -> ParityReport | None:
+    """What `_write` wrote; None for anything else."""
+    from qalora.parity import ParityReport
+
+    try:
+        return decode(ParityReport, read_json(path, LIMIT), str(path))
+    except InputError:
+        return None

@@ -100,11 +100,11 @@ def saved_digests(adapter: Adapter) -> dict[str, str]:
 
 
 def _layer_digest(layer: AdapterLayer) -> LayerDigest:
-    hashed = {name: hashlib.sha256() for name in ("a", "b")}
-    for name, values in (("a", layer.a), ("b", layer.b)):
-        _update(hashed[name], values)
-    told = {name: _named(value) for name, value in hashed.items()}
-    return LayerDigest(rank=layer.rank, pool_size=layer.pool_size, factor=float(layer.factor), **told)
+    a, b = hashlib.sha256(), hashlib.sha256()
+    _update(a, layer.a)
+    _update(b, layer.b)
+    factor = float(layer.factor)
+    return LayerDigest(rank=layer.rank, pool_size=layer.pool_size, factor=factor, a=_named(a), b=_named(b))
 
 
 def combined_digest(parts: Mapping[str, Any]) -> str:

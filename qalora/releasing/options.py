@@ -7,8 +7,8 @@ again from it. A text is there as its digest only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from qalora.adapter.records import Convention
 from qalora.converters.exports import writing
@@ -22,40 +22,24 @@ from qalora.options.release import Card, Package
 from qalora.options.verify import Verify
 from qalora.parity.text import verify_arguments
 from qalora.releasing.digests import content_digest
-from qalora.releasing.records import OptionsEntry
+from qalora.releasing.records import OptionsEntry, Told
 
 __all__ = ["ReleaseOptions"]
 
 TEMPLATE_BYTES = 1 << 20
 CHECK_KEYS = ("level", "max_tokens", "generate", "threads", "dynamic_int8")
-OWN = ("targets", "convention", "minima", *CHECK_KEYS, "prompts", "with_adapter", "card")
-"""The fields that a manifest's options have too."""
+OWN = tuple(one.name for one in fields(Told))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseOptions:
-    """targets      formats, in the order in which they are written
-    export       what the writers are told; provenance and adapter are added by the release
-    convention, minima   how the adapter is read and folded; None: what the adapter says
-    level, text, max_tokens, prompts, generate, threads, dynamic_int8   see `qalora.parity.verify`
-    with_adapter whether a copy of the adapter lies beside the artefacts
-    card         what the card is told
-    template     the card's template; None: the one that comes with qalora
+@dataclass(frozen=True, kw_only=True)
+class ReleaseOptions(Told):
+    """export    what the writers are told; provenance and adapter are added by the release
+    text      what is computed on; None: the one that comes with qalora
+    template  the card's template, likewise
     """
 
-    targets: tuple[str, ...]
     export: ExportOptions = field(default_factory=ExportOptions)
-    convention: Convention | None = None
-    minima: Literal["float16", "float32"] | None = None
-    level: str = "generation"
     text: str | None = None
-    max_tokens: int = 256
-    prompts: tuple[str, ...] = ()
-    generate: int = 24
-    threads: int | None = None
-    dynamic_int8: bool = False
-    with_adapter: bool = True
-    card: Card = field(default_factory=Card)
     template: str | None = None
 
     @classmethod

@@ -7,7 +7,7 @@ Digests are those of `qalora.releasing.digests`. Nothing in it depends on the ma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from qalora.converters.plan import PlannedTensor
@@ -31,6 +31,7 @@ __all__ = [
     "QuantizedDigest",
     "TensorDigest",
     "TensorEntry",
+    "Told",
 ]
 
 Digest = Annotated[str, like("sha256:[0-9a-f]{64}", "sha256: and 64 hexadecimal digits")]
@@ -111,23 +112,37 @@ class AdapterEntry:
     saved: Mapping[str, Digest]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptionsEntry(Writing):
-    """Everything that the release was told, see `qalora.releasing.options`; of text and template the digests."""
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a release is told, but for how weights are written, and for texts.
+
+    targets      formats, in the order in which they are written
+    convention, minima   how the adapter is read and folded; None: what the adapter says
+    level, max_tokens, prompts, generate, threads, dynamic_int8   see `qalora.parity.verify`
+    with_adapter whether a copy of the adapter lies beside the artefacts
+    """
 
     targets: tuple[str, ...]
-    convention: Convention | None
-    minima: Minima | None
+    convention: Convention | None = None
+    minima: Minima | None = None
+    level: Level = "generation"
+    max_tokens: int = 256
+    prompts: tuple[str, ...] = ()
+    generate: int = 24
+    threads: int | None = None
+    dynamic_int8: bool = False
+    with_adapter: bool = True
+    card: Card = field(default_factory=Card)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionsEntry(Told, Writing):
+    """Everything that the release was told; text and template are their digests."""
+
+    WHOLE: ClassVar[bool] = True
+
     lora_slots: frozenset[str]
-    level: Level
-    max_tokens: int
-    generate: int
-    threads: int | None
-    dynamic_int8: bool
-    prompts: tuple[str, ...]
     text: Digest | None
-    with_adapter: bool
-    card: Card
     template: Digest | None
 
 
@@ -142,6 +157,8 @@ class FileEntry:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry(PlannedTensor):
     """What was planned for one tensor, and the digest of its bytes in its file."""
+
+    WHOLE: ClassVar[bool] = True
 
     nbytes: Size
     sha256: Digest
