@@ -87,17 +87,7 @@ def _print(found: Checked) -> None:
 
 
 def _json(dist: Path, found: Checked) -> dict[str, object]:
-    return {
-        "schema": "qalora.check/1",
-        "release": dist.name,
-        "passed": not found.findings,
-        "stages": [
-            {
-                "question": stage.question,
-                "skipped": stage.skipped or None,
-                "findings": [{"where": finding.where, "problem": finding.problem} for finding in stage.findings],
-                "notes": list(stage.notes),
-            }
-            for stage in found.stages
-        ],
-    }
+    from qalora.formats.record_json import encode
+
+    stages = [{**encode(stage), "skipped": stage.skipped or None} for stage in found.stages]
+    return {"schema": "qalora.check/1", "release": dist.name, "passed": not found.findings, "stages": stages}

@@ -1,24 +1,13 @@
-"""The delta's format, schema "qalora.delta/1": what rebuilds each file, read with suspicion.
+"""The delta's format: what rebuilds each file, read with suspicion.
 
-    DELTA/  delta.json   {"schema": "qalora.delta/1", "files": [file, ...]}, sorted by path, one file a line
-            data.bin     zlib streams one behind the other, in the order of the operations
+    DELTA/  delta.json   the records below, files sorted by path and one a line
+            data.bin     zlib streams one behind the other, in the order of the operations, each with its `packed` bytes
             SHA256SUMS   of the two
 
-    file    {"path": inside the folder, "bytes", "sha256": of the result,
-             "base": null, or {"path": inside the base's folder, "bytes", "sha256"}, "ops": [operation, ...]}
-
-The operations rebuild a file from its first byte to its last. `packed` bytes of data.bin belong to one:
-
-    {"op": "copy", "at", "bytes"}         so many bytes of the base file, from its byte `at`
-    {"op": "data", "bytes", "packed"}     so many bytes, which the stream unpacks to
-    {"op": "patch", "at", "block", "blocks", "columns": [[a, b], ...], "packed"}
-                                          `blocks` blocks of `block` bytes each, copied from byte `at` of the base file,
-                                          but for the columns a..b-1 of every block: see `coding`
-
-A Q4_1 block is 20 bytes, of which a fold changes the minimum's two: columns [[2, 4]].
-
-A data or patch operation makes at most TILE bytes, which bounds the memory of whoever applies it. A delta is untrusted:
-`read_delta` checks every size, offset and path against the others before anything is done with them.
+The operations rebuild a file from its first byte to its last. A Q4_1 block is 20 bytes, of which a fold changes the
+minimum's two: a patch of the columns [[2, 4]]. A data or patch operation makes at most TILE bytes, which bounds the
+memory of whoever applies it. A delta is untrusted: `read_delta` checks every size, offset and path against the others
+before anything is done with them.
 """
 
 from __future__ import annotations
@@ -114,7 +103,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """`nbytes` that the delta itself holds."""
+    """`nbytes` that the delta itself holds: what the stream unpacks to."""
 
     op: Literal["data"] = "data"
     nbytes: Made
@@ -123,7 +112,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
-    """Blocks of the base file from byte `at`, with the byte columns (a, b) of each replaced by what the delta holds."""
+    """Blocks of the base file from byte `at`, the byte columns a..b-1 of each as the delta holds them: see `coding`."""
 
     op: Literal["patch"] = "patch"
     at: Place

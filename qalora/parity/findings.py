@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 __all__ = ["TensorDifference", "add_up"]
 
@@ -74,35 +75,17 @@ def add_up(name: str, parts: Iterable[TensorDifference]) -> TensorDifference:
     return total
 
 
+_COUNTS = [field.name for field in fields(TensorDifference) if field.type == "int"]
+_LARGEST = [field.name for field in fields(TensorDifference) if field.type == "float"]
+
+
 def _joined(one: TensorDifference, two: TensorDifference) -> TensorDifference:
-    return TensorDifference(
-        name=one.name,
-        rows_moved=one.rows_moved + two.rows_moved,
-        transposed=one.transposed + two.transposed,
-        codes=one.codes + two.codes,
-        codes_differ=one.codes_differ + two.codes_differ,
-        code_at=two.code_at if one.code_at is None else one.code_at,
-        groups=one.groups + two.groups,
-        scale_differ=one.scale_differ + two.scale_differ,
-        scale_ulp=max(one.scale_ulp, two.scale_ulp),
-        min_differ=one.min_differ + two.min_differ,
-        min_ulp=max(one.min_ulp, two.min_ulp),
-        min_beyond=one.min_beyond + two.min_beyond,
-        zeros_above=one.zeros_above + two.zeros_above,
-        zeros_below=one.zeros_below + two.zeros_below,
-        values=one.values + two.values,
-        values_differ=one.values_differ + two.values_differ,
-        values_max=max(one.values_max, two.values_max),
-        values_beyond=one.values_beyond + two.values_beyond,
-        requantized=one.requantized + two.requantized,
-        measured=one.measured + two.measured,
-        error_max=max(one.error_max, two.error_max),
-        error_rms=_rms((one.measured, one.error_rms), (two.measured, two.error_rms)),
-        stepped=one.stepped + two.stepped,
-        step_max=max(one.step_max, two.step_max),
-        step_rms=_rms((one.stepped, one.step_rms), (two.stepped, two.step_rms)),
-        step_beyond=one.step_beyond + two.step_beyond,
-    )
+    told: dict[str, Any] = {name: getattr(one, name) + getattr(two, name) for name in _COUNTS}
+    told |= {name: max(getattr(one, name), getattr(two, name)) for name in _LARGEST}
+    told["code_at"] = two.code_at if one.code_at is None else one.code_at
+    told["error_rms"] = _rms((one.measured, one.error_rms), (two.measured, two.error_rms))
+    told["step_rms"] = _rms((one.stepped, one.step_rms), (two.stepped, two.step_rms))
+    return TensorDifference(name=one.name, **told)
 
 
 def _rms(*parts: tuple[int, float]) -> float:

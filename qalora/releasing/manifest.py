@@ -102,8 +102,11 @@ def provenance(base: str, adapter: str | None) -> dict[str, str]:
 def artifact_part(plan: Plan, folder: Path, parameters: int) -> ArtifactEntry:
     """What the manifest says of one target's folder, `folder/<target>`, which has been written."""
     root = folder / plan.target
-    files = files_below(root)
-    nbytes = sum((root / name).stat().st_size for name in files)
+    files = {
+        name: FileEntry(nbytes=(root / name).stat().st_size, sha256=file_digest(root / name))
+        for name in files_below(root)
+    }
+    nbytes = sum(file.nbytes for file in files.values())
     return ArtifactEntry(
         target=plan.target,
         folder=plan.target,
@@ -111,13 +114,9 @@ def artifact_part(plan: Plan, folder: Path, parameters: int) -> ArtifactEntry:
         bits_per_weight=round(8 * nbytes / parameters, 3),
         longest=plan.longest,
         notes=plan.notes,
-        files={f"{plan.target}/{name}": _file_entry(root / name) for name in files},
+        files={f"{plan.target}/{name}": file for name, file in files.items()},
         tensors=tuple(_tensor_entry(tensor, root / tensor.file) for tensor in plan.tensors),
     )
-
-
-def _file_entry(path: Path) -> FileEntry:
-    return FileEntry(nbytes=path.stat().st_size, sha256=file_digest(path))
 
 
 def _tensor_entry(planned: PlannedTensor, path: Path) -> TensorEntry:

@@ -102,26 +102,27 @@ def _plan(
 
 def _compare_base(base: BaseEntry, said: BaseEntry, again: _Again) -> None:
     """The first tensor that differs, and each companion file."""
-    for name in sorted({*base.tensors, *said.tensors}):
-        mine, theirs = base.tensors.get(name), said.tensors.get(name)
-        if mine != theirs:
-            again.add(f"base: {name}", f"{_difference(mine, theirs)}: it is not the base of this release")
-            return
+    for name in _other(base.tensors, said.tensors)[:1]:
+        differ = _difference(base.tensors.get(name), said.tensors.get(name))
+        again.add(f"base: {name}", f"{differ}: it is not the base of this release")
+        return
     if base.digest != said.digest:
         again.add(f"{MANIFEST}: base.digest", "not that of its tensors")
-    for name in sorted({*base.files, *said.files}):
-        if base.files.get(name) != said.files.get(name):
-            again.add(f"base: {name}", f"not the file that {MANIFEST} names")
+    for name in _other(base.files, said.files):
+        again.add(f"base: {name}", f"not the file that {MANIFEST} names")
     if base.config != said.config:
         again.add("base: config.json", f"not the one that {MANIFEST} names")
+
+
+def _other(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The names of what is not the same in both."""
+    return [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
 
 
 def _difference(mine: TensorDigest | LayerDigest | None, theirs: TensorDigest | LayerDigest | None) -> str:
     if mine is None or theirs is None:
         return "only one of the two has it"
-    one, other = encode(mine), encode(theirs)
-    keys = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
-    return f"other {' and '.join(keys)}"
+    return f"other {' and '.join(_other(encode(mine), encode(theirs)))}"
 
 
 def _adapter(folder: Path, manifest: Manifest, inputs: Inputs) -> Adapter | None:
@@ -138,15 +139,11 @@ def _adapter(folder: Path, manifest: Manifest, inputs: Inputs) -> Adapter | None
 def _compare_told(told: AdapterEntry | None, said: AdapterEntry | None, again: _Again) -> None:
     if told is None or said is None:
         return
-    for module in sorted({*told.layers, *said.layers}):
-        mine, theirs = told.layers.get(module), said.layers.get(module)
-        if mine != theirs:
-            again.add(f"adapter: {module}", f"{_difference(mine, theirs)}: it is not the adapter of this release")
-            return
-    for name in sorted({*told.saved, *said.saved}):
-        if told.saved.get(name) != said.saved.get(name):
-            again.add(f"adapter: {name}", "another one: it is not the adapter of this release")
-            return
+    for name in [*_other(told.layers, said.layers), *_other(told.saved, said.saved)][:1]:
+        layers = name in told.layers or name in said.layers
+        differ = _difference(told.layers.get(name), said.layers.get(name)) if layers else "another one"
+        again.add(f"adapter: {name}", f"{differ}: it is not the adapter of this release")
+        return
     for key in ("convention", "minima", "digest"):
         mine, theirs = getattr(told, key), getattr(said, key)
         if mine != theirs:
@@ -217,10 +214,9 @@ def _measure(
     for key in ("adapter", "artifacts", "base", "licences", "name", "options"):
         if getattr(made, key) != getattr(manifest, key):
             again.add(f"{MANIFEST}: {key}", "not what base, adapter and options give")
-    other = {key: value for key, value in made.versions.items() if manifest.versions.get(key) != value}
-    if other:
-        told = ", ".join(f"{key} {value}" for key, value in sorted(other.items()))
-        again.notes.append(f"other versions here: {told}")
+    told = [f"{key} {made.versions[key]}" for key in _other(made.versions, manifest.versions) if key in made.versions]
+    if told:
+        again.notes.append(f"other versions here: {', '.join(told)}")
 
 
 MEASURED = ("threads", "speed")
