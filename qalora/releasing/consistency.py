@@ -35,7 +35,7 @@ LIMIT = 256 << 20
 
 def read_report(folder: Path) -> tuple[dict[str, Any], ParityReport]:
     """The report of a release, as JSON and as a record. FormatError names what has not its form."""
-    content = read_json(contained(folder, REPORT), LIMIT)
+    content = read_json(contained(folder, REPORT), LIMIT, strict=True)
     return content, report_from_json(content, REPORT)
 
 

@@ -159,7 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: {MANIFEST}", expected="the manifest of a release", got="no such file")
-    return decode(Manifest, read_json(path, LIMIT), str(path))
+    return decode(Manifest, read_json(path, LIMIT, strict=True), str(path))
 
 
 def created() -> str | None:

@@ -220,6 +220,32 @@ def unknown_key(dist: Path) -> None:
     write_sums(dist)
 
 
+def missing_option(dist: Path) -> None:
+    edit(dist, "manifest.json", lambda manifest: manifest["options"].pop("gguf_form"))
+    write_sums(dist)
+
+
+def no_number(dist: Path) -> None:
+    edit(dist, "manifest.json", lambda manifest: manifest["artifacts"][0].update(bits_per_weight=float("nan")))
+    write_sums(dist)
+
+
+def unknown_loss(dist: Path) -> None:
+    edit(dist, "manifest.json", lambda manifest: manifest["options"].update(allow_loss=["everything"]))
+    write_sums(dist)
+
+
+def key_twice(dist: Path) -> None:
+    text = (dist / "manifest.json").read_text("utf-8")
+    (dist / "manifest.json").write_text(text.replace('"passed": true', '"passed": false,\n  "passed": true'), "utf-8")
+    write_sums(dist)
+
+
+def nested(dist: Path) -> None:
+    (dist / "report.json").write_text('{"gates": ' + "[" * 100_000, encoding="utf-8")
+    write_sums(dist)
+
+
 def other_option(dist: Path) -> None:
     edit(dist, "manifest.json", lambda manifest: manifest["options"].update(max_tokens=23))
     render(dist)
@@ -304,6 +330,11 @@ PLANTED: list[tuple[Callable[[Path], None], bool, str]] = [
     (other_base_named, False, r"^gguf/.*: qalora\.provenance\.base: .* where manifest\.json says"),
     (other_schema, False, r"^manifest\.json: .*schema: expected qalora\.release/1"),
     (unknown_key, False, r"^manifest\.json: .*options\.trust_me: expected a known key"),
+    (missing_option, False, r"^manifest\.json: .*options\.gguf_form: expected this key, got none"),
+    (no_number, False, r"^manifest\.json: .*artifacts\[0\]\.bits_per_weight: expected a finite number, got nan"),
+    (unknown_loss, False, r"^manifest\.json: .*options: allow_loss: expected one of zeros, .*, got 'everything'"),
+    (key_twice, False, r"^manifest\.json: .*manifest\.json: a key stands twice"),
+    (nested, False, r"^report\.json: .*report\.json: expected JSON, got lists or objects nested too deeply"),
     (other_option, True, r"^report\.json: text\.tokens: it says 24, and measured again it is 23"),
     (truncated, False, r"^gguf/.*\.gguf: not the bytes"),
     (broken_sums, False, r"^checksums: .*SHA256SUMS:1: expected a SHA-256 digest"),
