@@ -14,8 +14,9 @@ import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import native
-from qalora.converters.families import FAMILIES, linear_names
+from qalora.converters.families import FAMILIES
 from qalora.converters.plan import ExportOptions
+from qalora.converters.settings import linear_names
 from qalora.formats.output import new_folder
 from qalora.tensor import GroupQuantTensor, QuantSpec, packed_row_bytes
 

@@ -238,18 +238,7 @@ def small_tokenizer(*, size: int = 512) -> Any:
     return tokenizer
 
 
-_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 12}
-
-TINY: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-    "mistral": {"sliding_window": 12},
-    "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
-    "gemma3_text": {**_GEMMA, "num_hidden_layers": 6},
-    "phi3": {"sliding_window": 12, "hidden_size": 128, "bos_token_id": 1, "eos_token_id": 2},
-    "smollm3": {"num_hidden_layers": 4, "bos_token_id": 1, "eos_token_id": 2},
-}
+TINY: dict[str, Mapping[str, Any]] = {name: family.tiny for name, family in FAMILIES.items()}
 """What a tiny model of each family has beside `_SIZES`: transformers' config keys, windows small enough to matter."""
 
 _SIZES: dict[str, Any] = {

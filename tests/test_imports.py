@@ -66,6 +66,13 @@ def test_imports_go_downwards() -> None:
     assert not upwards
 
 
+def test_a_family_is_data() -> None:
+    """A family's file needs the record, and other families' facts at the most."""
+    folder = ROOT / "converters" / "families"
+    for path in set(folder.glob("*.py")) - {folder / "__init__.py"}:
+        assert all(name.startswith("qalora.converters.families") for name in _imports(path)), path
+
+
 LIGHT = {
     "import qalora.cli": {"torch", "transformers", "numpy", "onnx"},  # the package's own first
     "import qalora.converters.exports": {"transformers", "onnx", "onnxruntime"},

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qalora.converters.families import LAYER_KINDS, SOME, Family, check_config, family_of, settings_of
+from qalora.converters.families import LAYER_KINDS, SOME, Family, family_of, reads
 from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE, WITH_ORIGINAL
+from qalora.converters.settings import check_config, settings_of
 
 __all__ = ["tidied"]
 
@@ -86,7 +87,7 @@ def _is_lost(key: str, value: object, family: Family) -> bool:
     if key in family.fixed:
         return value is not None and value != family.fixed[key]
     plain = key == "layer_types" and isinstance(value, list) and all(kind == LAYER_KINDS[0] for kind in value)
-    return not family.reads(key) and bool(value) and not plain and key != LOCAL_THETA
+    return not reads(family, key) and bool(value) and not plain and key != LOCAL_THETA
 
 
 def _passed_over(config: Mapping[str, Any], joined: Mapping[str, Any], family: Family) -> Iterator[str]:

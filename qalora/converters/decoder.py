@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qalora.converters.families import LAYER_KINDS, Family, family_of, settings_of
+from qalora.converters.families import LAYER_KINDS, Family, LayerParts, family_of
 from qalora.converters.rope import Rope, rope_of
+from qalora.converters.settings import layer_parts, settings_of
 from qalora.errors import InputError
 
 __all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of", "tensor_shape"]
@@ -28,10 +29,12 @@ class Layer:
 
     window  how many positions a token sees, its own included; None for all before it
     rope    the key of its rotary positions in `Decoder.ropes`; None for a layer without
+    parts   what it holds
     """
 
     window: int | None
     rope: str | None
+    parts: LayerParts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,14 +128,14 @@ def tensor_shape(decoder: Decoder, name: str) -> tuple[int, ...] | None:
 
 
 def _layers(settings: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
-    window, count = settings.get("sliding_window"), int(settings["num_hidden_layers"])
+    window = settings.get("sliding_window")
     if family.windows == "none" or not settings.get("use_sliding_window", True):
         window = None
     layers = []
-    for n in range(count):
+    for n, parts in enumerate(layer_parts(family, settings)):
         slides = window is not None and (family.windows == "all" or _slides(settings, family, n))
         rope = (LOCAL if family.local_rope and slides else FULL) if _rotates(settings, family, n) else None
-        layers.append(Layer(window=int(window) if slides and window is not None else None, rope=rope))
+        layers.append(Layer(window=int(window) if slides and window is not None else None, rope=rope, parts=parts))
     return tuple(layers)
 
 

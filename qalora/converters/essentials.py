@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qalora.converters.decoder import FULL, decoder_of
-from qalora.converters.families import settings_of
+from qalora.converters.settings import settings_of
 
 __all__ = ["differences", "essentials"]
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of, tensor_shape
-from qalora.converters.families import bias_names, family_of, linear_names, norm_names, settings_of
+from qalora.converters.families import Family, text_family
 from qalora.converters.format import Layout, exact
+from qalora.converters.settings import bias_names, linear_names, norm_names, settings_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.around import instead_of_config
 from qalora.formats.files import InputFile, check_content, contained, may_be_of_the_hub
@@ -118,8 +119,9 @@ def read(folder: Path) -> Checkpoint:
     """Open a float model folder; reads config and headers only."""
     config, stored = read_config(folder), stored_tensors(folder)
     notes: tuple[str, ...] = ()
-    if str(config.get("model_type")) in TEXT_PARTS and isinstance(config.get("text_config"), dict):
-        config, stored, notes = _text_part(config, stored, folder)
+    family = text_family(config)
+    if family is not None:
+        config, stored, notes = _text_part(config, family, stored, folder)
     _check_floats(folder, stored)
     tensors = {name: float_tensor(name, *where) for name, where in stored.items()}
     return model_of(folder, "huggingface", config, tensors, notes=notes)
@@ -164,11 +166,10 @@ def _is_awq(name: str, stored: Stored) -> bool:
 
 
 def _text_part(
-    config: Mapping[str, Any], stored: Stored, folder: Path
+    config: Mapping[str, Any], family: Family, stored: Stored, folder: Path
 ) -> tuple[dict[str, Any], Stored, tuple[str, ...]]:
-    """Config, tensors and a note of the decoder in a model of text and images."""
-    text = {**config["text_config"], "model_type": TEXT_PARTS[config["model_type"]]}
-    family = family_of(text, folder)
+    """Config, tensors and a note of the decoder, of this family, in a model of text and images."""
+    text = {**config["text_config"], "model_type": family.model_type}
     kept = {key: config[key] for key in _SHARED_KEYS if key in config}
     sizes = {key: value for key, value in family.defaults.items() if key in _SIZE_KEYS}
     outer = {key: kept[key] for key in _TOKEN_KEYS if kept.get(key) is not None}  # as in transformers' generation
@@ -191,9 +192,6 @@ def _text_part(
         notes.append(f"{folder.name}: text_config of config.json and what is outside differ; what counts: {listed}")
     return text, found, tuple(notes)
 
-
-TEXT_PARTS = {"gemma3": "gemma3_text"}
-"""Models of text and images whose decoder is one of a family's: their model_type, and the decoder's."""
 
 _TEXT_PREFIXES = (
     ("language_model.model.", "model."),

@@ -46,12 +46,12 @@ def _by_decoder(model: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
         path = f"model.layers.{n}"
         normed = norm(x, f"{path}.input_layernorm")
         sizes = [count * size for count in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
-        if decoder.family.has("self_attn.qkv_proj"):
+        if layer.parts.has("self_attn.qkv_proj"):
             parts = list(linear(normed, f"{path}.self_attn.qkv_proj").split(sizes, dim=-1))
         else:
             parts = [linear(normed, f"{path}.self_attn.{name}_proj") for name in "qkv"]
         q, k, v = (part.view(count, -1, size).transpose(0, 1) for part in parts)
-        if decoder.family.has("self_attn.q_norm"):
+        if layer.parts.has("self_attn.q_norm"):
             q, k = norm(q, f"{path}.self_attn.q_norm"), norm(k, f"{path}.self_attn.k_norm")
         if layer.rope is not None:
             q, k = rotated(q, layer.rope), rotated(k, layer.rope)
@@ -62,10 +62,10 @@ def _by_decoder(model: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
         seen = (distance >= 0) & (distance < (layer.window or count))
         found = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
         found = linear(found.transpose(0, 1).reshape(count, -1), f"{path}.self_attn.o_proj")
-        around = decoder.family.has("pre_feedforward_layernorm")
+        around = layer.parts.has("pre_feedforward_layernorm")
         x = x + (norm(found, f"{path}.post_attention_layernorm") if around else found)
         normed = norm(x, f"{path}.{'pre_feedforward' if around else 'post_attention'}_layernorm")
-        if decoder.family.has("mlp.gate_up_proj"):
+        if layer.parts.has("mlp.gate_up_proj"):
             gate, up = linear(normed, f"{path}.mlp.gate_up_proj").chunk(2, dim=-1)
         else:
             gate, up = linear(normed, f"{path}.mlp.gate_proj"), linear(normed, f"{path}.mlp.up_proj")

@@ -1,8 +1,8 @@
 """Every family's float model in our torch module, both graphs, llama.cpp and mlx-lm, held against transformers' own
 forward in float64. Its integers are the matter of test_families_proof.
 
-FORMS are what is tested: families, and what their configs can vary. A new family is a line there, and one in `TINY` of
-`qalora.testing`.
+FORMS are what is tested: families, and what their configs can vary. A new family is a line there, and
+`qalora/converters/README.md` says what else.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,6 @@ from qalora.converters import load
 from qalora.converters.decoder import decoder_of
 from qalora.converters.essentials import essentials
 from qalora.converters.families import FAMILIES
-from qalora.converters.gguf.loaders import LOADERS
 from qalora.converters.onnx import read as read_onnx
 from qalora.converters.torch_module import build
 from qalora.errors import InputError
@@ -109,7 +108,7 @@ NOT_IN_GGUF = {
 NOT_IN_MLX = {
     "qwen3 with biases, one head of keys": "mlx: attention_bias: expected a qwen3 without",
     "gemma2 with an output layer": "mlx: lm_head: expected a gemma2 whose output layer is the embedding",
-    "gemma3_text with linear scaling and caps": "mlx: final_logit_softcapping: expected a gemma3 without",
+    "gemma3_text with linear scaling and caps": "mlx: final_logit_softcapping: expected a gemma3_text without",
 }
 """Forms that mlx-lm does not do, and what their refusal says."""
 
@@ -327,7 +326,7 @@ def test_a_float_file_in_llama_cpp(form: str, tiny_of: Any, exported: Any, tmp_p
     with torch.no_grad():
         assert_close(build(again)(input_ids=TOKENS).logits, tiny.logits, tiny.noise)
     assert written(again, "gguf", tmp_path / "again").read_bytes() == path.read_bytes()
-    architecture = FAMILIES[FORMS[form][0]].gguf
+    architecture = FAMILIES[FORMS[form][0]].gguf.architecture
     length = min(TOKENS.shape[1], again.gguf.get(f"{architecture}.context_length"))  # type: ignore[union-attr]
     runtime = open_runtime("llama.cpp", path, threads=1)
     found = runtime.logits(TOKENS[0, :length].tolist())
@@ -347,7 +346,7 @@ LINEAR = rope("linear", factor=4.0)
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_scales_positions_as_its_loaders_say(family: str, kind: str, tmp_path: Path) -> None:
-    """Every kind that LOADERS names for an architecture; each other one is refused."""
+    """Every kind that a family's record names for llama.cpp; each other one is refused."""
     numbers = {"linear": LINEAR, "yarn": YARN, "llama3": rope("llama3", factor=8.0, **LLAMA3)}[kind]
     if family == "gemma3_text":
         local = {"rope_type": "default", "rope_theta": 10000.0}
@@ -357,7 +356,7 @@ def test_llama_cpp_scales_positions_as_its_loaders_say(family: str, kind: str, t
         return  # its config class takes default and longrope only
     folder = tiny_model(tmp_path / "model", family, tokenizer=byte_tokenizer(), config=config)
     model = load(folder)
-    if kind not in LOADERS[FAMILIES[family].gguf].ropes:
+    if kind not in FAMILIES[family].gguf.ropes:
         with pytest.raises(InputError, match=f"rope_type: expected .*, got '{kind}'"):
             written(model, "gguf", tmp_path / "out")
         return

@@ -15,12 +15,13 @@ import torch
 from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of
 from qalora.converters.essentials import essentials
-from qalora.converters.families import FAMILIES, check_config, family_of, settings_of
+from qalora.converters.families import FAMILIES, family_of
 from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperparameters
 from qalora.converters.gguf.names import gguf_names
 from qalora.converters.huggingface import _text_part
 from qalora.converters.onnx.decoder import check_decoder
+from qalora.converters.settings import check_config, settings_of
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value
 
@@ -31,11 +32,11 @@ def rope(kind: str, **numbers: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_gguf_names_are_those_of_gguf_py(family: Any) -> None:
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf.architecture)
     table = gguf.get_tensor_name_map(arch, 4)
     for name, ours in gguf_names(family, 4).items():
-        if name == "lm_head.weight" and family.gguf == "gemma2":
-            continue  # always tied
+        if name == "lm_head.weight" and family.gguf.tied:
+            continue
         assert table.get_name(name, try_suffixes=(".weight", ".bias")) == ours
 
 
@@ -216,7 +217,7 @@ def test_a_text_config_that_says_what_differs_only() -> None:
         "sliding_window": 1024,
     }
     config = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text_config}
-    found, _, _ = _text_part(config, {}, Path("gemma-3-4b"))
+    found, _, _ = _text_part(config, FAMILIES["gemma3_text"], {}, Path("gemma-3-4b"))
     whole = AutoConfig.for_model(**copy.deepcopy(config))
     assert essentials(found) == essentials(whole.text_config.to_dict())
     assert found["eos_token_id"] == [1, 106]
@@ -236,7 +237,7 @@ def test_published_models_have_a_place_in_gguf(name: str) -> None:
     config = PUBLISHED[name]
     decoder = decoder_of(config, name)
     entries = hyperparameters(decoder, settings_of(config, name), name)
-    metadata = Metadata(entries={**entries, "general.architecture": Value.text(decoder.family.gguf)})
+    metadata = Metadata(entries={**entries, "general.architecture": Value.text(decoder.family.gguf.architecture)})
     assert family_of_metadata(metadata, name) is decoder.family
     shapes = {"token_embd.weight": (decoder.vocabulary, decoder.hidden)}
     again = config_of(metadata, decoder.family, name, shapes=shapes, factors=factor_tensors(decoder))
@@ -248,7 +249,7 @@ def test_metadata_keys_are_those_of_gguf_py(name: str) -> None:
     parts = [part for part in vars(gguf.Keys).values() if isinstance(part, type)]
     known = {key for part in parts for key in vars(part).values() if isinstance(key, str)}
     decoder = decoder_of(PUBLISHED[name], name)
-    prefix = f"{decoder.family.gguf}."
+    prefix = f"{decoder.family.gguf.architecture}."
     for key in hyperparameters(decoder, settings_of(PUBLISHED[name], name), name):
         if not key.startswith("qalora."):
             assert key.replace(prefix, "{arch}.") in known, key

@@ -149,6 +149,7 @@ def test_old_configs_are_understood() -> None:
         ({"model_type": "gemma2", "attention_bias": True}, True, "attention_bias: expected a gemma2 without"),
         ({"model_type": "gemma3_text", "attention_bias": True}, True, "attention_bias: expected a gemma3_text without"),
         ({"model_type": "qwen2", "head_dim": 32}, True, "head_dim: expected 16, hidden_size over heads for qwen2"),
+        ({**PHI3, "head_dim": 32}, True, "head_dim: expected 16, hidden_size over heads for phi3"),
         ({"model_type": "llama", "hidden_act": "gelu"}, True, "hidden_act: expected silu for llama"),
         ({"model_type": "gemma2", "hidden_activation": "silu"}, True, "hidden_activation: expected gelu_pytorch_tanh"),
         ({"model_type": "gemma2"}, False, "lm_head: expected a gemma2 whose output layer is the embedding"),
@@ -169,6 +170,13 @@ def test_what_mlx_lm_computes_otherwise_at_any_length_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=f"mlx: {words}"):
         mlx_config({**SIZES, **config}, tied=tied)
+
+
+def test_a_yarn_without_a_factor_has_that_of_the_contexts() -> None:
+    without = {key: value for key, value in YARN.items() if key != "factor"}
+    written, _, _ = mlx_config({**SIZES, "model_type": "llama", "rope_parameters": without}, tied=True)
+    assert written["rope_scaling"]["factor"] == 512 / 128
+    assert written["rope_parameters"] == without
 
 
 def test_a_factor_that_is_no_number_is_refused() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qalora.converters.families import FAMILIES, LAYER_KINDS, Family
 from qalora.converters.gguf.hyperparameters import CARRIED, CONFIG, FREQS, LONGROPE, MODEL_TYPE, yarn_attention
-from qalora.converters.gguf.loaders import LOADERS, check_keys
+from qalora.converters.gguf.loaders import check_keys
 from qalora.converters.rope import ORIGINAL, SHARE, llama3_factors, rope_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Metadata
@@ -24,12 +24,12 @@ __all__ = ["config_notes", "config_of", "family_of_metadata"]
 def family_of_metadata(metadata: Metadata, where: object) -> Family:
     """The family of general.architecture, or the one of it that wrote the file; InputError names those there are."""
     architecture = metadata.get("general.architecture")
-    fitting = [family for family in FAMILIES.values() if family.gguf == architecture]
+    fitting = [family for family in FAMILIES.values() if family.gguf.architecture == architecture]
     experts = metadata.get(f"{architecture}.expert_count")
     for family in () if experts else fitting:
         if family.model_type == metadata.get(MODEL_TYPE, fitting[0].model_type):
             return family
-    known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values()))
+    known = ", ".join(dict.fromkeys(family.gguf.architecture for family in FAMILIES.values()))
     got = repr(architecture)
     if fitting and not experts:
         known = ", ".join(family.model_type for family in fitting)
@@ -54,7 +54,7 @@ def config_of(
     Raises FormatError for a key that is missing or absurd, InputError for one that is not understood.
     """
     check_keys({key: metadata.get(key) for key in metadata.entries}, family, where)
-    read = _Numbers(metadata, family.gguf, where)
+    read = _Numbers(metadata, family.gguf.architecture, where)
     heads, hidden = int(read("attention.head_count")), int(read("embedding_length"))
     size = int(read("attention.key_length", max(1, hidden // heads)))
     vocab_size = shapes["token_embd.weight"][0]
@@ -72,7 +72,7 @@ def config_of(
         family.activation_key: family.activation,
         "vocab_size": vocab_size,
         "tie_word_embeddings": "output.weight" not in shapes,
-        "rope_parameters": _rope_of(read, factors, size),
+        "rope_parameters": _rope_of(read, family.gguf.ropes, factors, size),
     }
     for key, modules in family.biased.items():
         config[key] = any(f".{name}.bias" in tensor for tensor in shapes for name in _gguf_names(family, modules))
@@ -88,7 +88,7 @@ def config_of(
 
 def config_notes(metadata: Metadata, family: Family, where: Path) -> tuple[str, ...]:
     """What a file says that llama.cpp passes over, for what it says elsewhere or for good."""
-    said = {key: metadata.get(f"{family.gguf}.{key}") for key in (*OVERRULED, "attention.sliding_window")}
+    said = {key: metadata.get(f"{family.gguf.architecture}.{key}") for key in (*OVERRULED, "attention.sliding_window")}
     notes = []
     if None not in (said["rope.scaling.factor"], said["rope.scale_linear"]):
         both = f"rope.scale_linear {said['rope.scale_linear']!r:.40}"
@@ -98,8 +98,9 @@ def config_notes(metadata: Metadata, family: Family, where: Path) -> tuple[str, 
         notes.append(f"a rotary factor {factor!r:.40} and no type of it: linear counts")
     if said["rope.scaling.type"] == "none" and factor not in (None, 0.0, 1.0):
         notes.append(f"a rotary factor {factor!r:.40} that its rope.scaling.type, none, switches off")
-    if LOADERS[family.gguf].window is None and said["attention.sliding_window"] and CONFIG not in metadata.entries:
-        notes.append(f"a sliding window of {said['attention.sliding_window']!r:.40}, which its {family.gguf} has not")
+    window = said["attention.sliding_window"]
+    if family.gguf.window is None and window and CONFIG not in metadata.entries:
+        notes.append(f"a sliding window of {window!r:.40}, which its {family.gguf.architecture} has not")
     return tuple(f"{where.name}: llama.cpp's reading of it counts: it has {note}" for note in notes)
 
 
@@ -150,7 +151,7 @@ class _Numbers:
 def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """What only some families have, and what llama.cpp takes for granted of them."""
     found: dict[str, Any] = {}
-    loader = LOADERS[family.gguf]
+    loader = family.gguf
     if family.windows != "none":
         found["sliding_window"] = None
     if loader.window is not None:
@@ -192,12 +193,14 @@ def _carried_by(metadata: Metadata, where: object) -> dict[str, Any]:
     return kept
 
 
-def _rope_of(read: _Numbers, factors: Mapping[str, Tensor], size: int) -> dict[str, Any]:
-    """llama.cpp takes linear where no type is said; it applies factor and attn_factor beside lists of factors too."""
+def _rope_of(read: _Numbers, known: tuple[str, ...], factors: Mapping[str, Tensor], size: int) -> dict[str, Any]:
+    """Rotary positions, of a kind that is known.
+
+    llama.cpp takes linear where no type is said; it applies factor and attn_factor beside lists of factors too.
+    """
     kind, factor = _scaling_of(read)
     times = float(read("rope.scaling.attn_factor", 1.0))
     plain = {"rope_type": "default", "rope_theta": float(read("rope.freq_base", 10000.0))}
-    known = LOADERS[read.prefix].ropes
     for names, rope in (({FREQS}, "llama3"), (set(LONGROPE.values()), "longrope")):
         there = names & set(factors)
         if there and (rope not in known or there != names or factor != 1):

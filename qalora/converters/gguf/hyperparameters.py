@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qalora.converters.decoder import FULL, LOCAL, Decoder
-from qalora.converters.gguf.loaders import LOADERS, clipped_window, refuse
+from qalora.converters.gguf.loaders import clipped_window, refuse
 from qalora.converters.rope import Rope, llama3_factors
 from qalora.formats.gguf import Value
 
@@ -53,7 +53,7 @@ def hyperparameters(decoder: Decoder, settings: Mapping[str, Any], where: object
     InputError for what GGUF cannot say, or llama.cpp would compute otherwise.
     """
     refuse(decoder, where)
-    prefix, size, heads = decoder.family.gguf, decoder.head_size, decoder.heads
+    loader, size, heads = decoder.family.gguf, decoder.head_size, decoder.heads
     clipped = clipped_window(decoder)
     integers = {
         "block_count": len(decoder.layers),
@@ -65,14 +65,14 @@ def hyperparameters(decoder: Decoder, settings: Mapping[str, Any], where: object
         "vocab_size": decoder.vocabulary,
         "rope.dimension_count": decoder.ropes[FULL].size(size),
     }
-    if size * heads != decoder.hidden or decoder.family.gguf != "llama":
+    if loader.sized or size * heads != decoder.hidden:
         integers |= {"attention.key_length": size, "attention.value_length": size}
     floats = {
         "rope.freq_base": decoder.ropes[FULL].theta,
         "attention.layer_norm_rms_epsilon": decoder.epsilon,
     }
     windows = [layer.window for layer in decoder.layers if layer.window is not None]
-    if windows and LOADERS[prefix].window is not None:
+    if windows and loader.window is not None:
         integers["attention.sliding_window"] = windows[0]
     if LOCAL in decoder.ropes:
         floats["rope.freq_base_swa"] = decoder.ropes[LOCAL].theta
@@ -82,7 +82,7 @@ def hyperparameters(decoder: Decoder, settings: Mapping[str, Any], where: object
     entries = {key: Value.uint32(value) for key, value in integers.items()}
     entries |= {key: Value.float32(value) for key, value in floats.items()}
     entries |= _scaling(decoder.ropes[FULL], decoder.positions)
-    return {f"{prefix}.{key}": value for key, value in entries.items()} | _carried(decoder, settings)
+    return {f"{loader.architecture}.{key}": value for key, value in entries.items()} | _carried(decoder, settings)
 
 
 def _scaling(rope: Rope, positions: int) -> dict[str, Value]:
@@ -117,7 +117,7 @@ def _carried(decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Value]:
     if rope.kind == "llama3" or (rope.kind == "yarn" and "attention_factor" in rope.numbers):
         kept["rope_parameters"] = rope.parameters()
     entries = {}
-    if decoder.family.model_type != decoder.family.gguf:
+    if decoder.family.model_type != decoder.family.gguf.architecture:
         entries[MODEL_TYPE] = Value.text(decoder.family.model_type)
     if kept:
         entries[CONFIG] = Value.text(json.dumps(kept, sort_keys=True))

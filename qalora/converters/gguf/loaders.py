@@ -1,13 +1,12 @@
-"""What llama.cpp's loader of an architecture takes for granted, and which models it would therefore compute otherwise.
+"""Which models llama.cpp would compute otherwise, by what its loader of their architecture takes for granted.
 
-Source: llama.cpp, src/llama-model.cpp. Each line of LOADERS is held by a test that runs the library.
+Source: llama.cpp, src/llama-model.cpp. Each family's record of it (`gguf`) is held by tests that run the library.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from qalora.converters.decoder import FULL, Decoder, check_activation
@@ -16,8 +15,6 @@ from qalora.converters.rope import check_rope, two_tables
 from qalora.errors import InputError
 
 __all__ = [
-    "LOADERS",
-    "Loader",
     "check_keys",
     "check_tensors",
     "clipped_window",
@@ -25,48 +22,6 @@ __all__ = [
     "reads_bias",
     "refuse",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loader:
-    """What llama.cpp does for an architecture.
-
-    ropes     transformers' rope kinds that it computes
-    window    it keeps to attention.sliding_window, in all layers but every n-th; None: it has no window
-    default   the window where no key names one; None: a file without it has other layers than those of the family
-    capped    it caps scores, always
-    logits    it caps logits where final_logit_softcapping says so
-    local     layers with a window have rope.freq_base_swa
-    big       the number of layers at which it scales scores by hidden/heads in place of the head size
-    unrotated every n-th layer has no rotary positions
-    biases    the linear modules whose biases it reads
-    tied      the output layer is always the embedding
-    """
-
-    ropes: tuple[str, ...] = ("default", "linear", "yarn")
-    window: int | None = None
-    default: int | None = None
-    capped: bool = False
-    logits: bool = False
-    local: bool = False
-    big: int | None = None
-    unrotated: int | None = None
-    biases: tuple[str, ...] = ()
-    tied: bool = False
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_OTHERS = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-LOADERS: dict[str, Loader] = {
-    "llama": Loader(ropes=("default", "linear", "yarn", "llama3"), biases=(*_QKV, *_OTHERS)),
-    "qwen2": Loader(biases=_QKV),
-    "qwen3": Loader(biases=_QKV),
-    "gemma2": Loader(ropes=("default", "linear"), window=2, default=4096, capped=True, logits=True, big=46, tied=True),
-    "gemma3": Loader(ropes=("default", "linear"), window=6, logits=True, local=True, big=62),
-    "smollm3": Loader(unrotated=4),
-    "phi3": Loader(ropes=("default", "longrope")),
-}
 
 
 READ = (
@@ -101,7 +56,7 @@ def check_keys(keys: Mapping[str, Any], family: Family, where: object) -> None:
 
     keys  all of a file, with their values; one that is 0, false or empty switches nothing on
     """
-    loader, prefix = LOADERS[family.gguf], f"{family.gguf}."
+    loader, prefix = family.gguf, f"{family.gguf.architecture}."
     read = {*READ, *IDLE}
     read |= {"attention.sliding_window_pattern"} if loader.window is not None else set()
     read |= {"attn_logit_softcapping"} if loader.capped else set()
@@ -118,16 +73,15 @@ def check_keys(keys: Mapping[str, Any], family: Family, where: object) -> None:
             )
 
 
-def _loader_scale(decoder: Decoder, loader: Loader) -> float:
-    big = len(decoder.layers) == loader.big
+def _loader_scale(decoder: Decoder) -> float:
+    big = len(decoder.layers) == decoder.family.gguf.big
     squared = decoder.hidden // decoder.heads if big else decoder.head_size
     return 1 / math.sqrt(squared)
 
 
 def refuse(decoder: Decoder, where: object) -> None:
     """Refuse what llama.cpp would compute otherwise."""
-    family, loader = decoder.family, LOADERS[decoder.family.gguf]
-    where, layers = f"gguf: {where}", decoder.layers
+    loader, where = decoder.family.gguf, f"gguf: {where}"
     check_activation(decoder, where)
     for kind, rope in decoder.ropes.items():
         known = loader.ropes if kind == FULL else ("default",)
@@ -141,14 +95,13 @@ def refuse(decoder: Decoder, where: object) -> None:
         check_rope(rope, decoder.head_size, where)
         if rope.kind == "yarn" and (rope.numbers.get("truncate") is False or "mscale" in rope.numbers):
             raise InputError(f"{where}: yarn", expected="no truncate or mscale", got=str(dict(rope.numbers))[:90])
-    if not math.isclose(decoder.scale, _loader_scale(decoder, loader), rel_tol=1e-6):
-        wanted = round(_loader_scale(decoder, loader) ** -2)
-        got = f"{decoder.scale**-2:g}"
-        raise InputError(f"{where}: query_pre_attn_scalar", expected=f"{wanted}, which {family.gguf} has", got=got)
+    if not math.isclose(decoder.scale, _loader_scale(decoder), rel_tol=1e-6):
+        expected = f"{round(_loader_scale(decoder) ** -2)}, which {loader.architecture} has"
+        raise InputError(f"{where}: query_pre_attn_scalar", expected=expected, got=f"{decoder.scale**-2:g}")
     if (decoder.softcap is not None) != loader.capped:
-        expected = f"{'a number' if loader.capped else 'none'}, as {family.gguf} has it"
+        expected = f"{'a number' if loader.capped else 'none'}, as {loader.architecture} has it"
         raise InputError(f"{where}: attn_logit_softcapping", expected=expected, got=str(decoder.softcap))
-    for n, layer in enumerate(layers):
+    for n, layer in enumerate(decoder.layers):
         if loader.window is not None and (layer.window is None) != ((n + 1) % loader.window == 0):
             expected = f"a window in all layers but every {loader.window}th"
             raise InputError(f"{where}: layer_types", expected=expected, got=f"{layer.window} in layer {n}")
@@ -159,30 +112,30 @@ def refuse(decoder: Decoder, where: object) -> None:
 
 def check_tensors(names: Collection[str], family: Family, where: object) -> None:
     """Refuse a tensor of a model that llama.cpp's loader does not take; `where` begins with what the model is for."""
-    loader = LOADERS[family.gguf]
+    loader = family.gguf
     for name in names:
         if not reads_bias(name, family):
             raise InputError(
-                f"{where}: {name}: llama.cpp reads no such bias of a {family.gguf}",
+                f"{where}: {name}: llama.cpp reads no such bias of a {loader.architecture}",
                 todo="export it to onnx or gptq",
             )
     if loader.tied and "lm_head.weight" in names:
         raise InputError(
-            f"{where}: lm_head.weight: llama.cpp ties the output layer of a {family.gguf} to the embedding",
+            f"{where}: lm_head.weight: llama.cpp ties the output layer of a {loader.architecture} to the embedding",
             todo="export it to onnx or gptq",
         )
 
 
 def reads_bias(name: str, family: Family) -> bool:
     """Whether llama.cpp reads a bias, by transformers' name; true of a tensor that is none."""
-    modules = LOADERS[family.gguf].biases
+    modules = family.gguf.biases
     return not name.endswith(".bias") or name.endswith(tuple(f".{module}.bias" for module in modules))
 
 
 def clipped_window(decoder: Decoder) -> int | None:
     """The window of a decoder that llama.cpp knows no window of, if its context is longer."""
     windows = [layer.window for layer in decoder.layers if layer.window is not None]
-    if LOADERS[decoder.family.gguf].window is not None or not windows or min(windows) >= decoder.positions:
+    if decoder.family.gguf.window is not None or not windows or min(windows) >= decoder.positions:
         return None
     return min(windows)
 
@@ -190,10 +143,11 @@ def clipped_window(decoder: Decoder) -> int | None:
 def context_notes(decoder: Decoder) -> tuple[str, ...]:
     """What a user should know of contexts that llama.cpp computes otherwise."""
     window, rope, notes = clipped_window(decoder), decoder.ropes[FULL], []
+    name = decoder.family.gguf.architecture
     if window is not None:
         notes.append(
-            f"gguf: llama.cpp has no sliding window for {decoder.family.gguf}: the file's context_length is the "
-            f"window, {window}, up to which it computes the same"
+            f"gguf: llama.cpp has no sliding window for {name}: the file's context_length is the window, {window}, up "
+            "to which it computes the same"
         )
     if two_tables(rope, decoder.positions):
         notes.append(

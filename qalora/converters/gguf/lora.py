@@ -92,7 +92,7 @@ def plan_lora(adapter: Adapter, model: Checkpoint, name: str | None = None) -> G
     alpha = _alpha(adapter)
     times = {module: layer.factor / (alpha / layer.rank) for module, layer in adapter.layers.items()}
     return GgufLora(
-        layout=plan_layout(_metadata(family.gguf, alpha, name or model.path.name), tensors),
+        layout=plan_layout(_metadata(family.gguf.architecture, alpha, name or model.path.name), tensors),
         names=names,
         times=times,
         heads={module: head_count(family, model.config, f"{module}.weight") for module in names},

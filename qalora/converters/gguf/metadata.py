@@ -16,10 +16,10 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import OtherSpace, name_in_gguf, strips
 from qalora.converters.decoder import Decoder, decoder_of
 from qalora.converters.ends import ends_of, tokenizer_end
-from qalora.converters.families import settings_of
 from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import CONFIG, MODEL_TYPE, factor_tensors, hyperparameters
 from qalora.converters.gguf.names import gguf_names
+from qalora.converters.settings import settings_of
 from qalora.converters.tokenizer import gguf_tokenizer
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value
@@ -51,7 +51,7 @@ def file_metadata(
         return with_ends(carried.with_entries(changes), ends, tokenizer_end(model), model.path)
     tokenizer = gguf_tokenizer(model, name or model.path.name, kept=kept)
     general = {
-        "general.architecture": Value.text(decoder.family.gguf),
+        "general.architecture": Value.text(decoder.family.gguf.architecture),
         "general.type": Value.text("model"),
         "general.name": tokenizer.pop("general.name"),
         "general.size_label": Value.text(_size_label(model)),
@@ -64,7 +64,7 @@ def file_metadata(
 
 def _renumbered(metadata: Metadata, decoder: Decoder, numbers: Mapping[str, Value]) -> Metadata:
     """Metadata with other numbers of the architecture, and none of those that it had."""
-    name = decoder.family.gguf
+    name = decoder.family.gguf.architecture
     own = (f"{metadata.get('general.architecture')}.", f"{name}.", MODEL_TYPE, CONFIG)
     kept = {key: value for key, value in metadata.entries.items() if not key.startswith(own)}
     return Metadata(entries={**kept, "general.architecture": Value.text(name), **numbers})

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import linear_names
 from qalora.converters.gguf.configs import config_notes, config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, LONGROPE
 from qalora.converters.gguf.loaders import check_tensors
 from qalora.converters.gguf.names import gguf_names, head_count, rows_from
 from qalora.converters.huggingface import check_shapes, zero_biases
 from qalora.converters.plan import PROVENANCE
+from qalora.converters.settings import linear_names
 from qalora.converters.specs import TENSORS, fits, parse_specs, restored
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile

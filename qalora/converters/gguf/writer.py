@@ -15,7 +15,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.added_tokens import OtherSpace
 from qalora.converters.decoder import decoder_of
 from qalora.converters.ends import end_notes, ends_of, in_words, token_texts
-from qalora.converters.families import Family, norm_names
+from qalora.converters.families import Family
 from qalora.converters.gguf.hyperparameters import factor_tensors
 from qalora.converters.gguf.loaders import check_tensors, clipped_window, context_notes, reads_bias
 from qalora.converters.gguf.metadata import file_metadata, file_name
@@ -23,6 +23,7 @@ from qalora.converters.gguf.modelfile import MODELFILE, modelfile, turns_in
 from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
+from qalora.converters.settings import norm_names
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.files import OutputFile
@@ -59,7 +60,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     known = gguf_names(family, len(decoder.layers))
     unknown = sorted(set(model.tensors) - set(known))
     if unknown:
-        raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in a {family.gguf} file")
+        raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in a {family.gguf.architecture} file")
     check_tensors(model.tensors, family, f"gguf: {model.path}")
     for name in (*norm_names(model.config, model.path), "model.embed_tokens.weight"):
         if name not in model.tensors:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.families import linear_names
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, StoredResidual, find_residual, pooling_matrix
 from qalora.converters.gptq.dynamic import Rule, check_rules, parse_rules, rule_of
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
+from qalora.converters.settings import linear_names
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import BITS, Version, unpack_qweight, unpack_qzeros

@@ -25,21 +25,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qalora.converters.decoder import Decoder, decoder_of
-from qalora.converters.families import LAYER_KINDS, family_of, settings_of
-from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE
+from qalora.converters.decoder import FULL, Decoder, decoder_of
+from qalora.converters.families import LAYER_KINDS
+from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE, Rope, two_tables
+from qalora.converters.settings import settings_of
 from qalora.errors import InputError
 
-__all__ = ["mlx_config", "no_window", "number", "window_beyond"]
-
-WINDOWED = ("mistral", "phi3", "gemma2", "qwen2", "qwen3")
-"""Families with a sliding window that mlx-lm does not have."""
-
-WITHOUT_BIAS = ("qwen3", "gemma2", "gemma3_text")
-"""Families whose attention has no biases there."""
-
-ROPES = {"phi3": ("default", "longrope"), "gemma2": ("default",)}
-"""Families whose rope mlx-lm does not scale in every way."""
+__all__ = ["mlx_config", "no_window", "window_beyond"]
 
 
 def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any], tuple[str, ...], int | None]:
@@ -51,26 +43,26 @@ def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any]
     otherwise from the first token on.
     """
     decoder, settings = decoder_of(config, "config.json"), settings_of(config, "config.json")
-    family, rope = decoder.family.model_type, settings["rope_parameters"]
-    _check(config, family, tied=tied)
+    _check(decoder, settings, tied=tied)
+    said, rope = settings["rope_parameters"], decoder.ropes[FULL]
+    full, local = said.get(LAYER_KINDS[0], said), said.get(LAYER_KINDS[1])
+    if not config.get("rope_scaling"):
+        said = config.get("rope_parameters") or said
     beside = {key: value for key, value in config.items() if key not in PLACES}
     missing = {key: value for key, value in _numbers(decoder, settings).items() if beside.get(key) is None}
-    said = rope if config.get("rope_scaling") else config.get("rope_parameters") or rope
     found = {**beside, **missing, **_lists(decoder), "rope_parameters": said, "tie_word_embeddings": tied}
-    full, local = rope.get(LAYER_KINDS[0], rope), rope.get(LAYER_KINDS[1])
+    found |= _rope(full, decoder)
     notes: list[str] = []
     ends: list[int] = []
-    found |= _rope(full, config, family)
-    original = found.get("original_max_position_embeddings")
-    listed = "long_factor" in (found["rope_scaling"] or {})
-    if listed and type(original) is int and original < decoder.positions:
-        ends.append(original)
-        notes.append(f"mlx-lm has one list of rope factors: it is right up to {original} tokens")
+    if two_tables(rope, decoder.positions):
+        ends.append(rope.original)
+        notes.append(f"mlx-lm has one list of rope factors: it is right up to {rope.original} tokens")
     if local is not None:
         found[LOCAL_THETA] = local["rope_theta"]
-    if family == "gemma3_text":
+    if "layer_types" in decoder.family.mlx.unread:
         found["sliding_window_pattern"] = _pattern(decoder, settings)
-        notes += _scale_note(decoder.hidden)
+    if decoder.family.mlx.rounded:
+        notes += _scale_note(decoder)
     window = window_beyond(decoder)
     if window is not None:
         ends.append(window)
@@ -105,86 +97,77 @@ def _refuse(what: str, expected: str, got: object) -> InputError:
     )
 
 
-def _check(config: Mapping[str, Any], family: str, *, tied: bool) -> None:
+def _check(decoder: Decoder, settings: Mapping[str, Any], *, tied: bool) -> None:
     """What mlx-lm's modules have no place for, or pass over."""
-    known, settings = family_of(config, "config.json"), settings_of(config, "config.json")
-    if settings[known.activation_key] != known.activation:
-        raise _refuse(known.activation_key, f"{known.activation} for {family}", settings[known.activation_key])
-    if family in WITHOUT_BIAS and config.get("attention_bias"):
-        raise _refuse("attention_bias", f"a {family} without", "True")
-    if family == "qwen2" and config.get("head_dim") is not None:
-        usual = int(config["hidden_size"]) // int(config["num_attention_heads"])
-        if config["head_dim"] != usual:
-            raise _refuse("head_dim", f"{usual}, hidden_size over heads for qwen2", config["head_dim"])
-    if family == "gemma2" and not tied:
-        raise _refuse("lm_head", "a gemma2 whose output layer is the embedding", "one of its own")
-    if family == "gemma2":
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if settings[key] is None:
-                raise _refuse(key, "a gemma2 with it", "None")
-    if family == "gemma3_text":
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if config.get(key) is not None:
-                raise _refuse(key, "a gemma3 without", config[key])
+    family, mlx = decoder.family, decoder.family.mlx
+    name = family.model_type
+    if decoder.activation != family.activation:
+        raise _refuse(family.activation_key, f"{family.activation} for {name}", decoder.activation)
+    for key in family.biased:
+        if key in mlx.unread and settings[key]:
+            raise _refuse(key, f"a {name} without", "True")
+    usual = decoder.hidden // decoder.heads
+    if "head_dim" in mlx.unread and decoder.head_size != usual:
+        raise _refuse("head_dim", f"{usual}, hidden_size over heads for {name}", decoder.head_size)
+    if mlx.ties == "always" and not tied:
+        raise _refuse("lm_head", f"a {name} whose output layer is the embedding", "one of its own")
+    for key, cap in (("attn_logit_softcapping", decoder.softcap), ("final_logit_softcapping", decoder.logit_softcap)):
+        if key in mlx.unread and cap is not None:
+            raise _refuse(key, f"a {name} without", cap)
+        if key in mlx.defaults and cap is None:
+            raise _refuse(key, f"a {name} with it", "None")
 
 
-def _rope(rope: Mapping[str, Any], config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """The keys of the rotary positions; `rope` is that of the layers that attend to everything."""
-    kind = str(rope["rope_type"])
-    if kind not in ROPES.get(family, (kind,)):
-        raise _refuse("rope_type", f"{' or '.join(ROPES[family])} for {family}", kind)
-    found: dict[str, Any] = {"rope_theta": rope["rope_theta"], "rope_scaling": None}
-    if rope.get(SHARE) is not None:
-        found[SHARE] = rope[SHARE]
-    if kind == "default":
+def _rope(said: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """The keys of the rotary positions; `said` is what the config says of those of layers that attend to everything."""
+    rope, mlx = decoder.ropes[FULL], decoder.family.mlx
+    known = ("default",) if "rope_scaling" in mlx.unread else decoder.family.ropes or (rope.kind,)
+    if rope.kind not in known:
+        raise _refuse("rope_type", f"{' or '.join(known)} for {decoder.family.model_type}", rope.kind)
+    found: dict[str, Any] = {"rope_theta": said["rope_theta"], "rope_scaling": None}
+    if said.get(SHARE) is not None:
+        found[SHARE] = said[SHARE]
+    if rope.kind == "default":
         return found
-    scaling = {**rope, "type": kind}
-    if kind == "yarn":
+    scaling = {**said, "type": rope.kind}
+    if rope.kind == "yarn":
         scaling |= _yarn(rope)
-    elif kind == "longrope":
-        original = rope[ORIGINAL]
-        _check_longrope(rope, config, original)
-        scaling |= {"long_factor": rope.get("short_factor"), "original_max_position_embeddings": original}
-        found["original_max_position_embeddings"] = original
+    elif rope.kind == "longrope":
+        _check_longrope(rope, decoder.positions)
+        found[ORIGINAL] = rope.original
+        scaling |= {"long_factor": said["short_factor"], ORIGINAL: rope.original}
     return {**found, "rope_scaling": scaling}
 
 
-def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _yarn(rope: Rope) -> dict[str, Any]:
     """mscale and mscale_all_dim that make mlx-lm's factor transformers' attention_factor."""
-    if rope.get("truncate") is False:
+    numbers = rope.numbers
+    if numbers.get("truncate") is False:
         raise _refuse("rope truncate", "True", "False")
-    factor = number(rope, "factor")
-    step = 0.1 * math.log(factor) if factor > 1 else 0.0
-    if rope.get("attention_factor") is not None:
-        attention = number(rope, "attention_factor")
-    elif rope.get("mscale") and rope.get("mscale_all_dim"):
-        attention = (1 + step * number(rope, "mscale")) / (1 + step * number(rope, "mscale_all_dim"))
+    step = 0.1 * math.log(numbers["factor"]) if numbers["factor"] > 1 else 0.0
+    if "attention_factor" in numbers:
+        attention = float(numbers["attention_factor"])
+    elif "mscale" in numbers and "mscale_all_dim" in numbers:
+        attention = (1 + step * numbers["mscale"]) / (1 + step * numbers["mscale_all_dim"])
     else:
         attention = 1 + step
     if step == 0 and attention != 1:
         raise _refuse("attention_factor", "1 where factor is 1", attention)
-    return {"mscale": (attention - 1) / step if step else 1.0, "mscale_all_dim": 0.0}
+    mscale = (attention - 1) / step if step else 1.0
+    return {"factor": numbers["factor"], "mscale": mscale, "mscale_all_dim": 0.0}
 
 
-def _check_longrope(rope: Mapping[str, Any], config: Mapping[str, Any], original: object) -> None:
+def _check_longrope(rope: Rope, positions: int) -> None:
     """mlx-lm takes the factor from the two context lengths, and the size of cos and sin from that."""
-    longest = config.get("max_position_embeddings")
-    if type(original) is not int or type(longest) is not int or original < 2:
-        raise _refuse("original_max_position_embeddings", "a whole number", original)
-    ratio = longest / original
-    if rope.get("factor") is not None and not math.isclose(number(rope, "factor"), ratio):
-        raise _refuse("longrope factor", f"{ratio:g}, of the context lengths", rope["factor"])
-    wanted = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    if rope.get("attention_factor") is not None and not math.isclose(number(rope, "attention_factor"), wanted):
-        raise _refuse("longrope attention_factor", f"{wanted:g}, of the context lengths", rope["attention_factor"])
-
-
-def number(rope: Mapping[str, Any], key: str) -> float:
-    """A finite number of a scaling; InputError for what is none."""
-    value = rope.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"mlx: rope {key}", expected="a number", got=repr(value)[:60])
-    return float(value)
+    if rope.original < 2:
+        raise _refuse(ORIGINAL, "2 or more", rope.original)
+    ratio = positions / rope.original
+    factor, attention = rope.numbers.get("factor"), rope.numbers.get("attention_factor")
+    if factor is not None and not math.isclose(factor, ratio):
+        raise _refuse("longrope factor", f"{ratio:g}, of the context lengths", factor)
+    wanted = math.sqrt(1 + math.log(ratio) / math.log(rope.original)) if ratio > 1 else 1.0
+    if attention is not None and not math.isclose(attention, wanted):
+        raise _refuse("longrope attention_factor", f"{wanted:g}, of the context lengths", attention)
 
 
 def no_window(decoder: Decoder, window: int) -> str:
@@ -195,7 +178,7 @@ def no_window(decoder: Decoder, window: int) -> str:
 def window_beyond(decoder: Decoder) -> int | None:
     """The window that the model has and mlx-lm has not, if the context is longer."""
     windows = [layer.window for layer in decoder.layers if layer.window is not None]
-    lacking = decoder.family.model_type in WINDOWED and windows and min(windows) < decoder.positions
+    lacking = not decoder.family.mlx.window and windows and min(windows) < decoder.positions
     return min(windows) if lacking else None
 
 
@@ -211,12 +194,13 @@ def _pattern(decoder: Decoder, settings: Mapping[str, Any]) -> int:
     return pattern
 
 
-def _scale_note(hidden: int) -> list[str]:
-    """Gemma 3 multiplies embeddings by sqrt(hidden), which mlx-lm rounds to bfloat16, with its 8 significant bits."""
+def _scale_note(decoder: Decoder) -> list[str]:
+    """It multiplies embeddings by sqrt(hidden) in bfloat16, which has 8 significant bits."""
     import torch
 
-    scale = torch.tensor(hidden, dtype=torch.float32).sqrt()
+    scale = torch.tensor(decoder.hidden, dtype=torch.float32).sqrt()
     rounded = scale.bfloat16().float()
     if torch.equal(scale, rounded):
         return []
-    return [f"mlx-lm multiplies Gemma 3's embeddings by {float(rounded):g} instead of {float(scale):.6g}"]
+    name = decoder.family.model_type
+    return [f"mlx-lm multiplies a {name}'s embeddings by {float(rounded):g} instead of {float(scale):.6g}"]

@@ -13,61 +13,22 @@ from typing import Any
 
 from qalora.converters.decoder import decoder_of
 from qalora.converters.essentials import differences
-from qalora.converters.families import LAYER_KINDS, check_config, family_of
-from qalora.converters.mlx.config import mlx_config, no_window, number, window_beyond
+from qalora.converters.families import LAYER_KINDS, Family, family_of
+from qalora.converters.mlx.config import mlx_config, no_window, window_beyond
 from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE
+from qalora.converters.settings import check_config
 from qalora.errors import InputError
 
 __all__ = ["as_it_was", "as_mlx_reads", "ties"]
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"rope_theta": 1e4, "tie_word_embeddings": True},
-    "mistral": {"rope_theta": 1e4, "tie_word_embeddings": True},
-    "qwen2": {"rope_theta": 1e6, "tie_word_embeddings": True},
-    "qwen3": {"rope_theta": None, "tie_word_embeddings": True},
-    "gemma2": {
-        "rope_theta": 1e4,
-        "tie_word_embeddings": True,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "query_pre_attn_scalar": 144.0,
-    },
-    "gemma3_text": {
-        "rope_theta": 1e6,
-        LOCAL_THETA: 1e4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 32768,
-        "sliding_window": 512,
-        "sliding_window_pattern": 6,
-        "vocab_size": 262144,
-    },
-    "phi3": {"rope_theta": 1e4, "max_position_embeddings": 131072, ORIGINAL: 4096, "tie_word_embeddings": False},
-    "smollm3": {"rope_theta": 1e4, "tie_word_embeddings": True},
-}
-"""What mlx-lm takes for a key that a config leaves out, where transformers may take something else."""
-
-UNREAD: dict[str, tuple[str, ...]] = {
-    "qwen2": ("head_dim",),
-    "qwen3": ("attention_bias",),
-    "gemma2": ("rope_scaling", "attention_bias"),
-    "gemma3_text": ("attn_logit_softcapping", "final_logit_softcapping", "layer_types", "attention_bias"),
-    "phi3": ("head_dim",),
-}
-"""Keys that it does not read and transformers does."""
-
-ONE_ORDER = ("qwen3", "gemma3_text")
-"""Families whose pairs of rotated elements are always those of transformers, whatever rope_traditional says."""
-
 YARNS = ("yarn", "deepseek_yarn", "telechat3-yarn")
 
 
-def ties(config: Mapping[str, Any], *, stored: bool) -> bool:
+def ties(config: Mapping[str, Any], family: Family, *, stored: bool) -> bool:
     """Whether mlx-lm ties the output layer to the embedding; stored: whether the folder has one of its own."""
-    family = str(config.get("model_type"))
-    if family == "gemma3_text":
-        return not stored
-    return family == "gemma2" or bool(config.get("tie_word_embeddings", DEFAULTS[family]["tie_word_embeddings"]))
+    if family.mlx.ties == "said":
+        return bool(config.get("tie_word_embeddings", family.mlx.defaults["tie_word_embeddings"]))
+    return family.mlx.ties == "always" or not stored
 
 
 def as_it_was(config: Mapping[str, Any], where: str, *, tied: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -118,40 +79,41 @@ def _differ(read: Mapping[str, Any], meant: Mapping[str, Any], where: str) -> tu
 
 def _read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All numbers as mlx-lm takes them, in the places where transformers looks for them."""
-    known = family_of(config, where)
-    family = known.model_type
-    if config.get("rope_traditional") and family not in ONE_ORDER:
+    family = family_of(config, where)
+    mlx = family.mlx
+    if config.get("rope_traditional") and not mlx.ordered:
         raise InputError(f"{where}: rope_traditional", expected="false", got=repr(config["rope_traditional"])[:60])
     windows = isinstance(config.get("layer_types"), list) and LAYER_KINDS[1] in config["layer_types"]
-    if family == "llama" and windows:
-        expected = f"{LAYER_KINDS[0]} alone in a llama"
+    if family.windows == "none" and windows:
+        expected = f"{LAYER_KINDS[0]} alone in a {family.model_type}"
         raise InputError(f"{where}: layer_types", expected=expected, got=LAYER_KINDS[1])
-    defaults = {key: value for key, value in DEFAULTS[family].items() if key != "tie_word_embeddings"}
-    beside = () if family == "phi3" else (ORIGINAL,)
-    passed = (*PLACES, *UNREAD.get(family, ()), *beside)
+    defaults = {key: value for key, value in mlx.defaults.items() if key != "tie_word_embeddings"}
+    passed = (*PLACES, *mlx.unread, *(() if ORIGINAL in mlx.defaults else (ORIGINAL,)))
     said = {key: value for key, value in config.items() if key not in passed}
-    read = {**defaults, **said, known.activation_key: known.activation, **_rope(config, family, defaults)}
-    if family == "gemma3_text":
-        read["attn_logit_softcapping"] = read["final_logit_softcapping"] = None
+    read = {**defaults, **said, family.activation_key: family.activation, **_rope(config, family)}
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if key in mlx.unread:
+            read[key] = None
     return read
 
 
-def _rope(config: Mapping[str, Any], family: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Its rotary positions as transformers' `rope_parameters`."""
-    scaling = config.get("rope_scaling") if "rope_scaling" not in UNREAD.get(family, ()) else None
-    theta = config.get("rope_theta", defaults["rope_theta"])
+    mlx = family.mlx
+    scaling = config.get("rope_scaling") if "rope_scaling" not in mlx.unread else None
+    theta = config.get("rope_theta", mlx.defaults["rope_theta"])
     parameters = config.get("rope_parameters")
-    if family == "qwen3" and isinstance(parameters, Mapping):
+    if mlx.parameters and isinstance(parameters, Mapping):
         theta = parameters.get("rope_theta") if theta is None else theta
         scaling = parameters if scaling is None else scaling
     scaled = dict(scaling) if isinstance(scaling, Mapping) else {}
     kind = scaled.pop("type", None) or scaled.get("rope_type") or "default"
-    kind = "longrope" if family == "phi3" and kind == "su" else kind
+    kind = mlx.aliases.get(kind, kind) if isinstance(kind, str) else kind
     full = {**_scaled(kind, scaled), "rope_theta": theta}
-    if family == "gemma3_text":
-        local = {"rope_type": "default", "rope_theta": config.get(LOCAL_THETA, defaults[LOCAL_THETA])}
+    if family.local_rope:
+        local = {"rope_type": "default", "rope_theta": config.get(LOCAL_THETA, mlx.defaults[LOCAL_THETA])}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
-    share = {SHARE: config.get(SHARE, 1.0)} if family == "phi3" else {}
+    share = {SHARE: config.get(SHARE, 1.0)} if SHARE in family.defaults else {}
     return {"rope_parameters": {**full, **share}}
 
 
@@ -160,7 +122,7 @@ def _scaled(kind: object, said: Mapping[str, Any]) -> dict[str, Any]:
     if kind in YARNS:
         kept = {key: said[key] for key in ("factor", ORIGINAL, "beta_fast", "beta_slow") if key in said}
         sizes = {key: said.get(key, default) for key, default in (("mscale", 1), ("mscale_all_dim", 0))}
-        step = 0.1 * math.log(max(1.0, number(said, "factor")))
+        step = 0.1 * math.log(max(1.0, _number(said, "factor")))
         top, bottom = (1 + step * _or_none(sizes, key) for key in sizes)
         usual = sizes["mscale"] == 1 and sizes["mscale_all_dim"] == 0
         attention = {} if usual else {"attention_factor": top / bottom}
@@ -174,4 +136,12 @@ def _scaled(kind: object, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _or_none(sizes: Mapping[str, Any], key: str) -> float:
-    return number(sizes, key) if sizes[key] else 0.0
+    return _number(sizes, key) if sizes[key] else 0.0
+
+
+def _number(scaling: Mapping[str, Any], key: str) -> float:
+    """A finite number of a scaling; InputError for what is none."""
+    value = scaling.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"mlx: rope {key}", expected="a number", got=repr(value)[:60])
+    return float(value)

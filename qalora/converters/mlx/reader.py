@@ -65,12 +65,12 @@ def _as_mlx_reads(
     folder: Path, config: dict[str, Any], tensors: dict[str, LazyTensor]
 ) -> tuple[dict[str, Any], dict[str, LazyTensor], tuple[str, ...]]:
     """Config and tensors of a folder that others made, as mlx-lm takes them, and notes."""
-    family = family_of(config, folder).model_type
-    stored, tied = HEAD in tensors, ties(config, stored=HEAD in tensors)
+    family, stored = family_of(config, folder), HEAD in tensors
+    tied = ties(config, family, stored=stored)
     if not stored and not tied:
         raise FormatError(f"{folder}: tensor {HEAD}", expected="it, as config.json says", got="no such tensor")
     read, notes = as_mlx_reads(config, folder.name)
-    if stored and tied and (family == "gemma2" or tensors[HEAD].spec is not None):
+    if stored and tied and (family.mlx.ties == "always" or tensors[HEAD].spec is not None):
         raise FormatError(f"{folder}: tensor {HEAD}", expected="none beside a tied output, in mlx-lm", got="one")
     if stored and tied:
         tensors = {name: lazy for name, lazy in tensors.items() if name != HEAD}

@@ -97,13 +97,13 @@ def projections(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Lin
     """Queries, keys and values, [batch, sequence, heads * head size] each, normed by heads where the family does."""
     path, out = f"model.layers.{n}.self_attn", f"layer{n}"
     counts = {"q": decoder.heads, "k": decoder.kv_heads, "v": decoder.kv_heads}
-    if decoder.family.has("self_attn.qkv_proj"):
+    if decoder.layers[n].parts.has("self_attn.qkv_proj"):
         sizes = graph.constant("qkv_sizes", [count * decoder.head_size for count in counts.values()])
         flat = [f"{out}.{name}" for name in counts]
         graph.add("Split", [linear(normed, f"{path}.qkv_proj"), sizes], flat[0], outputs=flat, axis=-1)
     else:
         flat = [linear(normed, f"{path}.{name}_proj") for name in counts]
-    if decoder.family.has("self_attn.q_norm"):
+    if decoder.layers[n].parts.has("self_attn.q_norm"):
         for at, name in enumerate("qk"):
             shape = graph.constant(f"heads_{counts[name]}", [0, 0, counts[name], decoder.head_size])
             split = graph.add("Reshape", [flat[at], shape], f"{out}.{name}_by_head")
@@ -116,7 +116,7 @@ def projections(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Lin
 def feed_forward(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Linear) -> str:
     """down(activation(gate) * up)."""
     path, out = f"model.layers.{n}.mlp", f"layer{n}"
-    if decoder.family.has("mlp.gate_up_proj"):
+    if decoder.layers[n].parts.has("mlp.gate_up_proj"):
         sizes = graph.constant("gate_up_sizes", [decoder.intermediate, decoder.intermediate])
         halves = [f"{out}.gate", f"{out}.up"]
         graph.add("Split", [linear(normed, f"{path}.gate_up_proj"), sizes], halves[0], outputs=halves, axis=-1)

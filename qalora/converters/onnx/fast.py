@@ -107,12 +107,12 @@ def _layer(
     path, out = f"model.layers.{n}", f"layer{n}"
     mixed = linear(_attention(graph, decoder, n, normed, lengths, linear), f"{path}.self_attn.o_proj")
     after = "post_attention_layernorm"
-    if decoder.family.has("pre_feedforward_layernorm"):
+    if decoder.layers[n].parts.has("pre_feedforward_layernorm"):
         mixed = norm(graph, decoder, mixed, f"{path}.{after}", f"{out}.mixed_normed")
         after = "pre_feedforward_layernorm"
     hidden, normed = _add_norm(graph, decoder, hidden, mixed, f"{path}.{after}", f"{out}.middle")
     down = feed_forward(graph, decoder, n, normed, linear)
-    if decoder.family.has("post_feedforward_layernorm"):
+    if decoder.layers[n].parts.has("post_feedforward_layernorm"):
         down = norm(graph, decoder, down, f"{path}.post_feedforward_layernorm", f"{out}.down_normed")
     last = n + 1 == len(decoder.layers)
     following = "model.norm" if last else f"model.layers.{n + 1}.input_layernorm"

@@ -36,10 +36,11 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.essentials import differences
-from qalora.converters.families import check_config, family_of, linear_names
+from qalora.converters.families import family_of
 from qalora.converters.huggingface import HEAD as OUTPUT
 from qalora.converters.huggingface import announced, check_shapes, companion_files, read_config, zero_biases
 from qalora.converters.onnx.foreign_config import config_of, whole_attribute
+from qalora.converters.settings import check_config, linear_names
 from qalora.errors import FormatError, InputError
 from qalora.formats.onnx import Stored, read_stored
 from qalora.tensor import GroupQuantTensor, QuantSpec

@@ -33,7 +33,7 @@ def genai_config(model: Checkpoint, decoder: Decoder, *, portable: bool) -> dict
     bos, pad = (special_token(model, kind) for kind in ("bos", "pad"))
     return {
         "model": {
-            "type": decoder.family.genai,
+            "type": decoder.family.genai or decoder.family.model_type,
             "bos_token_id": ends[0] if bos is None else bos,
             "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
             "pad_token_id": ends[0] if pad is None else pad,

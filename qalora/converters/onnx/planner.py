@@ -19,7 +19,7 @@ import torch
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoder import decoder_of
 from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
-from qalora.converters.families import family_of, norm_names
+from qalora.converters.families import family_of
 from qalora.converters.onnx.carriers import fast_parts, portable_parts
 from qalora.converters.onnx.decoder import check_decoder, rotary_parts
 from qalora.converters.onnx.embedding import EMBEDDING, check_table, tables
@@ -31,6 +31,7 @@ from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.onnx.slots import add_slots
 from qalora.converters.onnx.tokenizer import NOTE, genai_files
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
+from qalora.converters.settings import norm_names
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import converted_files
 from qalora.errors import InputError

@@ -149,14 +149,14 @@ def _layer(graph: Graph, decoder: Decoder, n: int, hidden: str, positions: str, 
     normed = norm(graph, decoder, hidden, f"{path}.input_layernorm", f"{out}.normed")
     mixed = _attention(graph, decoder, n, normed, positions, bias, linear)
     after = "post_attention_layernorm"
-    if decoder.family.has("pre_feedforward_layernorm"):
+    if decoder.layers[n].parts.has("pre_feedforward_layernorm"):
         mixed = norm(graph, decoder, mixed, f"{path}.{after}", f"{out}.mixed_normed")
         after = "pre_feedforward_layernorm"
     hidden = graph.add("Add", [hidden, mixed], f"{out}.middle")
     down = feed_forward(
         graph, decoder, n, norm(graph, decoder, hidden, f"{path}.{after}", f"{out}.middle_normed"), linear
     )
-    if decoder.family.has("post_feedforward_layernorm"):
+    if decoder.layers[n].parts.has("post_feedforward_layernorm"):
         down = norm(graph, decoder, down, f"{path}.post_feedforward_layernorm", f"{out}.down_normed")
     return graph.add("Add", [hidden, down], f"{out}.end")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
-from qalora.converters.families import family_of, linear_names
+from qalora.converters.families import family_of
 from qalora.converters.huggingface import model_of, read_config
 from qalora.converters.onnx import foreign
 from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
@@ -24,6 +24,7 @@ from qalora.converters.onnx.order import order_part, read_orders
 from qalora.converters.onnx.planner import GRAPH
 from qalora.converters.onnx.portable import DOMAIN
 from qalora.converters.onnx.rotary import check_rotary
+from qalora.converters.settings import linear_names
 from qalora.converters.specs import TENSORS, check_values, parse_specs
 from qalora.errors import FormatError
 from qalora.formats.onnx import Stored, read_initializers, read_stored

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.families import FAMILIES
 from qalora.errors import FormatError
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
@@ -93,13 +94,14 @@ class MlxRuntime:
 
     def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """float32 [tokens, vocabulary] of each sequence, from one batch padded on the left, as mlx-lm's own is; one
-        after the other where mlx-lm does not pad: a model that keeps another cache than the plain one, and Gemma 2,
-        whose scores and mask do not go together in a batch.
+        after the other where mlx-lm does not pad: a model that keeps another cache than the plain one, or whose class
+        takes no padding (`MlxLm.padded`).
         """
         from mlx_lm.models.cache import BatchKVCache, KVCache
 
         cache = self._cache()
-        if self._model.model_type == "gemma2" or not all(type(part) is KVCache for part in cache):
+        padded = FAMILIES[self._model.model_type].mlx.padded
+        if not padded or not all(type(part) is KVCache for part in cache):
             return [self.logits(sequence) for sequence in sequences]
         ids, mask = pad(sequences, "left")
         padding = (mask.shape[1] - mask.sum(dim=1)).tolist()

@@ -1,0 +1,66 @@
+"""Model families: a file each, a line here. README.md of the folder above says how one is added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qalora.converters.families import gemma2, gemma3_text, llama, mistral, phi3, qwen2, qwen3, smollm3
+from qalora.converters.families.record import EVERYWHERE, LAYER_KINDS, Family, LayerParts
+from qalora.errors import InputError
+
+__all__ = ["FAMILIES", "LAYER_KINDS", "SOME", "Family", "LayerParts", "family_of", "reads", "text_family"]
+
+_ALL = (
+    llama.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    mistral.FAMILY,
+    gemma2.FAMILY,
+    gemma3_text.FAMILY,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+"""Each family by transformers' config.model_type."""
+
+SOME = tuple(sorted({key for family in _ALL for key in family.defaults} - EVERYWHERE))
+"""Keys that the classes of some families read; in a config of another one they say nothing."""
+
+
+def reads(family: Family, key: str) -> bool:
+    """Whether transformers' class reads a key of a config: one of SOME where the family has it, and any other."""
+    return key not in SOME or key in family.defaults
+
+
+def family_of(config: Mapping[str, Any], where: object) -> Family:
+    """The family of a transformers config; InputError names those there are. `where` names the model."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(
+            f"{where}: model_type",
+            expected=f"one of {', '.join(FAMILIES)}",
+            got=repr(model_type),
+            todo=_missing(config),
+        )
+    return FAMILIES[model_type]
+
+
+def text_family(config: Mapping[str, Any]) -> Family | None:
+    """The family of the decoder in a model of text and images, by its config; None where it is no such model."""
+    if not isinstance(config.get("text_config"), Mapping):
+        return None
+    return next((family for family in _ALL if config.get("model_type") in family.wrappers), None)
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _missing(config: Mapping[str, Any]) -> str:
+    """What a model of no family here would need."""
+    if any(isinstance(config.get(key), int) and config[key] > 1 for key in _EXPERTS):
+        return "a mixture of experts: its expert weights and their router are not read yet"
+    if isinstance(config.get("text_config"), Mapping):
+        return "a model of text and images: save its text part as a model of its own"
+    return "see the README"

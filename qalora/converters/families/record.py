@@ -1,0 +1,229 @@
+"""What a family of decoders is: the names of its tensors, how it differs from a Llama, what each runtime makes of it.
+
+A family is data, in a module of its own beside this one; `qalora.converters.decoder` turns it and a config into the
+numbers that graphs and metadata are made of. Nothing here or in such a module imports anything of qalora but these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "ATTENTION",
+    "DEFAULTS",
+    "EVERYWHERE",
+    "LAYER_KINDS",
+    "LINEARS",
+    "MLP",
+    "NORMS",
+    "NORMS_AROUND",
+    "OUTER",
+    "QKV",
+    "QK_NORMS",
+    "Family",
+    "LayerParts",
+    "LlamaCpp",
+    "MlxLm",
+]
+
+Names = tuple[tuple[str, str], ...]
+
+LAYER_KINDS = ("full_attention", "sliding_attention")
+"""What transformers' layer_types calls a layer that attends to everything, and one with a window."""
+
+EVERYWHERE = frozenset(
+    {
+        "head_dim",
+        "hidden_act",
+        "hidden_activation",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+        "vocab_size",
+    }
+)
+"""Keys of a config that are no family's own: what they say holds in every one, or is refused there."""
+
+
+OUTER = (
+    ("model.embed_tokens.weight", "token_embd.weight"),
+    ("model.norm.weight", "output_norm.weight"),
+    ("lm_head.weight", "output.weight"),
+)
+LINEARS = (
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+)
+NORMS = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"))
+QK_NORMS = (("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"))
+NORMS_AROUND = (
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+)
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION = (*QKV, "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """What a decoder layer of one kind holds.
+
+    types    the layer_types that hold it; () where the layers of a family differ in no weight
+    linears  (module of a layer, GGUF name) of the linear weights, in the order of computation
+    norms    (module of a layer, GGUF name) of the norms
+    """
+
+    linears: Names
+    norms: Names
+    types: tuple[str, ...] = ()
+
+    def has(self, module: str) -> bool:
+        """Whether a layer has this linear module or norm."""
+        return any(name == module for name, _ in (*self.linears, *self.norms))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaCpp:
+    """What llama.cpp's loader of an architecture takes for granted. Families of one architecture share the record.
+
+    architecture  general.architecture of GGUF files
+    ropes         transformers' rope kinds that it computes
+    window        it keeps to attention.sliding_window, in all layers but every n-th; None: it has no window
+    default       the window where no key names one; None: a file without it has other layers than those of the family
+    capped        it caps scores, always
+    logits        it caps logits where final_logit_softcapping says so
+    local         layers with a window have rope.freq_base_swa
+    big           the number of layers at which it scales scores by hidden/heads in place of the head size
+    unrotated     every n-th layer has no rotary positions
+    biases        the linear modules whose biases it reads
+    tied          the output layer is always the embedding
+    sized         files give attention.key_length where it is hidden/heads too
+    """
+
+    architecture: str
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    window: int | None = None
+    default: int | None = None
+    capped: bool = False
+    logits: bool = False
+    local: bool = False
+    big: int | None = None
+    unrotated: int | None = None
+    biases: tuple[str, ...] = ()
+    tied: bool = False
+    sized: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlxLm:
+    """What mlx-lm's class of a model_type takes for granted.
+
+    defaults    what it takes for a key that a config leaves out, where transformers may take something else
+    unread      keys that it does not read and transformers does
+    window      it keeps to the family's window
+    ties        what says that the output layer is the embedding: tie_word_embeddings ("said"), the folder, which has
+                no lm_head then ("stored"), or nothing, as it always is
+    aliases     other names of rope kinds
+    parameters  it reads rope_parameters where rope_theta and rope_scaling are not there
+    ordered     it rotates transformers' pairs of elements, whatever rope_traditional says
+    rounded     it multiplies embeddings with a root of hidden_size that it rounds to bfloat16
+    padded      it takes a batch that is padded on the left
+    """
+
+    defaults: Mapping[str, Any]
+    unread: tuple[str, ...] = ()
+    window: bool = False
+    ties: Literal["said", "stored", "always"] = "said"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    parameters: bool = False
+    ordered: bool = False
+    rounded: bool = False
+    padded: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One family of decoders; what is not said is a Llama's.
+
+    model_type      transformers' config.model_type
+    architecture    transformers' class
+    layers          what a decoder layer holds, for each kind of layer
+    outer           (transformers' tensor, GGUF tensor) outside the layers; the output layer is absent where it is tied
+    permuted        modules whose rows GGUF stores in llama.cpp's rotary order: rows of a head [2, d/2] -> [d/2, 2]
+    biases          linear modules that have a bias in every model of the family
+    biased          linear modules that have one where the config has this key
+    defaults        what transformers takes for a key that a config leaves out, where it changes the logits; a key that
+                    stands here in other families only is one that transformers' class does not read
+    fixed           what holds in every model of the family, whatever a config says
+    rope_aliases    other names of rope kinds
+    ropes           the kinds that transformers' class takes, where it does not take every one
+    activation      the one activation of the family, and the key that names it
+    norm_offset     norms multiply with 1 + weight; GGUF and the graphs hold that sum
+    scaled_embedding  embeddings are multiplied with the root of hidden_size
+    windows         which layers have the sliding window, if sliding_window is set: none, all, those that layer_types
+                    name, or by that list and, without it, all but every sliding_window_pattern-th ("alternate")
+    local_rope      layers with a window have rotary positions of their own
+    skips_rope      some layers have no rotary positions
+    wrappers        model_types of models of text and images whose decoder is one of the family
+    gguf, mlx       what llama.cpp and mlx-lm take for granted
+    genai           model.type in onnxruntime-genai's config, where it is not model_type
+    tiny            what the config of a tiny model has beside `qalora.testing`'s sizes: windows small enough to matter
+    """
+
+    model_type: str
+    architecture: str
+    layers: tuple[LayerParts, ...]
+    gguf: LlamaCpp
+    mlx: MlxLm
+    defaults: Mapping[str, Any]
+    outer: Names = OUTER
+    permuted: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    biased: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    ropes: tuple[str, ...] = ()
+    activation: str = "silu"
+    activation_key: str = "hidden_act"
+    norm_offset: bool = False
+    scaled_embedding: bool = False
+    windows: Literal["none", "all", "typed", "alternate"] = "none"
+    local_rope: bool = False
+    skips_rope: bool = False
+    wrappers: tuple[str, ...] = ()
+    genai: str = ""
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> Names:
+        """The linear weights of layers of every kind."""
+        return tuple(dict.fromkeys(pair for parts in self.layers for pair in parts.linears))
+
+    @property
+    def norms(self) -> Names:
+        """The norms of layers of every kind."""
+        return tuple(dict.fromkeys(pair for parts in self.layers for pair in parts.norms))
+
+    def adds_one(self, name: str) -> bool:
+        """Whether a tensor is a norm that multiplies with 1 + weight.
+
+        transformers takes that sum in float32, and graphs and GGUF hold it: w + 1 is rounded once, w' = (w + 1) - 1 is
+        what is read back, and w' + 1 is the same again.
+        """
+        return self.norm_offset and name.endswith("norm.weight")
