@@ -24,7 +24,7 @@ from qalora.adapter import read_adapter, write_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load, onnx, target
 from qalora.converters.exports import export
-from qalora.converters.gguf.lora import plan_lora, read_lora, write_lora
+from qalora.converters.gguf.lora import read_lora, write_lora
 from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError
 from qalora.inspection import inspect
@@ -132,7 +132,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ca
     adapter = random_adapter(model, rank=2, a_size=1.0, b_size=1.0, minima=None)
     write_adapter(adapter, root / "adapter")
     (root / "lora").mkdir()
-    write_lora(plan_lora(adapter, model), adapter, root / "lora" / "lora.gguf")
+    write_lora(adapter, model, root / "lora" / "lora.gguf")
     return {
         "float": (root / "float", _read_model),
         "qalora": (root / "qalora", _read_model),

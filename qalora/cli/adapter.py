@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from qalora.cli.options import Command, convention_option, force_option, output_option
+from qalora.options.words import LORA_FILES, Convention
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
     from qalora.checkpoint import Checkpoint
+    from qalora.converters.format import LoraFile
 
 
 @click.group("adapter", epilog="Example: qalora adapter convert adapter --to plain -o lora")
@@ -25,7 +27,7 @@ def command() -> None:
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["paper", "official", "peft", "plain", "gguf-lora", "onnx-adapter"]),
+    type=click.Choice([*get_args(Convention), "plain", *LORA_FILES]),
     required=True,
     help="A QA-LoRA convention, an ordinary LoRA that every runtime reads, or llama.cpp's or ONNX Runtime's file.",
 )
@@ -47,30 +49,29 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     """
     from qalora.adapter import ADAPTER_FILES, open_adapter, read_adapter, to_plain_lora, write_adapter
     from qalora.adapter import convert as convert_adapter
-    from qalora.converters import load
-    from qalora.converters.gguf.lora import read_lora
+    from qalora.converters import load, loras
     from qalora.errors import InputError
     from qalora.formats.output import check_apart, check_output, new_folder
 
     check_apart(out, adapter, *([] if model is None else [model]))
     check_output(out, force=force, names=ADAPTER_FILES)
-    foreign = adapter.is_file() and adapter.suffix == ".gguf"
-    if model is None and (foreign or form == "gguf-lora"):
-        what = f"{adapter}: a GGUF LoRA" if foreign else "gguf-lora"
-        raise InputError(f"{what} needs the base model, for names and row order", todo="give --base MODEL")
-    if not foreign:
+    readable = {kind.suffix: kind for kind in loras().values() if kind.read is not None}
+    given = readable.get(adapter.suffix) if adapter.is_file() else None
+    wanted = loras().get(form)
+    for kind, where in ((given, f"{adapter}: "), (wanted, "")):
+        if model is None and kind is not None and kind.by_base:
+            what = f"{where}{kind.kind} needs the base model, for names and row order"
+            raise InputError(what, todo="give --base MODEL")
+    if given is None:
         open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     base = None if model is None else load(model)
     check_apart(out, *([] if base is None else [base.path]))
-    if foreign and base is not None:
-        read = read_lora(adapter, base)
+    if given is not None and given.read is not None and base is not None:
+        read = given.read(adapter, base)
     else:
         read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
-    if form == "gguf-lora" and base is not None:
-        click.echo(_write_gguf_lora(read, base, out, force=force))
-        return
-    if form == "onnx-adapter":
-        click.echo(_write_onnx_adapter(read, out, force=force))
+    if wanted is not None:
+        click.echo(_write_file(wanted, read, base, out, force=force))
         return
     written = to_plain_lora(read) if form == "plain" else convert_adapter(read, form)  # type: ignore[arg-type]
     with new_folder(out, force=force, names=ADAPTER_FILES) as folder:
@@ -78,24 +79,12 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     click.echo(_summary(read, written, form))
 
 
-def _write_gguf_lora(adapter: Adapter, base: Checkpoint, out: Path, *, force: bool) -> str:
-    from qalora.converters.gguf.lora import plan_lora, write_lora
-    from qalora.formats.output import new_file
-
-    plan = plan_lora(adapter, base)
-    with new_file(out, force=force) as path:
-        write_lora(plan, adapter, path)
-    return f"{len(adapter.layers)} layers as a GGUF LoRA, {plan.layout.size:,} bytes: {_exactness(len(plan.rounded))}"
-
-
-def _write_onnx_adapter(adapter: Adapter, out: Path, *, force: bool) -> str:
-    from qalora.converters.onnx.slots import rounded_modules, write_adapter_file
+def _write_file(kind: LoraFile, adapter: Adapter, base: Checkpoint | None, out: Path, *, force: bool) -> str:
     from qalora.formats.output import new_file
 
     with new_file(out, force=force) as path:
-        write_adapter_file(adapter, path)
-    exact = _exactness(len(rounded_modules(adapter)))
-    return f"{len(adapter.layers)} layers as an ONNX Runtime adapter, {out.stat().st_size:,} bytes: {exact}"
+        rounded = kind.write(adapter, base, path)
+    return f"{len(adapter.layers)} layers as {kind.kind}, {out.stat().st_size:,} bytes: {_exactness(len(rounded))}"
 
 
 def _exactness(rounded: int) -> str:

@@ -10,13 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.format import Format, Layout
+from qalora.converters.format import Format, Layout, LoraFile
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import VERSIONS
 from qalora.options.words import TARGETS
 
-__all__ = ["TARGETS", "by_config", "layout", "layouts", "load", "packages", "recognise", "target", "weight_suffixes"]
+__all__ = [
+    "TARGETS",
+    "by_config",
+    "layout",
+    "layouts",
+    "load",
+    "loras",
+    "packages",
+    "recognise",
+    "target",
+    "weight_suffixes",
+]
 
 
 def target(name: str) -> Format:
@@ -37,6 +48,11 @@ def layouts() -> tuple[Layout, ...]:
 def layout(name: str) -> Layout:
     """The record of a layout by its name."""
     return {one.name: one for one in layouts()}[name]
+
+
+def loras() -> dict[str, LoraFile]:
+    """The files of adapters that formats have, by their names."""
+    return {one.lora.name: one.lora for one in layouts() if one.lora is not None}
 
 
 def weight_suffixes() -> frozenset[str]:

@@ -6,10 +6,12 @@ A format has a line in `qalora.options.words.TARGETS`, with the module whose FOR
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
@@ -17,7 +19,20 @@ from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.errors import FormatError
 from qalora.formats.safetensors import read_header
 
-__all__ = ["EXACT", "Format", "Layout", "Pushed", "Released", "Rounding", "exact", "late", "plain_name", "quantized_by"]
+__all__ = [
+    "EXACT",
+    "Format",
+    "Layout",
+    "LoraContent",
+    "LoraFile",
+    "Pushed",
+    "Released",
+    "Rounding",
+    "exact",
+    "late",
+    "plain_name",
+    "quantized_by",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +92,40 @@ def _metadata(path: Path) -> Mapping[str, Any] | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraContent:
+    """What a file of an adapter holds: each module's rank, matrices by names for people, and what it says of itself."""
+
+    ranks: tuple[int, ...]
+    parameters: int
+    matrices: Iterator[tuple[str, Tensor]]
+    base: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraFile:
+    """An adapter as a file that a format's runtime applies beside a model: an ordinary LoRA.
+
+    name     as `qalora.options.words.LORA_FILES` has it; kind: as people call it, "a GGUF LoRA"
+    suffix   what the name of such a file ends with
+    holds    whether a path is such a file
+    write    writes an adapter, of a model where one is given; gives the modules whose A is rounded by that
+    content  what a file holds; FormatError for what is none
+    by_base  whether names and the order of rows are the model's, which is needed to write and to read then
+    read     opens one of a model
+    """
+
+    name: str
+    kind: str
+    suffix: str
+    holds: Callable[[Path], bool]
+    write: Callable[[Adapter, Checkpoint | None, Path], tuple[str, ...]]
+    content: Callable[[Path], LoraContent]
+    by_base: bool = False
+    read: Callable[[Path, Checkpoint], Adapter] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """What can be read.
 
@@ -87,8 +136,9 @@ class Layout:
     by_config  recognises a folder by its config.json, where no layout did by files
     end        what the names of tensors of integers end with, and unannounced: what to do where config.json is silent
     artifacts  the files of a folder that are models of their own, each to be proven
-    is_lora    whether one of these is an adapter for the one beside it, which read_lora reads
+    lora       the file of an adapter for one of these; among artifacts it is for the one beside it
     weights    the files that hold an artefact's weights
+    sources    the files that are read where one file is opened
     runtimes   what an artefact is proven in, as `qalora.parity.runtimes.RUNTIMES` has them; also: where there is a
                device for it, or the artefact is small; generators: they generate from it too, and are used where they
                are installed; nothing is unproven without them
@@ -113,9 +163,9 @@ class Layout:
     end: str = ""
     unannounced: str = "its quantization_config is missing: take config.json from where the model came from"
     artifacts: Callable[[Path], Sequence[Path]] = lambda folder: ()
-    is_lora: Callable[[Path], bool] = lambda path: False
-    read_lora: Callable[[Path, Checkpoint], Adapter] | None = None
+    lora: LoraFile | None = None
     weights: Callable[[Path], Iterable[Path]] = _safetensors
+    sources: Callable[[Path], Iterable[Path]] = lambda path: [path]
     also: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
     residual: bool = False

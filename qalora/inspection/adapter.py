@@ -18,15 +18,14 @@ from qalora.adapter import Convention
 from qalora.adapter.reading import AdapterSource, convention_of, open_adapter
 from qalora.adapter.writing import WEIGHTS
 from qalora.checkpoint import Checkpoint
-from qalora.converters.gguf.lora import FLOATS, lora_pairs, open_lora
+from qalora.converters.format import LoraFile
 from qalora.errors import AdapterError
 from qalora.folding import check_pool
 from qalora.formats.files import InputFile, contained
-from qalora.formats.gguf import GgufFile
 from qalora.formats.safetensors import read_tensor
 from qalora.inspection.records import AdapterReport, Finding
 
-__all__ = ["inspect_adapter", "inspect_gguf_lora", "inspect_onnx_adapter"]
+__all__ = ["inspect_adapter", "inspect_lora"]
 
 READS: dict[str, tuple[str, ...]] = {
     "q_proj": ("o_proj", "down_proj", "q_proj"),
@@ -281,52 +280,19 @@ def _value_findings(matrices: Iterable[tuple[str, Tensor]]) -> list[Finding]:
     return findings
 
 
-def inspect_gguf_lora(path: Path) -> AdapterReport:
-    """Inspect a LoRA as llama.cpp applies it; see `qalora.converters.gguf.lora`. FormatError for what is none."""
-    file = open_lora(path)
-    kinds = Counter((a.shape[0], 1) for a, _ in lora_pairs(file).values())
-    base = file.metadata.get("general.base_model.0.name")
-    notes = [f"for models of architecture {file.metadata.get('general.architecture')}"]
-    notes += [f"alpha {file.metadata.get('adapter.lora.alpha')}"]
-    unread = sorted({info.type for info in file.tensors.values()} - set(FLOATS))
+def inspect_lora(path: Path, kind: LoraFile) -> AdapterReport:
+    """Inspect a file of an adapter, of a kind that a format has; FormatError for what is none."""
+    found = kind.content(path)
     return AdapterReport(
         path=path,
-        layout="gguf-lora",
+        layout=kind.name,
         convention=None,
         minima=None,
         use_qalora=False,
-        base=base if isinstance(base, str) else None,
-        parameters=sum(int(torch.Size(info.shape).numel()) for info in file.tensors.values()),
+        base=found.base,
+        parameters=found.parameters,
         nbytes=path.stat().st_size,
-        layers=dict(kinds.most_common()),
-        notes=(*notes, *(f"values of {kind} tensors are not read" for kind in unread)),
-        warnings=tuple(_value_findings(_gguf_matrices(file))),
-    )
-
-
-def _gguf_matrices(file: GgufFile) -> Iterable[tuple[str, Tensor]]:
-    with InputFile(file.path) as opened:
-        for name, info in file.tensors.items():
-            if info.type in FLOATS:
-                yield name, opened.tensor(info.offset, info.nbytes).view(FLOATS[info.type])
-
-
-def inspect_onnx_adapter(path: Path) -> AdapterReport:
-    """Inspect an .onnx_adapter file whose tensors are named as ours; see `qalora.converters.onnx.slots`."""
-    from qalora.converters.onnx.slots import read_adapter_file, slot_names
-
-    slots = read_adapter_file(path)
-    matrices = [pair for module, both in slots.items() for pair in zip(slot_names(module), both, strict=True)]
-    return AdapterReport(
-        path=path,
-        layout="onnx-adapter",
-        convention=None,
-        minima=None,
-        use_qalora=False,
-        base=None,
-        parameters=sum(values.numel() for _, values in matrices),
-        nbytes=path.stat().st_size,
-        layers=dict(Counter((a.shape[1], 1) for a, _ in slots.values()).most_common()),
-        notes=(),
-        warnings=tuple(_value_findings(matrices)),
+        layers=dict(Counter((rank, 1) for rank in found.ranks).most_common()),
+        notes=found.notes,
+        warnings=tuple(_value_findings(found.matrices)),
     )

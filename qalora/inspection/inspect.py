@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qalora.adapter import Convention
-from qalora.converters.gguf.lora import is_lora
+from qalora.converters import load, loras
 from qalora.formats.output import Progress
-from qalora.inspection.adapter import inspect_adapter, inspect_gguf_lora, inspect_onnx_adapter
+from qalora.inspection.adapter import inspect_adapter, inspect_lora
 from qalora.inspection.model import inspect_model
 from qalora.inspection.records import AdapterReport, FolderReport, ModelReport, Report
 
@@ -50,12 +50,9 @@ def _one(
 ) -> ModelReport | AdapterReport:
     """A single file, a model's folder, or a Hub id."""
     place = Path(path)
-    if place.is_file() and place.suffix == ".onnx_adapter":
-        return inspect_onnx_adapter(place)
-    if place.is_file() and is_lora(place):
-        return inspect_gguf_lora(place)
-    from qalora.converters import load
-
+    for kind in loras().values() if place.is_file() else ():
+        if kind.holds(place):
+            return inspect_lora(place, kind)
     model = load(path, checkpoint_format=checkpoint_format)
     counted = sum(_size(lazy.shape) for lazy in model.tensors.values())
     return inspect_model(model, Path(path), quick=quick, progress=None if progress is None else progress(counted))

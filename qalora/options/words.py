@@ -2,7 +2,18 @@
 
 from typing import Literal
 
-__all__ = ["BITS", "LOSSES", "SHARD_SIZE", "TARGETS", "CheckpointFormat", "Convention", "Level", "Minima", "Zeros"]
+__all__ = [
+    "BITS",
+    "LORA_FILES",
+    "LOSSES",
+    "SHARD_SIZE",
+    "TARGETS",
+    "CheckpointFormat",
+    "Convention",
+    "Level",
+    "Minima",
+    "Zeros",
+]
 
 BITS = (2, 3, 4, 5, 6, 8)
 """Widths of a code."""
@@ -35,6 +46,9 @@ TARGETS = {
 }
 """Each format that `export` writes, and the module whose FORMAT says all of it (`qalora.converters.format`); our own
 folder is the last. An export's folder has the format's name."""
+
+LORA_FILES = ("gguf-lora", "onnx-adapter")
+"""The files of adapters that runtimes of these formats apply, by the names that the formats' records give them."""
 
 LOSSES: dict[str, str] = {
     "zeros": "real zero points rounded to integers; on SmolLM2 half of the adapter is lost",

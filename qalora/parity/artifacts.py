@@ -68,7 +68,7 @@ def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Ar
 
 def _paired(found: Sequence[Artifact]) -> list[Artifact]:
     """LoRAs put beside the one model of their kind and folder; InputError for one that has none, or several."""
-    loras = [artifact for artifact in found if artifact.layout.is_lora(artifact.path)]
+    loras = [one for one in found if one.layout.lora is not None and one.layout.lora.holds(one.path)]
     kept = [artifact for artifact in found if artifact not in loras]
     for lora in loras:
         beside = [

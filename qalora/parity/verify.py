@@ -211,9 +211,10 @@ def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Sta
 
 def _beside(artifact: Artifact, checkpoint: Checkpoint) -> Adapter:
     """The adapter that lies beside an artefact's weights."""
-    if artifact.lora is None or artifact.layout.read_lora is None:
+    kind = artifact.layout.lora
+    if artifact.lora is None or kind is None or kind.read is None:
         return read_adapter(checkpoint.beside or artifact.path, checkpoint)
-    return artifact.layout.read_lora(artifact.lora, checkpoint)
+    return kind.read(artifact.lora, checkpoint)
 
 
 def _report(

@@ -17,11 +17,10 @@ from typing import Any
 from qalora.adapter import Adapter, read_adapter
 from qalora.calibration import quantize_model
 from qalora.checkpoint import Checkpoint
-from qalora.converters import load, native
+from qalora.converters import load, native, recognise
 from qalora.converters.huggingface import download
 from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError, about
-from qalora.formats.gguf_split import split_files
 from qalora.formats.output import check_output
 from qalora.options import Options, fields_of, plain
 from qalora.options.quantize import Quantize
@@ -327,7 +326,7 @@ class Pipeline:
                         return _Thing(path=None, digest=None)
                     raise
             if path.is_file():
-                files = sorted(path.parent.iterdir()) if path.suffix == ".onnx" else split_files(path)
+                files = recognise(path).sources(path)
                 digests = [self.store.digest(one) for one in files if one.is_file()]
                 return _Thing(path=given, digest=" ".join(digests))
             return _Thing(path=given, digest=self.store.digest(path, skip=[self.out]))

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qalora.cli import COMMANDS, main
-from qalora.converters import TARGETS
-from qalora.options.words import LOSSES
+from qalora.converters import TARGETS, loras
+from qalora.options.words import LORA_FILES, LOSSES
 from qalora.testing import byte_tokenizer, tiny_llama
 
 
@@ -176,6 +176,11 @@ def test_a_delta_has_its_help(name: str) -> None:
 def test_formats_and_losses_are_named_by_the_help() -> None:
     words = re.split(r"[\s,.:|\[\]]+", run("export", "--help").stdout)
     assert {*TARGETS, *LOSSES} <= set(words)
+
+
+def test_files_of_adapters_are_named_as_the_formats_have_them() -> None:
+    assert tuple(loras()) == LORA_FILES
+    assert all(name in run("adapter", "convert", "--help").output for name in LORA_FILES)
 
 
 def test_the_overview_names_every_command() -> None:

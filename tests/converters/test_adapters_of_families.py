@@ -15,7 +15,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.converters.families import FAMILIES
-from qalora.converters.gguf.lora import plan_lora, read_lora, write_lora
+from qalora.converters.gguf.lora import read_lora, write_lora
 from qalora.converters.onnx.slots import write_adapter_file
 from qalora.converters.plan import ExportOptions
 from qalora.converters.torch_module import build
@@ -59,7 +59,7 @@ def test_llama_cpp_applies_the_lora(case: Case, tmp_path: Path) -> None:
     """Within torch's noise in float32; where gelu is a table of float16, within twice what it costs the base alone."""
     export(case.model, ["gguf"], tmp_path)
     (file,) = (tmp_path / "gguf").glob("*.gguf")
-    write_lora(plan_lora(case.adapter, case.model), case.adapter, tmp_path / "lora.gguf")
+    write_lora(case.adapter, case.model, tmp_path / "lora.gguf")
     assert compare_adapters(read_lora(tmp_path / "lora.gguf", case.model), case.adapter) == ()
     plain, adapted = LlamaCpp(file, 1), LlamaCpp(file, 1, lora=tmp_path / "lora.gguf")
     table = float((plain.logits(TOKENS).double() - case.base).abs().max())
@@ -72,7 +72,7 @@ def test_llama_cpp_applies_the_lora(case: Case, tmp_path: Path) -> None:
 
 def test_onnx_runtime_fills_the_slots(case: Case, tmp_path: Path) -> None:
     export(case.model, ["onnx"], tmp_path, ExportOptions(lora_slots=frozenset(case.adapter.layers)))
-    write_adapter_file(case.adapter, tmp_path / "a.onnx_adapter")
+    write_adapter_file(case.adapter, None, tmp_path / "a.onnx_adapter")
     adapter, run = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     adapter.Load(str(tmp_path / "a.onnx_adapter"))
     run.add_active_adapter(adapter)

@@ -34,7 +34,7 @@ def made(model: Checkpoint, *, pool: int = 32, size: float = 0.1, ranks: tuple[i
 
 
 def written(adapter: Adapter, model: Checkpoint, path: Path) -> Path:
-    write_lora(plan_lora(adapter, model), adapter, path)
+    write_lora(adapter, model, path)
     return path
 
 

@@ -218,7 +218,7 @@ def test_slots_take_the_activation_as_it_was(untied: Checkpoint, graph: str, tmp
     model = act_order(untied, by_input)
     adapter = random_adapter(model, pool_size=1, seed=1, a_size=0.1, b_size=0.1, minima=None, scaling=0.5)
     export(model, "onnx", tmp_path, lora_slots=frozenset(adapter.layers))
-    write_adapter_file(adapter, tmp_path / "a.onnx_adapter")
+    write_adapter_file(adapter, None, tmp_path / "a.onnx_adapter")
     held, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     held.Load(str(tmp_path / "a.onnx_adapter"))
     options.add_active_adapter(held)

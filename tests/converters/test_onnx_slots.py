@@ -84,7 +84,7 @@ def test_onnx_runtime_fills_the_slots(model: Checkpoint, tmp_path: Path, graph: 
     assert [node.name for node in opened.get_inputs()][:2] == ["input_ids", "attention_mask"]
     assert len(opened.get_overridable_initializers()) == 2 * len(model.linears)
     for name, used in (("a", adapter), ("b", other)):
-        write_adapter_file(used, tmp_path / f"{name}.onnx_adapter")
+        write_adapter_file(used, None, tmp_path / f"{name}.onnx_adapter")
         reference, side = Reference(model, used), Forward(weights="side")
         wanted = reference.logits(TOKENS, side)
         found = logits(opened, model, tmp_path / f"{name}.onnx_adapter")
@@ -109,7 +109,7 @@ def test_every_kind_of_linear_has_a_place(tiny: Path, tmp_path: Path, bits: int 
     model = source if bits is None else random_model(source, bits=bits, zeros=zeros)
     adapter = made(model, modules=None if bits is None else {"v_proj"})
     folder = exported(model, tmp_path, adapter)
-    write_adapter_file(adapter, tmp_path / "a.onnx_adapter")
+    write_adapter_file(adapter, None, tmp_path / "a.onnx_adapter")
     wide = {name: lazy.load_float().double() for name, lazy in model.tensors.items() if name in model.linears}
     for module, layer in adapter.layers.items():
         change = layer.factor * (layer.b.double() @ layer.a.double())
@@ -150,7 +150,7 @@ def test_genai_fills_the_slots(model: Checkpoint, tmp_path: Path) -> None:
 
     adapter = made(model)
     opened = onnxruntime_genai.Model(str(exported(model, tmp_path, adapter)))
-    write_adapter_file(adapter, tmp_path / "a.onnx_adapter")
+    write_adapter_file(adapter, None, tmp_path / "a.onnx_adapter")
     adapters = onnxruntime_genai.Adapters(opened)
     adapters.load(str(tmp_path / "a.onnx_adapter"), "a")
     reference = Reference(model, adapter)
@@ -171,12 +171,12 @@ def test_an_adapter_file_holds_the_plain_lora(model: Checkpoint, tmp_path: Path)
     adapter = made(model, scaling=0.3)
     assert len(rounded_modules(adapter)) == 14
     assert rounded_modules(made(model)) == ()
-    write_adapter_file(adapter, tmp_path / "a.onnx_adapter")
+    write_adapter_file(adapter, None, tmp_path / "a.onnx_adapter")
     for module, (a, b) in read_adapter_file(tmp_path / "a.onnx_adapter").items():
         layer = adapter.layers[module]
         assert torch.equal(a.t(), (layer.a.double() * 0.3).float().repeat_interleave(32, dim=1))
         assert torch.equal(b.t(), layer.b)
-    write_adapter_file(adapter, tmp_path / "b.onnx_adapter")
+    write_adapter_file(adapter, None, tmp_path / "b.onnx_adapter")
     assert (tmp_path / "a.onnx_adapter").read_bytes() == (tmp_path / "b.onnx_adapter").read_bytes()
 
 

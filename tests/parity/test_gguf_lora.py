@@ -9,7 +9,7 @@ import pytest
 
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
-from qalora.converters.gguf.lora import plan_lora, write_lora
+from qalora.converters.gguf.lora import write_lora
 from qalora.errors import InputError
 from qalora.parity import verify
 from qalora.parity.artifacts import recognize
@@ -22,7 +22,7 @@ def pair(base: Checkpoint, adapter: Adapter, made: Callable[[str, str], Path], t
     """A folder with the base as a GGUF file, and the adapter as a LoRA."""
     folder = tmp_path / "gguf"
     shutil.copytree(made("gguf", "base"), folder)
-    write_lora(plan_lora(adapter, base), adapter, folder / "adapter.gguf")
+    write_lora(adapter, base, folder / "adapter.gguf")
     return folder
 
 
@@ -53,7 +53,7 @@ def test_another_adapter_beside_it_fails(pair: Path, base: Checkpoint, adapter: 
     layers = {**adapter.layers, module: replace(adapter.layers[module], b=adapter.layers[module].b.flip(0))}
     (pair / "adapter.gguf").unlink()
     other = replace(adapter, layers=layers)
-    write_lora(plan_lora(other, base), other, pair / "adapter.gguf")
+    write_lora(other, base, pair / "adapter.gguf")
     report = verify(base, [pair], adapter=adapter, tokens=TOKENS, generate=4, threads=1)
     assert not report.passed()
     assert module in report.failure()
@@ -66,7 +66,7 @@ def test_a_lora_without_a_word_about_it(pair: Path, base: Checkpoint, tmp_path: 
 
 
 def test_two_loras_or_no_model(pair: Path, base: Checkpoint, adapter: Adapter) -> None:
-    write_lora(plan_lora(adapter, base), adapter, pair / "second.gguf")
+    write_lora(adapter, base, pair / "second.gguf")
     with pytest.raises(InputError, match="expected one GGUF model, and one LoRA, in its folder"):
         recognize([pair])
     (pair / "second.gguf").unlink()

@@ -1,6 +1,6 @@
 """GGUF files, read and written; the codes move as they are. `qalora.formats.gguf` and `gguf_blocks` hold the bytes."""
 
-from qalora.converters.format import Format, Rounding, late
+from qalora.converters.format import Format, LoraFile, Rounding, late
 from qalora.converters.gguf.files import is_gguf, models, told
 from qalora.converters.gguf.running import openings, usage
 from qalora.formats.gguf_split import split_files
@@ -21,8 +21,17 @@ FORMAT = Format(
     by_files=is_gguf,
     artifacts=models,
     weights=split_files,
-    is_lora=late("qalora.converters.gguf.lora", "is_lora"),
-    read_lora=late("qalora.converters.gguf.lora", "read_lora"),
+    sources=split_files,
+    lora=LoraFile(
+        name="gguf-lora",
+        kind="a GGUF LoRA",
+        suffix=".gguf",
+        holds=late("qalora.converters.gguf.lora", "is_lora"),
+        write=late("qalora.converters.gguf.lora", "write_lora"),
+        content=late("qalora.converters.gguf.lora", "content"),
+        by_base=True,
+        read=late("qalora.converters.gguf.lora", "read_lora"),
+    ),
     runtimes=("llama.cpp",),
     rounding=lambda path: Rounding(kind="q8"),
     memory=0,

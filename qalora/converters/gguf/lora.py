@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from qalora.adapter import Adapter, AdapterLayer, check_plain
 from qalora.checkpoint import Checkpoint
 from qalora.converters.families import family_of
+from qalora.converters.format import LoraContent
 from qalora.converters.gguf.names import gguf_names, head_count, rows_from, rows_to
 from qalora.errors import AdapterError, FormatError
 from qalora.formats.files import InputFile
@@ -43,7 +44,7 @@ from qalora.formats.gguf import (
     read_header,
 )
 
-__all__ = ["FLOATS", "GgufLora", "is_lora", "lora_pairs", "open_lora", "plan_lora", "read_lora", "write_lora"]
+__all__ = ["GgufLora", "content", "is_lora", "plan_lora", "read_lora", "write_lora"]
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The tensor types that are read."""
@@ -125,8 +126,9 @@ def _metadata(architecture: str, alpha: float, name: str) -> Metadata:
     )
 
 
-def write_lora(plan: GgufLora, adapter: Adapter, path: Path) -> None:
-    """Write the planned file, a layer at a time."""
+def write_lora(adapter: Adapter, model: Checkpoint, path: Path) -> tuple[str, ...]:
+    """Write an adapter of the model, a layer at a time; gives the modules whose A is rounded. Raises as `plan_lora`."""
+    plan = plan_lora(adapter, model)
     with create(path, plan.layout) as file:
         for module, name in plan.names.items():
             layer = adapter.layers[module]
@@ -135,6 +137,7 @@ def write_lora(plan: GgufLora, adapter: Adapter, path: Path) -> None:
             b = layer.b if heads is None else layer.b[rows_to(layer.b.shape[0], heads)]
             file.write(plan.layout.tensors[f"{name}.lora_a"].offset, a.repeat_interleave(layer.pool_size, dim=1))
             file.write(plan.layout.tensors[f"{name}.lora_b"].offset, b)
+    return plan.rounded
 
 
 def is_lora(path: Path) -> bool:
@@ -148,7 +151,32 @@ def is_lora(path: Path) -> bool:
         return False
 
 
-def open_lora(path: Path) -> GgufFile:
+def content(path: Path) -> LoraContent:
+    """What a LoRA's file holds; FormatError for what is none."""
+    file = _opened(path)
+    base = file.metadata.get("general.base_model.0.name")
+    unread = sorted({info.type for info in file.tensors.values()} - set(FLOATS))
+    return LoraContent(
+        ranks=tuple(a.shape[0] for a, _ in _pairs(file).values()),
+        parameters=sum(math.prod(info.shape) for info in file.tensors.values()),
+        matrices=_values(file),
+        base=base if isinstance(base, str) else None,
+        notes=(
+            f"for models of architecture {file.metadata.get('general.architecture')}",
+            f"alpha {file.metadata.get('adapter.lora.alpha')}",
+            *(f"values of {kind} tensors are not read" for kind in unread),
+        ),
+    )
+
+
+def _values(file: GgufFile) -> Iterator[tuple[str, Tensor]]:
+    with InputFile(file.path) as opened:
+        for name, info in file.tensors.items():
+            if info.type in FLOATS:
+                yield name, opened.tensor(info.offset, info.nbytes).view(FLOATS[info.type])
+
+
+def _opened(path: Path) -> GgufFile:
     """Read a LoRA's header; FormatError for a file that holds something else."""
     file = read_header(path)
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
@@ -157,7 +185,7 @@ def open_lora(path: Path) -> GgufFile:
     return file
 
 
-def lora_pairs(file: GgufFile) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+def _pairs(file: GgufFile) -> dict[str, tuple[TensorInfo, TensorInfo]]:
     """A and B by the GGUF name of the weight; FormatError for a tensor that is neither, or has no partner."""
     names = {name[: -len(".lora_a")] for name in file.tensors if name.endswith((".lora_a", ".lora_b"))}
     found = {}
@@ -179,13 +207,13 @@ def lora_pairs(file: GgufFile) -> dict[str, tuple[TensorInfo, TensorInfo]]:
 
 def read_lora(path: Path, model: Checkpoint) -> Adapter:
     """Read a LoRA of the model; inverse of `write_lora`, as a plain LoRA. AdapterError for another model's."""
-    file, family = open_lora(path), family_of(model.config, model.path)
+    file, family = _opened(path), family_of(model.config, model.path)
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise FormatError(f"{path}: adapter.lora.alpha", expected="a finite float", got=repr(alpha)[:60])
     known = gguf_names(family, int(model.config["num_hidden_layers"]))
     weights = {gguf: weight for weight, gguf in known.items() if weight in model.tensors}
-    pairs, layers = lora_pairs(file), {}
+    pairs, layers = _pairs(file), {}
     for name, (a, b) in pairs.items():
         weight = weights.get(name)
         shape = None if weight is None else model.tensors[weight].shape

@@ -8,7 +8,7 @@ key-value heads, past, head size], and give logits [batch, sequence, vocabulary]
 are float32.
 """
 
-from qalora.converters.format import Format, late
+from qalora.converters.format import Format, LoraFile, late
 from qalora.converters.onnx.files import graphs, is_decoder, rounding, told, weight_files
 from qalora.converters.onnx.running import openings, usage
 
@@ -28,6 +28,15 @@ FORMAT = Format(
     by_files=is_decoder,
     artifacts=graphs,
     weights=weight_files,
+    sources=lambda path: sorted(path.parent.iterdir()),
+    lora=LoraFile(
+        name="onnx-adapter",
+        kind="an ONNX Runtime adapter",
+        suffix=".onnx_adapter",
+        holds=lambda path: path.suffix == ".onnx_adapter" and path.is_file(),
+        write=late("qalora.converters.onnx.slots", "write_adapter_file"),
+        content=late("qalora.converters.onnx.slots", "content"),
+    ),
     runtimes=("onnxruntime",),
     also=("onnxruntime-cuda", "onnx.reference"),
     generators=("onnxruntime-genai",),

@@ -29,11 +29,12 @@ from torch import Tensor
 
 from qalora.adapter import Adapter, AdapterLayer, check_plain
 from qalora.checkpoint import Checkpoint
+from qalora.converters.format import LoraContent
 from qalora.converters.onnx.order import ungathered
 from qalora.errors import AdapterError, FormatError, InputError, OutputError
 from qalora.formats.files import check_content
 
-__all__ = ["RANK", "add_slots", "read_adapter_file", "rounded_modules", "slot_names", "write_adapter_file"]
+__all__ = ["RANK", "add_slots", "content", "read_adapter_file", "rounded_modules", "slot_names", "write_adapter_file"]
 
 RANK = "lora_rank"
 
@@ -101,8 +102,8 @@ def _matrices(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     return a.repeat_interleave(layer.pool_size, dim=1).t().contiguous(), layer.b.t().contiguous()
 
 
-def write_adapter_file(adapter: Adapter, path: Path) -> None:
-    """Write an .onnx_adapter file of the whole adapter.
+def write_adapter_file(adapter: Adapter, model: Checkpoint | None, path: Path) -> tuple[str, ...]:
+    """Write an .onnx_adapter file of the whole adapter, whichever model it is of; gives `rounded_modules`.
 
     AdapterError for one without layers, OutputError where ONNX Runtime cannot write it.
     """
@@ -123,6 +124,18 @@ def write_adapter_file(adapter: Adapter, path: Path) -> None:
         made.export_adapter(str(path))
     except RuntimeError as error:
         raise OutputError(str(path), expected="room for it", got="a failed write", todo="free some space") from error
+    return rounded_modules(adapter)
+
+
+def content(path: Path) -> LoraContent:
+    """What an .onnx_adapter file holds; raises as `read_adapter_file`."""
+    slots = read_adapter_file(path)
+    matrices = [pair for module, both in slots.items() for pair in zip(slot_names(module), both, strict=True)]
+    return LoraContent(
+        ranks=tuple(a.shape[1] for a, _ in slots.values()),
+        parameters=sum(values.numel() for _, values in matrices),
+        matrices=iter(matrices),
+    )
 
 
 def read_adapter_file(path: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
