@@ -219,13 +219,10 @@ def _words(kind: Any) -> tuple[str, ...]:
 
 
 def open_model(model: str, checkpoint_format: str | None = None) -> Checkpoint:
-    """Load a MODEL argument, and say on stderr what its reader noted, such as a label that may be wrong."""
+    """Load a MODEL argument, and say on stderr what its reader noted."""
     from qalora.converters import load
 
-    found = load(model, checkpoint_format=checkpoint_format)
-    for note in found.notes:
-        say(note)
-    return found
+    return load(model, checkpoint_format=checkpoint_format, note=say)
 
 
 def print_json(content: object) -> None:

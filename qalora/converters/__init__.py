@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,12 +104,16 @@ def _not_recognised(path: Path) -> FormatError:
     )
 
 
-def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoint:
+def load(
+    model: str | Path, *, checkpoint_format: str | None = None, note: Callable[[str], None] = lambda text: None
+) -> Checkpoint:
     """Open a model: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, an ONNX decoder, a Hub id.
 
     Reads headers only. A folder with model.onnx is an ONNX decoder where it has no safetensors.
 
     checkpoint_format overrides what a GPTQ folder says of its zeros: "gptq" (stored minus one) or "gptq_v2".
+    note is called with what the reader noted, such as a label that may be wrong.
+
     Raises InputError for what is not there or not recognised, and for a checkpoint_format of what is no GPTQ folder,
     FormatError for what is damaged.
     """
@@ -122,7 +127,11 @@ def load(model: str | Path, *, checkpoint_format: str | None = None) -> Checkpoi
     found = recognise(path)
     if checkpoint_format is None:
         read = found.read(path)
-        return replace(read, stored=read)
-    if found.read_as is None:
+        read = replace(read, stored=read)
+    elif found.read_as is not None:
+        read = found.read_as(path, checkpoint_format)  # its own label says something else: it is not as stored
+    else:
         raise InputError(f"`checkpoint_format` is for GPTQ folders, and {path} is {found.name}", todo="leave it out")
-    return found.read_as(path, checkpoint_format)  # its own label says something else, so that it is not as stored
+    for text in read.notes:
+        note(text)
+    return read

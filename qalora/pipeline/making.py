@@ -28,20 +28,11 @@ __all__ = [
     "check_release",
     "make_base",
     "make_release",
-    "open_base",
     "placed",
     "preview_release",
     "save",
     "train_adapter",
 ]
-
-
-def open_base(model: str | Path, form: CheckpointFormat | None, watch: Watch) -> Checkpoint:
-    """Load a model, and say what its reader noted, such as a label that may be wrong."""
-    found = load(model, checkpoint_format=form)
-    for note in found.notes:
-        watch.note(note)
-    return found
 
 
 def save(model: Checkpoint, out: Path, *, max_shard_size: int, force: bool, dry_run: bool, watch: Watch) -> Plan:
@@ -68,7 +59,7 @@ def make_base(
     check_apart(out, model)
     check_output(out, force=force, names=["config.json"])
     check_quantize(options)
-    source = open_base(model, form, watch)
+    source = load(model, checkpoint_format=form, note=watch.note)
     check_apart(out, source.path)
     if not dry_run:
         check_writable(out)
@@ -85,7 +76,7 @@ def train_adapter(
 ) -> Adapter:
     """Train an adapter on a model and write it to `options.out`."""
     check_before(options)
-    base = open_base(model, form, watch)
+    base = load(model, checkpoint_format=form, note=watch.note)
 
     def told(account: Account) -> None:
         for line in account.lines():
@@ -138,8 +129,7 @@ def make_release(
 ) -> Release:
     """Fold, export, verify and package; see `qalora.releasing.package.release`."""
     watch = watch or Watch()
-    options = ReleaseOptions.of(export, verify, package, convention)
-    read = None if adapter is None else given_adapter(adapter, base, convention=convention)
+    options, read = _read(base, adapter, export, verify, package, convention)
     planned = plan_release(base, options, package.out, adapter=read, force=force)
     with watch.writing(planned.nbytes, "writing") as progress, watch.verification() as stage:
         done = release(
@@ -170,9 +160,21 @@ def preview_release(
     force: bool = False,
 ) -> list[Plan]:
     """What `make_release` would write."""
-    options = ReleaseOptions.of(export, verify, package, convention)
-    read = None if adapter is None else given_adapter(adapter, base, convention=convention)
+    options, read = _read(base, adapter, export, verify, package, convention)
     return preview(base, options, package.out, adapter=read, force=force)
+
+
+def _read(
+    base: Checkpoint,
+    adapter: Adapter | Path | None,
+    export: Export,
+    verify: Verify,
+    package: Package,
+    convention: Convention | None,
+) -> tuple[ReleaseOptions, Adapter | None]:
+    """The options of a release, with the files that they name, and its adapter."""
+    options = ReleaseOptions.of(export, verify, package, convention)
+    return options, None if adapter is None else given_adapter(adapter, base, convention=convention)
 
 
 def placed(options: TrainOptions, out: Path, *, resume: bool) -> TrainOptions:

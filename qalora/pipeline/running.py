@@ -26,7 +26,7 @@ from qalora.options import Options, fields_of, plain
 from qalora.options.quantize import Quantize
 from qalora.options.recipe import Recipe
 from qalora.pipeline.cached import CachedSteps, export_step, proof_step, proof_versions
-from qalora.pipeline.making import check_release, make_base, make_release, open_base, placed, train_adapter
+from qalora.pipeline.making import check_release, make_base, make_release, placed, train_adapter
 from qalora.pipeline.recipe import Source, read_recipe
 from qalora.pipeline.steps import MAKERS, Result, Step, Store, versions
 from qalora.pipeline.watching import Watch
@@ -260,7 +260,7 @@ class Pipeline:
 
         recipe = self.recipe
         make_release(
-            open_base(str(model.path), self._form, self.watch),
+            load(str(model.path), checkpoint_format=self._form, note=self.watch.note),
             None if adapter is None or adapter.path is None else Path(adapter.path),
             recipe.export,
             recipe.verify,
