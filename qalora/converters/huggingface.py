@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qalora.adapter.saved import TOKENIZER
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of, tensor_shape
@@ -49,15 +50,7 @@ CONFIG_LIMIT = 16 << 20
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TOKENIZER,
     *LICENCES,
 )
 """Files that travel with a model unchanged."""

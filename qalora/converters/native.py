@@ -29,15 +29,15 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes, write_generation
+from qalora.converters.ends import config_with_ends, end_notes
+from qalora.converters.folder import FolderPlan, folder_files, lay_out, write_folder
 from qalora.converters.format import Format, Pushed, exact, quantized_by
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
-from qalora.converters.plan import ExportOptions, Plan, PlannedTensor, Progress
+from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.converters.specs import narrowed
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile, contained
-from qalora.formats.output import write_json
-from qalora.formats.safetensors import Entry, Part, ShardedLayout, ShardedWriter, plan_shards, read_tensor
+from qalora.formats.safetensors import Entry, Part, ShardedWriter, read_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
 
 __all__ = ["FORMAT", "StoredModule", "check_version", "plan", "read", "stored_modules", "write"]
@@ -191,36 +191,24 @@ def _check_parts(where: str, entries: _Stored, bits: int, group_size: int) -> tu
     return rows, columns
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class NativePlan(Plan):
-    """A plan with the layout of the weights' files and the config to write."""
-
-    layout: ShardedLayout
-    config: Mapping[str, Any]
-
-
-def plan(model: Checkpoint, options: ExportOptions) -> NativePlan:
+def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:
     """Everything is held exactly: scale and min in the narrowest of float16 and float32 that the spec guarantees."""
     parts = {name: _parts(lazy) for name, lazy in model.tensors.items()}
-    metadata = {"format": "pt", **options.provenance}
-    layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
-    tensors = []
-    for lazy in model.tensors.values():
-        spec = lazy.spec
-        carrier = str(lazy.dtype).removeprefix("torch.") if spec is None else f"{spec.bits}-bit, {spec.zeros} zeros"
-        file, offset, size = layout.place(part for part, _, _ in parts[lazy.name])
-        tensors.append(PlannedTensor(name=lazy.name, carrier=carrier, file=file, offset=offset, nbytes=size))
-    files: dict[str, int | None] = {**layout.sizes, "config.json": None}
-    files |= {name: path.stat().st_size for name, path in model.files.items()}
-    files[GENERATION] = len(generation_bytes(model))
-    return NativePlan(
+    carriers = {name: (_carrier(lazy), None) for name, lazy in model.tensors.items()}
+    layout, tensors = lay_out(parts, carriers, {"format": "pt"}, options)
+    return FolderPlan(
         target="qalora",
-        tensors=tuple(tensors),
-        files=files,
+        tensors=tensors,
+        files=folder_files(model, layout) | ({} if model.gguf is None else {GGUF_METADATA: None}),
         layout=layout,
         config=_config(model),
         notes=(*model.notes, *end_notes(model)),
     )
+
+
+def _carrier(lazy: LazyTensor) -> str:
+    spec = lazy.spec
+    return str(lazy.dtype).removeprefix("torch.") if spec is None else f"{spec.bits}-bit, {spec.zeros} zeros"
 
 
 def _parts(lazy: LazyTensor) -> list[Part]:
@@ -268,30 +256,19 @@ def _config(model: Checkpoint) -> dict[str, Any]:
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
     """Write the folder, a layer at a time; embedding and output layer by rows."""
-    if not isinstance(plan, NativePlan):
-        raise TypeError(f"expected NativePlan, got {type(plan).__name__}")
-    from qalora.converters.tokenizer import write_tokenizer
-
     if model.gguf is not None:
         from qalora.formats.gguf import metadata_bytes
 
         (folder / GGUF_METADATA).write_bytes(metadata_bytes(model.gguf))
-    write_tokenizer(model, folder)
-    write_generation(model, folder)
-    write_json(folder / "config.json", plan.config)
-    with ShardedWriter(folder, plan.layout) as weights:
-        for tensor in plan.tensors:
-            _write_tensor(weights.write, model.tensors[tensor.name], whole=tensor.name in model.linears)
-            progress(tensor.name, tensor.nbytes)
+    write_folder(plan, model, folder, progress, _write_tensor)
 
 
-def _write_tensor(write: Callable[[str, Tensor, int], None], lazy: LazyTensor, *, whole: bool) -> None:
-    tiles = [(0, lazy.load())] if whole else lazy.tiles()
-    for row, tile in tiles:
+def _write_tensor(weights: ShardedWriter, lazy: LazyTensor, whole: bool) -> None:
+    for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
         if isinstance(tile, Tensor):
-            write(lazy.name, tile, row)
+            weights.write(lazy.name, tile, row)
         else:
-            _write_quantized(write, lazy, row, tile)
+            _write_quantized(weights.write, lazy, row, tile)
 
 
 def _write_quantized(

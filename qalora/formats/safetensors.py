@@ -353,7 +353,7 @@ class ShardedWriter:
     """
 
     def __init__(self, folder: Path, layout: ShardedLayout) -> None:
-        self._layout = layout
+        self.layout = layout
         with ExitStack() as stack:
             self._writers = {
                 name: stack.enter_context(SafetensorsWriter(folder / name, file)) for name, file in layout.files.items()
@@ -364,7 +364,7 @@ class ShardedWriter:
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Write `tensor` as the rows of `name` from `row` on; ValueError if dtype or shape is not as planned."""
-        self._writers[self._layout.where[name]].write(name, tensor, row)
+        self._writers[self.layout.where[name]].write(name, tensor, row)
 
     def __enter__(self) -> ShardedWriter:
         return self

@@ -18,7 +18,7 @@ from qalora.errors import InputError
 from qalora.formats.safetensors import read_header
 from qalora.quantization import ZEROS, quantize, quantize_tensor
 from qalora.tensor import BITS, GroupQuantTensor
-from qalora.testing import assert_same_tensor, tiny_llama
+from qalora.testing import assert_same_tensor, byte_tokenizer, tiny_llama
 
 
 def _written(model: Checkpoint, out: Path) -> Checkpoint:
@@ -89,6 +89,16 @@ def test_the_same_model_gives_the_same_bytes(tiny: Path, tmp_path: Path) -> None
     folder = tmp_path / "a" / "qalora"
     assert {path.name for path in folder.iterdir()} == set(plan.files)
     assert all((folder / name).stat().st_size == size for name, size in plan.files.items() if size is not None)
+
+
+def test_what_comes_with_a_gguf_file_is_planned(tmp_path: Path) -> None:
+    """Its metadata, and the tokenizer that is made of them."""
+    source = tiny_llama(tmp_path / "float", tokenizer=byte_tokenizer())
+    export(quantize(load(source), group_size=32), ["gguf"], tmp_path)
+    (plan,) = export(load(next((tmp_path / "gguf").glob("*.gguf"))), ["qalora"], tmp_path)
+    files = {path.name: path.stat().st_size for path in (tmp_path / "qalora").iterdir()}
+    assert {"metadata.gguf", "tokenizer.json"} <= set(files) == set(plan.files)
+    assert all(files[name] == size for name, size in plan.files.items() if size is not None)
 
 
 def test_the_package_reads_the_file(tiny_untied: Path, tmp_path: Path) -> None:

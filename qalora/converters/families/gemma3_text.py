@@ -2,23 +2,14 @@
 window that have rotary positions of their own. The larger ones are the text part of `gemma3`."""
 
 from qalora.converters.families.gemma2 import GEMMA, TINY
-from qalora.converters.families.record import (
-    ATTENTION,
-    LINEARS,
-    NORMS_AROUND,
-    QK_NORMS,
-    Family,
-    LayerParts,
-    LlamaCpp,
-    MlxLm,
-)
+from qalora.converters.families.record import ATTENTION, NORMS_AROUND, QK_NORMS, Family, LayerParts, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY"]
 
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    layers=(LayerParts(linears=LINEARS, norms=(*NORMS_AROUND, *QK_NORMS)),),
+    layers=(LayerParts(norms=(*NORMS_AROUND, *QK_NORMS)),),
     biased={"attention_bias": ATTENTION},
     defaults={
         **GEMMA,

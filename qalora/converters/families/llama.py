@@ -1,23 +1,12 @@
 """Llama 2, 3 and later, and what has its shape under other names: SmolLM2, Falcon 3, R1's small ones."""
 
-from qalora.converters.families.record import (
-    ATTENTION,
-    DEFAULTS,
-    LINEARS,
-    MLP,
-    NORMS,
-    Family,
-    LayerParts,
-    LlamaCpp,
-    MlxLm,
-)
+from qalora.converters.families.record import ATTENTION, DEFAULTS, MLP, Family, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY"]
 
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    layers=(LayerParts(linears=LINEARS, norms=NORMS),),
     permuted=("self_attn.q_proj", "self_attn.k_proj"),
     biased={"attention_bias": ATTENTION, "mlp_bias": MLP},
     defaults={**DEFAULTS, "attention_bias": False, "mlp_bias": False},

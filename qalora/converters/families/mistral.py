@@ -1,14 +1,13 @@
 """Mistral 7B and Nemo: Llamas with a window in every layer, and llama.cpp takes them for Llamas."""
 
 from qalora.converters.families import llama
-from qalora.converters.families.record import DEFAULTS, LINEARS, NORMS, Family, LayerParts, MlxLm
+from qalora.converters.families.record import DEFAULTS, Family, MlxLm
 
 __all__ = ["FAMILY"]
 
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    layers=(LayerParts(linears=LINEARS, norms=NORMS),),
     permuted=("self_attn.q_proj", "self_attn.k_proj"),
     defaults={**DEFAULTS, "num_key_value_heads": 8, "sliding_window": 4096},
     windows="all",

@@ -1,6 +1,6 @@
 """Phi-3, 3.5 and 4: fused projections, a longrope, heads that may be rotated in part."""
 
-from qalora.converters.families.record import DEFAULTS, NORMS, Family, LayerParts, LlamaCpp, MlxLm
+from qalora.converters.families.record import DEFAULTS, Family, LayerParts, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY"]
 
@@ -14,7 +14,7 @@ FUSED = (
 FAMILY = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
-    layers=(LayerParts(linears=FUSED, norms=NORMS),),
+    layers=(LayerParts(linears=FUSED),),
     defaults={
         **DEFAULTS,
         "rms_norm_eps": 1e-5,

@@ -1,6 +1,6 @@
 """Qwen 2 and 2.5: biases at queries, keys and values."""
 
-from qalora.converters.families.record import DEFAULTS, LINEARS, NORMS, QKV, Family, LayerParts, LlamaCpp, MlxLm
+from qalora.converters.families.record import DEFAULTS, QKV, Family, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY", "QWEN"]
 
@@ -17,7 +17,6 @@ QWEN = {
 FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    layers=(LayerParts(linears=LINEARS, norms=NORMS),),
     biases=QKV,
     defaults=QWEN,
     windows="typed",

@@ -1,24 +1,14 @@
 """Qwen 3, dense: norms of queries and keys, by heads."""
 
 from qalora.converters.families.qwen2 import QWEN
-from qalora.converters.families.record import (
-    ATTENTION,
-    LINEARS,
-    NORMS,
-    QK_NORMS,
-    QKV,
-    Family,
-    LayerParts,
-    LlamaCpp,
-    MlxLm,
-)
+from qalora.converters.families.record import ATTENTION, NORMS, QK_NORMS, QKV, Family, LayerParts, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY"]
 
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    layers=(LayerParts(linears=LINEARS, norms=(*NORMS, *QK_NORMS)),),
+    layers=(LayerParts(norms=(*NORMS, *QK_NORMS)),),
     biased={"attention_bias": ATTENTION},
     defaults={**QWEN, "head_dim": 128, "attention_bias": False},
     windows="typed",

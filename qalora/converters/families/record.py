@@ -89,8 +89,8 @@ class LayerParts:
     norms    (module of a layer, GGUF name) of the norms
     """
 
-    linears: Names
-    norms: Names
+    linears: Names = LINEARS
+    norms: Names = NORMS
     types: tuple[str, ...] = ()
 
     def has(self, module: str) -> bool:
@@ -188,10 +188,10 @@ class Family:
 
     model_type: str
     architecture: str
-    layers: tuple[LayerParts, ...]
     gguf: LlamaCpp
     mlx: MlxLm
     defaults: Mapping[str, Any]
+    layers: tuple[LayerParts, ...] = (LayerParts(),)
     outer: Names = OUTER
     permuted: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()

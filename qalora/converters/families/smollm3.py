@@ -1,23 +1,12 @@
 """SmolLM3: a Llama whose every fourth layer has no rotary positions."""
 
-from qalora.converters.families.record import (
-    ATTENTION,
-    DEFAULTS,
-    LINEARS,
-    MLP,
-    NORMS,
-    Family,
-    LayerParts,
-    LlamaCpp,
-    MlxLm,
-)
+from qalora.converters.families.record import ATTENTION, DEFAULTS, MLP, Family, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY"]
 
 FAMILY = Family(
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
-    layers=(LayerParts(linears=LINEARS, norms=NORMS),),
     permuted=("self_attn.q_proj", "self_attn.k_proj"),
     biased={"attention_bias": ATTENTION, "mlp_bias": MLP},
     defaults={

@@ -23,14 +23,14 @@ from qalora._version import __version__
 from qalora.adapter import Adapter
 from qalora.adapter.rewriting import alpha_for
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
+from qalora.converters.ends import config_with_ends, end_notes
 from qalora.converters.families import family_of
+from qalora.converters.folder import FolderPlan, folder_files
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
 from qalora.converters.gptq.forms import Form, encode
 from qalora.converters.gptq.head import HEAD, head_fits, head_settings
 from qalora.converters.gptq.reader import MAKER
-from qalora.converters.plan import LOSSES, ExportOptions, Loss, Plan, PlannedTensor
-from qalora.converters.tokenizer import converted_files
+from qalora.converters.plan import LOSSES, ExportOptions, Loss, PlannedTensor
 from qalora.errors import AdapterError, InputError
 from qalora.formats.gptq import BITS
 from qalora.formats.safetensors import Layout, Part, ShardedLayout, plan_layout, plan_shards
@@ -46,28 +46,24 @@ ENGINE_RANK = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class GptqPlan(Plan):
-    """A plan with the form, the layouts of words and adapter, and the JSON files to write.
+class GptqPlan(FolderPlan):
+    """A folder's plan, with the form and what lies beside; quantize_config.json is the config's quantization_config.
 
     form            of every quantized layer of the blocks
     words           the tensors that become words, and their width there
     symmetric       whether all zero points are 2**(bits-1), so that the label is "gptq" (v1)
-    weights         layout of model.safetensors, or of its shards
     beside          layout of adapter_model.safetensors, which PEFT reads whole, or None
     adapter         the adapter that goes there, or None where it is the residual
     rounds          whether a residual that float32 does not hold was allowed
-    config          config.json; its quantization_config is quantize_config.json too
     adapter_config  adapter_config.json, or None
     """
 
     form: Form
     words: Mapping[str, int]
     symmetric: bool
-    weights: ShardedLayout
     beside: Layout | None
     adapter: Adapter | None
     rounds: bool
-    config: Mapping[str, Any]
     adapter_config: Mapping[str, Any] | None
 
 
@@ -99,10 +95,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     rounds = "residual" in options.allow_loss
     beside = plan_layout(_lora_parts(model, ranks, options.adapter), metadata) if ranks else None
     rows = _rows(model, words, form, main, beside)
-    files: dict[str, int | None] = {**main.sizes, "config.json": None, "quantize_config.json": None}
-    files |= {"README.md": None, **dict.fromkeys(converted_files(model))}
-    files |= {name: path.stat().st_size for name, path in model.files.items()}
-    files[GENERATION] = len(generation_bytes(model))
+    files = {**folder_files(model, main), "quantize_config.json": None, "README.md": None}
     if beside is not None:
         files |= {ADAPTER_WEIGHTS: beside.size, ADAPTER_CONFIG: None}
     return GptqPlan(
@@ -113,7 +106,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
         form=form,
         words=words,
         symmetric=symmetric,
-        weights=main,
+        layout=main,
         beside=beside,
         adapter=options.adapter,
         rounds=rounds,

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.ends import write_generation
+from qalora.converters.folder import write_beside
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
 from qalora.converters.gptq.forms import Encoded, encode
 from qalora.converters.gptq.head import HEAD
 from qalora.converters.gptq.planner import GptqPlan
 from qalora.converters.gptq.readme import readme
 from qalora.converters.plan import LOSSES, Plan, Progress
-from qalora.converters.tokenizer import write_tokenizer
 from qalora.errors import ExactnessError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.formats.output import write_json
@@ -34,7 +33,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
     for row in plan.tensors:
         sizes[row.name] += row.nbytes
     with ExitStack() as files:
-        weights = files.enter_context(ShardedWriter(folder, plan.weights))
+        weights = files.enter_context(ShardedWriter(folder, plan.layout))
         beside = None
         if plan.beside is not None:
             beside = files.enter_context(SafetensorsWriter(folder / ADAPTER_WEIGHTS, plan.beside))
@@ -47,9 +46,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
 
 
 def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
-    write_tokenizer(model, folder)
-    write_generation(model, folder)
-    write_json(folder / "config.json", plan.config)
+    write_beside(plan.config, model, folder)
     write_json(folder / "quantize_config.json", plan.config["quantization_config"])
     if plan.adapter_config is not None:
         write_json(folder / ADAPTER_CONFIG, plan.adapter_config)

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
+from qalora.converters.ends import config_with_ends, end_notes
 from qalora.converters.families import family_of
-from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor
+from qalora.converters.folder import FolderPlan, folder_files, lay_out
+from qalora.converters.plan import ExportOptions, Loss
 from qalora.converters.specs import TENSORS, specs_text
-from qalora.converters.tokenizer import converted_files
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.hqq import PACKINGS, packed_shape
-from qalora.formats.safetensors import Part, ShardedLayout, plan_shards
+from qalora.formats.safetensors import Part
 from qalora.tensor import QuantSpec
 
-__all__ = ["FLAGS", "HqqPlan", "descriptors", "is_quantized", "parameter_type", "plan"]
+__all__ = ["FLAGS", "descriptors", "is_quantized", "parameter_type", "plan"]
 
 FLAGS = {
     "view_as_float": False,
@@ -41,41 +40,24 @@ FLAGS = {
 """The flags of every layer that is written here: uint8 tensors without dimensions."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class HqqPlan(Plan):
-    """A plan with the layout of the weights' files and the config to write."""
-
-    layout: ShardedLayout
-    config: Mapping[str, Any]
-
-
 def is_quantized(lazy: LazyTensor, model: Checkpoint) -> bool:
     """Whether it becomes an HQQ layer: every quantized linear weight; embedding and output layer are decoded."""
     return lazy.spec is not None and lazy.name in model.linears
 
 
-def plan(model: Checkpoint, options: ExportOptions) -> HqqPlan:
+def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:
     """Decide everything. InputError for a float model; ExactnessError for act-order."""
     specs = {n: spec for n in model.linears if (spec := model.tensors[n].spec) is not None}
     if not specs:
         raise InputError(f"hqq: {model.path} holds floats", todo="quantize the model first: qalora quantize")
     parts = {name: _parts(lazy, model) for name, lazy in model.tensors.items()}
-    held = specs_text({module_of(name): spec for name, spec in specs.items()})
-    metadata = {"format": "pt", TENSORS: held, **options.provenance}
-    layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
-    tensors = []
-    for name, lazy in model.tensors.items():
-        carrier, loss = _carrier(lazy, model)
-        file, offset, size = layout.place(part for part, _, _ in parts[name])
-        tensors.append(PlannedTensor(name=name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
-    files: dict[str, int | None] = {**layout.sizes, "config.json": None}
-    files |= dict.fromkeys(converted_files(model))
-    files |= {name: path.stat().st_size for name, path in model.files.items()}
-    files[GENERATION] = len(generation_bytes(model))
-    return HqqPlan(
+    carriers = {name: _carrier(lazy, model) for name, lazy in model.tensors.items()}
+    metadata = {"format": "pt", TENSORS: specs_text({module_of(name): spec for name, spec in specs.items()})}
+    layout, tensors = lay_out(parts, carriers, metadata, options)
+    return FolderPlan(
         target="hqq",
-        tensors=tuple(tensors),
-        files=files,
+        tensors=tensors,
+        files=folder_files(model, layout),
         notes=(*model.notes, *end_notes(model), *_notes(specs)),
         layout=layout,
         config=_config(model, specs),

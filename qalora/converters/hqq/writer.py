@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.ends import write_generation
-from qalora.converters.hqq.planner import HqqPlan, descriptors, is_quantized, parameter_type
+from qalora.converters.folder import write_folder
+from qalora.converters.hqq.planner import descriptors, is_quantized, parameter_type
 from qalora.converters.plan import Plan, Progress
-from qalora.converters.tokenizer import write_tokenizer
 from qalora.errors import InputError
 from qalora.formats.hqq import pack_groups, to_zeros
-from qalora.formats.output import write_json
 from qalora.formats.safetensors import ShardedWriter
 from qalora.tensor import QuantSpec, integer_zeros
 
@@ -20,20 +18,15 @@ __all__ = ["write"]
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
     """Write the folder."""
-    if not isinstance(plan, HqqPlan):
-        raise TypeError(f"expected HqqPlan, got {type(plan).__name__}")
-    write_tokenizer(model, folder)
-    write_generation(model, folder)
-    write_json(folder / "config.json", plan.config)
-    with ShardedWriter(folder, plan.layout) as weights:
-        for tensor in plan.tensors:
-            lazy = model.tensors[tensor.name]
-            if lazy.spec is not None and is_quantized(lazy, model):
-                _write_layer(weights, lazy, lazy.spec)
-            else:
-                for row, tile in lazy.float_tiles():
-                    weights.write(lazy.name, tile, row)
-            progress(tensor.name, tensor.nbytes)
+
+    def write_tensor(weights: ShardedWriter, lazy: LazyTensor, whole: bool) -> None:
+        if lazy.spec is not None and is_quantized(lazy, model):
+            _write_layer(weights, lazy, lazy.spec)
+            return
+        for row, tile in lazy.float_tiles():
+            weights.write(lazy.name, tile, row)
+
+    write_folder(plan, model, folder, progress, write_tensor)
 
 
 def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec) -> None:

@@ -12,59 +12,42 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.ends import GENERATION, Ends, config_with_ends, end_notes, ends_of, generation_bytes, mark_text
+from qalora.converters.ends import Ends, config_with_ends, end_notes, ends_of, mark_text
 from qalora.converters.families import family_of
+from qalora.converters.folder import FolderPlan, folder_files, lay_out
 from qalora.converters.mlx.config import mlx_config
-from qalora.converters.plan import ExportOptions, Plan, PlannedTensor
+from qalora.converters.plan import ExportOptions
 from qalora.converters.specs import TENSORS, specs_text
-from qalora.converters.tokenizer import converted_files
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.mlx import GROUP_SIZES, group_size_for
-from qalora.formats.safetensors import Part, ShardedLayout, plan_shards
+from qalora.formats.safetensors import Part
 from qalora.tensor import QuantSpec
 
-__all__ = ["EMBEDDING", "MlxPlan", "mlx_group_size", "plan"]
+__all__ = ["EMBEDDING", "mlx_group_size", "plan"]
 
 EMBEDDING = "model.embed_tokens.weight"
 MODE = "affine"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class MlxPlan(Plan):
-    """A plan with the layout of the weights' files and the config to write."""
-
-    layout: ShardedLayout
-    config: Mapping[str, Any]
-
-
-def plan(model: Checkpoint, options: ExportOptions) -> MlxPlan:
+def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:
     """Decide everything. ExactnessError for groups that MLX does not have; nothing is lost in those it has."""
     family = family_of(model.config, model.path)
     ends = ends_of(model)
     config, notes, longest = mlx_config(config_with_ends(model), tied=model.tied)
     parts = {name: _parts(lazy) for name, lazy in model.tensors.items()}
     specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if lazy.spec is not None}
-    metadata = {"format": "mlx", **options.provenance, **mark_text(model, ends)}
-    metadata |= {TENSORS: specs_text(specs)} if specs else {}
-    layout = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
-    tensors = []
-    for lazy in model.tensors.values():
-        file, offset, size = layout.place(part for part, _, _ in parts[lazy.name])
-        tensors.append(PlannedTensor(name=lazy.name, carrier=_carrier(lazy), file=file, offset=offset, nbytes=size))
-    files: dict[str, int | None] = {**layout.sizes, "config.json": None}
-    files |= dict.fromkeys(converted_files(model))
-    files |= {name: path.stat().st_size for name, path in model.files.items()}
-    files[GENERATION] = len(generation_bytes(model))
-    return MlxPlan(
+    metadata = {"format": "mlx", **mark_text(model, ends), **({TENSORS: specs_text(specs)} if specs else {})}
+    carriers = {name: (_carrier(lazy), None) for name, lazy in model.tensors.items()}
+    layout, tensors = lay_out(parts, carriers, metadata, options)
+    return FolderPlan(
         target="mlx",
-        tensors=tuple(tensors),
-        files=files,
+        tensors=tensors,
+        files=folder_files(model, layout),
         notes=(*model.notes, *end_notes(model), *notes, *_notes(model), *_end_note(model, ends)),
         longest=longest,
         layout=layout,

@@ -7,13 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.ends import write_generation
-from qalora.converters.mlx.planner import MlxPlan, mlx_group_size
+from qalora.converters.folder import write_folder
+from qalora.converters.mlx.planner import mlx_group_size
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.specs import narrowed
-from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.mlx import pack_words
-from qalora.formats.output import write_json
 from qalora.formats.safetensors import ShardedWriter
 
 __all__ = ["write"]
@@ -21,19 +19,10 @@ __all__ = ["write"]
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
     """Write the folder."""
-    if not isinstance(plan, MlxPlan):
-        raise TypeError(f"expected MlxPlan, got {type(plan).__name__}")
-    write_tokenizer(model, folder)
-    write_generation(model, folder)
-    write_json(folder / "config.json", plan.config)
-    with ShardedWriter(folder, plan.layout) as weights:
-        for tensor in plan.tensors:
-            lazy = model.tensors[tensor.name]
-            _write_tensor(weights, plan, lazy, whole=tensor.name in model.linears)
-            progress(tensor.name, tensor.nbytes)
+    write_folder(plan, model, folder, progress, _write_tensor)
 
 
-def _write_tensor(weights: ShardedWriter, plan: MlxPlan, lazy: LazyTensor, *, whole: bool) -> None:
+def _write_tensor(weights: ShardedWriter, lazy: LazyTensor, whole: bool) -> None:
     module = module_of(lazy.name)
     for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
         if isinstance(tile, Tensor):
@@ -43,4 +32,4 @@ def _write_tensor(weights: ShardedWriter, plan: MlxPlan, lazy: LazyTensor, *, wh
         weights.write(f"{module}.weight", pack_words(groups.packed), row)
         for part, values in (("scales", groups.scale), ("biases", groups.min)):
             name = f"{module}.{part}"
-            weights.write(name, narrowed(name, values, plan.layout.entry(name).dtype), row)
+            weights.write(name, narrowed(name, values, weights.layout.entry(name).dtype), row)

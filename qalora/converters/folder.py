@@ -1,0 +1,84 @@
+"""A model as transformers lays it out: config.json, safetensors in shards, and what stands beside them.
+
+A format of such a folder says what each tensor becomes (`lay_out`), and writes its parts (`write_folder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.ends import GENERATION, generation_bytes, write_generation
+from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
+from qalora.converters.tokenizer import converted_files, write_tokenizer
+from qalora.formats.output import write_json
+from qalora.formats.safetensors import Part, ShardedLayout, ShardedWriter, plan_shards
+
+__all__ = ["FolderPlan", "folder_files", "lay_out", "write_beside", "write_folder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class FolderPlan(Plan):
+    """A plan with the layout of the weights' files and the config to write."""
+
+    layout: ShardedLayout
+    config: Mapping[str, Any]
+
+
+def lay_out(
+    parts: Mapping[str, Sequence[Part]],
+    carriers: Mapping[str, tuple[str, Loss | None]],
+    metadata: Mapping[str, str],
+    options: ExportOptions,
+) -> tuple[ShardedLayout, tuple[PlannedTensor, ...]]:
+    """The layout of the weights' files, and each tensor's place in it.
+
+    parts     what each tensor of the model becomes
+    carriers  the word for that, and what it loses
+    metadata  of every file, beside the provenance
+    """
+    layout = plan_shards(list(parts.values()), {**metadata, **options.provenance}, max_size=options.max_shard_size)
+    tensors = []
+    for name, (carrier, loss) in carriers.items():
+        file, offset, size = layout.place(part for part, _, _ in parts[name])
+        tensors.append(PlannedTensor(name=name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
+    return layout, tuple(tensors)
+
+
+def folder_files(model: Checkpoint, layout: ShardedLayout) -> dict[str, int | None]:
+    """The files of the folder with their sizes, None where only writing tells."""
+    return {
+        **layout.sizes,
+        "config.json": None,
+        **dict.fromkeys(converted_files(model)),
+        **{name: path.stat().st_size for name, path in model.files.items()},
+        GENERATION: len(generation_bytes(model)),
+    }
+
+
+def write_beside(config: Mapping[str, Any], model: Checkpoint, folder: Path) -> None:
+    """Write tokenizer, generation_config.json and config.json."""
+    write_tokenizer(model, folder)
+    write_generation(model, folder)
+    write_json(folder / "config.json", config)
+
+
+def write_folder(
+    plan: Plan,
+    model: Checkpoint,
+    folder: Path,
+    progress: Progress,
+    write_tensor: Callable[[ShardedWriter, LazyTensor, bool], None],
+) -> None:
+    """Write a planned folder, a tensor at a time; write_tensor is told whether it is a linear weight, which is small
+    enough to be written whole; embedding and output layer go by rows."""
+    if not isinstance(plan, FolderPlan):
+        raise TypeError(f"expected FolderPlan, got {type(plan).__name__}")
+    write_beside(plan.config, model, folder)
+    with ShardedWriter(folder, plan.layout) as weights:
+        for tensor in plan.tensors:
+            write_tensor(weights, model.tensors[tensor.name], tensor.name in model.linears)
+            progress(tensor.name, tensor.nbytes)
