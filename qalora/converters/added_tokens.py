@@ -18,7 +18,7 @@ from typing import Any
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata
 
-__all__ = ["OtherSpace", "as_phi3", "check_added", "listed_added", "name_in_gguf", "strips"]
+__all__ = ["OtherSpace", "as_phi3", "check_added", "elsewhere", "listed_added", "name_in_gguf", "strips"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 LOOKED_FOR = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
@@ -123,12 +123,20 @@ def as_phi3(added: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**token, "lstrip": False, "rstrip": token.get("content") not in STAYING} for token in added]
 
 
+def elsewhere() -> str:
+    """What to do with a tokenizer that a file of a model cannot hold: formats of folders have its own files."""
+    from qalora.converters import TARGETS, target
+
+    *others, last = (name for name in TARGETS if not target(name).tokenizer)
+    return f"export it to {', '.join(others)} or {last}, which carry tokenizer.json"
+
+
 def _refused(where: str, text: str, flag: str) -> InputError:
     expected = "none" if flag != "rstrip" else f"none, or what Phi-3 has: on all but {', '.join(STAYING)}"
     return InputError(
         f"{where}: tokenizer.json: {flag} of {text!r:.60}",
         expected=f"{expected}, as llama.cpp has no place for it",
-        todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+        todo=elsewhere(),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qalora.converters.families.record import LAYER_KINDS
 from qalora.errors import InputError
 
 __all__ = [
@@ -66,8 +67,6 @@ LOCAL_THETA = "rope_local_base_freq"
 PLACES = ("rope_scaling", "rope_parameters", "rope_theta", LOCAL_THETA, SHARE)
 """The keys of a config that say something of rotary positions, besides ORIGINAL."""
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
@@ -110,7 +109,7 @@ class Rope:
 def joined_parameters(settings: Mapping[str, Any], where: object, aliases: Mapping[str, str]) -> dict[str, Any]:
     """`rope_parameters` of all places of a config, with theta, share and original context in them.
 
-    One object; or, where the settings have LOCAL_THETA, one for each of LAYER_TYPES. rope_scaling replaces
+    One object; or, where the settings have LOCAL_THETA, one for each of LAYER_KINDS. rope_scaling replaces
     rope_parameters (in Gemma 3 it adds to those of the layers without a window); theta and share of an object count
     more than those beside it, and the original context beside an object more than its own.
 
@@ -131,11 +130,11 @@ def joined_parameters(settings: Mapping[str, Any], where: object, aliases: Mappi
 
 def _by_layer(settings: Mapping[str, Any], where: object, aliases: Mapping[str, str]) -> dict[str, Any]:
     given, scaling = _object(settings, "rope_parameters", where), settings.get("rope_scaling")
-    by_layer = {kind: {} for kind in LAYER_TYPES} if given is None else {kind: given.get(kind) for kind in LAYER_TYPES}
+    by_layer = {kind: {} for kind in LAYER_KINDS} if given is None else {kind: given.get(kind) for kind in LAYER_KINDS}
     made = {}
-    for kind, key in zip(LAYER_TYPES, ("rope_theta", LOCAL_THETA), strict=True):
+    for kind, key in zip(LAYER_KINDS, ("rope_theta", LOCAL_THETA), strict=True):
         found = _object(by_layer, kind, where)
-        if kind == LAYER_TYPES[0] and scaling is not None:
+        if kind == LAYER_KINDS[0] and scaling is not None:
             if found is None:
                 raise InputError(f"{where}: rope_parameters", expected=f"a {kind}, to which rope_scaling adds")
             start = {"rope_type": "default"} if given is None else {}
@@ -149,7 +148,7 @@ def _object(holder: Mapping[str, Any], key: str, where: object) -> dict[str, Any
     found = holder.get(key)
     if found is None or isinstance(found, Mapping):
         return None if found is None else dict(found)
-    what = f"an object for {key}" if key in LAYER_TYPES else "an object with rope_type"
+    what = f"an object for {key}" if key in LAYER_KINDS else "an object with rope_type"
     raise InputError(f"{where}: rope_parameters", expected=what, got=repr(found)[:60])
 
 

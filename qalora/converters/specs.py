@@ -21,12 +21,22 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import LazyTensor
-from qalora.errors import FormatError
+from qalora.errors import ExactnessError, FormatError
 from qalora.formats.json_text import parse_json
 from qalora.formats.safetensors import Entry, read_header
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, holds_float16, integer_zeros, pack_codes
 
-__all__ = ["TENSORS", "check_values", "fits", "narrowed", "parse_specs", "restored", "specs_text", "stored_specs"]
+__all__ = [
+    "TENSORS",
+    "check_values",
+    "fits",
+    "narrowed",
+    "parse_specs",
+    "refuse_act_order",
+    "restored",
+    "specs_text",
+    "stored_specs",
+]
 
 TENSORS = "qalora.tensors"
 """Key of the metadata."""
@@ -74,6 +84,15 @@ def narrowed(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.equal(narrow.float(), values):
         raise ValueError(f"{name}: its spec promises values that {dtype} holds, and it has others")
     return narrow
+
+
+def refuse_act_order(lazy: LazyTensor, target: str) -> None:
+    """ExactnessError for an act-order tensor, in a format whose groups are runs of columns."""
+    if lazy.spec is not None and lazy.spec.act_order:
+        raise ExactnessError(
+            f"{target}: {lazy.name}: an act-order tensor's groups mix columns, and those of {target} are runs of them",
+            todo="export it to gptq or onnx, or quantize without act-order",
+        )
 
 
 def _spec(where: str, entry: Any) -> QuantSpec:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.added_tokens import OtherSpace, check_added, name_in_gguf, strips
+from qalora.converters.added_tokens import OtherSpace, check_added, elsewhere, name_in_gguf, strips
 from qalora.converters.cutting import CUTS, name_of
 from qalora.converters.first_tokens import tokens_around
 from qalora.converters.huggingface import LICENCES, TEMPLATES
@@ -258,7 +258,7 @@ def _entries(
             f"{model.path}: tokenizer.json: model",
             expected="a BPE, as llama.cpp has it here",
             got=got,
-            todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+            todo=elsewhere(),
         )
     added = _added(model, content)
     spaces = spaces_of(content)
@@ -308,7 +308,7 @@ def _around(model: Checkpoint, tokenizer: Any, entries: Mapping[str, Value]) -> 
             f"{model.path}: its tokenizer",
             expected="one that puts nothing around a text but BOS before it and EOS behind it, as llama.cpp does",
             got=f"{list(before)} before and {list(behind)} behind",
-            todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+            todo=elsewhere(),
         )
     return bool(before), bool(behind)
 
@@ -338,7 +338,7 @@ def _pre_of(model: Checkpoint, content: Mapping[str, Any]) -> str:
                 f"{model.path}: tokenizer.json: ignore_merges",
                 expected=f"{not flag}, as llama.cpp has it with this rule for cutting text".lower(),
                 got=str(flag).lower(),
-                todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+                todo=elsewhere(),
             )
     raise InputError(
         f"{model.path}: tokenizer.json: its rule for cutting text is none that llama.cpp is known to have here",
@@ -360,7 +360,7 @@ def _check_normalizer(model: Checkpoint, normalizer: Mapping[str, Any] | None) -
             f"{model.path}: tokenizer.json: normalizer",
             expected="none, or NFC, since llama.cpp changes no text before it cuts it",
             got=repr(", ".join(kinds))[:120],
-            todo="export it to gptq, onnx or mlx, which carry tokenizer.json",
+            todo=elsewhere(),
         )
 
 

@@ -24,7 +24,7 @@ from qalora.converters.gguf.names import gguf_names, head_count, rows_to
 from qalora.converters.gguf.reader import take_rows
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
 from qalora.converters.settings import norm_names
-from qalora.converters.specs import TENSORS, specs_text
+from qalora.converters.specs import TENSORS, refuse_act_order, specs_text
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.files import OutputFile
 from qalora.formats.gguf import GgufLayout, Metadata, Value, create
@@ -155,11 +155,7 @@ def _carrier(lazy: LazyTensor, model: Checkpoint, options: ExportOptions) -> tup
 
 
 def _quantized_carrier(lazy: LazyTensor, spec: QuantSpec, options: ExportOptions) -> tuple[str, Loss | None]:
-    if spec.act_order:
-        raise ExactnessError(
-            f"gguf: {lazy.name}: an act-order tensor's groups mix columns, and GGUF's blocks are consecutive ones",
-            todo="export it to gptq or onnx, or quantize without act-order",
-        )
+    refuse_act_order(lazy, "gguf")
     if spec.group_size % BLOCK:
         raise ExactnessError(
             f"gguf: {lazy.name}: group_size",

@@ -18,8 +18,8 @@ from qalora.converters.ends import config_with_ends, end_notes
 from qalora.converters.families import family_of
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
 from qalora.converters.plan import ExportOptions, Loss
-from qalora.converters.specs import TENSORS, specs_text
-from qalora.errors import ExactnessError, InputError
+from qalora.converters.specs import TENSORS, refuse_act_order, specs_text
+from qalora.errors import InputError
 from qalora.formats.hqq import PACKINGS, packed_shape
 from qalora.formats.safetensors import Part
 from qalora.tensor import QuantSpec
@@ -87,11 +87,7 @@ def _parts(lazy: LazyTensor, model: Checkpoint) -> list[Part]:
     spec = lazy.spec
     if spec is None or not is_quantized(lazy, model):
         return [(lazy.name, lazy.dtype or torch.float32, lazy.shape)]
-    if spec.act_order:
-        raise ExactnessError(
-            f"hqq: {lazy.name}: an act-order tensor's groups mix columns, and HQQ's groups are consecutive ones",
-            todo="export it to gptq or onnx, or quantize without act-order",
-        )
+    refuse_act_order(lazy, "hqq")
     module, groups = module_of(lazy.name), lazy.shape[0] * lazy.shape[1] // spec.group_size
     try:
         packed = packed_shape(groups, spec.group_size, spec.bits)

@@ -22,7 +22,7 @@ from qalora.converters.families import family_of
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
 from qalora.converters.mlx.config import mlx_config
 from qalora.converters.plan import ExportOptions
-from qalora.converters.specs import TENSORS, specs_text
+from qalora.converters.specs import TENSORS, refuse_act_order, specs_text
 from qalora.errors import ExactnessError, InputError
 from qalora.formats.mlx import GROUP_SIZES, group_size_for
 from qalora.formats.safetensors import Part
@@ -59,11 +59,7 @@ def mlx_group_size(lazy: LazyTensor) -> int:
     """The groups that a tensor is stored in; ExactnessError where MLX has none that fit."""
     if lazy.spec is None:
         raise TypeError(f"{lazy.name} is not quantized")
-    if lazy.spec.act_order:
-        raise ExactnessError(
-            f"mlx: {lazy.name}: an act-order tensor's groups mix columns, and MLX's groups are consecutive ones",
-            todo="export it to gptq or onnx, or quantize without act-order",
-        )
+    refuse_act_order(lazy, "mlx")
     size = group_size_for(lazy.spec.group_size)
     if size is None:
         raise ExactnessError(
