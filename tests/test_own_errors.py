@@ -9,7 +9,7 @@ import pytest
 
 import qalora
 from qalora.converters import load
-from qalora.converters.tokenizer import gguf_tokenizer
+from qalora.converters.gguf.tokenizer import gguf_tokenizer
 from qalora.converters.torch_module import build
 from qalora.errors import InputError
 from qalora.testing import small_tokenizer, tiny_llama

@@ -139,6 +139,7 @@ class Layout:
     lora       the file of an adapter for one of these; among artifacts it is for the one beside it
     weights    the files that hold an artefact's weights
     sources    the files that are read where one file is opened
+    called     what of an artefact's path its name is made of
     runtimes   what an artefact is proven in, as `qalora.parity.runtimes.RUNTIMES` has them; also: where there is a
                device for it, or the artefact is small; generators: they generate from it too, and are used where they
                are installed; nothing is unproven without them
@@ -166,6 +167,7 @@ class Layout:
     lora: LoraFile | None = None
     weights: Callable[[Path], Iterable[Path]] = _safetensors
     sources: Callable[[Path], Iterable[Path]] = lambda path: [path]
+    called: Callable[[Path], Path] = lambda path: path
     also: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
     residual: bool = False

@@ -62,7 +62,8 @@ def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Ar
             wanted = "a GGUF or ONNX file, a model folder, or a folder of them"
             raise InputError(str(path), expected=wanted, got=instead_of_model(path))
         for kind, place in here:
-            found.append(Artifact(name=_name(place, path, relative_to), kind=kind, path=place))
+            called = layout(kind).called(place)
+            found.append(Artifact(name=_name(called, path, relative_to), kind=kind, path=place))
     return _distinct(_paired(found))
 
 
@@ -95,8 +96,7 @@ def _artifacts(path: Path) -> list[tuple[str, Path]]:
     return [found for folder in folders for found in _artifacts(folder)]
 
 
-def _name(place: Path, given: Path, relative_to: Path | None) -> str:
-    where = place.parent if place.name == "model.onnx" else place
+def _name(where: Path, given: Path, relative_to: Path | None) -> str:
     if relative_to is not None and where.resolve().is_relative_to(relative_to.resolve()):
         return where.resolve().relative_to(relative_to.resolve()).as_posix()
     root = given.resolve().parent if given.is_file() else given.resolve()

@@ -14,8 +14,9 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.cutting import CUTS
 from qalora.converters.exports import export
+from qalora.converters.gguf.tokenizer import gguf_tokenizer
 from qalora.converters.plan import ExportOptions
-from qalora.converters.tokenizer import gguf_tokenizer, load_tokenizer
+from qalora.converters.tokenizer import load_tokenizer
 from qalora.demo import demo_text
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Value

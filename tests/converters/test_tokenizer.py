@@ -10,7 +10,8 @@ import pytest
 
 from qalora import export
 from qalora.converters import load
-from qalora.converters.tokenizer import KEPT, gguf_tokenizer, has_tokenizer, load_tokenizer, write_tokenizer
+from qalora.converters.gguf.tokenizer import gguf_tokenizer
+from qalora.converters.tokenizer import KEPT, has_tokenizer, load_tokenizer, write_tokenizer
 from qalora.demo import demo_text
 from qalora.errors import FormatError, InputError
 from qalora.formats.gguf import Value

@@ -19,8 +19,8 @@ from qalora.converters.ends import ends_of, tokenizer_end
 from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import CONFIG, MODEL_TYPE, factor_tensors, hyperparameters
 from qalora.converters.gguf.names import gguf_names
+from qalora.converters.gguf.tokenizer import gguf_tokenizer
 from qalora.converters.settings import settings_of
-from qalora.converters.tokenizer import gguf_tokenizer
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value
 from qalora.formats.gguf_ends import with_ends

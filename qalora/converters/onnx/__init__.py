@@ -9,7 +9,7 @@ are float32.
 """
 
 from qalora.converters.format import Format, LoraFile, late
-from qalora.converters.onnx.files import graphs, is_decoder, rounding, told, weight_files
+from qalora.converters.onnx.files import MODEL, graphs, is_decoder, rounding, told, weight_files
 from qalora.converters.onnx.running import openings, usage
 
 __all__ = ["FORMAT", "plan", "read", "write"]
@@ -29,6 +29,7 @@ FORMAT = Format(
     artifacts=graphs,
     weights=weight_files,
     sources=lambda path: sorted(path.parent.iterdir()),
+    called=lambda path: path.parent if path.name == MODEL else path,
     lora=LoraFile(
         name="onnx-adapter",
         kind="an ONNX Runtime adapter",

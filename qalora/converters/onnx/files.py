@@ -9,7 +9,10 @@ from typing import Any
 from qalora.converters.format import EXACT, Rounding
 from qalora.formats.onnx import read_model
 
-__all__ = ["accuracy_level", "graphs", "is_decoder", "is_standard", "rounding", "told", "weight_files"]
+__all__ = ["MODEL", "accuracy_level", "graphs", "is_decoder", "is_standard", "rounding", "told", "weight_files"]
+
+MODEL = "model.onnx"
+"""The graph of a folder."""
 
 
 def is_decoder(path: Path) -> bool:
@@ -19,19 +22,19 @@ def is_decoder(path: Path) -> bool:
 
 def graphs(folder: Path) -> Sequence[Path]:
     """The graphs of a folder: that for ONNX Runtime, and the portable one where it is there."""
-    first, portable = folder / "model.onnx", folder / "portable" / "model.onnx"
+    first, portable = folder / MODEL, folder / "portable" / MODEL
     return [path for path in (first, portable) if path.is_file()] if first.is_file() else []
 
 
 def weight_files(path: Path) -> Iterable[Path]:
     """A graph, or the first of a folder, and its data."""
-    graph = path / "model.onnx" if path.is_dir() else path
+    graph = path / MODEL if path.is_dir() else path
     return graph.parent.glob(f"{graph.name}*")
 
 
 def told(path: Path) -> Mapping[str, Any] | None:
     """The properties of a graph."""
-    if path.name != "model.onnx":
+    if path.name != MODEL:
         return None
     properties = read_model(path).metadata_props
     return {entry.key: entry.value for entry in properties if isinstance(entry.key, str)}  # bytes: no UTF-8
