@@ -15,8 +15,8 @@ from qalora.adapter.records import Adapter
 from qalora.adapter.saved import TOKENIZER, Rows, SavedTensors, carry
 from qalora.checkpoint import LazyTensor, module_of
 from qalora.errors import AdapterError
-from qalora.formats.files import InputFile, check_content, contained
-from qalora.formats.safetensors import Entry, read_tensor
+from qalora.formats.files import check_content, contained
+from qalora.formats.safetensors import Entry, load_tensor
 from qalora.tensor import check_finite
 
 if TYPE_CHECKING:
@@ -116,8 +116,7 @@ def _lazy(name: str, path: Path, entry: Entry) -> LazyTensor:
         )
 
     def read(start: int, stop: int) -> Tensor:
-        with InputFile(path) as file:
-            values = read_tensor(file, entry, start, stop)
+        values = load_tensor(path, entry, start, stop)
         check_finite(name, values)
         return values
 

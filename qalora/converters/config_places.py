@@ -47,7 +47,7 @@ MULTIPLIERS = (
     "scale_depth",
     "scale_emb",
 )
-"""Factors of other classes, which the families' do not have."""
+"""Factors of other classes, which the families' do not have; one that a family has is in SOME."""
 
 
 OF_WINDOWS = ("max_window_layers", "sliding_window", "use_sliding_window")
@@ -76,7 +76,8 @@ def tidied(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tupl
     if config.get("dtype") is not None and config.get("torch_dtype") not in (None, config["dtype"]):
         del kept["torch_dtype"]
         notes.append(f"{_said(config, ['torch_dtype'])}: dtype counts, {config['dtype']!r:.60}")
-    others = [*_other_names(config, settings, family), *(key for key in MULTIPLIERS if _matters(config.get(key)))]
+    factors = [key for key in MULTIPLIERS if key not in SOME and _matters(config.get(key))]
+    others = [*_other_names(config, settings, family), *factors]
     if others:
         notes.append(f"{_said(config, others)}: no {family.model_type} of transformers reads that")
     return kept, tuple(f"{where.name}: config.json has {note}" for note in notes)

@@ -23,9 +23,9 @@ from qalora.converters.format import Layout, exact
 from qalora.converters.settings import bias_names, linear_names, norm_names, settings_of
 from qalora.errors import FormatError, InputError
 from qalora.formats.around import instead_of_config
-from qalora.formats.files import InputFile, check_content, contained, may_be_of_the_hub
+from qalora.formats.files import check_content, contained, may_be_of_the_hub
 from qalora.formats.json_text import read_json_object
-from qalora.formats.safetensors import Entry, read_header, read_tensor, shards
+from qalora.formats.safetensors import Entry, load_tensor, read_header, shards
 from qalora.tensor import check_finite
 
 __all__ = [
@@ -100,8 +100,7 @@ def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:
         raise FormatError(f"{path}: {name}", expected="float16, bfloat16, float32 or float64", got=str(entry.dtype))
 
     def read_rows(start: int, stop: int) -> Tensor:
-        with InputFile(path) as file:
-            tensor = read_tensor(file, entry, start, stop)
+        tensor = load_tensor(path, entry, start, stop)
         check_finite(name, tensor)
         return tensor
 

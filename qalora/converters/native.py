@@ -36,8 +36,8 @@ from qalora.converters.huggingface import float_tensor, model_of, read_config, s
 from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.converters.specs import narrowed
 from qalora.errors import FormatError
-from qalora.formats.files import InputFile, contained
-from qalora.formats.safetensors import Entry, Part, ShardedWriter, read_tensor
+from qalora.formats.files import contained
+from qalora.formats.safetensors import Entry, Part, ShardedWriter, load_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
 
 __all__ = ["FORMAT", "StoredModule", "check_version", "plan", "read", "stored_modules", "write"]
@@ -131,10 +131,7 @@ def _quantized(name: str, module: StoredModule) -> LazyTensor:
     )
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
-        part: dict[str, Tensor] = {}
-        for key, (path, entry) in entries.items():
-            with InputFile(path) as file:
-                part[key] = read_tensor(file, entry) if key == "g_idx" else read_tensor(file, entry, start, stop)
+        part = {key: load_tensor(*place, start, stop) for key, place in entries.items() if key != "g_idx"}
         scale = part["scale"].float()
         return GroupQuantTensor(
             packed=part["codes"],
@@ -142,7 +139,7 @@ def _quantized(name: str, module: StoredModule) -> LazyTensor:
             min=part["min"].float() if zeros == "real" else -scale * (part["zero"] if zero is None else zero),
             bits=module.bits,
             group_size=module.group_size,
-            g_idx=part.get("g_idx"),
+            g_idx=load_tensor(*entries["g_idx"]) if "g_idx" in entries else None,
         )
 
     return LazyTensor(name=f"{name}.weight", shape=module.shape, spec=spec, read=read_rows)

@@ -46,6 +46,7 @@ __all__ = [
     "SafetensorsWriter",
     "ShardedLayout",
     "ShardedWriter",
+    "load_tensor",
     "plan_layout",
     "plan_shards",
     "read_header",
@@ -211,6 +212,12 @@ def read_tensor(file: InputFile, entry: Entry, start: int = 0, stop: int | None 
     row_bytes = entry.nbytes // rows if rows else 0
     data = file.tensor(entry.offset + start * row_bytes, max(0, stop - start) * row_bytes)
     return data.view(entry.dtype).view(max(0, stop - start), *entry.shape[1:])
+
+
+def load_tensor(path: Path, entry: Entry, start: int = 0, stop: int | None = None) -> Tensor:
+    """`read_tensor` of a file that is opened for it."""
+    with InputFile(path) as file:
+        return read_tensor(file, entry, start, stop)
 
 
 def shards(folder: Path, stem: str = "model") -> dict[str, Path]:

@@ -14,9 +14,8 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.gptq.beside import ADAPTER_CONFIG
 from qalora.converters.gptq.head import HEAD, is_read_by_transformers
 from qalora.converters.huggingface import read_config, stored_tensors
-from qalora.formats.files import InputFile
 from qalora.formats.gptq import unpack_qzeros
-from qalora.formats.safetensors import read_tensor
+from qalora.formats.safetensors import load_tensor
 from qalora.inspection.records import Finding
 
 __all__ = ["findings"]
@@ -60,8 +59,7 @@ def _stored_zeros(model: Checkpoint) -> dict[str, _Zeros]:
         lazy = model.tensors.get(f"{name.removesuffix('.qzeros')}.weight")
         if not name.endswith(".qzeros") or lazy is None or lazy.spec is None:
             continue
-        with InputFile(path) as file:
-            stored = unpack_qzeros(read_tensor(file, entry), lazy.spec.bits, "gptq_v2")
+        stored = unpack_qzeros(load_tensor(path, entry), lazy.spec.bits, "gptq_v2")
         first = int(stored[0, 0])
         alike = bool((stored == first).all())
         found[name.removesuffix(".qzeros")] = _Zeros(

@@ -30,7 +30,7 @@ from qalora.converters.settings import linear_names
 from qalora.errors import FormatError, InputError
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import BITS, Version, unpack_qweight, unpack_qzeros
-from qalora.formats.safetensors import Entry, read_tensor
+from qalora.formats.safetensors import Entry, load_tensor
 from qalora.residual import from_residual
 from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16
 
@@ -78,9 +78,7 @@ class _Layer:
 
     def part(self, part: str) -> Tensor:
         """A whole tensor of the layer."""
-        path, entry = self.stored[part]
-        with InputFile(path) as file:
-            return read_tensor(file, entry)
+        return load_tensor(*self.stored[part])
 
     def columns_of(self, part: str, start: int, stop: int) -> Tensor:
         """Columns start..stop-1 of a matrix; they are the rows of the weight."""

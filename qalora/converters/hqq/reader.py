@@ -22,9 +22,8 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.specs import TENSORS, check_values, stored_specs
 from qalora.errors import FormatError
-from qalora.formats.files import InputFile
 from qalora.formats.hqq import BITS, from_zeros, packed_shape, to_zeros, unpack_groups
-from qalora.formats.safetensors import Entry, read_tensor
+from qalora.formats.safetensors import Entry, load_tensor
 from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
 
 __all__ = ["read"]
@@ -83,10 +82,7 @@ def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) 
         )
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
-        data: dict[str, Tensor] = {}
-        for part, (path, entry) in parts.items():
-            with InputFile(path) as file:
-                data[part] = read_tensor(file, entry)
+        data = {part: load_tensor(*place) for part, place in parts.items()}
         codes = unpack_groups(data["W_q"], (rows, columns), bits)[start:stop]
         scale, zero = (data[part].float().view(rows, groups)[start:stop] for part in ("scale", "zero"))
         tensor = _joined(pack_codes(codes, bits), scale, zero, spec)
@@ -138,8 +134,7 @@ def _small(where: str, module: str, name: str, stored: _Stored) -> Any:
     path, entry = stored[f"{module}.{name}"]
     if entry.dtype not in (torch.uint8, torch.int32, torch.int64) or len(entry.shape) > 1 or entry.nbytes > 8 * SMALL:
         raise FormatError(f"{where}.{name}", expected="whole numbers", got=f"{entry.dtype} {list(entry.shape)}")
-    with InputFile(path) as file:
-        return read_tensor(file, entry).tolist()
+    return load_tensor(path, entry).tolist()
 
 
 def _check_parts(where: str, entries: Mapping[str, Entry], bits: int, group_size: int, groups: int) -> None:

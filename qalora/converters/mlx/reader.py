@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of
@@ -19,9 +18,8 @@ from qalora.converters.huggingface import HEAD, float_tensor, model_of, read_con
 from qalora.converters.mlx.foreign import as_it_was, as_mlx_reads, ties
 from qalora.converters.specs import TENSORS, restored, stored_specs
 from qalora.errors import FormatError
-from qalora.formats.files import InputFile
 from qalora.formats.mlx import GROUP_SIZES, unpack_words
-from qalora.formats.safetensors import Entry, read_tensor
+from qalora.formats.safetensors import Entry, load_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
 
 __all__ = ["read"]
@@ -96,10 +94,7 @@ def _quantized(folder: Path, module: str, stored: _Stored, settings: Mapping[str
     )
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
-        part: dict[str, Tensor] = {}
-        for key, (path, entry) in parts.items():
-            with InputFile(path) as file:
-                part[key] = read_tensor(file, entry, start, stop)
+        part = {key: load_tensor(*place, start, stop) for key, place in parts.items()}
         return GroupQuantTensor(
             packed=unpack_words(part["weight"]),
             scale=part["scales"].float(),

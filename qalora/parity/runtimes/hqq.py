@@ -19,8 +19,7 @@ from qalora.converters import load
 from qalora.converters.huggingface import stored_tensors
 from qalora.converters.torch_module import build, float_linear
 from qalora.errors import FormatError
-from qalora.formats.files import InputFile
-from qalora.formats.safetensors import read_tensor
+from qalora.formats.safetensors import load_tensor
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.torch import ModuleRuntime, ends_in_transformers
 
@@ -43,12 +42,7 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         names = {name.removeprefix(f"{module}."): name for name in stored if name.startswith(f"{module}.")}
         if "W_q" not in names:
             return float_linear(module, weight, bias)
-        state = {}
-        for part, name in names.items():
-            place, entry = stored[name]
-            with InputFile(place) as file:
-                state[part] = read_tensor(file, entry)
-        return _layer(path, module, state)
+        return _layer(path, module, {part: load_tensor(*stored[name]) for part, name in names.items()})
 
     return ModuleRuntime(build(load(path), linear), info, ends=ends_in_transformers(path))
 
