@@ -1,13 +1,13 @@
 """How fast, and in how much memory, an adapter is trained; beside PEFT, on one load, in one run.
 
-    python benchmarks/benchmark_training.py [--steps 8] [--rounds 2] [--threads 2] [--only NAME ...] [--json FILE]
+    python benchmarks/benchmark_training.py [--steps 8] [--rounds 2] [--threads 2] [--only NAME ...] [--json FILE] [--avx2]
 
 SmolLM2-135M, 4 bits in groups of 32 with integer zeros, is written as GPTQ once: every contender trains on that folder,
 or on its weights as floats, with the same blocks in the same order, the same AdamW and the same schedule. Each runs in
 a process of its own, `--rounds` times in turn, so that what else the machine does meets all of them:
 
-    qalora-float32, qalora-bfloat16     qalora.train; -checkpointing: with gradient checkpointing; -packed: without
-                                        weights kept in bfloat16
+    qalora-float32, qalora-bfloat16     qalora.train; -checkpointing: with gradient checkpointing; -packed: with weights
+                                        unpacked at each use, in float32 the exact forward
     peft-qalora                         PEFT's QA-LoRA over GPTQModel's torch kernel, which dequantizes at every call
     peft-qalora-kept                    the same with GPTQModel's switch that keeps the dequantized weights
     peft-lora-float32, -bfloat16        PEFT's LoRA on float weights
@@ -17,6 +17,7 @@ processor time of 1,000 tokens and its ratio, which other jobs on the machine di
 (a thread that waits for one that is not running spins in some kernels); peak resident memory of the process, and
 what of it was there once the libraries were imported; the loss on the same held-out blocks before and after. At the
 end, the matrix products of a step are run alone: what they take is the limit of a machine that does nothing else.
+`--avx2` holds torch's libraries to AVX2, on an Intel processor: what one without AVX-512 and AMX does, but for its clock.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 
 CONTENDERS = (
     "qalora-float32",
+    "qalora-float32-packed",
     "qalora-bfloat16",
     "qalora-bfloat16-checkpointing",
     "qalora-bfloat16-checkpointing-packed",
@@ -43,6 +45,7 @@ CONTENDERS = (
     "peft-lora-bfloat16",
 )
 BATCH, LENGTH, HELD, RATE, GROUP = 4, 128, 8, 1e-3, 32
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 SKIPPED = 2
 """Steps at the start that are not timed."""
 
@@ -226,6 +229,7 @@ def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
     threads = str(given.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits for another takes no processor time
+    environment |= AVX2 if given.avx2 else {}
     arguments = ["--child", name, "--work", str(given.work), "--steps", str(given.steps), "--rank", str(given.rank)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, *arguments],
@@ -283,6 +287,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--avx2", action="store_true", help="no AVX-512 and no AMX")
     parser.add_argument("--json", type=Path, help="where to write every figure")
     parser.add_argument("--child", choices=[*CONTENDERS, "limit"], help=argparse.SUPPRESS)
     given = parser.parse_args()
