@@ -1,6 +1,7 @@
 """How fast, and in how much memory, an adapter is trained; beside PEFT, on one load, in one run.
 
-    python benchmarks/benchmark_training.py [--steps 8] [--rounds 2] [--threads 2] [--only NAME ...] [--json FILE] [--avx2]
+    python benchmarks/benchmark_training.py [--steps 8] [--rounds 2] [--threads 2] [--only NAME ...] [--json FILE]
+                                            [--avx2]
 
 SmolLM2-135M, 4 bits in groups of 32 with integer zeros, is written as GPTQ once: every contender trains on that folder,
 or on its weights as floats, with the same blocks in the same order, the same AdamW and the same schedule. Each runs in
@@ -17,7 +18,7 @@ processor time of 1,000 tokens and its ratio, which other jobs on the machine di
 (a thread that waits for one that is not running spins in some kernels); peak resident memory of the process, and
 what of it was there once the libraries were imported; the loss on the same held-out blocks before and after. At the
 end, the matrix products of a step are run alone: what they take is the limit of a machine that does nothing else.
-`--avx2` holds torch's libraries to AVX2, on an Intel processor: what one without AVX-512 and AMX does, but for its clock.
+`--avx2` holds torch's libraries to AVX2, on an Intel processor: what one without AVX-512 and AMX does, at its clock.
 """
 
 from __future__ import annotations

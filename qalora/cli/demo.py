@@ -12,8 +12,11 @@ from qalora.cli.options import Command, force_option, output_option
 from qalora.cli.progress import log_format_option, log_gates, progress_bar, training_bar, verification_bar
 from qalora.cli.release import print_release
 from qalora.formats.output import check_output
+from qalora.options.words import TARGETS as FORMATS
 
 TARGETS = ("gptq", "onnx", "gguf")
+QUICK = ("gguf",)
+STEPS, FEW = 32, 8
 HELD_OUT = "held-out.txt"
 
 
@@ -23,18 +26,19 @@ HELD_OUT = "held-out.txt"
     "--to",
     "targets",
     multiple=True,
-    default=TARGETS,
-    show_default=True,
     metavar="FORMAT",
-    help="gptq, gguf, onnx, mlx, hqq, qalora (our own folder). Repeatable.",
+    help=f"{', '.join(FORMATS)}. Repeatable; {', '.join(TARGETS)} by default.",
 )
+@click.option("--quick", is_flag=True, help="GGUF alone, after a few training steps: a minute or two.")
 @click.option("--model", help="Another model of integers, instead of SmolLM2-135M-Instruct.")
 @click.option(
-    "--max-steps", type=click.IntRange(1), default=60, show_default=True, help="Training steps of 4 x 128 tokens."
+    "--max-steps", type=click.IntRange(1), help=f"Training steps of 4 x 128 tokens; {STEPS}, or {FEW} with --quick."
 )
 @force_option
 @log_format_option
-def command(out: Path, targets: tuple[str, ...], model: str | None, max_steps: int, force: bool) -> None:
+def command(
+    out: Path, targets: tuple[str, ...], quick: bool, model: str | None, max_steps: int | None, force: bool
+) -> None:
     """The whole story on a real model: train on a text, fold, export to several formats, run each, prove.
 
     DIR gets text.txt (the language reference that every Python carries), held-out.txt (its end, which is not trained
@@ -49,6 +53,8 @@ def command(out: Path, targets: tuple[str, ...], model: str | None, max_steps: i
     from qalora.training import TrainOptions, train
     from qalora.training.loop import LOG
 
+    targets = targets or (QUICK if quick else TARGETS)
+    max_steps = max_steps or (FEW if quick else STEPS)
     check_targets(targets, ExportOptions())
     check_output(out, force=force, names=[HELD_OUT])
     base = load(model if model is not None else smollm2_file())
@@ -58,14 +64,20 @@ def command(out: Path, targets: tuple[str, ...], model: str | None, max_steps: i
     (out / "text.txt").write_text(text[:cut], encoding="utf-8")
     (out / HELD_OUT).write_text(text[cut:], encoding="utf-8")
     click.echo(f"1. Train a QA-LoRA adapter on {base.path.name}: {max_steps} steps of 4 x 128 tokens")
-    options = TrainOptions(data=str(out / "text.txt"), out=out / "adapter", max_steps=max_steps, force=force)
+    options = TrainOptions(
+        data=str(out / "text.txt"),
+        out=out / "adapter",
+        max_steps=max_steps,
+        dtype="auto",
+        held_out=0.02,
+        force=force,
+    )
     with training_bar() as show:
         adapter = train(base, options, show)
     log = json.loads((out / "adapter" / LOG).read_text(encoding="utf-8"))
     before, after = (log["held_out"][n]["loss"] for n in (0, -1))
-    click.echo(
-        f"   held-out loss {before:.3f} -> {after:.3f}, perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}"
-    )
+    perplexities = f"perplexity {math.exp(before):.2f} -> {math.exp(after):.2f}"
+    click.echo(f"   held-out loss {before:.3f} -> {after:.3f}, {perplexities}, on {log['held_out_tokens']} tokens")
     click.echo(f"2. Fold it, export to {', '.join(targets)}, and run each in its own runtime")
     export = ExportOptions(name=f"{base.path.name.partition('.')[0]}-QALoRA")
     named = ReleaseOptions(targets=targets, export=export, text=text[cut:])
@@ -77,5 +89,10 @@ def command(out: Path, targets: tuple[str, ...], model: str | None, max_steps: i
         for run in artifact.runs:
             for made in run.generations:
                 click.echo(f"{run.kind:>18} continues: {made.text!r}")
-    click.echo("3. Check it, and make every byte of it again, whenever you like:")
+    click.echo(f"3. Look at it: {out / 'dist' / 'report.html'} is the proof as a page, with plots")
+    click.echo("4. Check it, and make every byte of it again, whenever you like:")
     click.echo(f"   qalora check {out / 'dist'} --base {base.path} --text {out / HELD_OUT}")
+    click.echo("5. Your own model, on your own text:")
+    click.echo("   qalora quantize MODEL -o base --bits 4")
+    click.echo("   qalora train base --data text.jsonl -o adapter")
+    click.echo(f"   qalora release base --adapter adapter {' '.join(f'--to {name}' for name in targets)} -o dist")

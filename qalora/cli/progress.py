@@ -244,21 +244,33 @@ def training_bar() -> Iterator[TrainingProgress]:
     console = Console(stderr=True)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
+        task, latest = bar.add_task("", total=None), -1
 
         def show(report: StepReport) -> None:
-            text = f"loss {report.loss:.3f}  held-out {report.held_out:.3f}  {report.tokens_per_second:.0f} tokens/s"
-            if report.step < report.steps:
-                text += f"  {timedelta(seconds=round(report.seconds_left))} left"
+            nonlocal latest
+            text = _of_training(report)
             bar.update(task, total=report.steps, completed=report.step, description=text)
             if report.note:
                 say(report.note)
-            if not console.is_terminal and (
-                report.step % max(1, report.steps // 6) == 0 or report.step in (1, report.steps)
-            ):
+            due = report.step in (1, report.steps) or report.step % max(1, report.steps // 6) == 0
+            if not console.is_terminal and due and report.step != latest:
                 click.echo(f"step {report.step} of {report.steps}: {text}", err=True)
+            latest = report.step
 
         yield show
+
+
+def _of_training(report: StepReport) -> str:
+    shown = [
+        f"{words} {value:.3f}"
+        for words, value in (("loss", report.loss), ("held-out", report.held_out))
+        if math.isfinite(value)
+    ]
+    if report.tokens_per_second:
+        shown.append(f"{report.tokens_per_second:.0f} tokens/s")
+    if report.step < report.steps:
+        shown.append(f"{timedelta(seconds=round(report.seconds_left))} left")
+    return "  ".join(shown)
 
 
 def watch() -> Watch:

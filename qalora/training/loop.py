@@ -9,10 +9,8 @@ of threads, whether or not the run was interrupted and resumed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from qalora.training.starting import SEQUENCES, first_rows
 from qalora.training.state import (
     State,
     checkpoint_of,
+    fingerprint,
     forget_state,
     has_state,
     read_ranks,
@@ -172,6 +171,7 @@ class _Run:
         self._layers: dict[str, FoldedLinear] = {}
         self._tried: Tried = ()
         self._pace = Pace()
+        self._say: Callable[[], None] = lambda: None
         self._rng = torch.Generator().manual_seed(options.seed)
 
         def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
@@ -219,7 +219,7 @@ class _Run:
         self._identity = {
             **self._chosen,
             "data_sha256": kept.digest() + held.digest(),
-            "model_sha256": _fingerprint(model.config, self._module),
+            "model_sha256": fingerprint(model.config, self._module),
         }
 
     def _take_parameters(self) -> None:
@@ -242,9 +242,15 @@ class _Run:
             fused=True,
         )
 
+    @property
+    def _of_start(self) -> int:
+        """Sequences whose gradient is gathered before the first step."""
+        uniform = self._options.start == "uniform" and self._options.rank != "auto"
+        return 0 if uniform else min(SEQUENCES, len(self._kept))
+
     def start(self) -> None:
         """Rows of A, and ranks, from the first gradient, where options ask for them."""
-        if self._options.start == "uniform" and self._options.rank != "auto":
+        if not self._of_start:
             return
         for path, a in first_rows(self._first_gradients(), self._options, self._rng).items():
             self._layers[path].start_from(a)
@@ -253,7 +259,7 @@ class _Run:
     def _first_gradients(self) -> dict[str, Tensor]:
         """The gradient of each layer's B @ A, float32 [out, in/pool_size], over the first sequences of the run."""
         found = {path: layer.gather() for path, layer in self._layers.items()}
-        mean = self._backward(0, min(SEQUENCES, len(self._kept)))
+        mean = self._backward(0, self._of_start, self._after_forward)
         for layer in self._layers.values():
             layer.gathered = None
         self._gradients.zero_()
@@ -279,16 +285,20 @@ class _Run:
     def to_the_end(self, state: State, progress: Progress, asked: Callable[[], bool] = lambda: False) -> None:
         """Every step that is left; Interrupted after the step in which `asked` to stop, in whichever process."""
         options = self._options
+        self._plan(state)
+        self._say = lambda: progress(self._report(state, ""))
         if state.step == 0:
             self.start()
         if not state.held_out:
             state.held_out.append((0, self.evaluate()))
+        self._say = lambda: None
         if state.step == self._steps:
             self._try_strengths(state)
             progress(self._report(state, ""))
         while state.step < self._steps:
-            with self._pace.timed("step"):
-                state.losses.append(self._step(state.step))
+            self._pace.begin()
+            state.losses.append(self._step(state.step))
+            self._pace.trained(self._each)
             state.step += 1
             if state.step == self._steps or (options.evaluate_every and state.step % options.evaluate_every == 0):
                 state.held_out.append((state.step, self.evaluate()))
@@ -301,6 +311,20 @@ class _Run:
             if stop:
                 where = self._processes.heard(note) or f"continue from {checkpoint_of(options.out)} with `resume`"
                 raise Interrupted(f"interrupted after step {state.step} of {self._steps}; {where}")
+
+    def _plan(self, state: State) -> None:
+        """Sequences that are left; a strength that is tried at the end is one more held-out loss, at least."""
+        steps, every = self._steps - state.step, self._options.evaluate_every or self._steps
+        evaluations = math.ceil(self._steps / every) - state.step // every
+        evaluations += (not state.held_out) + (self._options.strength != 1)
+        self._pace.training = steps * self._each + (0 if state.step else self._of_start)
+        self._pace.evaluation = evaluations * len(self._held)
+        self._pace.begin()
+
+    def _after_forward(self, sequences: int) -> None:
+        """So many of the start's were trained on in each process."""
+        self._pace.trained(sequences * self._processes.size)
+        self._say()
 
     def _try_strengths(self, state: State) -> None:
         """Held-out losses after the last step, at the strength that was asked for, or at those that are to be tried."""
@@ -315,17 +339,15 @@ class _Run:
             return self.evaluate()
 
     def _report(self, state: State, note: str) -> StepReport:
-        options, left = self._options, self._steps - state.step
-        every = options.evaluate_every or self._steps
-        evaluations = math.ceil(self._steps / every) - state.step // every if left else 0
-        strength, held_out = best_of(self._tried) if self._tried else (1.0, state.held_out[-1][1])
+        latest = state.held_out[-1][1] if state.held_out else math.nan
+        strength, held_out = best_of(self._tried) if self._tried else (1.0, latest)
         return StepReport(
             step=state.step,
             steps=self._steps,
-            loss=state.losses[-1],
+            loss=state.losses[-1] if state.losses else math.nan,
             held_out=held_out,
-            tokens_per_second=self._pace.speed(self._each * options.max_length),
-            seconds_left=self._pace.left(left, evaluations),
+            tokens_per_second=self._pace.speed(self._options.max_length),
+            seconds_left=self._pace.left,
             strength=strength,
             note=note,
         )
@@ -372,7 +394,7 @@ class _Run:
         self._gradients.zero_()
         return mean
 
-    def _backward(self, first: int, sequences: int) -> float:
+    def _backward(self, first: int, sequences: int, after: Callable[[int], None] = lambda sequences: None) -> float:
         """Forward and backward over this process's share of the run's sequences number first, first+1, ...; gives the
         mean loss of all their tokens, which is what the processes' gradients add up to the gradient of.
         """
@@ -384,6 +406,7 @@ class _Run:
             loss = self._loss(tokens[rows], targets[rows], self._dtype)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+            after(len(rows))
         return self._processes.sum(total) / count
 
     def _forwards(self, sequences: int, most: int) -> Iterator[Tensor]:
@@ -402,9 +425,11 @@ class _Run:
         """The held-out loss in nats per token, of the folded model in float32: the exact forward."""
         options = self._options
         total = 0.0
-        with self._pace.timed("evaluation"):
-            for rows in self._forwards(len(self._held), max(options.batch_size, EVALUATED // options.max_length)):
-                total += self._loss(*self._held.take(rows), torch.float32).item()
+        self._pace.begin()
+        for rows in self._forwards(len(self._held), max(options.batch_size, EVALUATED // options.max_length)):
+            total += self._loss(*self._held.take(rows), torch.float32).item()
+            self._pace.evaluated(len(rows) * self._processes.size)
+            self._say()
         return self._processes.sum(total) / int((self._held.targets != IGNORED).sum())
 
     def adapter(self) -> Adapter:
@@ -472,18 +497,3 @@ def _order(blocks: int, seed: int, first: int, count: int) -> Sequence[int]:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         found += torch.randperm(blocks, generator=rng)[at : at + count - len(found)].tolist()
     return found
-
-
-def _fingerprint(config: Mapping[str, Any], module: nn.Module) -> str:
-    """SHA-256 of the config, of every quantized layer's scales and minima, and of norms and biases: what tells one base
-    from another.
-    """
-    known = {key: value for key, value in config.items() if not key.startswith("_")}
-    found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8"))
-    for path, part in module.named_modules():
-        kept = [part.scale, part.minimum] if isinstance(part, FoldedLinear) else []
-        kept += [parameter.detach() for parameter in part.parameters(recurse=False) if parameter.ndim == 1]
-        for value in kept:
-            found.update(path.encode("utf-8"))
-            found.update(value.contiguous().cpu().numpy().tobytes())
-    return found.hexdigest()

@@ -14,6 +14,8 @@ holds a whole checkpoint, the old or the new.
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qalora.errors import FormatError, InputError, OutputError
 from qalora.formats.files import InputFile
@@ -31,11 +33,13 @@ from qalora.formats.json_text import read_json
 from qalora.formats.output import new_file, new_folder, write_json
 from qalora.formats.record_json import decode, encode
 from qalora.formats.safetensors import SafetensorsWriter, plan_layout, read_header, read_tensor
+from qalora.training.layer import FoldedLinear
 
 __all__ = [
     "State",
     "check_state",
     "checkpoint_of",
+    "fingerprint",
     "forget_state",
     "has_state",
     "read_ranks",
@@ -251,3 +255,18 @@ def _load(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.O
             parameter.copy_(fetch(name, parameter))
             moments = {key: fetch(f"{name}.{word}", parameter) for key, word in MOMENTS.items()}
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+
+
+def fingerprint(config: Mapping[str, Any], module: nn.Module) -> str:
+    """SHA-256 of the config, of every quantized layer's scales and minima, and of norms and biases: what tells one base
+    from another.
+    """
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8"))
+    for path, part in module.named_modules():
+        kept = [part.scale, part.minimum] if isinstance(part, FoldedLinear) else []
+        kept += [parameter.detach() for parameter in part.parameters(recurse=False) if parameter.ndim == 1]
+        for value in kept:
+            found.update(path.encode("utf-8"))
+            found.update(value.contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()

@@ -173,7 +173,7 @@ def _(world: World) -> None:
 @effect("train", "progress")
 def _(world: World) -> None:
     seen: list[int] = []
-    world.trained("a", progress=lambda report: seen.append(report.step))
+    world.trained("a", progress=lambda report: seen.append(report.step) if report.step else None)
     assert seen == [1, 2]
 
 

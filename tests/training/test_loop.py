@@ -93,7 +93,13 @@ def test_the_loss_falls_and_is_logged(base: Checkpoint, text: Path, tmp_path: Pa
     log = json.loads((tmp_path / "adapter" / "training.json").read_text("utf-8"))
     assert [entry["step"] for entry in log["held_out"]] == [0, 10, 20]
     assert log["held_out"][-1]["loss"] < log["held_out"][0]["loss"] - 0.1
-    assert [report.step for report in seen] == list(range(1, 21))
+    early = [report for report in seen if report.step == 0]
+    assert all(math.isnan(report.loss) for report in early)
+    assert all(report.seconds_left > 0 for report in seen[:-1])  # from the first forward on
+    assert math.isnan(early[0].held_out)
+    assert early[-1].held_out != seen[-1].held_out
+    assert seen[-1].seconds_left == 0
+    assert [report.step for report in seen[len(early) :]] == list(range(1, 21))
     assert len(log["losses"]) == 20
     assert str(tmp_path) not in json.dumps(log)
 
@@ -191,7 +197,7 @@ def test_resuming_gives_the_same_bits(
     assert not (tmp_path / "parts").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["parts.checkpoint"]
     steps: list[int] = []
-    train(base, replace(chosen, resume=True), lambda report: steps.append(report.step))
+    train(base, replace(chosen, resume=True), lambda report: steps.append(report.step) if report.step else None)
     assert steps == list(range(stop + 1, 7))
     assert files(tmp_path / "parts") == files(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]
