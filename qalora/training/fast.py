@@ -11,10 +11,9 @@ this is x @ W'^T of the folded weight W', since min' - min is the same in all co
 minima, rounded as they will be shipped; they are made by `refresh`, once for each optimizer step.
 
 float32     y differs from that of the folded weight by rounding alone: W, min' - min, pool(x) and sums have 24 bits
-bfloat16    W, min' - min, pool(x) and y are rounded to 8 bits, by 2^-8 of themselves at most; sums are float32 in the
-            kernels. The base is rounded, as in any training in bfloat16, and not what the fold adds: that is rounded by
-            itself, and not lost beside a larger number. grad_M, grad_A and grad_B are float32 products of bfloat16
-            numbers
+bfloat16    W, min' - min, pool(x), y and grad_M are rounded to 8 bits, by 2^-8 of themselves at most; sums are float32
+            in the kernels. The base is rounded, as in any training in bfloat16, and not what the fold adds: that is
+            rounded by itself, and not lost beside a larger number. grad_A and grad_B are float32 products
 """
 
 from __future__ import annotations
@@ -88,6 +87,17 @@ class SharedInput:
         place[:, self.inner : self.inner + self.groups] = pooled
         place[:, self.inner + self.groups :] = 0
         return place
+
+    def grad_x(self, parts: Sequence[Tensor]) -> Tensor:
+        """[rows, in] of the gradients of y, [rows, out] for each layer."""
+        weights = torch.split(self.weight(), self.outs)
+        grad = parts[0] @ weights[0]
+        for part, weight in zip(parts[1:], weights[1:], strict=True):  # one long sum takes twice as long in bfloat16
+            grad.addmm_(part, weight)
+        if not self.trained:
+            return grad
+        columns = grad[:, : self.inner].view(len(grad), -1, self.group_size)
+        return (columns + grad[:, self.inner : self.inner + self.groups, None]).view(len(grad), self.inner)
 
     def _fill(self, place: Tensor) -> Tensor:
         for rows, layer in zip(torch.split(place, self.outs), self.layers, strict=True):
@@ -171,7 +181,7 @@ class _Together(torch.autograd.Function):
         ctx.shared = shared
         rows = x.reshape(-1, shared.inner)
         if shared.trained:
-            pooled = rows.view(rows.shape[0], -1, shared.group_size).sum(dim=2, dtype=torch.float32)
+            pooled = rows.view(rows.shape[0], -1, shared.group_size).sum(dim=2)
             rows = shared.joined(rows, pooled)
             if shared.pool_size != shared.group_size:
                 pooled = pooled.view(pooled.shape[0], -1, shared.pool_size // shared.group_size).sum(dim=2)
@@ -183,22 +193,15 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         shared: SharedInput = ctx.shared
         parts = [grad.reshape(-1, out) for grad, out in zip(grads, shared.outs, strict=True)]
-        grad_y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ shared.weight()
-            if shared.trained:
-                columns = grad_x[:, : shared.inner].view(grad_y.shape[0], -1, shared.group_size)
-                grad_x = columns + grad_x[:, shared.inner : shared.inner + shared.groups, None]
-            grad_x = grad_x.reshape(*grads[0].shape[:-1], shared.inner)
+        grad_x = shared.grad_x(parts).view(*grads[0].shape[:-1], shared.inner) if ctx.needs_input_grad[0] else None
         if not shared.trained:
             return grad_x, None, *(None for _ in shared.layers for _ in "ab")
         pooled, *parameters = ctx.saved_tensors
-        grad_m = (pooled.t() @ grad_y.float()).mul_(shared.layers[0].factor)  # [in/pool_size, out], the transposed
         found: list[Tensor] = []
-        for n, (layer, part) in enumerate(zip(shared.layers, torch.split(grad_m, shared.outs, dim=1), strict=True)):
+        for n, (layer, part) in enumerate(zip(shared.layers, parts, strict=True)):
             a, b = parameters[2 * n : 2 * n + 2]
+            grad_m = (pooled.t() @ part).float().mul_(layer.factor)  # [in/pool_size, out], the transposed
             if layer.gathered is not None:
-                layer.gathered += part.t()
-            found += [(part @ b).t(), part.t() @ a.t()]
+                layer.gathered += grad_m.t()
+            found += [(grad_m @ b).t(), grad_m.t() @ a.t()]
         return grad_x, None, *found

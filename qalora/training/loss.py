@@ -22,8 +22,8 @@ __all__ = ["IGNORED", "summed_cross_entropy"]
 IGNORED = -100
 """A target that does not count."""
 
-ROWS = 128
-"""Rows whose logits are held at a time: 25 MB at a vocabulary of 49,152. Fewer cost: W is read again for each part."""
+ROWS = {torch.float32: 128, torch.bfloat16: 256}
+"""Rows whose product is held at a time: 25 MB at a vocabulary of 49,152. Fewer cost: W is read again for each part."""
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
@@ -43,11 +43,11 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         kept = (targets != IGNORED).nonzero()[:, 0]
         grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        weight = weight.to(hidden.dtype)
+        weight, most = weight.to(hidden.dtype), ROWS[hidden.dtype]
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        products = hidden.new_empty(min(ROWS, len(kept)), weight.shape[0])  # one piece of memory for every part
+        products = hidden.new_empty(min(most, len(kept)), weight.shape[0])  # one piece of memory for every part
         wide = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
-        for rows in torch.split(kept, ROWS):
+        for rows in torch.split(kept, most):
             product = torch.mm(hidden[rows], weight.t(), out=products[: len(rows)])
             logits = product if wide is products else wide[: len(rows)].copy_(product)
             slope = None

@@ -51,8 +51,8 @@ def test_progress_of_every_kind(place: Path, tmp_path: Path) -> None:
         assert found[-1] == {"event": "done", "status": 0}
         assert {one["event"] for one in found} <= set(EVENTS)
         if stage == "training":
-            assert [one["step"] for one in progress] == [1, 2, 3]
-            assert {"steps", "loss", "held_out", "tokens_per_second"} <= set(progress[0])
+            assert [one["step"] for one in progress] == [0, 1, 2, 3]
+            assert {"steps", "loss", "held_out", "tokens_per_second", "seconds_left"} <= set(progress[0])
         if stage == "writing":
             assert progress[-1]["bytes"] == progress[-1]["total"]
 
