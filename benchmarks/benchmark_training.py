@@ -65,6 +65,10 @@ class Clock:
     def __init__(self) -> None:
         self.wall: list[float] = []
         self.processor: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """The first step begins."""
         self._last = (time.perf_counter(), time.process_time())
 
     def tick(self) -> None:
@@ -122,7 +126,7 @@ def with_qalora(work: Path, steps: int, rank: int, compute: Any, ways: list[str]
     clock = Clock()
 
     def step(report: StepReport) -> None:
-        clock.tick()
+        clock.tick() if report.step else clock.restart()
 
     train(load(work / "gptq"), chosen, step)
     held = json.loads((work / "adapter" / "training.json").read_text("utf-8"))["held_out"]
@@ -192,7 +196,8 @@ def limit(work: Path) -> dict[str, float]:
     shapes = [model.tensors[name].shape for name in model.linears]
     shapes += [model.tensors["model.embed_tokens.weight"].shape]  # the output layer is tied to it
     found, tokens = {}, BATCH * LENGTH
-    for dtype in (torch.float32, torch.bfloat16):
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA") == AVX2["ONEDNN_MAX_CPU_ISA"]  # it has no bfloat16
+    for dtype in (torch.float32,) if held else (torch.float32, torch.bfloat16):
         wall = processor = operations = 0.0
         for shape in set(shapes):
             (out, columns), count, clock = shape, shapes.count(shape), Clock()
@@ -276,7 +281,8 @@ def table(rows: dict[str, dict[str, float]], bound: dict[str, float]) -> None:
         line(name, row, f"{memory} | {row['before']:.3f} -> {row['after']:.3f}")
     for name in ("float32", "bfloat16"):
         row = {key.split()[1]: value for key, value in bound.items() if key.startswith(f"{name} ")}
-        line(f"products alone, {name}, {row['GFLOPS']:.0f} GFLOPS", row, "- | - | -")
+        if row:
+            line(f"products alone, {name}, {row['GFLOPS']:.0f} GFLOPS", row, "- | - | -")
 
 
 def main() -> None:

@@ -29,14 +29,14 @@ from qalora.training.layer import FoldedLinear, folded_changes
 
 __all__ = ["SharedInput", "refresh", "share_inputs"]
 
-ALIGNED = 32
+ALIGNED = {torch.float32: 1, torch.bfloat16: 32}
 """Columns of a weight are a multiple of this: bfloat16 kernels take up to twice as long for others."""
 
 
 class SharedInput:
     """Layers that are given the same input, as one product.
 
-    weight  [sum of out, columns]: W, then min' - min, then zeros up to a multiple of ALIGNED columns; min' - min is of
+    weight  [sum of out, columns]: W, then min' - min, then zeros up to a multiple of `ALIGNED`; min' - min is of
             the parameters at the last `refresh`
     """
 
@@ -45,7 +45,8 @@ class SharedInput:
         self.layers, self.dtype, self.trained = tuple(layers), dtype, first.trained
         self.inner, self.group_size, self.pool_size = first.in_features, first.group_size, first.pool_size
         self.groups = self.inner // self.group_size if self.trained else 0
-        self.columns = -(-(self.inner + self.groups) // ALIGNED) * ALIGNED if self.trained else self.inner
+        aligned = ALIGNED[dtype] if self.trained else 1
+        self.columns = -(-(self.inner + self.groups) // aligned) * aligned
         self.outs = [layer.out_features for layer in layers]
         self.bias = _joined_bias(layers, dtype)
         self._kept: Tensor | None = None

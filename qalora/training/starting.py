@@ -30,7 +30,7 @@ from qalora.training.layer import uniform_rows
 
 __all__ = ["SEQUENCES", "allocate", "first_rows", "parameters_of", "principal_rows"]
 
-SEQUENCES = 32
+SEQUENCES = 8
 """Sequences whose gradient is gathered before the first step."""
 
 ROW = 3.0**-0.5

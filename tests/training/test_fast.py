@@ -128,7 +128,7 @@ def test_weights_follow_the_folded_minima(group_size: int, pool_size: int, train
                 assert torch.equal(weight[:, :128], base)
                 if trained:
                     assert torch.equal(weight[:, 128 : 128 + change.shape[1]], change)
-                    assert weight.shape[1] % 32 == 0
+                    assert dtype == torch.float32 or weight.shape[1] % 32 == 0
                     assert not bool(weight[:, 128 + change.shape[1] :].any())
                 else:
                     assert weight.shape[1] == 128
@@ -207,7 +207,8 @@ def losses(base: Checkpoint, text: Path, out: Path, weights: Any) -> tuple[Tenso
     run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
     state = State()
     run.to_the_end(state, lambda report: None)
-    return torch.tensor(state.losses), torch.tensor([loss for _, loss in state.held_out])
+    held_out = [loss for _, loss in state.held_out]
+    return torch.tensor(state.losses, dtype=torch.float64), torch.tensor(held_out, dtype=torch.float64)
 
 
 def test_loss_curves_are_those_of_the_exact_forward(
@@ -220,6 +221,6 @@ def test_loss_curves_are_those_of_the_exact_forward(
     other = losses(base, text, tmp_path / "other", "packed")
     for got, wanted, moved in zip(fast, exact, other, strict=True):
         noise = float((moved - wanted).abs().max())
-        assert noise > 0
         assert float((got - wanted).abs().max()) <= max(NOISE_FACTOR * noise, NOISE_FLOOR * float(wanted.max()))
-        assert not torch.equal(got, wanted)
+    assert not torch.equal(fast[0], exact[0])  # held-out losses may be: minima are rounded
+    assert not torch.equal(other[0], exact[0])
