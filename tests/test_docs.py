@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -9,17 +10,16 @@ from typing import Any, get_args, get_type_hints
 import click
 import pytest
 
+from pages import DOCS, PAGES, ROOT, anchors, blocks, links, shell_lines
 from qalora.cli import COMMANDS, main
 from qalora.converters import load
 from qalora.formats.record_json import Key
+from qalora.options.words import LOSSES
 from qalora.parity import verify
 from qalora.parity.gates import GATES
 from qalora.quantization import quantize
 from qalora.releasing.records import Manifest
 from qalora.testing import tiny_llama
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def keys_of(content: Any) -> set[str]:
@@ -62,13 +62,15 @@ def test_every_key_of_the_manifest_is_documented() -> None:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every command line of ours in the docs."""
+    """Every command line of ours in the docs: in `sh` blocks, indented, and in workflows."""
     found = []
     for page in PAGES:
+        lines = [line for line in shell_lines(page) if line.startswith("qalora ")]
         for line in page.read_text("utf-8").splitlines():
             match = re.search(r"(?:^    |- run: |- )(qalora [a-z].*)$", line)
             if match:
-                found.append((page.name, match.group(1).split("  #")[0].strip()))
+                lines.append(match.group(1).split("  #")[0].strip())
+        found += [(page.name, line) for line in lines]
     return found
 
 
@@ -86,7 +88,48 @@ def test_every_command_in_the_docs_parses(page: str, line: str) -> None:
     command.make_context(words[1], arguments, resilient_parsing=False)
 
 
-def test_the_docs_name_files_that_exist() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_and_anchor_of_the_docs_leads_somewhere(page: Path) -> None:
+    """And pages below docs/ link to nothing outside, which a site would not have."""
+    for target in links(page):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        if page in DOCS:
+            assert file.resolve().is_relative_to(ROOT / "docs"), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_the_site_has_every_page() -> None:
+    """Each page is in the navigation once, and nothing else is."""
+    shown = re.findall(r"\S+\.md$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert sorted(shown) == [str(page.relative_to(ROOT / "docs")) for page in DOCS]
+
+
+def test_links_and_anchors_are_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A b\n\n## C, d - e\n\n[x](y.md#z) `[no](no.md)`\n\n```sh\n[no](no.md)\n```\n", "utf-8")
+    assert links(page) == ["y.md#z"]
+    assert anchors(page) == {"a-b"}  # GitHub has c-d---e, a site c-d-e
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+def test_what_the_readme_shows_of_the_demo_is_what_the_demo_printed() -> None:
+    (shown,) = [block for block in blocks(ROOT / "README.md") if block.language == "text"]
+    printed = (ROOT / "docs" / "demo.md").read_text("utf-8")
+    for line in shown.text.splitlines():
+        assert line == "..." or f"\n    {line}\n" in printed
+
+
+def test_every_loss_and_extra_is_documented() -> None:
+    losses = set(re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "formats.md").read_text("utf-8"), re.MULTILINE))
+    assert losses == set(LOSSES)
+    extras = set(re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "install.md").read_text("utf-8"), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert extras | {"peft", "demo"} == set(project["optional-dependencies"])

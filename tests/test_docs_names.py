@@ -15,7 +15,7 @@ from qalora.converters.specs import TENSORS
 from qalora.formats.gguf_ends import MARK
 
 ROOT = Path(qalora.__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted((ROOT / "qalora").rglob("*.py"))
 
 KEYS = {TENSORS, MARK, PROVENANCE.rstrip("."), MODEL_TYPE, CONFIG}
@@ -51,7 +51,7 @@ def exists(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_the_docs_name_exists(page: Path) -> None:
     assert {name for name in names(page) if not exists(name)} == set()
 
