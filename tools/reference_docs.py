@@ -6,6 +6,7 @@ python tools/reference_docs.py
 
 from __future__ import annotations
 
+import html
 import inspect
 import re
 from dataclasses import MISSING, fields, is_dataclass
@@ -43,10 +44,16 @@ This page is made from the code, by `python tools/reference_docs.py`. Everything
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown takes as it is: no tag, no end of a cell; what stands in backquotes is left alone."""
+    """Text that Markdown takes as it is: no tag, no end of a cell; what stands in backquotes is code."""
     parts = text.split("`")
-    parts[::2] = [part.replace("<", "&lt;").replace("*", r"\*") for part in parts[::2]]
-    return "`".join(parts).replace("|", "\\|")
+    parts[::2] = [part.replace("<", "&lt;").replace("*", r"\*").replace("|", "&#124;") for part in parts[::2]]
+    parts[1::2] = map(code, parts[1::2])
+    return "".join(parts)
+
+
+def code(text: str) -> str:
+    """Code in a line: in backquotes, or, since a | would end a cell, as HTML."""
+    return f"`{text}`" if "|" not in text else f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -136,8 +143,8 @@ def _option(names: str, text: str) -> tuple[str, ...]:
     """A row: how it is spelled, its default, what it is for."""
     match = re.fullmatch(r"(.*?)\s*\[((?:default|required|env var|x)[^\[\]]*)\]", text, re.DOTALL)
     text, extra = (match[1], match[2]) if match else (text, "")
-    default = re.sub(r"default: ([^;]+)", r"`\1`", extra.split("; ")[0])
-    return (f"`{names}`".replace("|", "\\|"), default.replace("|", "\\|"), escaped(text))
+    default = re.sub(r"default: (.+)", lambda match: code(match[1]), extra.split("; ")[0])
+    return (code(names), default, escaped(text))
 
 
 def api_page() -> str:
@@ -189,7 +196,7 @@ def _class(name: str, kind: Any) -> list[str]:
     if issubclass(kind, Options):
         blocks.append(table(("field", "default", ""), [_choice(kind, one) for one in fields_of(kind)]))
     elif is_dataclass(kind):
-        rows = [(f"`{f.name}`", f"`{f.type}`".replace("|", "\\|"), _default(f)) for f in fields(kind)]
+        rows = [(f"`{f.name}`", code(str(f.type)), _default(f)) for f in fields(kind)]
         blocks.append(table(("field", "type", "default"), [row for row in rows if not row[0].startswith("`_")]))
     for key, value in vars(kind).items():
         if not key.startswith("_") and getattr(value, "__doc__", None):
