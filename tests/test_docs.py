@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import click
 import pytest
 
-from pages import DOCS, PAGES, ROOT, anchors, blocks, links, shell_lines
+from pages import DOCS, PAGES, ROOT, anchors, blocks, links, quoted, shell_lines
 from qalora.cli import COMMANDS, main
 from qalora.converters import load
 from qalora.formats.record_json import Key
@@ -33,8 +33,7 @@ def test_every_key_of_the_report_is_documented(tmp_path: Path) -> None:
     base = quantize(load(tiny_llama(tmp_path / "tiny")), group_size=32)
     other = tiny_llama(tmp_path / "other", seed=2)
     report = verify(base, [other], max_tokens=24, generate=2).to_json()
-    text = (ROOT / "docs" / "verify.md").read_text("utf-8")
-    words = set(re.findall(r"`([^`]+)`", text))
+    words = quoted(ROOT / "docs" / "verify.md")
     modules = set(report["artifacts"][0]["adapter_lost_by_layer"])
     assert keys_of(report) - modules <= words
     assert {gate.name for gate in GATES} <= words
@@ -55,7 +54,7 @@ def record_keys(kind: Any) -> set[str]:
 
 def test_every_key_of_the_manifest_is_documented() -> None:
     """And every digest that a tensor of a base has."""
-    words = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "release.md").read_text("utf-8")))
+    words = quoted(ROOT / "docs" / "release.md")
     keys = record_keys(Manifest)
     assert {"schema", "group_size", "pool_size", "accuracy_level", "bytes", "at"} <= keys
     assert keys <= words

@@ -53,6 +53,11 @@ def prose(page: Path) -> str:
     return re.sub(r"`[^`\n]+`", "", _INDENTED.sub("", text))
 
 
+def quoted(page: Path) -> set[str]:
+    """What stands in backquotes outside of blocks."""
+    return set(re.findall(r"`([^`\n]+)`", _FENCE.sub("", page.read_text("utf-8"))))
+
+
 def links(page: Path) -> list[str]:
     """Targets of a page's links and pictures, code left out."""
     return _LINK.findall(prose(page))
