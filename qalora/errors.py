@@ -21,8 +21,9 @@ Options are named as in Python, and in backquotes: `fit_minima`. The command lin
 key; see `QaloraError.spelled`.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "ProofError",
     "QaloraError",
     "about",
+    "json_kind",
+    "shown",
     "with_options",
 ]
 
@@ -46,6 +49,36 @@ _OPTION = re.compile(r"`([a-z][a-z0-9_]*)`")
 def with_options(text: str, spell: Callable[[str], str]) -> str:
     """A text with each `option` in backquotes as `spell` writes it."""
     return _OPTION.sub(lambda match: spell(match[1]), text)
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value for "got", as JSON has it, with text in single quotes: at most about `most` characters, in one line."""
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    if isinstance(value, Mapping):
+        value = dict(value)
+    if isinstance(value, dict | list | tuple):
+        try:
+            text = json.dumps(value, default=str, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):  # keys that JSON has not, a loop, or a nest too deep
+            text = "an object" if isinstance(value, dict) else "a list"
+    elif value is None or isinstance(value, bool):
+        text = json.dumps(value)
+    else:
+        text = str(value) if isinstance(value, int | float) else repr(str(value))
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 4]}...{text[-1] if text[0] in '{[' or text[0] == text[-1] else ''}"
+
+
+_KINDS = {type(None): "null", bool: "true or false", str: "text", list: "a list", tuple: "a list", dict: "an object"}
+
+
+def json_kind(value: object) -> str:
+    """What JSON calls a value: an object, a list, text, a number, true or false, null; Python's name for others."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "a number" if number else _KINDS.get(type(value), type(value).__name__)
 
 
 class QaloraError(Exception):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qalora.adapter import Adapter, AdapterLayer, carry
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.errors import AdapterError, InputError
+from qalora.errors import AdapterError, InputError, shown
 from qalora.options.words import Minima
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
@@ -67,7 +67,9 @@ def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -
     for module, layer in adapter.layers.items():
         name = f"{module}.weight"
         if name not in tensors:
-            raise AdapterError(name, expected=f"a weight of {model.path}", got="none", todo="it is another model's")
+            raise AdapterError(
+                f"the adapter has {name}, and {model.path} does not", todo="the adapter belongs to a different model"
+            )
         tensors[name] = _folded(tensors[name], layer, chosen)
     return replace(model, tensors=tensors)
 
@@ -75,7 +77,7 @@ def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -
 def check_minima(minima: object) -> None:
     """InputError for what minima cannot be rounded to; None is what the adapter says."""
     if minima not in (None, "float16", "float32"):
-        raise InputError(field="minima", expected="float16 or float32", got=repr(minima))
+        raise InputError(field="minima", expected="float16 or float32", got=shown(minima))
 
 
 def _folded(source: LazyTensor, layer: AdapterLayer, minima: Minima) -> LazyTensor:

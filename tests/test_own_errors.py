@@ -146,4 +146,4 @@ def test_a_config_is_refused_in_one_sentence(change: dict[str, Any], sentence: s
         build(replace(model, config={**model.config, **change}))
     said = str(caught.value)
     assert sentence in said
-    assert "one that transformers takes, got" not in said or ": expected" not in said.split(", got ", 1)[1]
+    assert "a config that transformers takes, got" not in said or ": expected" not in said.split(", got ", 1)[1]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qalora.errors import AdapterError
+from qalora.errors import AdapterError, json_kind, shown
 from qalora.formats.files import contained
 from qalora.formats.json_text import read_json_object
 
@@ -181,7 +181,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:
     """Check PEFT's config; AdapterError for one that is no LoRA, or more than one. `where` names the file."""
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{where}: peft_type", expected="LORA", got=repr(config.get("peft_type")))
+        raise AdapterError(f"{where}: peft_type", expected="LORA", got=shown(config.get("peft_type")))
     for key, meaning in UNSUPPORTED.items():
         if config.get(key):
             raise AdapterError(
@@ -189,7 +189,7 @@ def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:
                 todo="only LoRA and QA-LoRA are supported",
             )
     if config.get("bias", "none") not in BIASES:
-        raise AdapterError(f"{where}: bias", expected=" or ".join(BIASES), got=repr(config["bias"])[:80])
+        raise AdapterError(f"{where}: bias", expected=" or ".join(BIASES), got=shown(config["bias"]))
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         raise AdapterError(
@@ -217,7 +217,7 @@ def _modules_to_save(value: object, where: str) -> tuple[str, ...]:
     """Ends of module paths."""
     found = [value] if isinstance(value, str) else value or []
     if not isinstance(found, list) or not all(isinstance(name, str) and name.isprintable() and name for name in found):
-        raise AdapterError(where, expected="a list of names", got=ascii(value)[:80])
+        raise AdapterError(where, expected="a list of names", got=shown(value))
     return tuple(found)
 
 
@@ -225,11 +225,11 @@ def _token_indices(value: object, where: str) -> dict[str, tuple[int, ...]]:
     """Rows of each embedding, by the end of its path; a list is of the input embedding."""
     found = {"embed_tokens": value} if isinstance(value, list) else value or {}
     if not isinstance(found, dict):
-        raise AdapterError(where, expected="a list of token ids, or an object of them", got=ascii(value)[:80])
+        raise AdapterError(where, expected="a list of token ids, or an object of them", got=shown(value))
     for name, ids in found.items():
         whole = isinstance(ids, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in ids)
         if not whole or not ids or len(set(ids)) != len(ids):
-            raise AdapterError(f"{where}: {name[:80]!r}", expected="token ids, each once", got=ascii(ids)[:80])
+            raise AdapterError(f"{where}: {name[:80]!r}", expected="token ids, each once", got=shown(ids))
     return {name: tuple(ids) for name, ids in found.items()}
 
 
@@ -237,14 +237,14 @@ def _carried(value: object, where: str) -> object:
     """Text or a number, or a list of them; nothing that could not be written again."""
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, str | int) or (isinstance(item, str) and not item.isprintable()):
-            raise AdapterError(where, expected="text or numbers", got=ascii(item)[:80])
+            raise AdapterError(where, expected="text or numbers", got=shown(item))
     return value
 
 
 def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
     value = config.get(key) or False
     if not isinstance(value, bool):
-        raise AdapterError(f"{where}: {key}", expected="true or false", got=repr(value)[:80])
+        raise AdapterError(f"{where}: {key}", expected="true or false", got=shown(value))
     return value
 
 
@@ -253,7 +253,7 @@ def check_number(value: object, where: str, *, whole: bool = False) -> float:
     kinds = (int,) if whole else (int, float)
     good = isinstance(value, kinds) and not isinstance(value, bool) and -(2**1000) < value < 2**1000
     if not good or (whole and not 1 <= int(value) < 1 << 31):  # type: ignore[call-overload]
-        raise AdapterError(where, expected="a whole number from 1" if whole else "a number", got=repr(value)[:80])
+        raise AdapterError(where, expected="a whole number from 1" if whole else "a number", got=shown(value))
     return float(value)  # type: ignore[arg-type]
 
 
@@ -262,7 +262,7 @@ def _patterns(
 ) -> tuple[tuple[re.Pattern[str], float], ...]:
     content = config.get(key) or {}
     if not isinstance(content, dict):
-        raise AdapterError(f"{where}: {key}", expected="an object", got=type(content).__name__)
+        raise AdapterError(f"{where}: {key}", expected="an object", got=json_kind(content))
     if len(content) > PATTERNS:
         raise AdapterError(f"{where}: {key}", expected=f"at most {PATTERNS} expressions", got=str(len(content)))
     return tuple(

@@ -28,7 +28,7 @@ from qalora.adapter.saved import SavedTensors
 from qalora.adapter.saving import check_names, check_saved, saved_tensors
 from qalora.adapter.writing import RECORD, WEIGHTS, AdapterRecord
 from qalora.checkpoint import module_of
-from qalora.errors import AdapterError, FormatError, InputError
+from qalora.errors import AdapterError, FormatError, InputError, shown
 from qalora.formats.around import instead_of_adapter
 from qalora.formats.files import InputFile, contained
 from qalora.formats.record_json import decode
@@ -69,7 +69,7 @@ def read_adapter(path: Path | str, model: Checkpoint | None = None, *, conventio
     FormatError for damaged files and for pickles.
     """
     if convention is not None and convention not in CONVENTIONS:
-        raise InputError("convention", expected=f"one of {', '.join(CONVENTIONS)}", got=repr(convention))
+        raise InputError("convention", expected=f"one of {', '.join(CONVENTIONS)}", got=shown(convention))
     source = open_adapter(Path(path))
     if model is not None:
         _check_model(source, model)
@@ -98,7 +98,7 @@ def given_adapter(
     if not isinstance(adapter, Adapter):
         return read_adapter(adapter, model, convention=convention)
     if convention not in (None, adapter.convention):
-        got = f"{convention!r} for an adapter in memory, which is {adapter.convention}"
+        got = f"{shown(convention)} for an adapter in memory, which is {adapter.convention}"
         raise InputError("convention", expected="none, or the adapter's own", got=got)
     return adapter
 
@@ -171,7 +171,13 @@ def _read_record(folder: Path, pairs: Mapping[str, object]) -> AdapterRecord | N
     where = str(folder / RECORD)
     record = decode(AdapterRecord, read_json(folder, RECORD), where)
     if set(record.layers) != set(pairs):
-        raise FormatError(f"{where}: layers", expected=f"those of {WEIGHTS}", got="others", todo=f"remove {RECORD}")
+        differ = sorted(set(record.layers) ^ set(pairs))
+        raise FormatError(
+            f"{where}: layers",
+            expected=f"the layers of {WEIGHTS}",
+            got=f"{differ[0]} in only one of the two files",
+            todo=f"remove {RECORD}",
+        )
     return record
 
 
@@ -180,10 +186,10 @@ def _check_model(source: AdapterSource, model: Checkpoint) -> None:
     unknown = [module for module in source.pairs if f"{module}.weight" not in model.tensors]
     if unknown:
         raise AdapterError(
-            f"{source.folder}: {unknown[0]} ({len(unknown)} of {len(source.pairs)} modules)",
+            f"{source.folder}: modules",
             expected=f"modules of {model.path}, such as {module_of(model.linears[0]) if model.linears else 'none'}",
-            got="unknown ones",
-            todo="it is an adapter of another model",
+            got=f"{unknown[0]} ({len(unknown)} of {len(source.pairs)} are not in the model)",
+            todo="the adapter belongs to a different model",
         )
     if source.saved is not None:
         check_saved(source.config, source.saved, model, str(source.folder))
@@ -194,7 +200,7 @@ def _check_model(source: AdapterSource, model: Checkpoint) -> None:
                 f"{source.folder}: lora_A and lora_B of {module}",
                 expected=f"[rank, a divisor of in] and [out, rank] for [out, in] = {list(shape)}",
                 got=f"{list(a.shape)} and {list(b.shape)}",
-                todo="it is an adapter of another model",
+                todo="the adapter belongs to a different model",
             )
 
 
@@ -215,7 +221,7 @@ def _pool_size(source: AdapterSource, module: str, model: Checkpoint | None) -> 
             f"{source.folder}: lora_A of {module}",
             expected=f"in/{said} = {model.tensors[f'{module}.weight'].shape[1] / said:g} columns, as its files say",
             got=str(source.columns(module)),
-            todo="it is an adapter of another model, or its config was changed",
+            todo="the adapter belongs to a different model, or its config was changed",
         )
     return pool_size
 

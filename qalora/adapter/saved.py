@@ -121,7 +121,7 @@ def _check_place(model: Checkpoint, name: str, *, whole: bool) -> None:
     there = model.tensors.get(EMBEDDING if name == HEAD and model.tied else name)
     if there is None:
         raise AdapterError(
-            f"the adapter brings {name}", expected=f"a tensor of {model.path}", got="none", todo="it is another model's"
+            f"the adapter has {name}, and {model.path} does not", todo="the adapter belongs to a different model"
         )
     new = whole and name == HEAD and model.tied  # which takes the place of nothing
     if there.spec is not None and not new:
@@ -220,9 +220,9 @@ def _with_vocabulary(model: Checkpoint, carried: Checkpoint, saved: SavedTensors
         carried = replace(carried, files={**kept, **saved.files}, gguf=None, notes=notes)
     elif (after > before and any(map(_of_a_tokenizer, model.files))) or (after != before and model.gguf is not None):
         raise AdapterError(
-            f"the adapter's {EMBEDDING} has {after} rows, and the base's {before}, so that the tokens are others",
-            expected="their tokenizer in the adapter's folder",
-            got="none",
+            f"the adapter's {EMBEDDING} has {after} rows and the base's has {before}, so the tokens differ",
+            expected="the new tokenizer in the adapter's folder",
+            got="no tokenizer there",
             todo="save it there: tokenizer.save_pretrained(ADAPTER)",
         )
     return carried if after == before else replace(carried, config={**carried.config, "vocab_size": after})

@@ -36,8 +36,8 @@ def check_names(config: PeftConfig, keys: Keys, where: str) -> None:
         ):
             raise AdapterError(
                 f"{where}: rank_pattern and alpha_pattern of {wrapped}",
-                expected=f"those of {module}, which is what the model calls it",
-                got="others",
+                expected=f"the values of {module}, which is the model's name for it",
+                got="different values",
                 todo="save the adapter from the model by itself, without a wrapper",
             )
 
@@ -104,7 +104,7 @@ def _indices(name: str, config: PeftConfig, weights: Path) -> tuple[int, ...]:
         raise AdapterError(
             f"{weights}: rows of {name}",
             expected="trainable_token_indices with their numbers",
-            got="none" if not found else "several",
+            got="none for it" if not found else f"{len(found)} entries for it",
         )
     return found[0]
 

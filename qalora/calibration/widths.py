@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qalora.calibration.streaming import Seen, stream
 from qalora.checkpoint import Checkpoint
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 from qalora.quantization.allocation import allocate
 from qalora.quantization.gptq import output_error
 from qalora.quantization.options import QuantizeOptions, quantize_weight
@@ -53,7 +53,7 @@ def choose_widths(
     Raises InputError for a budget that the narrowest widths exceed, and for widths that are none.
     """
     if not widths or any(bits not in BITS for bits in widths):
-        raise InputError(field="widths", expected=f"some of {', '.join(map(str, BITS))}", got=repr(list(widths)))
+        raise InputError(field="widths", expected=f"some of {', '.join(map(str, BITS))}", got=shown(list(widths)))
     given = {bits: replace(options, bits=bits) for bits in widths}
     weights = sum(math.prod(model.tensors[name].shape) for name in model.linears)
     sizes = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.format import Format, Layout, LoraFile
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, shown
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import VERSIONS
 from qalora.options.words import TARGETS
@@ -34,7 +34,7 @@ __all__ = [
 def target(name: str) -> Format:
     """The record of a format that can be written; InputError names those there are."""
     if name not in TARGETS:
-        raise InputError(field="targets", expected=f"one of {', '.join(TARGETS)}", got=repr(name))
+        raise InputError(field="targets", expected=f"one of {', '.join(TARGETS)}", got=shown(name))
     found: Format = importlib.import_module(TARGETS[name]).FORMAT
     return found
 
@@ -89,7 +89,7 @@ def by_config(folder: Path) -> Layout:
     raise FormatError(
         f"{folder}: quant_method",
         expected=f"{', '.join(one for one in TARGETS if target(one).by_config is not None)}, or a float model",
-        got=repr(method),
+        got=shown(method),
         todo="see the README",
     )
 
@@ -99,9 +99,8 @@ def _not_recognised(path: Path) -> FormatError:
         magic = file.read(0, min(4, file.size))
     if magic[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
         return FormatError(f"{path}: a pickle, which runs code when it is opened", todo="convert it to safetensors")
-    return FormatError(
-        str(path), expected="a GGUF or ONNX file or a model folder", got=f"a file that begins with {magic!r}"
-    )
+    got = f"a file that begins with {shown(magic.decode('latin-1'))}"
+    return FormatError(str(path), expected="a GGUF or ONNX file or a model folder", got=got)
 
 
 def load(
@@ -118,7 +117,7 @@ def load(
     FormatError for what is damaged.
     """
     if checkpoint_format not in (None, *VERSIONS):
-        raise InputError("checkpoint_format", expected=" or ".join(VERSIONS), got=repr(checkpoint_format))
+        raise InputError("checkpoint_format", expected=" or ".join(VERSIONS), got=shown(checkpoint_format))
     path = Path(model)
     if not path.is_file() and not path.is_dir():
         from qalora.converters.huggingface import download

@@ -13,7 +13,7 @@ from typing import Any
 from qalora.converters.families import LAYER_KINDS, Family, LayerParts, family_of
 from qalora.converters.rope import Rope, rope_of
 from qalora.converters.settings import layer_parts, settings_of
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 
 __all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of", "tensor_shape"]
 
@@ -98,7 +98,7 @@ def check_activation(decoder: Decoder, where: object) -> None:
     """Refuse another activation than the family's own: graphs and runtimes know that one."""
     family = decoder.family
     if decoder.activation != family.activation:
-        raise InputError(f"{where}: {family.activation_key}", expected=family.activation, got=repr(decoder.activation))
+        raise InputError(f"{where}: {family.activation_key}", expected=family.activation, got=shown(decoder.activation))
 
 
 def tensor_shape(decoder: Decoder, name: str) -> tuple[int, ...] | None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import layout
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, json_kind, shown
 from qalora.formats.files import contained
 from qalora.formats.gguf_ends import MARK, eog_of, marked
 from qalora.formats.json_text import parse_json, read_json_object
@@ -120,7 +120,7 @@ def _of_gguf(model: Checkpoint) -> Ends:
 def _of_genai(model: Checkpoint, path: Path) -> Ends:
     said = read_json_object(path, LIMIT).get("model")
     if not isinstance(said, dict):
-        raise FormatError(f"{path}: model", expected="an object", got=type(said).__name__)
+        raise FormatError(f"{path}: model", expected="an object", got=json_kind(said))
     value = said.get(KEY)
     if value is None or value == []:
         value = said.get("pad_token_id", 0)  # as the library does
@@ -148,7 +148,7 @@ def _ids(model: Checkpoint, value: Any, where: str) -> tuple[int, ...]:
     rows = _rows(model)
     if not all(type(n) is int and 0 <= n < rows for n in listed):
         expected = f"a token from 0 to {rows - 1}, or a list of such"
-        raise FormatError(f"{where}: {KEY}", expected=expected, got=f"{value!r:.80}", todo="mend it there")
+        raise FormatError(f"{where}: {KEY}", expected=expected, got=shown(value), todo="mend it there")
     return tuple(dict.fromkeys(listed))
 
 

@@ -61,7 +61,7 @@ def check_fold(adapter: object, minima: Minima | None, convention: Convention | 
     check_minima(minima)
     for name, value in (("minima", minima), ("convention", convention)):
         if adapter is None and value is not None:
-            raise InputError(f"`{name}` is of a fold", expected="an adapter to fold", got="none", field=name)
+            raise InputError(f"`{name}` needs an adapter to fold", todo="give `adapter`, or leave it out", field=name)
 
 
 def writing(chosen: Writing, *, lora_slots: str | Iterable[str] = ()) -> ExportOptions:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters.plan import ExportOptions, Plan, Progress
-from qalora.errors import FormatError
+from qalora.errors import FormatError, shown
 from qalora.formats.safetensors import read_header
 
 __all__ = [
@@ -234,5 +234,5 @@ class Format(Layout):
 def plain_name(name: str) -> str:
     """A name that goes into a block of code: letters, digits and - _ . + alone."""
     if not name or len(name) > 255 or not all(char.isalnum() or char in "-_.+" for char in name):
-        raise FormatError("manifest.json: a name in it", expected="letters, digits and - _ . +", got=f"{name!r:.80}")
+        raise FormatError("manifest.json: a name in it", expected="letters, digits and - _ . +", got=shown(name))
     return name

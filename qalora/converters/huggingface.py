@@ -174,7 +174,7 @@ def _text_part(
             if name.startswith(prefix):
                 whole = ours + name.removeprefix(prefix)
                 if whole in found:
-                    raise FormatError(f"{folder}: tensor {name}", expected=f"one that is {whole}", got="two")
+                    raise FormatError(f"{folder}: tensor {name}: a second tensor with the name {whole}")
                 found[whole] = where
                 break
     left = len(stored) - len(found)
@@ -209,22 +209,22 @@ def announced(config: Mapping[str, Any], where: object) -> tuple[str, ...]:
 
 
 def check_shapes(
-    where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], says: str = "config.json says"
+    where: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], source: str = "config.json"
 ) -> None:
     """Refuse a model that lacks a tensor that its config announces, or has one of another shape.
 
-    says  what the config comes from, for the sentence
+    source  what the config comes from, for the sentence
 
     transformers makes up what is missing, with a warning, and refuses other shapes.
     """
     decoder = decoder_of(config, where)
     for name in announced(config, where):
         if name not in tensors:
-            raise FormatError(f"{where}: tensor {name}", expected=f"it, as {says}", got="no such tensor")
+            raise FormatError(f"{where}: missing tensor {name}, which {source} requires")
     for name, lazy in tensors.items():
         shape = tensor_shape(decoder, name)
         if shape is not None and lazy.shape != shape:
-            expected = f"shape {list(shape)}, as {says}"
+            expected = f"shape {list(shape)}, as {source} says"
             raise FormatError(f"{where}: {name}", expected=expected, got=f"shape {list(lazy.shape)}")
 
 
@@ -265,7 +265,7 @@ def model_of(
     known = {*announced(config, folder), HEAD}
     unknown = sorted(set(tensors) - known)
     if unknown and others == "refuse":
-        raise FormatError(f"{folder}: tensor {unknown[0]}", expected="none that config.json does not announce")
+        raise FormatError(f"{folder}: unknown tensor {unknown[0]}, which config.json does not announce")
     tensors = {name: lazy for name, lazy in tensors.items() if name in known}
     check_shapes(folder, config, tensors)
     notes = (*notes, *more, *_others_note(folder, [name for name in unknown if name not in silent]))
@@ -275,7 +275,7 @@ def model_of(
     )
     said = bool(settings_of(config, folder).get("tie_word_embeddings"))
     if model.tied and not said:
-        raise FormatError(f"{folder}: tensor {HEAD}", expected="it, as config.json says", got="no such tensor")
+        raise FormatError(f"{folder}: missing tensor {HEAD}, which config.json requires")
     if model.tied == said:
         return model
     note = "config.json ties the output to the embedding, and there is an output layer of its own: it is used"

@@ -35,7 +35,7 @@ from qalora.converters.format import Format, Pushed, exact, quantized_by
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.converters.specs import narrowed
-from qalora.errors import FormatError
+from qalora.errors import FormatError, shown
 from qalora.formats.files import contained
 from qalora.formats.safetensors import Entry, Part, ShardedWriter, load_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
@@ -70,7 +70,7 @@ def check_version(layout: Mapping[str, Any], where: object) -> None:
         raise FormatError(
             f"{where}: quantization_config.version",
             expected=str(VERSION),
-            got=repr(layout.get("version")),
+            got=shown(layout.get("version")),
             todo="update qalora",
         )
 
@@ -113,7 +113,7 @@ def _stored_module(where: str, module: str, stored: _Stored, layout: Mapping[str
         if f"{module}.{part}" in stored:
             entries[part] = stored[f"{module}.{part}"]
         elif part != "g_idx":
-            raise FormatError(where, expected=f"a tensor {module}.{part}", got="none")
+            raise FormatError(f"{where}: missing tensor {module}.{part}")
     shape = _check_parts(where, entries, bits, group_size)
     return StoredModule(bits=bits, group_size=group_size, zero=zero, zeros=zeros, parts=entries, shape=shape)
 
@@ -160,7 +160,7 @@ def _sizes(where: str, module: str, layout: Mapping[str, Any]) -> tuple[int, int
         whole = type(bits) is int and type(group_size) is int and (zero is None or type(zero) is int)
         if whole and bits in BITS and group_size > 0 and (zero is None or 0 <= zero < 1 << bits):
             return bits, group_size, zero
-    raise FormatError(where, expected="bits, group_size and zero in quantization_config", got=repr(sizes))
+    raise FormatError(where, expected="bits, group_size and zero in quantization_config", got=shown(sizes))
 
 
 def _check_parts(where: str, entries: _Stored, bits: int, group_size: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qalora.converters.families.record import LAYER_KINDS
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 
 __all__ = [
     "KINDS",
@@ -149,7 +149,7 @@ def _object(holder: Mapping[str, Any], key: str, where: object) -> dict[str, Any
     if found is None or isinstance(found, Mapping):
         return None if found is None else dict(found)
     what = f"an object for {key}" if key in LAYER_KINDS else "an object with rope_type"
-    raise InputError(f"{where}: rope_parameters", expected=what, got=repr(found)[:60])
+    raise InputError(f"{where}: rope_parameters", expected=what, got=shown(found))
 
 
 def _completed(
@@ -158,7 +158,7 @@ def _completed(
     """An object with its kind as rope_type, the numbers of that kind, and what stands beside it."""
     kind = found.get("rope_type", found.get("type", "default"))
     if not isinstance(kind, str):
-        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(found)[:60])
+        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=shown(found))
     kind = aliases.get(kind, kind)
     known = (SHARE, *KINDS[kind], *OPTIONAL.get(kind, ())) if kind in KINDS else tuple(found)
     told = {key: found[key] for key in known if found.get(key) is not None and key != "type"}
@@ -182,7 +182,7 @@ def rope_of(settings: Mapping[str, Any], where: object, layer_type: str = "full_
     given = {"rope_type": "default", **(given or {})}
     kind = given["rope_type"]
     if not isinstance(kind, str):
-        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=repr(kind)[:60])
+        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=shown(kind))
     numbers = {}
     for key in (*KINDS.get(kind, ()), *OPTIONAL.get(kind, ())):
         value = given.get(key)
@@ -212,7 +212,7 @@ def _number(where: object, key: str, value: Any) -> Any:
         return tuple(_number(where, f"{key}[]", part) for part in value)
     if key in LISTS or isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         expected = "a list of numbers above 0" if key in LISTS else "a number above 0"
-        raise InputError(f"{where}: {key}", expected=expected, got=repr(value)[:60])
+        raise InputError(f"{where}: {key}", expected=expected, got=shown(value))
     return int(value) if key == ORIGINAL else value
 
 
@@ -223,7 +223,7 @@ def check_rope(rope: Rope, head_size: int, where: object) -> None:
         raise InputError(
             f"{where}: rope_type",
             expected=f"one of {known}",
-            got=repr(rope.kind),
+            got=shown(rope.kind),
             todo="a table of positions cannot hold it" if rope.kind == "dynamic" else "use gptq",
         )
     size = rope.size(head_size)

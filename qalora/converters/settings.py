@@ -10,7 +10,7 @@ from typing import Any
 
 from qalora.converters.families import LAYER_KINDS, Family, LayerParts, family_of, reads
 from qalora.converters.rope import LOCAL_THETA, PLACES, SHARE, joined_parameters, rope_of
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 
 __all__ = ["bias_names", "check_config", "layer_parts", "linear_names", "norm_names", "settings_of"]
 
@@ -50,7 +50,7 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         if size is None and not required:
             continue
         if type(size) is not int or not 0 < size <= most:
-            raise InputError(f"{where}: {key}", expected=f"a whole number from 1 to {most}", got=repr(size)[:60])
+            raise InputError(f"{where}: {key}", expected=f"a whole number from 1 to {most}", got=shown(size))
     heads = settings["num_attention_heads"]
     kv_heads = settings.get("num_key_value_heads") or heads
     if heads % kv_heads or (settings.get("head_dim") is None and settings["hidden_size"] % heads):
@@ -61,14 +61,14 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         )
     epsilon = settings.get("rms_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise InputError(f"{where}: rms_norm_eps", expected="a number between 0 and 1", got=repr(epsilon)[:60])
+        raise InputError(f"{where}: rms_norm_eps", expected="a number between 0 and 1", got=shown(epsilon))
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         value = settings.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9):
-            raise InputError(f"{where}: {key}", expected="a number above 0", got=repr(value)[:60])
+            raise InputError(f"{where}: {key}", expected="a number above 0", got=shown(value))
     if type(settings.get("max_window_layers", 0)) is not int:
         raise InputError(
-            f"{where}: max_window_layers", expected="a whole number", got=repr(settings["max_window_layers"])
+            f"{where}: max_window_layers", expected="a whole number", got=shown(settings["max_window_layers"])
         )
     _check_layers(settings, family, where)
     _check_whole(config, where)
@@ -77,7 +77,7 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         share = rope.share
         if family.ropes and rope.kind not in family.ropes:
             expected = f"{' or '.join(family.ropes)} in a {family.model_type}"
-            raise InputError(f"{where}: rope_type", expected=expected, got=repr(rope.kind)[:60])
+            raise InputError(f"{where}: rope_type", expected=expected, got=shown(rope.kind))
         if share != 1 and SHARE not in family.defaults:
             raise InputError(f"{where}: {SHARE}", expected=f"none in a {family.model_type}", got=str(share))
 
@@ -88,10 +88,10 @@ def _check_layers(settings: Mapping[str, Any], family: Family, where: object) ->
     types, rotating = settings.get("layer_types"), settings.get("no_rope_layers")
     for key, value, most in (("layer_types", types, layers), ("no_rope_layers", rotating, _SIZES[0][1])):
         if value is not None and (not isinstance(value, list) or not layers <= len(value) <= most):
-            raise InputError(f"{where}: {key}", expected="a list with an entry for each layer", got=repr(value)[:60])
+            raise InputError(f"{where}: {key}", expected="a list with an entry for each layer", got=shown(value))
     if types is not None and not all(isinstance(kind, str) and kind in LAYER_KINDS for kind in types):
         other = next(kind for kind in types if not isinstance(kind, str) or kind not in LAYER_KINDS)
-        raise InputError(f"{where}: layer_types", expected=" or ".join(LAYER_KINDS), got=repr(other)[:60])
+        raise InputError(f"{where}: layer_types", expected=" or ".join(LAYER_KINDS), got=shown(other))
     used = settings.get("use_sliding_window", True) and settings.get("sliding_window") is not None
     slides = family.windows == "alternate" if types is None else LAYER_KINDS[1] in types
     if slides and not used and family.windows != "all":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import LazyTensor
-from qalora.errors import ExactnessError, FormatError
+from qalora.errors import ExactnessError, FormatError, json_kind, shown
 from qalora.formats.json_text import parse_json
 from qalora.formats.safetensors import Entry, read_header
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, holds_float16, integer_zeros, pack_codes
@@ -65,7 +65,7 @@ def parse_specs(text: str, where: str) -> dict[str, QuantSpec]:
     """{module: spec} of the JSON; FormatError for anything else. Nothing is said of the values."""
     found = parse_json(text, f"{where}: {TENSORS}")
     if not isinstance(found, dict):
-        raise FormatError(f"{where}: {TENSORS}", expected="a JSON object", got=type(found).__name__)
+        raise FormatError(f"{where}: {TENSORS}", expected="a JSON object", got=json_kind(found))
     return {module: _spec(f"{where}: {TENSORS}: {module}", entry) for module, entry in found.items()}
 
 
@@ -98,7 +98,7 @@ def refuse_act_order(lazy: LazyTensor, target: str) -> None:
 def _spec(where: str, entry: Any) -> QuantSpec:
     expected = "[bits, group_size, zeros, scale dtype, min dtype, zero]"
     if not isinstance(entry, list) or len(entry) not in (5, 6):
-        raise FormatError(where, expected=expected, got=repr(entry)[:80])
+        raise FormatError(where, expected=expected, got=shown(entry))
     bits, group_size, zeros, scale, minimum, zero = [*entry, None][:6]
     whole = type(bits) is int and type(group_size) is int and (zero is None or type(zero) is int)
     words = all(isinstance(part, str) for part in (zeros, scale, minimum))
@@ -108,7 +108,7 @@ def _spec(where: str, entry: Any) -> QuantSpec:
         or not 0 < group_size < 1 << 32
         or not (zero is None or (zeros == "integer" and 0 <= zero < 1 << bits))
     ):
-        raise FormatError(where, expected=expected, got=repr(entry)[:80])
+        raise FormatError(where, expected=expected, got=shown(entry))
     return QuantSpec(
         bits=bits,
         group_size=group_size,
@@ -143,7 +143,7 @@ def restored(lazy: LazyTensor, spec: QuantSpec) -> LazyTensor:
     repeat, zero points that are not whole or not `zero`, a scale or min that float16 does not hold.
     """
     if not fits(lazy, spec):
-        raise FormatError(f"{lazy.name}: {TENSORS}", expected="what the tensor can hold", got=repr(spec)[:200])
+        raise FormatError(f"{lazy.name}: {TENSORS}", expected="what the tensor can hold", got=_words(spec))
 
     def read(start: int, stop: int) -> Tensor | GroupQuantTensor:
         stored = lazy.read(start, stop)
@@ -154,6 +154,10 @@ def restored(lazy: LazyTensor, spec: QuantSpec) -> LazyTensor:
         return tensor
 
     return replace(lazy, spec=spec, read=read)
+
+
+def _words(spec: QuantSpec) -> str:
+    return f"{spec.bits} bits in groups of {spec.group_size}, {spec.zeros} zero points"
 
 
 def _narrower(tensor: GroupQuantTensor, lazy: LazyTensor, spec: QuantSpec) -> GroupQuantTensor:
@@ -177,7 +181,7 @@ def _coarser(tensor: GroupQuantTensor, group_size: int) -> GroupQuantTensor:
             raise FormatError(
                 name,
                 expected=f"one value for {group_size} columns, as {TENSORS} says",
-                got="several",
+                got="different values within a group",
                 todo=f"the file was changed by another tool: remove {TENSORS} from its metadata",
             )
     scale, minimum = tensor.scale[:, ::times].contiguous(), tensor.min[:, ::times].contiguous()
@@ -190,7 +194,7 @@ def check_values(tensor: GroupQuantTensor, spec: QuantSpec) -> None:
         zero = integer_zeros(tensor)
         if zero is None or (spec.zero is not None and not bool((zero == spec.zero)[tensor.scale != 0].all())):
             wanted = "integers" if spec.zero is None else f"{spec.zero}"
-            raise FormatError("zero points", expected=f"{wanted}, as {TENSORS} says", got="others")
+            raise FormatError("zero points", expected=f"{wanted}, as {TENSORS} says", got="different values")
     for name, values, dtype in (("scale", tensor.scale, spec.scale_dtype), ("min", tensor.min, spec.min_dtype)):
         if dtype is torch.float16 and not holds_float16(values):
-            raise FormatError(name, expected=f"float16 values, as {TENSORS} says", got="others")
+            raise FormatError(name, expected=f"float16 values, as {TENSORS} says", got="values that float16 rounds")

@@ -18,7 +18,7 @@ from qalora.converters.added_tokens import strips
 from qalora.converters.cutting import CUTS
 from qalora.converters.huggingface import LICENCES, TEMPLATES
 from qalora.converters.tokenizer_tidy import cut_of, is_spm, tidy
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, json_kind, shown
 from qalora.formats.gguf import Metadata, Value, metadata_bytes
 from qalora.formats.json_text import read_json_object
 from qalora.formats.output import write_json
@@ -90,7 +90,7 @@ def converted_files(model: Checkpoint) -> list[str]:
         raise UnknownCutError(
             f"{model.path}: tokenizer.ggml.pre",
             expected=f"a rule for cutting text that is known here: {', '.join(CUTS)}",
-            got=repr(model.gguf.get("tokenizer.ggml.pre"))[:80],
+            got=shown(model.gguf.get("tokenizer.ggml.pre")),
             todo="put the tokenizer.json of the original model beside a folder of it, or export to gguf",
         )
     templates = _templates_of(model.gguf)
@@ -226,7 +226,7 @@ def chat_templates(model: Checkpoint) -> dict[str, str]:
         raise FormatError(
             f"{model.files['tokenizer_config.json']}: chat_template",
             expected="a text, or texts by name",
-            got=type(wrong[0]).__name__,
+            got=json_kind(wrong[0]),
         )
     return dict(pairs)
 

@@ -55,7 +55,7 @@ def build(model: Checkpoint, linear: LinearFactory = float_linear) -> Any:
     _rebuild_buffers(module)
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
-        raise FormatError(f"{model.path}: tensor {left[0]}", expected="it, as config.json says", got="no such tensor")
+        raise FormatError(f"{model.path}: missing tensor {left[0]}, which config.json requires")
     return module.eval()
 
 
@@ -72,14 +72,14 @@ def _empty(config: Mapping[str, Any], where: object) -> Any:
         raise
     except Exception as error:  # whatever a config that is damaged makes transformers raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{where}: config.json", expected="one that transformers takes", got=reason) from error
+        raise InputError(f"{where}: config.json", expected="a config that transformers takes", got=reason) from error
 
 
 def _fill(model: Checkpoint, module: Any, name: str, parameter: Tensor) -> None:
     if name not in model.tensors:
         if name == "lm_head.weight":  # the embedding, or what is left without values, and refused
             return
-        raise FormatError(f"{model.path}: tensor {name}", expected="it, as config.json says", got="no such tensor")
+        raise FormatError(f"{model.path}: missing tensor {name}, which config.json requires")
     _check_shape(model, name, parameter)
     filled = torch.empty(parameter.shape)
     for row, tile in model.tensors[name].float_tiles():

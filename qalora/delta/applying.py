@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from qalora.delta.coding import unpack, unpack_columns
 from qalora.delta.records import DATA, SUMS, Copy, Data, DeltaFile, Op, read_delta
 from qalora.delta.tiles import sha256, summed, tiles
-from qalora.errors import FormatError, InputError, OutputError
+from qalora.errors import FormatError, InputError, OutputError, shown
 from qalora.formats.files import InputFile, OutputFile, contained, read_limited
 from qalora.formats.output import Progress, check_output, new_folder
 
@@ -38,7 +38,7 @@ def chosen_files(delta: Path, targets: Sequence[str] = ()) -> list[DeltaFile]:
                 f"{delta}: `targets`",
                 field="targets",
                 expected=f"one of {', '.join(folders) or 'none'}",
-                got=repr(target),
+                got=shown(target),
             )
     return [file for file in files if not targets or file.path.partition("/")[0] in targets]
 
@@ -65,7 +65,7 @@ def apply_delta(
     check_output(out, force=force, names=names)
     for kept in (base, delta):
         if kept.resolve().is_relative_to(out.resolve()) and (kept is delta or kept.resolve() != out.resolve()):
-            raise OutputError(f"{out}", expected=f"a place that does not hold {kept}", todo="choose another")
+            raise OutputError(f"{out}", expected=f"a place that does not hold {kept}", todo="choose a different output")
     _check_sums(delta)
     places = _bases(base, files)
     nbytes = sum(file.nbytes for file in files)

@@ -41,9 +41,12 @@ def unpack(packed: bytes, nbytes: int, where: str) -> bytes:
     try:
         data = stream.decompress(packed, nbytes + 1)
     except zlib.error as error:
-        raise FormatError(where, expected="a zlib stream", got="other bytes", todo="fetch the delta again") from error
+        raise FormatError(
+            where, expected="a zlib stream", got="bytes that are none", todo="fetch the delta again"
+        ) from error
     if len(data) != nbytes or not stream.eof or stream.unused_data:
-        raise FormatError(where, expected=f"a zlib stream of {nbytes} bytes", got="another", todo="fetch it again")
+        got = f"{len(data)}" if stream.eof and len(data) <= nbytes else "a stream with a different end"
+        raise FormatError(where, expected=f"a zlib stream of {nbytes} bytes", got=got, todo="fetch the delta again")
     return data
 
 

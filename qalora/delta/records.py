@@ -185,8 +185,8 @@ class _Index:
     def __post_init__(self) -> None:
         if len(self.files) > MAX_FILES:
             raise FormatError("files", expected=f"at most {MAX_FILES}", got=str(len(self.files)))
-        if sum(len(file.ops) for file in self.files) > MAX_OPS:
-            raise FormatError("files", expected=f"at most {MAX_OPS} operations", got="more")
+        if (count := sum(len(file.ops) for file in self.files)) > MAX_OPS:
+            raise FormatError("files", expected=f"at most {MAX_OPS} operations", got=str(count))
         seen: set[str] = set()
         folders: set[str] = set()
         for path in (file.path.casefold() for file in self.files):

@@ -131,7 +131,7 @@ class InputFile:
         if self.size < POINTER_SIZE and self._file.read(max(map(len, POINTERS))).startswith(POINTERS):
             self._file.close()
             raise FormatError(
-                f"{path}: a Git LFS pointer, which stands for the file and is not it",
+                f"{path}: a Git LFS pointer instead of the file",
                 todo="fetch the file itself: git lfs pull, or download it from the Hub",
             )
 

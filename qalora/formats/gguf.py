@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qalora.errors import FormatError
+from qalora.errors import FormatError, shown
 from qalora.formats.files import InputFile, OutputFile
 from qalora.formats.output import text_bytes
 
@@ -278,7 +278,7 @@ def read_header(path: Path) -> GgufFile:
 def _read(file: InputFile) -> GgufFile:
     cursor = _Cursor(file)
     if file.size < 24 or cursor.take(4) != MAGIC:
-        raise FormatError(str(file.path), expected="a GGUF file", got=f"{file.size} bytes that begin otherwise")
+        raise FormatError(str(file.path), expected="a GGUF file", got=f"{file.size} bytes without its magic number")
     version, tensor_count, entry_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in (2, 3):
         raise FormatError(f"{file.path}: version", expected="2 or 3, little-endian", got=str(version))
@@ -304,7 +304,7 @@ def _alignment(path: Path, entries: Mapping[str, Value]) -> int:
     value = entries.get("general.alignment")
     alignment = 32 if value is None else value.value
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise FormatError(f"{path}: general.alignment", expected="a power of two from 8 to 2**20", got=repr(alignment))
+        raise FormatError(f"{path}: general.alignment", expected="a power of two from 8 to 2**20", got=shown(alignment))
     return alignment
 
 

@@ -133,7 +133,7 @@ def with_ends(metadata: Metadata, ends: Sequence[int], own: int | None, where: o
     if not ends:
         raise InputError(
             f"gguf: {where}: no end token",
-            expected="one, which llama.cpp cannot be without",
+            expected="one, which llama.cpp requires",
             todo="name it as eos_token_id in generation_config.json",
         )
     said = _keys_for(plain, ends, own, where)

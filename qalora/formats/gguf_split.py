@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, shown
 from qalora.formats.files import contained
 from qalora.formats.gguf import (
     GgufFile,
@@ -66,7 +66,7 @@ def read_parts(path: Path) -> GgufFile:
         return first
     files = split_files(path)
     if len(files) != count or first.metadata.get("split.no") != part_number(path) - 1:
-        got = f"{path.name}, with split.count {count!r} and split.no {first.metadata.get('split.no')!r}"
+        got = f"{path.name}, with split.count {shown(count)} and split.no {shown(first.metadata.get('split.no'))}"
         raise FormatError(f"{path}: split", expected="a name that ends as in -00001-of-00003.gguf", got=got[:200])
     if first.metadata.get("split.no") != 0:
         raise InputError(f"{path} is a part of a split model", todo=f"give the first one, {files[0].name}")
@@ -98,7 +98,7 @@ def _joined(first: GgufFile, files: Sequence[Path]) -> GgufFile:
         parts.update(dict.fromkeys(part.tensors, file))
     total = first.metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise FormatError(f"{first.path}: split.tensors.count", expected=str(len(tensors)), got=repr(total))
+        raise FormatError(f"{first.path}: split.tensors.count", expected=str(len(tensors)), got=shown(total))
     return replace(first, tensors=tensors, parts=parts)
 
 

@@ -87,7 +87,7 @@ def to_zeros(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(scale == 0, 1.0, scale).double()
     zero = torch.where(scale == 0, 0.0, -minimum.double() / safe).float()
     if not bool(torch.isfinite(zero).all()):
-        raise InputError("zero points", expected="values that float32 reaches", got="larger ones")
+        raise InputError("zero points", expected="values in float32's range", got="larger values")
     return torch.where(constant, minimum / CONSTANT, scale), torch.where(constant, -CONSTANT, zero)
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qalora.errors import FormatError
+from qalora.errors import FormatError, json_kind
 from qalora.formats.files import read_limited
 
 __all__ = ["parse_json", "read_json", "read_json_object"]
@@ -55,5 +55,5 @@ def read_json_object(path: Path, limit: int, *, strict: bool = False) -> dict[st
     """The JSON object of a file, as `read_json`; FormatError for a list, a number and the like."""
     content = read_json(path, limit, strict=strict)
     if not isinstance(content, dict):
-        raise FormatError(str(path), expected="a JSON object", got=type(content).__name__)
+        raise FormatError(str(path), expected="a JSON object", got=json_kind(content))
     return content

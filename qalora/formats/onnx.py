@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora.errors import FormatError
+from qalora.errors import FormatError, shown
 from qalora.formats.files import InputFile, check_content, check_dimensions, contained, read_limited
 
 __all__ = [
@@ -114,7 +114,7 @@ def read_model(path: Path) -> Any:
     try:
         model.ParseFromString(read_limited(path, MAX_MODEL))
     except (DecodeError, RecursionError) as error:
-        raise FormatError(str(path), expected="an ONNX model", got=type(error).__name__) from error
+        raise FormatError(str(path), expected="an ONNX model", got="bytes that protobuf cannot read") from error
     return model
 
 
@@ -159,16 +159,20 @@ def _check(path: Path, proto: Any) -> Stored:
         raise FormatError(where, expected=f"{item.nbytes} bytes for {name} {list(shape)}", got=entries["length"])
     if item.path.is_file():
         check_content(item.path)
-    if not item.path.is_file() or item.offset + item.nbytes > item.path.stat().st_size:
+    there = item.path.stat().st_size if item.path.is_file() else None
+    if there is None or item.offset + item.nbytes > there:
         raise FormatError(
-            where, expected=f"{item.nbytes} bytes at {item.offset} of {item.path.name}", got="a file that is shorter"
+            where,
+            expected=f"{item.nbytes} bytes at {item.offset} of {item.path.name}",
+            got="no such file" if there is None else f"a file of {there} bytes",
+            todo="fetch the whole folder again",
         )
     return item
 
 
 def _number(where: str, text: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise FormatError(f"{where}: external data", expected="a whole number", got=repr(text[:40]))
+        raise FormatError(f"{where}: external data", expected="a whole number", got=shown(text[:40]))
     return int(text)
 
 

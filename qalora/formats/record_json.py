@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, shown
 
 __all__ = ["Finite", "Key", "Only", "decode", "encode", "like"]
 
@@ -159,7 +159,7 @@ def _limited(read: Reader, limits: list[Only]) -> Reader:
         value = read(content)
         for limit in limits:
             if not limit.fits(value):
-                raise _Wrong(limit.expected, _shown(content))
+                raise _Wrong(limit.expected, shown(content))
         return value
 
     return limited
@@ -174,7 +174,7 @@ def _plain(kind: type) -> Reader:
             return content
         if kind is float and (content is None or (whole and abs(content) < LARGEST)):
             return math.nan if content is None else float(content)
-        raise _Wrong(_NAMES[kind], _shown(content))
+        raise _Wrong(_NAMES[kind], shown(content))
 
     return plain
 
@@ -202,12 +202,12 @@ def _record(kind: Any) -> Reader:
     def record(content: Any) -> Any:
         for key, part in parts.items():  # a word before all else: it says what the rest means
             if part.word is not None and _object(content).get(key) != part.word:
-                raise _Wrong(str(part.word), _shown(content.get(key)), _step(key), todo=_LATER)
+                raise _Wrong(str(part.word), shown(content.get(key)), _step(key), todo=_LATER)
         for key in sorted(_object(content).keys() - readers):
-            raise _Wrong("a known key", "another", _step(key), todo=_LATER)
+            raise _Wrong("", "", _step(key), what="unknown key", todo=_LATER)
         for key, part in parts.items():
             if part.needed and key not in content:
-                raise _Wrong("this key", "none", _step(key))
+                raise _Wrong("", "", _step(key), what="this key is missing")
         values = {readers[key][0]: _inside(key, readers[key][1], item) for key, item in content.items()}
         try:
             return kind(**values)
@@ -226,7 +226,7 @@ def _one_of(kinds: list[Any]) -> Reader:
         if not named:
             key = words[kinds[0]][0].key
             told = " or ".join(str(part.word) for kind in kinds for part in words[kind])
-            raise _Wrong(told, _shown(there.get(key)), _step(key), todo=_LATER)
+            raise _Wrong(told, shown(there.get(key)), _step(key), todo=_LATER)
         whole = (kind for kind in named if all(part.key in there for part in _parts(kind) if part.needed))
         return _reader(next(whole, named[0]))(content)
 
@@ -245,9 +245,3 @@ def _inside(at: str | int, read: Reader, content: Any) -> Any:
 
 def _step(at: str | int) -> str:
     return f"[{at}]" if isinstance(at, int) else "." + "".join(c if c.isprintable() else "?" for c in at[:80])
-
-
-def _shown(content: Any) -> str:
-    if content is None or isinstance(content, dict | list):
-        return "null" if content is None else _NAMES[type(content)]
-    return f"{content!r:.60}"

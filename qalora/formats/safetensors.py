@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, json_kind, shown
 from qalora.formats.around import instead_of_weights
 from qalora.formats.files import InputFile, OutputFile, check_dimensions, contained, read_limited
 from qalora.formats.json_text import parse_json
@@ -157,7 +157,7 @@ def read_header(path: Path) -> Layout:
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     header = parse_json(data, str(path), expected="a header in JSON", strict=True)
     if not isinstance(header, dict) or not data.startswith(b"{"):
-        raise FormatError(str(path), expected="a header that is a JSON object", got=type(header).__name__)
+        raise FormatError(str(path), expected="a header that is a JSON object", got=json_kind(header))
     return header
 
 
@@ -185,7 +185,7 @@ def _check_entry(name: str, entry: object, start: int, path: Path) -> Entry:
         raise FormatError(where, expected="dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise FormatError(where, expected=f"a dtype among {', '.join(DTYPES)}", got=repr(dtype))
+        raise FormatError(where, expected=f"a dtype among {', '.join(DTYPES)}", got=shown(dtype))
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise FormatError(where, expected="a shape and two offsets of whole numbers, none negative")
     check_dimensions(where, shape)
@@ -242,7 +242,7 @@ def shards(folder: Path, stem: str = "model") -> dict[str, Path]:
     present = {file: read_header(path).entries for file, path in files.items()}
     for name, file in names.items():
         if name not in present[file]:
-            raise FormatError(f"{index}: tensor {name!r}", expected=f"it in {file}", got="a file without it")
+            raise FormatError(f"{index}: missing tensor {name!r} in {file}")
     return {name: files[file] for name, file in names.items()}
 
 

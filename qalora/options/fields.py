@@ -23,7 +23,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 
 __all__ = ["Option", "Options", "fields_of", "option", "parse_size", "plain", "split"]
 
@@ -154,7 +154,7 @@ class Option:
         """A value as TOML or JSON has it: sizes and None may be words."""
         if self.many is not None:
             if not isinstance(value, list):
-                raise InputError(field=self.name, expected=f"a list, each {self.expected}", got=_shown(value))
+                raise InputError(field=self.name, expected=f"a list, each {self.expected}", got=shown(value))
             return self.many(self._taken(one) for one in value)
         return self._taken(value)
 
@@ -167,7 +167,7 @@ class Option:
 
     def wrong(self, value: Any) -> InputError:
         """The error for a value that it does not take."""
-        return InputError(field=self.name, expected=self.expected, got=_shown(value))
+        return InputError(field=self.name, expected=self.expected, got=shown(value))
 
 
 class Options:
@@ -294,9 +294,3 @@ def _form(hint: Any) -> dict[str, Any]:
 
 def _parts(hint: Any) -> list[Any]:
     return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
-
-
-def _shown(value: Any) -> str:
-    text = f"{value!r}" if not isinstance(value, list | tuple | dict) else type(value).__name__
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    return text if len(text) <= 60 else f"{text[:57]}..."

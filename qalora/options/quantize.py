@@ -45,7 +45,7 @@ class RoundingOptions(Options):
     def check(self) -> None:
         """InputError for options that do not go together, or would change nothing."""
         if self.fit_minima and self.zeros != "real":
-            raise InputError("fitted minima have real zero points", todo="give `zeros` real", field="zeros")
+            raise InputError("`fit_minima` needs real zero points", todo="give `zeros` real", field="zeros")
         for one in fields_of(type(self)):
             of_gptq = one.name in ("act_order", "damping", "passes")
             if of_gptq and self.method != "gptq" and getattr(self, one.name) != one.default:
@@ -87,7 +87,7 @@ class Quantize(RoundingOptions):
         """InputError for options that do not go together, or would change nothing."""
         super(Quantize, self).check()
         if self.automatic != (self.budget is not None):
-            raise InputError("`bits` auto and `budget` go together, and one is missing", field="bits")
+            raise InputError("`bits` auto and `budget` go together: give both, or neither", field="bits")
         if self.widths and not self.automatic:
             raise InputError("`widths` goes with `bits` auto", field="widths")
         needs = "`bits` auto" if self.automatic else "`fit_minima`" if self.fit_minima else f"`method` {self.method}"
@@ -104,6 +104,4 @@ class Quantize(RoundingOptions):
             )
         for one in fields_of(type(self)):
             if one.name.startswith("calibration_") and not text and getattr(self, one.name) != one.default:
-                raise InputError(
-                    f"`{one.name}` is of the text that `calibration` gives, and there is none", field=one.name
-                )
+                raise InputError(f"`{one.name}` needs a text: give `calibration`", field=one.name)

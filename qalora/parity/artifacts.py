@@ -77,7 +77,8 @@ def _paired(found: Sequence[Artifact]) -> list[Artifact]:
         ]
         if len(beside) != 1 or kept[beside[0]].lora is not None:
             wanted = f"one {lora.layout.kind} model, and one LoRA, in its folder"
-            raise InputError(f"{lora.path} is a LoRA", expected=wanted, got="others")
+            got = f"{len(beside)} models" if len(beside) != 1 else "a second LoRA"
+            raise InputError(f"{lora.path} is a LoRA", expected=wanted, got=got)
         kept[beside[0]] = replace(kept[beside[0]], lora=lora.path)
     return kept
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qalora.errors import FormatError
+from qalora.errors import FormatError, shown
 from qalora.formats.record_json import decode
 from qalora.parity.findings import TensorDifference
 from qalora.parity.report import SCHEMA, ParityReport
@@ -28,8 +28,9 @@ class _Text:
 
 def report_from_json(content: Any, where: str) -> ParityReport:
     """The report; `where` is the file that errors name. Raises FormatError for another schema or another form."""
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise FormatError(f"{where}: schema", expected=SCHEMA, got="another", todo="update qalora")
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or schema != SCHEMA:
+        raise FormatError(f"{where}: schema", expected=SCHEMA, got=shown(schema), todo="update qalora")
     found = {key: value for key, value in content.items() if key not in ("schema", "passed")}
     text = decode(_Text, found.get("text"), f"{where}: text")
     found |= {"text": text.source, "tokens": text.tokens, "windows": text.windows}

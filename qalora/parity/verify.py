@@ -23,7 +23,7 @@ from qalora.adapter import Adapter, Convention, given_adapter, read_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.format import EXACT
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 from qalora.folding import check_minima
 from qalora.options.words import Level
 from qalora.parity.artifacts import Artifact, open_artifact, recognize, runtimes_of
@@ -131,7 +131,7 @@ def verify(
 def _check_options(level: str, minima: str | None, **numbers: int | None) -> None:
     """InputError for an option out of range, before anything is opened."""
     if level not in get_args(Level):
-        raise InputError(field="level", expected=f"one of {', '.join(get_args(Level))}", got=repr(level))
+        raise InputError(field="level", expected=f"one of {', '.join(get_args(Level))}", got=shown(level))
     check_minima(minima)
     for name, number in numbers.items():
         if number is not None and number < 1:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qalora.errors import FormatError, InputError, about, with_options
+from qalora.errors import FormatError, InputError, about, shown, with_options
 from qalora.formats.files import may_be_of_the_hub
 from qalora.formats.text import read_utf8
 from qalora.options import Option, fields_of
@@ -126,7 +126,7 @@ def _source(path: Path) -> Source:
         place = f"{path}:{at or length}" + (f":{column}" if column else "")
         raise FormatError(place, expected="TOML", got=f"a mistake ({what})") from error
     except (RecursionError, ValueError) as error:  # what is nested too deep; a number of thousands of digits
-        raise FormatError(f"{path}:1", expected="TOML of a recipe's size", got=type(error).__name__) from error
+        raise FormatError(f"{path}:1", expected="TOML of a recipe's size", got="too deep a nesting") from error
     return Source(path=path, content=content, lines=key_lines(text), length=length)
 
 
@@ -140,12 +140,12 @@ def _check_names(source: Source) -> None:
     names = [name for name in _RECORDS if name]
     for name, held in source.content.items():
         if name in names and not isinstance(held, dict):
-            raise InputError(f"{source.where(name)}: {name}", expected=f"a section, [{name}]", got=f"{held!r:.60}")
+            raise InputError(f"{source.where(name)}: {name}", expected=f"a section, [{name}]", got=shown(held))
         if name not in names and (isinstance(held, dict | list) or _plain(name) not in own):
             what = f"[{name}]" if isinstance(held, dict) else name
             expected = f"one of the sections {', '.join(names)}" if isinstance(held, dict) else "a key of the recipe"
             at = f"{source.where(name)}: {_short(what)}"
-            raise InputError(at, expected=expected, got="another name", todo=_meant(name, [*names, *own]))
+            raise InputError(at, expected=expected, got="an unknown name", todo=_meant(name, [*names, *own]))
 
 
 def _record(source: Source, section: Section, held: Mapping[str, Any]) -> Any:
@@ -156,9 +156,9 @@ def _record(source: Source, section: Section, held: Mapping[str, Any]) -> Any:
         place = f"{source.where(*at, name)}: {label}{_short(name)}"
         option = keys.get(_plain(name))
         if option is None:
-            raise InputError(place, expected="a key of this section", got="another name", todo=_meant(name, keys))
+            raise InputError(place, expected="a key of this section", got="an unknown name", todo=_meant(name, keys))
         if option.name in found:
-            raise InputError(place, expected="it once", got="it twice, with dashes and with underscores")
+            raise InputError(place, expected="the key once", got="it twice, with dashes and with underscores")
         found[option.name] = _value(source, option, value, place)
     for option in keys.values():
         if option.required and option.name not in found:
@@ -178,10 +178,10 @@ def _value(source: Source, option: Option, value: Any, place: str) -> Any:
         return taken
     path = source.folder / taken
     if option.place == "input" and not path.exists():
-        raise InputError(place, expected="the path of something that is there", got=f"{value!r:.60}")
+        raise InputError(place, expected="the path of a file or folder that exists", got=shown(value))
     if option.place == "hub":
         if "\0" in taken:
-            raise InputError(place, expected="text without the character 0", got=f"{value!r:.60}")
+            raise InputError(place, expected="text without the character 0", got=shown(value))
         return str(path) if path.exists() else taken
     return path
 
@@ -194,7 +194,7 @@ def _check_places(source: Source, recipe: Recipe) -> None:
     if not Path(model).exists() and not may_be_of_the_hub(model):
         where = source.where("base", "model")
         expected = "a folder or file that is there, or an id of the Hub"
-        raise InputError(f"{where}: [base] model", expected=expected, got=f"{model!r:.60}")
+        raise InputError(f"{where}: [base] model", expected=expected, got=shown(model))
     if recipe.train is not None:
         with source.lines_of("train"), about("data"):
             check_data(recipe.train.data)

@@ -140,9 +140,7 @@ class Store:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise InputError(f"{self.folder}", expected="a folder for work, or none yet", got="a file or a link")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self._own(ignore)):
-            raise InputError(
-                f"{self.folder} holds other things than a recipe's work", todo="choose another place for `work`"
-            )
+            raise InputError(f"{self.folder} holds files that no recipe made", todo="choose another place for `work`")
 
     def _own(self, ignore: Path) -> bool:
         return ignore.is_file() and not ignore.is_symlink() and ignore.read_bytes()[:200] == _MARK
@@ -203,7 +201,7 @@ class Store:
                 if name[0] != "." and (here / name).is_file() and here / name not in left_out:
                     found[(here / name).relative_to(root).as_posix()] = self._file(here / name)
                 if len(found) > FILES:
-                    raise InputError(f"{path}", expected=f"a model's folder, of at most {FILES} files", got="more")
+                    raise InputError(f"{path} holds more than {FILES} files", todo="give the folder of the model alone")
         return found
 
     def _file(self, path: Path) -> str:

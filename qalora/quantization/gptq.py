@@ -91,7 +91,7 @@ def gptq_tensor(
         raise InputError(
             "the moments of the layer's inputs",
             expected="a matrix that is positive definite once damped",
-            got=f"another with damping {chosen.damping:g}",
+            got=f"a matrix that is not, with damping {chosen.damping:g}",
             todo="give a larger `damping`, or more `calibration_tokens`",
         ) from error
     del h

@@ -19,7 +19,7 @@ from importlib.resources import files
 from typing import Any
 
 from qalora.converters import TARGETS, target
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 from qalora.parity.gates import worst
 from qalora.parity.report import ParityReport, RunReport
 from qalora.releasing.digests import content_digest
@@ -68,8 +68,8 @@ def card_text(manifest: Manifest, report: ParityReport, *, template: str | None 
     if told != (None if template is None else content_digest(template.encode())):
         raise InputError(
             "the card's template",
-            expected="the one that the release was made with",
-            got="another one" if template is not None else "none",
+            expected="the template that the release was made with",
+            got="a different template" if template is not None else "no template",
             todo="give it as `card_template`" if told else "leave out `card_template`",
         )
     text = _filled(default_template() if template is None else template, _parts(manifest, report))
@@ -97,7 +97,7 @@ def _filled(template: str, parts: Mapping[str, str]) -> str:
         if found[1] not in parts:
             line = template.count("\n", 0, found.start()) + 1
             raise InputError(
-                f"the card's template, line {line}", expected=f"one of {', '.join(parts)}", got=f"{found[1]!r:.60}"
+                f"the card's template, line {line}", expected=f"one of {', '.join(parts)}", got=shown(found[1])
             )
         return parts[found[1]]
 

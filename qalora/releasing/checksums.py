@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, shown
 from qalora.formats.files import contained, read_limited
 from qalora.releasing.digests import file_digest
 
@@ -55,11 +55,13 @@ def _read_sums(folder: Path) -> dict[str, str]:
     try:
         lines = read_limited(path, 64 << 20).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path}", expected="lines of a digest and a name", got="other bytes") from error
+        raise FormatError(
+            f"{path}", expected="lines of a digest and a name in UTF-8", got="bytes that are no UTF-8"
+        ) from error
     for n, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None:
-            raise FormatError(f"{path}:{n}", expected="a SHA-256 digest, two spaces and a name", got=f"{line!r:.60}")
+            raise FormatError(f"{path}:{n}", expected="a SHA-256 digest, two spaces and a name", got=shown(line))
         listed[match[2]] = f"sha256:{match[1]}"
     return listed
 

@@ -19,7 +19,7 @@ from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import packages
 from qalora.converters.plan import PROVENANCE, Plan, PlannedTensor
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 from qalora.formats.files import files_below
 from qalora.formats.json_text import read_json
 from qalora.formats.output import json_bytes
@@ -168,7 +168,7 @@ def created() -> str | None:
     if not given:
         return None
     if not given.isdigit() or int(given) > 253402300799:  # the last second of the year 9999
-        raise InputError("SOURCE_DATE_EPOCH", expected="seconds since 1970", got=f"{given!r:.40}")
+        raise InputError("SOURCE_DATE_EPOCH", expected="seconds since 1970", got=shown(given))
     return datetime.fromtimestamp(int(given), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -62,7 +62,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         return {"problem": f"the process that opened it ended with status {done.returncode}: {last[:300]}"}
-    return reply if isinstance(reply, dict) else {"problem": "the process that opened it answered something else"}
+    return reply if isinstance(reply, dict) else {"problem": "the process that opened it gave no readable answer"}
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

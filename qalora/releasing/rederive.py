@@ -141,7 +141,7 @@ def _compare_told(told: AdapterEntry | None, said: AdapterEntry | None, again: _
         return
     for name in [*_other(told.layers, said.layers), *_other(told.saved, said.saved)][:1]:
         layers = name in told.layers or name in said.layers
-        differ = _difference(told.layers.get(name), said.layers.get(name)) if layers else "another one"
+        differ = _difference(told.layers.get(name), said.layers.get(name)) if layers else "a different one"
         again.add(f"adapter: {name}", f"{differ}: it is not the adapter of this release")
         return
     for key in ("convention", "minima", "digest"):
@@ -196,8 +196,10 @@ def _measure(
     if wanted is not None and options.text is None:
         again.notes.append("the report was measured on a text of its own: give it as `text` to measure again")
         return
-    if wanted != (None if options.text is None else content_digest(options.text.encode())):
-        raise InputError(field="text", expected=f"the text that the report was measured on, {wanted}", got="another")
+    digest = None if options.text is None else content_digest(options.text.encode())
+    if digest != wanted:
+        expected = f"the text that the report was measured on, {wanted or 'which comes with qalora'}"
+        raise InputError(field="text", expected=expected, got=f"a text with {digest}")
     found = prove(planned, folder, stage=lambda stage, share: progress(f"measuring again: {stage}"))
     findings, notes = compare_reports(report, found.to_json(speed=False))
     again.findings += findings

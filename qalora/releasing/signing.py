@@ -103,7 +103,7 @@ def check_key(key: Path, *, password: str | None = None) -> None:
         raise InputError(str(key), expected="a private key", got=got) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         wrong = given is not None and b"ENCRYPTED" in content
-        got = "a wrong password, or a damaged file" if wrong else "something else"
+        got = "a wrong password, or a damaged file" if wrong else "a file that is no key"
         raise InputError(str(key), expected="a private key in PEM", got=got) from error
     _check_curve(key, private)
 
@@ -140,7 +140,7 @@ def _public_key(path: Path) -> EllipticCurvePublicKey:
     try:
         key = load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
-        got = "a private key" if b"PRIVATE KEY" in content else "something else"
+        got = "a private key" if b"PRIVATE KEY" in content else "a file that is no key"
         raise InputError(str(path), expected="a public key in PEM", got=got) from error
     _check_curve(path, key)
     return cast("EllipticCurvePublicKey", key)
@@ -160,7 +160,9 @@ def _signed(path: Path, content: bytes) -> dict[str, str]:
         listed = payload["predicate"]["resources"]
         signed = {str(item["name"]): str(item["digest"]) for item in listed if item["algorithm"] == _ALGORITHM}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(str(path), expected="a signature of model-signing 1.x", got="something else") from error
+        raise FormatError(
+            str(path), expected="a signature of model-signing 1.x", got="content that it does not write"
+        ) from error
     if len(signed) != len(listed):
         raise FormatError(str(path), expected=f"one {_ALGORITHM} digest for each file")
     return signed
@@ -179,11 +181,15 @@ def _fault(
     hint = material.get("publicKey") if isinstance(material, dict) else None
     if not isinstance(hint, dict):
         return FormatError(
-            str(path), expected="a signature made with a key", got="another kind", todo="see docs/release.md"
+            str(path), expected="a signature made with a key", got="a signature without one", todo="see docs/release.md"
         )
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     if hint.get("hint") not in (None, hashlib.sha256(pem).hexdigest()):
-        return FormatError(str(path), expected=f"a signature made with the key of {public_key}", got="another key's")
+        return FormatError(
+            str(path),
+            expected=f"a signature made with the key of {public_key}",
+            got="a signature made with a different key",
+        )
     if isinstance(error, InvalidSignature):
         return FormatError(f"{path}: edited since it was made, or made with another key than that of {public_key}")
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from qalora.converters import TARGETS, target
 from qalora.converters.format import Released
-from qalora.errors import FormatError
+from qalora.errors import FormatError, shown
 from qalora.releasing.records import ArtifactEntry, Manifest
 
 __all__ = ["adapter_usage", "check_usage", "usage"]
@@ -27,7 +27,7 @@ def usage(artifact: ArtifactEntry, model: str) -> str:
     """The section of one artefact of a model."""
     name, files = artifact.target, sorted(file.partition("/")[2] for file in artifact.files)
     if name not in TARGETS:
-        raise FormatError("manifest.json: target", expected=", ".join(TARGETS), got=f"{name!r:.40}")
+        raise FormatError("manifest.json: target", expected=", ".join(TARGETS), got=shown(name))
     found = target(name)
     carriers = tuple(row.carrier for row in artifact.tensors)
     body = found.usage(Released(model=model, files=tuple(files), carriers=carriers))

@@ -67,7 +67,7 @@ class ChatTemplate:
             raise InputError(
                 f"{where}: messages",
                 expected="a tokenizer with a chat template",
-                got="one without",
+                got="a tokenizer without a chat template",
                 todo="use text, or prompt and completion",
             )
 
@@ -153,7 +153,7 @@ class ChatTemplate:
                 raise InputError(
                     f"{chat.where}: {key}",
                     expected=f"a chat template that writes {key}",
-                    got="one that does not",
+                    got="a chat template that ignores it",
                     todo="leave the key out, or take a tokenizer whose template does",
                 )
             account.note(f"the chat template makes nothing of the key {key} of chat_template_kwargs", chat.where)
@@ -170,7 +170,10 @@ class ChatTemplate:
                     continue
                 if key in STRICT:
                     raise InputError(
-                        f"{turn.place}: {key}", expected=f"a chat template that writes {key}", got="one that does not"
+                        f"{turn.place}: {key}",
+                        expected=f"a chat template that writes {key}",
+                        got="a chat template that ignores it",
+                        todo="leave the key out, or take a tokenizer whose template does",
                     )
                 account.note(f"the chat template makes nothing of the key {key} of a message", turn.place)
 
@@ -186,14 +189,14 @@ class ChatTemplate:
                 turn.place,
                 expected="a question before the first answer, as the chat template wants it",
                 got="none",
-                todo='give one, or let the answer be seen alone, with "train": false',
+                todo='add one, or set "train": false for the answer',
             ) from error
         alone = whole if n + 1 == len(chat.turns) else self._render(chat, chat.turns[: n + 1])
         if not alone.startswith(prompt):
             raise InputError(
                 turn.place,
-                expected="a chat template that writes before an answer what it asks for one with",
-                got=f"one that asks with {_ending(prompt, alone)!r} and leaves that out",
+                expected="a chat template whose generation prompt stands before its answers too",
+                got=f"one that ends it with {_ending(prompt, alone)!r} and writes the answer without that",
                 todo="use prompt and completion",
             )
         stop = self._stop(chat, n, alone, len(prompt))
@@ -236,8 +239,8 @@ class ChatTemplate:
         if self._asks_always(chat):
             raise InputError(
                 turn.place,
-                expected="a chat template that ends a turn with a special token, or asks for an answer when it is told",
-                got="one that always asks",
+                expected="a chat template that ends turns with a special token, or has add_generation_prompt",
+                got="one that always adds it",
                 todo="use prompt and completion",
             )
         return answer.rstrip() if self._last_mark.search(answer) else answer  # else white space may be what ends it

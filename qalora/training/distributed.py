@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 
 __all__ = ["ALONE", "Processes", "joined"]
 
@@ -175,13 +175,13 @@ def joined(device: str = "auto") -> Iterator[Processes]:
 def _number(name: str, least: int) -> int:
     found = os.environ.get(name, str(least))
     if not found.isdecimal():
-        raise InputError(f"{name} in the environment", expected="a number", got=repr(found))
+        raise InputError(f"{name} in the environment", expected="a number", got=shown(found))
     return int(found)
 
 
 def _take_gpu(device: str, local: int) -> None:
     if ":" in device:
-        raise InputError(field="device", expected="cuda, of which each process takes one", got=repr(device))
+        raise InputError(field="device", expected="cuda, of which each process takes one", got=shown(device))
     count = torch.cuda.device_count()
     if local >= count:
         raise InputError("processes of this machine", expected=f"{count} at most, one a GPU", got=f"number {local + 1}")

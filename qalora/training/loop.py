@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qalora.adapter import ADAPTER_FILES, Adapter, AdapterLayer, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
-from qalora.errors import DivergedError, InputError, OutputError
+from qalora.errors import DivergedError, InputError, OutputError, shown
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_apart, check_writable, new_folder, write_json
 from qalora.options.train import TrainOptions
@@ -133,7 +133,7 @@ def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
     unmatched = [end for end in options.target_modules if not any(f".{module}".endswith(f".{end}") for module in found)]
     if unmatched:
         kinds = sorted({module.rpartition(".")[2] for module in specs})
-        raise InputError(field="target_modules", expected=f"some of {', '.join(kinds)}", got=repr(unmatched[0]))
+        raise InputError(field="target_modules", expected=f"some of {', '.join(kinds)}", got=shown(unmatched[0]))
     for module, spec in sorted(specs.items()):
         if spec is not None and spec.act_order:
             raise InputError(

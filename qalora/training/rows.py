@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qalora.errors import InputError
+from qalora.errors import InputError, json_kind, shown
 from qalora.formats.json_text import parse_json
 from qalora.formats.text import check_text
 from qalora.training.documents import Account, Document
@@ -99,7 +99,7 @@ class Conversation:
 def kind_of(where: str, row: Any) -> tuple[str, dict[str, Any]]:
     """(the kind of a row, the row without keys that hold nothing); InputError for one that is not understood."""
     if not isinstance(row, Mapping):
-        raise InputError(where, expected="a JSON object", got=type(row).__name__)
+        raise InputError(where, expected="a JSON object", got=json_kind(row))
     check_text(row, where)
     held = {key: value for key, value in row.items() if value is not None}
     chats = [key for key in CHATS if key in held]
@@ -132,7 +132,12 @@ def plain_document(where: str, kind: str, row: Mapping[str, Any], account: Accou
             raise InputError(f"{where}: label", expected="none, since a completion is learned", got=f"{row['label']}")
     elif kind == " and ".join(ALPACA) and not chat:
         if row.get("system"):
-            raise InputError(f"{where}: system", expected="a tokenizer with a chat template", got="one without")
+            raise InputError(
+                f"{where}: system",
+                expected="a tokenizer with a chat template",
+                got="a tokenizer without a chat template",
+                todo="leave the key out",
+            )
         given = {key: _string(where, row, key) for key in ("instruction", "input", "output") if key in row}
         prompt = (PROMPT_WITH_INPUT if given.get("input", "").strip() else PROMPT).format(**given)
         completion = given["output"]
@@ -158,7 +163,7 @@ def read_conversation(where: str, kind: str, row: Mapping[str, Any], account: Ac
     learned = _row_flag(where, row)
     system = row.get("system", "")
     if not isinstance(system, str):
-        raise InputError(f"{where}: system", expected="a string", got=type(system).__name__)
+        raise InputError(f"{where}: system", expected="a string", got=json_kind(system))
     if kind in CHATS:
         turns, used = _turns(f"{where}: {kind}", row[kind]), {kind}
     elif kind == " and ".join(PAIR):
@@ -168,7 +173,7 @@ def read_conversation(where: str, kind: str, row: Mapping[str, Any], account: Ac
         turns, used = _instructed(where, row), {"instruction", "input", "output"}
     if system:
         if any(turn.role == "system" for turn in turns):
-            raise InputError(f"{where}: system", expected="one system message", got="another among the turns")
+            raise InputError(f"{where}: system", expected="one system message", got="two: this key and a turn")
         message = {"role": "system", "content": system}
         turns = [Turn(message=message, learned=False, place=f"{where}: system"), *turns]
     if not any(turn.role == "assistant" for turn in turns):
@@ -196,14 +201,14 @@ def _instructed(where: str, row: Mapping[str, Any]) -> list[Turn]:
 def _turns(where: str, found: Any) -> list[Turn]:
     form = "a list of {role, content}, or of {from, value}"
     if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
-        raise InputError(where, expected=form, got=repr(found)[:60])
+        raise InputError(where, expected=form, got=shown(found))
     turns = []
     for n, given in enumerate(found):
         place, turn = f"{where}[{n}]", {key: value for key, value in given.items() if value is not None}
         if "role" not in turn and {"from", "value"} <= set(turn):
             turn = {"role": turn.pop("from"), "content": turn.pop("value"), **turn}
         if "role" not in turn or not {"content", "tool_calls", "function_call"} & set(turn):
-            raise InputError(where, expected=form, got=repr(found)[:60])
+            raise InputError(where, expected=form, got=shown(found))
         turns.append(_turn(place, turn))
     return turns
 
@@ -212,7 +217,7 @@ def _turn(place: str, turn: dict[str, Any]) -> Turn:
     named = turn.pop("role")
     role = ROLES.get(named.strip().lower()) if isinstance(named, str) else None
     if role is None:
-        raise InputError(f"{place}: role", expected=f"one of {', '.join(ROLES)}", got=repr(named)[:60])
+        raise InputError(f"{place}: role", expected=f"one of {', '.join(ROLES)}", got=shown(named))
     flag = _flag(place, turn)
     if flag and role != "assistant":
         raise InputError(f"{place}: {_flag_key(turn)}", expected="the assistant's turns alone to be learned", got=named)
@@ -236,14 +241,14 @@ def _content(place: str, content: Any, *, calls: bool) -> str:
     if content is None and calls:
         return ""
     if not isinstance(content, str):
-        raise InputError(place, expected="a string", got="none" if content is None else type(content).__name__)
+        raise InputError(place, expected="a string", got="none" if content is None else json_kind(content))
     return content
 
 
 def _calls(place: str, calls: Any) -> list[Any]:
     """Calls of tools with arguments as objects: OpenAI writes them as JSON in a string, which templates would quote."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise InputError(place, expected="a list of objects", got=repr(calls)[:60])
+        raise InputError(place, expected="a list of objects", got=shown(calls))
 
     def opened(held: Mapping[str, Any]) -> dict[str, Any]:
         arguments = held.get("arguments")
@@ -251,7 +256,7 @@ def _calls(place: str, calls: Any) -> list[Any]:
             return dict(held)
         value = parse_json(arguments, f"{place}: arguments", expected="a JSON object")
         if not isinstance(value, dict):
-            raise InputError(f"{place}: arguments", expected="a JSON object", got=type(value).__name__)
+            raise InputError(f"{place}: arguments", expected="a JSON object", got=json_kind(value))
         return {**held, "arguments": value}
 
     found = []
@@ -273,11 +278,11 @@ def _settings(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
         if not value or (isinstance(value, str) and not value.strip()):
             continue
         if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
-            raise InputError(f"{where}: {key}", expected="a list of objects", got=repr(value)[:60])
+            raise InputError(f"{where}: {key}", expected="a list of objects", got=shown(value))
         found[key] = value
     own = row.get("chat_template_kwargs", {})
     if not isinstance(own, Mapping):
-        raise InputError(f"{where}: chat_template_kwargs", expected="an object", got=type(own).__name__)
+        raise InputError(f"{where}: chat_template_kwargs", expected="an object", got=json_kind(own))
     return {**own, **found}
 
 
@@ -294,10 +299,11 @@ def _flag(where: str, held: Mapping[str, Any]) -> bool | None:
     for key in FLAGS:
         if key in held:
             if not isinstance(held[key], bool | int | float) or held[key] not in (0, 1):
-                raise InputError(f"{where}: {key}", expected="0, 1, true or false", got=repr(held[key])[:60])
+                raise InputError(f"{where}: {key}", expected="0, 1, true or false", got=shown(held[key]))
             found[key] = bool(held[key])
     if len(set(found.values())) > 1:
-        raise InputError(f"{where}: {' and '.join(found)}", expected="flags that agree", got="others")
+        said = ", ".join(f"{key} {str(value).lower()}" for key, value in found.items())
+        raise InputError(f"{where}: {' and '.join(found)}", expected="flags that agree", got=said)
     return next(iter(found.values()), None)
 
 
@@ -334,5 +340,5 @@ def squeeze(text: str) -> str:
 
 def _string(where: str, row: Mapping[str, Any], key: str) -> str:
     if not isinstance(row[key], str):
-        raise InputError(f"{where}: {key}", expected="a string", got=type(row[key]).__name__)
+        raise InputError(f"{where}: {key}", expected="a string", got=json_kind(row[key]))
     return str(row[key])

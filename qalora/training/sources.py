@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qalora.errors import FormatError, InputError, MissingLibraryError
+from qalora.errors import FormatError, InputError, MissingLibraryError, json_kind, shown
 from qalora.formats.files import InputFile, may_be_of_the_hub, read_limited
 from qalora.formats.json_text import parse_json
 from qalora.formats.text import decode_text
@@ -167,7 +167,7 @@ def _values(path: Path, text: str, *, listed: bool) -> Iterator[tuple[str, Any]]
         try:
             _, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise FormatError(where, expected=ROW, got="text that is none") from error
+            raise FormatError(where, expected=ROW, got=shown(text[start : start + 40])) from error
         yield where, parse_json(text[start:at], where, expected=ROW, strict=True)
         if listed:
             at = space.match(text, at).end()  # type: ignore[union-attr]
@@ -182,11 +182,11 @@ def _refuse_json(path: Path, text: str, *, listed: bool) -> None:
         if listed and error.msg == "Extra data":
             raise FormatError(f"{path}:1", expected=ROW, got="a list on each line") from error
         line = 1 + text.count("\n", 0, error.pos)
-        raise FormatError(f"{path}:{line}", expected=ROW, got=f"text that is none ({error.msg})") from error
+        raise FormatError(f"{path}:{line}", expected=ROW, got=f"a line that is no JSON ({error.msg})") from error
     except (ValueError, RecursionError):
         value = parse_json(text, f"{path}:1", expected=ROW)  # which says why it is none
     item = next((item for item in value if not isinstance(item, dict)), value) if listed else value
-    raise FormatError(f"{path}:1", expected=ROW, got=f"list of {type(item).__name__}")
+    raise FormatError(f"{path}:1", expected=ROW, got=f"a list with {json_kind(item)} in it")
 
 
 def _refuse_table(path: Path, text: str) -> None:

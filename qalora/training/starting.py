@@ -49,8 +49,8 @@ def first_rows(gradients: Mapping[str, Tensor], options: TrainOptions, rng: torc
         if not bool(torch.isfinite(gradient).all()):
             raise InputError(
                 f"the first gradient of {name}",
-                expected="numbers",
-                got="some that are not finite",
+                expected="finite numbers",
+                got="NaN or Inf",
                 todo="look at the base, or train with `dtype` float32",
             )
     principal = {name: principal_rows(gradient) for name, gradient in gradients.items()}

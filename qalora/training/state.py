@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora.errors import FormatError, InputError, OutputError
+from qalora.errors import FormatError, InputError, OutputError, shown
 from qalora.formats.files import InputFile
 from qalora.formats.json_text import read_json
 from qalora.formats.output import new_file, new_folder, write_json
@@ -93,7 +93,7 @@ def check_state(out: Path, *, force: bool) -> None:
         )
     if place.is_symlink() or (place.exists() and not _is_ours(place)):
         raise OutputError(
-            f"{place}, where checkpoints go, exists and is none",
+            f"{place}, where checkpoints go, exists and is no checkpoint",
             todo="move it, choose another output, or `save_every` 0",
         )
 
@@ -201,7 +201,8 @@ def read_ranks(out: Path, run: Mapping[str, Any], modules: Sequence[str]) -> dic
     for module in modules:
         entry = header.entries.get(f"{module}.a")
         if entry is None or len(entry.shape) != 2 or not 1 <= entry.shape[0] <= HIGHEST_RANK:
-            raise FormatError(f"{folder}: {module}.a", expected="[rank, in/pool_size]", got="none or another")
+            got = "no tensor" if entry is None else f"shape {list(entry.shape)}"
+            raise FormatError(f"{folder}: {module}.a", expected="shape [rank, in/pool_size]", got=got)
         found[module] = entry.shape[0]
     return found
 
@@ -224,8 +225,8 @@ def _state(folder: Path, run: Mapping[str, Any]) -> State:
         if found.get(key) != wanted.get(key):
             raise InputError(
                 f"{folder}: {key}",
-                expected=repr(wanted.get(key)),
-                got=repr(found.get(key)),
+                expected=shown(wanted.get(key)),
+                got=shown(found.get(key)),
                 todo="it is another run's; start anew with `force` in place of `resume`",
             )
     return state
@@ -248,7 +249,8 @@ def _load(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.O
         def fetch(name: str, like: Tensor) -> Tensor:
             entry = header.entries.get(name)
             if entry is None or entry.dtype != like.dtype or entry.shape != tuple(like.shape):
-                raise FormatError(f"{path}: {name}", expected=f"{like.dtype} {list(like.shape)}", got="none or another")
+                got = "no tensor" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+                raise FormatError(f"{path}: {name}", expected=f"{like.dtype} {list(like.shape)}", got=got)
             return read_tensor(file, entry).to(like.device)
 
         for name, parameter in parameters.items():

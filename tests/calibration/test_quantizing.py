@@ -210,10 +210,10 @@ def test_the_command(place: Path, tmp_path: Path, words: tuple[object, ...]) -> 
         (("--act-order",), "--act-order is for --method gptq, and the method is rtn"),
         (("--damping", 0.5), "--damping is for --method gptq"),
         (("--passes", 9), "--passes is for --method gptq"),
-        (("--calibration-tokens", 99), "--calibration-tokens is of the text that --calibration gives, and there is"),
+        (("--calibration-tokens", 99), "--calibration-tokens needs a text: give --calibration"),
         (
             ("--calibration-length", 99),
-            "--calibration-length is of the text that --calibration gives, and there is",
+            "--calibration-length needs a text: give --calibration",
         ),
         (
             ("--bits", "auto", "--budget", "inf", "--calibration", "PLACE/text.txt"),

@@ -11,7 +11,7 @@ from bad_input import FIRST, Damage, cut, nothing, pickled_adapter, refused, ten
 
 ADAPTERS: list[tuple[str, Damage, str, str]] = [
     ("missing", nothing, "%absent", "absent"),
-    ("of another model", nothing, "@other_adapter", "it is an adapter of another model"),
+    ("of another model", nothing, "@other_adapter", "the adapter belongs to a different model"),
     ("cut", cut("adapter/adapter_model.safetensors", -1), "@adapter", "truncated"),
     ("config is no JSON", cut("adapter/adapter_config.json", 9), "@adapter", "adapter_config.json"),
     ("pickle", pickled_adapter, "@adapter", "convert_pickle.py"),

@@ -18,7 +18,7 @@ from qalora.cli import main
     ("damage", "sentence"),
     [
         (onnx_outside, "a plain name inside the folder"),
-        (cut("onnx/model.onnx.data", -5000), "a file that is shorter"),
+        (cut("onnx/model.onnx.data", -5000), "of model.onnx.data, got a file of"),
         (cut("onnx/model.onnx", 100), "expected an ONNX model"),
         (lambda root: (root / "onnx" / "model.onnx.data").unlink(), "model.onnx.data"),
         (config("onnx/config.json", hidden_size=-1), "hidden_size"),
@@ -97,7 +97,10 @@ def test_a_tokenizer_that_transformers_does_not_take(place: Path) -> None:
         ("export @qalora --to onnx --lora-slots @other_adapter -o %out", "--lora-slots: model.layers.1"),
         ("adapter convert @adapter --to gguf-lora -o %out", "give --base MODEL"),
         ("adapter convert @adapter --to gguf-lora --base @qalora -o @data.txt", "exists already"),
-        ("adapter convert @other_adapter --to gguf-lora --base @qalora -o %out", "it is an adapter of another model"),
+        (
+            "adapter convert @other_adapter --to gguf-lora --base @qalora -o %out",
+            "the adapter belongs to a different model",
+        ),
         ("adapter convert @adapter --to onnx-adapter -o %exists", "exists already"),
         ("release @qalora --to gguf -o %exists", "exists already"),
         ("adapter convert %absent --to peft -o %out", "absent"),

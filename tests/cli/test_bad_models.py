@@ -128,7 +128,7 @@ QUANTIZED: list[tuple[str, Damage, str, str]] = [
         "@mlx",
         f"{FIRST}.weight: expected a matrix of torch.uint32, got torch.int32",
     ),
-    ("mlx no biases", without("mlx/model.safetensors", f"{FIRST}.biases"), "@mlx", f"a tensor {FIRST}.biases"),
+    ("mlx no biases", without("mlx/model.safetensors", f"{FIRST}.biases"), "@mlx", f"missing tensor {FIRST}.biases"),
     (
         "mlx infinite scale",
         tensor("mlx/model.safetensors", f"{FIRST}.scales", lambda t: t / 0),
@@ -171,7 +171,7 @@ QUANTIZED: list[tuple[str, Damage, str, str]] = [
     ("gguf tiny", cut("gguf/model.gguf", 20), "@gguf/model.gguf", "model.gguf"),
     ("gguf version", patch("gguf/model.gguf", 4, b"\x09\0\0\0"), "@gguf/model.gguf", "version"),
     ("gguf tensor count", patch("gguf/model.gguf", 8, b"\xff" * 8), "@gguf/model.gguf", "model.gguf"),
-    ("gguf key twice", again("gguf/model.gguf", 24, 8 + 20 + 4 + 8 + 5), "@gguf/model.gguf", "stands twice"),
+    ("gguf key twice", again("gguf/model.gguf", 24, 8 + 20 + 4 + 8 + 5), "@gguf/model.gguf", "appears twice"),
     ("gguf nested arrays", nested, "@gguf/model.gguf", "nested array"),
     ("gguf key count", patch("gguf/model.gguf", 16, b"\xff" * 8), "@gguf/model.gguf", "model.gguf"),
 ]

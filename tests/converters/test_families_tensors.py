@@ -153,7 +153,7 @@ def test_a_norm_that_a_family_has_must_be_there(module: str, target: str, gemma:
     model = load(gemma)
     name = f"model.layers.3.{module}.weight"
     less = replace(model, tensors={key: lazy for key, lazy in model.tensors.items() if key != name})
-    with pytest.raises(InputError, match=f"tensor {name}: expected it, as config.json says"):
+    with pytest.raises(InputError, match=f"missing tensor {name}, which config.json requires"):
         export(less, target, tmp_path)
 
 
@@ -164,5 +164,5 @@ def test_a_bias_that_a_family_has_must_be_there(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.bias"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(FormatError, match=r"layers\.1\.self_attn\.k_proj\.bias: expected it, as config\.json says"):
+    with pytest.raises(FormatError, match=r"missing tensor .*1\.self_attn\.k_proj\.bias, which config"):
         load(folder)

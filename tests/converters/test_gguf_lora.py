@@ -150,8 +150,8 @@ def test_somebody_elses_file(tiny: Path, tmp_path: Path) -> None:
     ("old", "new", "words"),
     [
         (b"attn_k.weight.lora_b", b"attn_k.weight.lora_c", "lora_a"),
-        (b"blk.0.attn_k.weight.lora", b"blk.7.attn_k.weight.lora", "it is an adapter of another model"),
-        (b"adapter.type", b"adapter.kind", "adapter.type: expected lora, got None"),
+        (b"blk.0.attn_k.weight.lora", b"blk.7.attn_k.weight.lora", "the adapter belongs to a different model"),
+        (b"adapter.type", b"adapter.kind", "adapter.type: expected lora, got null"),
         (b"adapter.lora.alpha\x06\0\0\0\0\0\0\x40", b"adapter.lora.alpha\x06\0\0\0\0\0\xc0\x7f", "a finite float"),
     ],
 )
@@ -247,7 +247,7 @@ def test_a_base_and_its_lora_in_one_folder(tiny: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> None:
     other = load(tiny_llama(tmp_path / "other", config={"hidden_size": 128, "num_attention_heads": 8}))
-    with pytest.raises(AdapterError, match="it is an adapter of another model"):
+    with pytest.raises(AdapterError, match="the adapter belongs to a different model"):
         plan_lora(made(other), load(tiny))
 
 

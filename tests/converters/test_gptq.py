@@ -331,7 +331,7 @@ def test_an_adapter_ships_as_a_plain_lora_that_adds_the_same(
 def test_an_adapter_needs_integer_zeros_and_its_own_model(tiny_untied: Path) -> None:
     model = quantized(tiny_untied, zeros="integer")
     adapter = adapter_for(model)
-    with pytest.raises(InputError, match=r"expected a base with integer zero points, got real ones; fold it"):
+    with pytest.raises(InputError, match=r"expected a base with integer zero points, got real zero points; fold it"):
         gptq.plan(quantized(tiny_untied), ExportOptions(adapter=adapter))
     layer = adapter.layers[Q_PROJ]
     for module, got in ((Q_PROJ.replace("q_proj", "k_proj"), r"shape \[32, 64\]"), ("lm_head", r"shape")):

@@ -212,7 +212,7 @@ def put(name: str, tensor: torch.Tensor):
 
 
 DAMAGES = {
-    "no scales": (drop(f"{Q_PROJ}.scales"), {}, r"q_proj.scales: expected a tensor, got none"),
+    "no scales": (drop(f"{Q_PROJ}.scales"), {}, r"q_proj: missing tensor scales"),
     "float zeros": (
         put(f"{Q_PROJ}.qzeros", torch.zeros(2, 64, dtype=torch.float16)),
         {},

@@ -90,7 +90,7 @@ def test_metadata_that_the_values_contradict(tiny_untied: Path, tmp_path: Path) 
     tensors, metadata = safetensors.torch.load_file(file), dict(read_header(file).metadata)
     tensors[f"{LAYER}.zero"][7] *= 1.00001
     safetensors.torch.save_file(tensors, file, metadata=metadata)
-    with pytest.raises(FormatError, match=f"{LAYER}.weight: zero: expected those of float16 minima"):
+    with pytest.raises(FormatError, match=f"{LAYER}.weight: zero: expected the zeros of float16 minima"):
         load(tmp_path / "hqq").tensors[f"{LAYER}.weight"].load()
 
 
@@ -164,8 +164,8 @@ def _damaged(folder: Path, key: str, value: torch.Tensor | None) -> None:
         ("shape", torch.tensor([1 << 40, 64]), "group_size: expected a divisor"),
         ("nbits", torch.tensor(4.0), "nbits: expected whole numbers, got torch.float32"),
         ("packing", None, ""),
-        ("zero", None, f"expected a tensor {LAYER}.zero, got none"),
-        ("shape", None, f"expected a tensor {LAYER}.shape, got none"),
+        ("zero", None, f"missing tensor {LAYER}.zero"),
+        ("shape", None, f"missing tensor {LAYER}.shape"),
         ("scale", torch.zeros(128), "scale: expected torch.float16"),
     ],
 )

@@ -153,7 +153,11 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         {"rope_scaling": {"type": "linear", "long_factor": [1.0] * 16, "factor": 4.0}},
         "rope_type: expected default or longrope in a phi3",
     ),
-    "untied, and no output layer": ("llama", {"tie_word_embeddings": False}, "lm_head.weight: expected it"),
+    "untied, and no output layer": (
+        "llama",
+        {"tie_word_embeddings": False},
+        "missing tensor lm_head.weight",
+    ),
 }
 
 

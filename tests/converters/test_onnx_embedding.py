@@ -137,7 +137,7 @@ def test_a_table_elsewhere_is_refused(tiny: Path, tmp_path: Path) -> None:
     item = next(item for item in graph.graph.initializer if item.name == "model.embed_tokens.table_high")
     next(entry for entry in item.external_data if entry.key == "offset").value = "0"
     path.write_bytes(graph.SerializeToString())
-    with pytest.raises(FormatError, match="table_high: expected the place of its codes, got another"):
+    with pytest.raises(FormatError, match="table_high: expected the bytes of its codes, got a different place"):
         read(tmp_path / "onnx")
 
 

@@ -66,5 +66,7 @@ def test_a_config_that_denies_the_graph_is_refused(change: dict[str, Any], graph
     path.write_text(json.dumps({**same, "rope_theta": 10000.0, "rope_scaling": None}))
     assert load(path.parent).notes == ()
     path.write_text(json.dumps({**config, **change}))
-    with pytest.raises(FormatError, match=r"rotary\.cos: expected rotary positions as config\.json says.* got others"):
+    with pytest.raises(
+        FormatError, match=r"rotary\.cos: expected rotary positions as config\.json says.* got different positions"
+    ):
         load(path.parent)

@@ -349,7 +349,7 @@ def test_the_keys_of_several_chat_templates_are_those_of_gguf_py(tmp_path: Path)
     [
         (5, "int"),
         ([5], "int"),
-        ([{"name": "default"}], "NoneType"),
+        ([{"name": "default"}], "null"),
         ({"default": 5}, "int"),
         ([{"name": "a-b", "template": "x"}, {"name": "a b", "template": "y"}], "two that are a_b there"),
     ],

@@ -123,7 +123,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "array longer than the file": (file_of(entry(b"a", 9, struct.pack("<IQ", 4, 1 << 61))), "an array of at most"),
     "array in an array": (file_of(entry(b"a", 9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 4, 0))), "nested|array"),
     "unknown value type": (file_of(entry(b"a", 13, b"")), "type"),
-    "a key twice": (file_of(entry(b"a", 0, b"\1"), entry(b"a", 0, b"\2")), "stands twice"),
+    "a key twice": (file_of(entry(b"a", 0, b"\1"), entry(b"a", 0, b"\2")), "appears twice"),
     "alignment 0": (file_of(entry(b"general.alignment", 4, struct.pack("<I", 0))), "alignment"),
     "alignment 24": (file_of(entry(b"general.alignment", 4, struct.pack("<I", 24))), "alignment"),
     "alignment of text": (file_of(entry(b"general.alignment", 8, struct.pack("<Q1s", 1, b"8"))), "alignment"),
@@ -135,7 +135,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "beyond the end": (file_of(tensors=tensor(b"t", (4,), offset=1 << 40), count=1), "truncated or its header lies"),
     "crooked offset": (file_of(tensors=tensor(b"t", (4,), offset=4), count=1), "multiple of 32"),
     "overlap": (file_of(tensors=tensor(b"t", (64,)) + tensor(b"u", (8,), offset=32), count=2), "overlap"),
-    "a tensor twice": (file_of(tensors=tensor(b"t", (4,)) + tensor(b"t", (4,), offset=32), count=2), "stands twice"),
+    "a tensor twice": (file_of(tensors=tensor(b"t", (4,)) + tensor(b"t", (4,), offset=32), count=2), "appears twice"),
 }
 
 

@@ -41,7 +41,7 @@ def test_a_file(tmp_path: Path) -> None:
     assert read_json(path, 20) == ["é"]
     with pytest.raises(FormatError, match="Unexpected UTF-8 BOM"):
         read_json(path, 20, strict=True)
-    with pytest.raises(FormatError, match="expected a JSON object, got list"):
+    with pytest.raises(FormatError, match="expected a JSON object, got a list"):
         read_json_object(path, 20)
     with pytest.raises(FormatError, match="expected at most 8 bytes, got 9"):
         read_json(path, 8)

@@ -61,7 +61,7 @@ def _(world: World) -> None:
     with pytest.raises(InputError, match="minima: expected float16 or float32"):
         world.exported("qalora", adapter=world.adapter, minima="fp8")
     for option in ({"minima": "float32"}, {"convention": "official"}):
-        with pytest.raises(InputError, match=f"`{next(iter(option))}` is of a fold: expected an adapter to fold"):
+        with pytest.raises(InputError, match=f"`{next(iter(option))}` needs an adapter to fold"):
             world.exported("qalora", **option)
 
 

@@ -110,7 +110,7 @@ def _(world: World) -> None:
     usual = quantized(world, method="gptq", bits=3, **given)
     for name, value in (("calibration_tokens", 16), ("calibration_length", 32)):
         assert unlike(quantized(world, method="gptq", bits=3, **{**given, name: value}), usual)
-        with pytest.raises(InputError, match=f"`{name}` is of the text that `calibration` gives"):
+        with pytest.raises(InputError, match=f"`{name}` needs a text"):
             quantized(world, **{name: value})
 
 

@@ -116,7 +116,7 @@ def test_odd_names_are_valid_too(manifest: Json, name: str) -> None:
 
 def test_tensors_of_another_form(manifest: Json) -> None:
     manifest["base"]["tensors"]["x"] = {"bits": "4", "group_size": None}
-    with pytest.raises(FormatError, match=r"base\.tensors\.x\.shape: expected this key"):
+    with pytest.raises(FormatError, match=r"base\.tensors\.x\.shape: this key is missing"):
         bom_of(manifest)
 
 

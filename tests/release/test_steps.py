@@ -176,7 +176,7 @@ def test_results_are_kept_on_request(store: Store, recipe: Path) -> None:
 def test_a_folder_with_other_things_is_refused(tmp_path: Path, recipe: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letters").write_text("dear", encoding="utf-8")
-    with pytest.raises(InputError, match="holds other things"):
+    with pytest.raises(InputError, match="holds files that no recipe made"):
         Store(tmp_path / "home", recipe)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="a file or a link"):

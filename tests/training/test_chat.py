@@ -164,7 +164,7 @@ def test_templates_that_always_ask(tmp_path: Path) -> None:
             for n, turn in enumerate(TURNS[1::2])
         ]
         assert documents[-1].text.rstrip().endswith(mark), "no question without an answer behind it"
-        with pytest.raises(InputError, match="got one that always asks; use prompt and completion"):
+        with pytest.raises(InputError, match="got one that always adds it; use prompt and completion"):
             read(tmp_path, tokenizer_of(name, special=False), TURNS)
 
 
@@ -181,7 +181,7 @@ def test_where_nothing_ends_a_turn_the_end_token_does(tmp_path: Path) -> None:
         (
             "r1",
             TURNS,
-            r"messages\[1\]: expected a chat template that writes before an answer .* got one that asks with '<think>",
+            r"messages\[1\]: expected a chat template whose generation prompt .* got one that ends it with '<think>",
         ),
         ("phi 3, first", [S, *TURNS], r"messages\[0\]: expected a chat template that writes a turn of the role system"),
         ("gemma 2", TURNS[1:], r"messages\[0\]: expected a question before the first answer"),

@@ -98,9 +98,9 @@ def test_rows_of_all_kinds_mix_and_empty_lines_are_skipped(tmp_path: Path, smoll
 
 BAD: dict[str, tuple[bytes, str]] = {
     "no JSON": (b'{"text": "a"}\n{"text": \n', r"a.jsonl:2: expected a JSON object"),
-    "a list": (b"[1]\n", r"a.jsonl:1: expected a JSON object, got list"),
+    "a list": (b"[1]\n", r"a.jsonl:1: expected a JSON object, got a list"),
     "other keys": (b'{"body": "x"}\n', r"a.jsonl:1: expected the key text, .* got body"),
-    "a number": (b'{"text": 3}\n', r"a.jsonl:1: text: expected a string, got int"),
+    "a number": (b'{"text": 3}\n', r"a.jsonl:1: text: expected a string, got a number"),
     "no turns": (b'{"messages": []}\n', r"a.jsonl:1: messages: expected a list of"),
     "turns without role": (b'{"messages": [{"content": "x"}]}\n', r"a.jsonl:1: messages: expected a list of"),
     "no UTF-8": (b'{"text": "\xff"}\n', r"a.jsonl:1: expected UTF-8 text, got the byte 0xff"),

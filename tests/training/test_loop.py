@@ -421,7 +421,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "other seed": (_state(lambda record: record["run"].update(seed=5)), "seed: expected 0, got 5; it is another run's"),
     "other data": (_state(lambda record: record["run"].update(data_sha256="0")), "data_sha256"),
     "other version": (_state(lambda record: record.update(version=1)), "version"),
-    "no step": (_state(lambda record: record.pop("step")), "state.json: step: expected this key, got none"),
+    "no step": (_state(lambda record: record.pop("step")), "state.json: step: this key is missing"),
     "cut": (_cut, "state-2.safetensors"),
 }
 

@@ -251,7 +251,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"messages": [U, A], "images": ["a.png"]},
         "images: expected nothing but what a row of messages may have",
     ),
-    "a number": ({"messages": [U, {**A, "content": 4}]}, r"messages\[1\]: content: expected a string, got int"),
+    "a number": ({"messages": [U, {**A, "content": 4}]}, r"messages\[1\]: content: expected a string, got a number"),
     "nothing said": (
         {"messages": [U, {**A, "content": None, "name": "x"}]},
         "messages: expected a list of {role, content}",
@@ -285,7 +285,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"messages": [U, A], "chat_template_kwargs": {"tokenize": True}},
         "expected a template's own names",
     ),
-    "half a pair": ({"prompt": [U], "completion": "b"}, "prompt: expected a string, got list"),
+    "half a pair": ({"prompt": [U], "completion": "b"}, "prompt: expected a string, got a list"),
 }
 
 

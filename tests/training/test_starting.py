@@ -49,7 +49,7 @@ def test_the_gradient_is_that_of_the_loss(base: Checkpoint, text: Path, tmp_path
 def test_a_gradient_that_is_no_number(tmp_path: Path, text: Path) -> None:
     gradient = torch.ones(4, 3)
     gradient[2, 1] = torch.inf
-    with pytest.raises(InputError, match="the first gradient of q: expected numbers, got some that are not finite"):
+    with pytest.raises(InputError, match="the first gradient of q: expected finite numbers, got NaN or Inf"):
         first_rows({"p": torch.ones(4, 3), "q": gradient}, options(text, tmp_path / "a"), torch.Generator())
 
 

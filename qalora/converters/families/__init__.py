@@ -7,7 +7,7 @@ from typing import Any
 
 from qalora.converters.families import gemma2, gemma3_text, llama, mistral, phi3, qwen2, qwen3, smollm3
 from qalora.converters.families.record import EVERYWHERE, LAYER_KINDS, Family, LayerParts
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 
 __all__ = ["FAMILIES", "LAYER_KINDS", "SOME", "Family", "LayerParts", "family_of", "reads", "text_family"]
 
@@ -41,7 +41,7 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
         raise InputError(
             f"{where}: model_type",
             expected=f"one of {', '.join(FAMILIES)}",
-            got=repr(model_type),
+            got=shown(model_type),
             todo=_missing(config),
         )
     return FAMILIES[model_type]

@@ -15,7 +15,7 @@ from qalora.converters.families import FAMILIES, LAYER_KINDS, Family
 from qalora.converters.gguf.hyperparameters import CARRIED, CONFIG, FREQS, LONGROPE, MODEL_TYPE, yarn_attention
 from qalora.converters.gguf.loaders import check_keys
 from qalora.converters.rope import ORIGINAL, SHARE, llama3_factors, rope_of
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, shown
 from qalora.formats.gguf import Metadata
 
 __all__ = ["config_notes", "config_of", "family_of_metadata"]
@@ -30,10 +30,10 @@ def family_of_metadata(metadata: Metadata, where: object) -> Family:
         if family.model_type == metadata.get(MODEL_TYPE, fitting[0].model_type):
             return family
     known = ", ".join(dict.fromkeys(family.gguf.architecture for family in FAMILIES.values()))
-    got = repr(architecture)
+    got = shown(architecture)
     if fitting and not experts:
         known = ", ".join(family.model_type for family in fitting)
-        raise FormatError(f"{where}: {MODEL_TYPE}", expected=f"one of {known}", got=repr(metadata.get(MODEL_TYPE))[:60])
+        raise FormatError(f"{where}: {MODEL_TYPE}", expected=f"one of {known}", got=shown(metadata.get(MODEL_TYPE)))
     todo = "a mixture of experts: its experts are not read yet" if experts else "see the README"
     raise InputError(f"{where}: general.architecture", expected=f"one of {known}", got=got, todo=todo)
 
@@ -140,7 +140,7 @@ class _Numbers:
     def __call__(self, key: str, default: float | None = None) -> Any:
         value = self.metadata.get(f"{self.prefix}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1 << 31:
-            raise FormatError(f"{self.where}: {self.prefix}.{key}", expected="a positive number", got=repr(value))
+            raise FormatError(f"{self.where}: {self.prefix}.{key}", expected="a positive number", got=shown(value))
         return value
 
     def has(self, key: str) -> bool:
@@ -189,7 +189,7 @@ def _carried_by(metadata: Metadata, where: object) -> dict[str, Any]:
     except (ValueError, RecursionError):
         kept = None
     if not isinstance(kept, dict) or set(kept) - set(CARRIED):
-        raise FormatError(f"{where}: {CONFIG}", expected=f"a JSON object of {', '.join(CARRIED)}", got=repr(given)[:60])
+        raise FormatError(f"{where}: {CONFIG}", expected=f"a JSON object of {', '.join(CARRIED)}", got=shown(given))
     return kept
 
 
@@ -223,13 +223,13 @@ def _scaling_of(read: _Numbers) -> tuple[str, float]:
     """The kind of scaling, and what positions are divided by: 1 where the kind is none, whatever the factor."""
     kind = read.metadata.get(f"{read.prefix}.rope.scaling.type", "linear")
     if kind not in SCALINGS:
-        raise InputError(f"{read.where}: rope.scaling.type", expected=" or ".join(SCALINGS), got=repr(kind)[:60])
+        raise InputError(f"{read.where}: rope.scaling.type", expected=" or ".join(SCALINGS), got=shown(kind))
     factor = read.metadata.get(f"{read.prefix}.rope.scaling.factor")
     if factor is None:  # its name in 2023
         factor = read.metadata.get(f"{read.prefix}.rope.scale_linear", 0.0)
     if not isinstance(factor, float) or not 0 <= factor < 1 << 31:
         what = f"{read.where}: {read.prefix}.rope.scaling.factor"
-        raise FormatError(what, expected="a real number from 0", got=repr(factor)[:60])
+        raise FormatError(what, expected="a real number from 0", got=shown(factor))
     return str(kind), 1.0 if kind == "none" or factor == 0 else factor
 
 
@@ -283,4 +283,6 @@ def _llama3_of(read: _Numbers, plain: dict[str, Any], factors: Tensor, size: int
         expected = llama3_factors(rope, size)
         if bool(((factors.double() - expected).abs() <= 1e-5 * expected).all()):
             return rope.parameters()
-    raise InputError(f"{read.where}: {FREQS}", expected="the factors of Llama 3.1", got="others")
+    raise InputError(
+        f"{read.where}: {FREQS}", expected="the factors of Llama 3.1", got=f"factors up to {float(factors.max()):g}"
+    )

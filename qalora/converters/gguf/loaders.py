@@ -12,7 +12,7 @@ from typing import Any
 from qalora.converters.decoder import FULL, Decoder, check_activation
 from qalora.converters.families import Family
 from qalora.converters.rope import check_rope, two_tables
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 
 __all__ = [
     "check_keys",
@@ -68,7 +68,7 @@ def check_keys(keys: Mapping[str, Any], family: Family, where: object) -> None:
             raise InputError(
                 f"{where}: {key}",
                 expected=f"no such key, or 0, in a {family.model_type}",
-                got=repr(value)[:60],
+                got=shown(value),
                 todo="it may change what llama.cpp computes, and is not understood here",
             )
 
@@ -89,7 +89,7 @@ def refuse(decoder: Decoder, where: object) -> None:
             raise InputError(
                 f"{where}: rope_type",
                 expected=" or ".join(known),
-                got=repr(rope.kind),
+                got=shown(rope.kind),
                 todo="use gptq" if rope.kind == "dynamic" else "export it to onnx or gptq",
             )
         check_rope(rope, decoder.head_size, where)
@@ -107,7 +107,11 @@ def refuse(decoder: Decoder, where: object) -> None:
             raise InputError(f"{where}: layer_types", expected=expected, got=f"{layer.window} in layer {n}")
         if (layer.rope is None) != (loader.unrotated is not None and (n + 1) % loader.unrotated == 0):
             expected = f"layers without rotary positions at every {loader.unrotated}th"
-            raise InputError(f"{where}: no_rope_layers", expected=expected, got=f"another kind of layer at {n}")
+            raise InputError(
+                f"{where}: no_rope_layers",
+                expected=expected,
+                got=f"layer {n} {'without' if layer.rope is None else 'with'} rotary positions",
+            )
 
 
 def check_tensors(names: Collection[str], family: Family, where: object) -> None:

@@ -31,7 +31,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.families import family_of
 from qalora.converters.format import LoraContent
 from qalora.converters.gguf.names import gguf_names, head_count, rows_from, rows_to
-from qalora.errors import AdapterError, FormatError
+from qalora.errors import AdapterError, FormatError, shown
 from qalora.formats.files import InputFile
 from qalora.formats.gguf import (
     GgufFile,
@@ -81,7 +81,7 @@ def plan_lora(adapter: Adapter, model: Checkpoint, name: str | None = None) -> G
                 f"gguf-lora: {weight}",
                 expected=f"a weight {list(layer.shape)} of {model.path}",
                 got=str(got),
-                todo="it is an adapter of another model",
+                todo="the adapter belongs to a different model",
             )
     names = {weight.removesuffix(".weight"): gguf for weight, gguf in known.items()}
     names = {module: gguf for module, gguf in names.items() if module in adapter.layers}
@@ -181,7 +181,7 @@ def _opened(path: Path) -> GgufFile:
     file = read_header(path)
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         if file.metadata.get(key) != wanted:
-            raise FormatError(f"{path}: {key}", expected=wanted, got=repr(file.metadata.get(key)))
+            raise FormatError(f"{path}: {key}", expected=wanted, got=shown(file.metadata.get(key)))
     return file
 
 
@@ -210,7 +210,7 @@ def read_lora(path: Path, model: Checkpoint) -> Adapter:
     file, family = _opened(path), family_of(model.config, model.path)
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
-        raise FormatError(f"{path}: adapter.lora.alpha", expected="a finite float", got=repr(alpha)[:60])
+        raise FormatError(f"{path}: adapter.lora.alpha", expected="a finite float", got=shown(alpha))
     known = gguf_names(family, int(model.config["num_hidden_layers"]))
     weights = {gguf: weight for weight, gguf in known.items() if weight in model.tensors}
     pairs, layers = _pairs(file), {}
@@ -222,7 +222,7 @@ def read_lora(path: Path, model: Checkpoint) -> Adapter:
                 f"{path}: {name}",
                 expected=f"a weight of {model.path}",
                 got=f"one of shape {[b.shape[0], a.shape[1]]}",
-                todo="it is an adapter of another model",
+                todo="the adapter belongs to a different model",
             )
         rows, heads = _matrix(file, b), head_count(family, model.config, weight)
         factor = alpha / a.shape[0] if alpha else 1.0

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qalora.converters.gguf.chat import Turns, turns_of
-from qalora.errors import FormatError
+from qalora.errors import FormatError, shown
 from qalora.formats.gguf import Metadata
 from qalora.formats.gguf_ends import FILLING, eog_of, marked
 
@@ -123,7 +123,7 @@ def _listed(metadata: Metadata, key: str) -> tuple[Any, ...]:
     """An array of the vocabulary; FormatError for what is none."""
     value = metadata.get(f"tokenizer.ggml.{key}", ())
     if not isinstance(value, tuple):
-        raise FormatError(f"tokenizer.ggml.{key}", expected="a list", got=f"{value!r:.60}", todo="convert it again")
+        raise FormatError(f"tokenizer.ggml.{key}", expected="a list", got=shown(value), todo="convert it again")
     return value
 
 

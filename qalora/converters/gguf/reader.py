@@ -21,7 +21,7 @@ from qalora.converters.huggingface import check_shapes, zero_biases
 from qalora.converters.plan import PROVENANCE
 from qalora.converters.settings import linear_names
 from qalora.converters.specs import TENSORS, fits, parse_specs, restored
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, json_kind
 from qalora.formats.files import InputFile
 from qalora.formats.gguf import GgufFile, Metadata, TensorInfo
 from qalora.formats.gguf_blocks import BLOCK_TYPES, FLOAT_BLOCKS, decode, dequantize
@@ -46,7 +46,7 @@ def read(path: Path) -> Checkpoint:
     family = family_of_metadata(file.metadata, path)
     for needed in ("token_embd.weight", "output_norm.weight"):
         if needed not in file.tensors:
-            raise FormatError(f"{path}: tensor {needed}", expected="it in a model's file", got="no such tensor")
+            raise FormatError(f"{path}: missing tensor {needed}, which every model has")
     shapes = {name: info.shape for name, info in file.tensors.items()}
     config = config_of(file.metadata, family, path, shapes=shapes, factors=_factors(file))
     linears = linear_names(config, path)
@@ -64,7 +64,7 @@ def read(path: Path) -> Checkpoint:
         tensors[name] = _without_one(lazy) if family.adds_one(name) else lazy
     check_tensors(tensors, family, path)
     zeros = zero_biases(path, config, tensors)
-    check_shapes(path, config, tensors | zeros, "its metadata say")
+    check_shapes(path, config, tensors | zeros, "its metadata")
     notes = (*_restore(file, tensors), *_float_notes(file), *config_notes(file.metadata, family, path))
     tensors |= zeros
     kept = {key: value for key, value in file.metadata.entries.items() if not _of_this_file(key)}
@@ -83,7 +83,7 @@ def _restore(file: GgufFile, tensors: dict[str, LazyTensor]) -> tuple[str, ...]:
     if text is None:
         return ()
     if not isinstance(text, str):
-        raise FormatError(f"{file.path}: {TENSORS}", expected="a string", got=type(text).__name__)
+        raise FormatError(f"{file.path}: {TENSORS}", expected="a string", got=json_kind(text))
     stale = []
     for module, spec in parse_specs(text, str(file.path)).items():
         name = f"{module}.weight"
@@ -126,7 +126,7 @@ def _factors(file: GgufFile) -> dict[str, Tensor]:
         with InputFile(file.place(name)) as opened:
             found[name] = opened.tensor(info.offset, 4 * info.shape[0]).view(torch.float32)
         if not bool((found[name] > 0).all()):
-            raise FormatError(f"{file.path}: {name}", expected="numbers above 0", got="others")
+            raise FormatError(f"{file.path}: {name}", expected="numbers above 0", got=f"{float(found[name].min()):g}")
     return found
 
 
@@ -193,7 +193,7 @@ def _without_one(lazy: LazyTensor) -> LazyTensor:
     def read(start: int, stop: int) -> Tensor:
         values = lazy.read(start, stop)
         if not isinstance(values, Tensor):
-            raise FormatError(lazy.name, expected="floats", got="blocks")
+            raise FormatError(lazy.name, expected="floats", got="blocks of integers")
         return values.float() - 1
 
     return replace(lazy, dtype=torch.float32, read=read)

@@ -25,7 +25,7 @@ from qalora.converters.tokenizer import (
     read_json,
     template_name,
 )
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, shown
 from qalora.formats.gguf import Metadata, Value, ValueType
 from qalora.formats.text import check_text
 
@@ -61,7 +61,7 @@ def gguf_tokenizer(
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise FormatError(f"{model.path}: its tokenizer", expected="a BPE", got=f"{error!r:.120}") from error
+        raise FormatError(f"{model.path}: its tokenizer", expected="a BPE", got=shown(error)) from error
     entries |= templates
     if space and kept is None:
         raise space.refusal()
@@ -75,10 +75,10 @@ def _entries(
 ) -> tuple[dict[str, Value], OtherSpace]:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if content["model"].get(key):
-            got = repr(content["model"][key])[:80]
+            got = shown(content["model"][key])
             raise InputError(f"{model.path}: tokenizer.json: {key}", expected="none, as in llama.cpp", got=got)
     if content["model"].get("type") != "BPE":
-        got = repr(content["model"].get("type"))[:80]
+        got = shown(content["model"].get("type"))
         raise InputError(
             f"{model.path}: tokenizer.json: model",
             expected="a BPE, as llama.cpp has it here",
@@ -184,7 +184,7 @@ def _check_normalizer(model: Checkpoint, normalizer: Mapping[str, Any] | None) -
         raise InputError(
             f"{model.path}: tokenizer.json: normalizer",
             expected="none, or NFC, since llama.cpp changes no text before it cuts it",
-            got=repr(", ".join(kinds))[:120],
+            got=shown(", ".join(kinds)),
             todo=elsewhere(),
         )
 

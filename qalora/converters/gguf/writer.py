@@ -64,7 +64,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GgufPlan:
     check_tensors(model.tensors, family, f"gguf: {model.path}")
     for name in (*norm_names(model.config, model.path), "model.embed_tokens.weight"):
         if name not in model.tensors:
-            raise InputError(f"{model.path}: tensor {name}", expected="it, as config.json says", got="no such tensor")
+            raise InputError(f"{model.path}: missing tensor {name}, which config.json requires")
     carriers = {name: _carrier(lazy, model, options) for name, lazy in model.tensors.items()}
     kinds = Counter(kind for name, (kind, _) in carriers.items() if name in model.linears)
     common = kinds.most_common(1)[0][0]
@@ -264,7 +264,11 @@ def _bytes(tile: Tensor | GroupQuantTensor, planned: PlannedTensor) -> Tensor:
         if name == "min" and BLOCK_TYPES[planned.carrier].zero is not None:
             continue
         if not bool(torch.isfinite(values.half()).all()):
-            raise InputError(f"{planned.name}: {name}", expected="values within float16's 65504", got="larger ones")
+            raise InputError(
+                f"{planned.name}: {name}",
+                expected="values within float16's 65504",
+                got=f"{float(values.abs().max()):g}",
+            )
         if planned.loss is None and not holds_float16(values):
             raise ValueError(f"{planned.name}: its spec promises {name} that float16 holds, and it has others")
     return encode(blocks, planned.carrier)

@@ -59,7 +59,8 @@ def pooling_matrix(columns: int, group_size: int, g_idx: Tensor | None) -> Tenso
     """A: float16 [in/group_size, in], 1 where the column belongs to the group."""
     index = torch.arange(columns) // group_size if g_idx is None else g_idx.long()
     if index.shape[0] != columns or int(index.min()) < 0 or int(index.max()) >= columns // group_size:
-        raise FormatError("g_idx", expected=f"{columns} values in 0..{columns // group_size - 1}", got="others")
+        got = f"{index.shape[0]} values in {int(index.min())}..{int(index.max())}"
+        raise FormatError("g_idx", expected=f"{columns} values in 0..{columns // group_size - 1}", got=got)
     matrix = torch.zeros(columns // group_size, columns, dtype=torch.float16)
     matrix[index, torch.arange(columns)] = 1
     return matrix
@@ -119,7 +120,9 @@ class StoredResidual:
         with InputFile(self.path) as file:
             if not torch.equal(read_tensor(file, self.a).to(pooling.dtype), pooling):
                 raise FormatError(
-                    f"{self.path}: lora_A", expected="the pooling matrix, as in the other layers", got="something else"
+                    f"{self.path}: lora_A",
+                    expected="the pooling matrix, as in the other layers",
+                    got="different values",
                 )
             return read_tensor(file, self.b, start, stop)
 

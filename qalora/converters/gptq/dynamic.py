@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora.adapter.peft_config import PATTERNS, STEPS, is_safe, matching_steps
-from qalora.errors import FormatError
+from qalora.errors import FormatError, json_kind, shown
 from qalora.formats.gptq import BITS
 
 __all__ = ["Rule", "check_rules", "parse_rules", "rule_of"]
@@ -61,7 +61,7 @@ def parse_rules(content: object, where: str) -> tuple[Rule, ...]:
     if content is None:
         return ()
     if not isinstance(content, dict):
-        raise FormatError(where, expected="an object of rules", got=type(content).__name__)
+        raise FormatError(where, expected="an object of rules", got=json_kind(content))
     if len(content) > PATTERNS:
         raise FormatError(where, expected=f"at most {PATTERNS} rules", got=str(len(content)))
     return tuple(_rule(text, value, f"{where}: rule {text[:120]!r}") for text, value in content.items())
@@ -71,16 +71,16 @@ def _rule(text: str, content: object, where: str) -> Rule:
     out = text.startswith("-:")
     told = {} if content is None else content
     if not isinstance(told, dict):
-        raise FormatError(where, expected="an object", got=type(content).__name__)
+        raise FormatError(where, expected="an object", got=json_kind(content))
     pattern = _compiled(text[2:] if text[:2] in ("-:", "+:") else text, where)
     if out:
         return Rule(text=text, pattern=pattern, out=True, bits=None, group_size=None)
     _check_keys(told, where)
     bits, group_size = told.get("bits"), told.get("group_size")
     if bits is not None and (type(bits) is not int or bits not in BITS):
-        raise FormatError(f"{where}: bits", expected=f"one of {', '.join(map(str, BITS))}", got=repr(bits)[:80])
+        raise FormatError(f"{where}: bits", expected=f"one of {', '.join(map(str, BITS))}", got=shown(bits))
     if group_size is not None and (type(group_size) is not int or (group_size != -1 and group_size < 1)):
-        raise FormatError(f"{where}: group_size", expected="-1 or a whole number from 1", got=repr(group_size)[:80])
+        raise FormatError(f"{where}: group_size", expected="-1 or a whole number from 1", got=shown(group_size))
     return Rule(text=text, pattern=pattern, out=False, bits=bits, group_size=group_size)
 
 
@@ -90,15 +90,17 @@ def _check_keys(told: Mapping[str, Any], where: str) -> None:
             continue
         raise FormatError(
             f"{where} says {key[:60]!r}",
-            expected="bits, group_size, or how the codes were found",
-            got=f"{value!r:.80}",
+            expected="bits, group_size, or a setting of the method",
+            got=shown(value),
             todo="quantize the model again without it",
         )
 
 
 def _compiled(text: str, where: str) -> re.Pattern[str]:
     if not is_safe(text):
-        raise FormatError(where, expected="an expression without repeated groups or many repetitions", got="another")
+        raise FormatError(
+            f"{where}: an expression with repeated groups or too many repetitions, which could run for ever"
+        )
     try:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:

@@ -61,7 +61,7 @@ def encode(tensor: GroupQuantTensor, form: Form) -> Encoded:
     if form == "own":
         zero = integer_zeros(tensor)
         if zero is None:
-            raise ExactnessError("zero points", expected="integers in every group, as its spec says", got="others")
+            raise ExactnessError("zero points", expected="integers in every group, as its spec says", got="real ones")
         return Encoded(packed=tensor.packed, scale=scale, zero=zero, bits=tensor.bits)
     left = to_residual(replace(tensor, scale=scale.float()), "symmetric" if form == "symmetric" else "nearest")
     return Encoded(
@@ -101,7 +101,12 @@ def _eight_bit(tensor: GroupQuantTensor) -> Encoded:
         for kept, new in ((worst, error), (shift, k), (middle, z + k), (fine, step)):
             kept[better] = new[better]
     if bool((~constant & (times == 0)).any()):
-        raise InputError("zero points", expected="some near the codes", got="others", todo="use `gptq_form` auto")
+        raise InputError(
+            "zero points",
+            expected="values that 8-bit codes can hold",
+            got="values too far from the codes",
+            todo="use `gptq_form` auto",
+        )
     codes = _spread(times, tensor) * tensor.codes() + _spread(shift, tensor)
     return Encoded(
         packed=pack_codes(codes.to(torch.uint8), 8), scale=_float16(fine.float()), zero=middle.to(torch.uint8), bits=8

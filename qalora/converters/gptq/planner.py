@@ -31,7 +31,7 @@ from qalora.converters.gptq.forms import Form, encode
 from qalora.converters.gptq.head import HEAD, head_fits, head_settings
 from qalora.converters.gptq.reader import MAKER
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, PlannedTensor
-from qalora.errors import AdapterError, InputError
+from qalora.errors import AdapterError, InputError, shown
 from qalora.formats.gptq import BITS
 from qalora.formats.safetensors import Layout, Part, ShardedLayout, plan_layout, plan_shards
 from qalora.tensor import QuantSpec, holds_float16
@@ -120,15 +120,16 @@ def _specs(model: Checkpoint) -> dict[str, QuantSpec]:
     if len(specs) < len(model.linears) or not specs:
         missing = next((name for name in model.linears if name not in specs), "the model")
         raise InputError(f"gptq: {missing} holds floats", todo="quantize the model first: qalora quantize")
-    if len({spec.bits for spec in specs.values()}) > 1:
-        raise InputError("gptq", expected="one width in all layers", got="several", todo="export to gguf, mlx or onnx")
+    if len(widths := sorted({spec.bits for spec in specs.values()})) > 1:
+        got = f"{', '.join(map(str, widths))} bits"
+        raise InputError("gptq", expected="one width in all layers", got=got, todo="export to gguf, mlx or onnx")
     return specs
 
 
 def _form(model: Checkpoint, specs: Mapping[str, QuantSpec], wanted: str) -> Form:
     forms: dict[str, Form] = {"auto": "symmetric", "nearest": "nearest", "round": "round", "eight-bit": "eight-bit"}
     if wanted not in forms:
-        raise InputError(field="gptq_form", expected=f"one of {', '.join(forms)}", got=repr(wanted))
+        raise InputError(field="gptq_form", expected=f"one of {', '.join(forms)}", got=shown(wanted))
     bits = next(iter(specs.values())).bits
     if wanted == "eight-bit" and bits == 8 and not ships_adapter(model):
         raise InputError("gptq: form eight-bit", expected="fewer than 8 bits", got="8", todo="use `gptq_form` auto")
@@ -177,7 +178,7 @@ def _check_adapter(model: Checkpoint, adapter: Adapter) -> None:
         raise InputError(
             "gptq: an adapter beside the base",
             expected="a base with integer zero points",
-            got="real ones",
+            got="real zero points",
             todo="fold it",
         )
     for module, layer in adapter.layers.items():

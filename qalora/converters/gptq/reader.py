@@ -27,7 +27,7 @@ from qalora.converters.gptq.beside import ADAPTER_CONFIG, StoredResidual, find_r
 from qalora.converters.gptq.dynamic import Rule, check_rules, parse_rules, rule_of
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.settings import linear_names
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, json_kind, shown
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import BITS, Version, unpack_qweight, unpack_qzeros
 from qalora.formats.safetensors import Entry, load_tensor
@@ -134,18 +134,18 @@ def _settings(folder: Path, config: object) -> _Settings:
         config = read_config(folder, SETTINGS)
         where = f"{folder}/{SETTINGS}"
     if not isinstance(config, dict):
-        raise FormatError(where, expected="an object", got=type(config).__name__)
+        raise FormatError(where, expected="an object", got=json_kind(config))
     method = config.get("quant_method", "gptq")
     if method != "gptq":
-        raise FormatError(f"{where}: quant_method", expected="gptq", got=repr(method))
+        raise FormatError(f"{where}: quant_method", expected="gptq", got=shown(method))
     bits, group_size = config.get("bits"), config.get("group_size", -1)
     if type(bits) is not int or bits not in BITS:
-        raise FormatError(f"{where}: bits", expected=f"one of {', '.join(map(str, BITS))}", got=repr(bits))
+        raise FormatError(f"{where}: bits", expected=f"one of {', '.join(map(str, BITS))}", got=shown(bits))
     if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise FormatError(f"{where}: group_size", expected="-1 or a whole number from 1", got=repr(group_size))
+        raise FormatError(f"{where}: group_size", expected="-1 or a whole number from 1", got=shown(group_size))
     label: Any = config.get("checkpoint_format") or config.get("format") or "gptq"
     if label not in ("gptq", "gptq_v2"):
-        raise FormatError(f"{where}: checkpoint_format", expected="gptq or gptq_v2", got=repr(label))
+        raise FormatError(f"{where}: checkpoint_format", expected="gptq or gptq_v2", got=shown(label))
     meta = config.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     ours = MAKER in str(meta.get("quantizer"))
@@ -184,7 +184,7 @@ def _layer(folder: Path, module: str, stored: _Stored, settings: _Settings) -> _
     parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
     for part in ("qweight", "qzeros", "scales"):
         if part not in parts:
-            raise FormatError(f"{where}.{part}", expected="a tensor", got="none")
+            raise FormatError(f"{where}: missing tensor {part}")
     entries = {part: entry for part, (_, entry) in parts.items()}
     _check_dtypes(where, entries)
     words, rows = entries["qweight"].shape
@@ -262,7 +262,7 @@ def _version(
     """How zero points are stored, whether every layer must be symmetric, and notes."""
     if override is not None:
         if override not in ("gptq", "gptq_v2"):
-            raise InputError("checkpoint_format", expected="gptq or gptq_v2", got=repr(override))
+            raise InputError("checkpoint_format", expected="gptq or gptq_v2", got=shown(override))
         return ("gptq" if override == "gptq" else "gptq_v2"), False, ()
     if settings.ours:
         return settings.label, settings.symmetric, ()
@@ -311,7 +311,7 @@ def _lazy(
             raise FormatError(
                 f"{layer.module}.qzeros",
                 expected="symmetric zero points, as in the first layers",
-                got="others",
+                got="asymmetric zero points",
                 todo="say how they are stored with `checkpoint_format` gptq or gptq_v2",
             )
         minimum = -scale * zero
@@ -319,7 +319,9 @@ def _lazy(
             c = residual.c(pooling_matrix(layer.columns, layer.group_size, layer.g_idx), start, stop)
             minimum = from_residual(scale, zero, c)
             if spec.min_dtype == torch.float16 and not holds_float16(minimum):
-                raise FormatError(f"{layer.module}", expected="minima that float16 holds, as meta says", got="others")
+                raise FormatError(
+                    f"{layer.module}", expected="minima that float16 holds, as meta says", got="minima that it rounds"
+                )
         return GroupQuantTensor(
             packed=unpack_qweight(layer.columns_of("qweight", start, stop)),
             scale=scale,

@@ -21,7 +21,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.specs import TENSORS, check_values, stored_specs
-from qalora.errors import FormatError
+from qalora.errors import FormatError, shown
 from qalora.formats.hqq import BITS, from_zeros, packed_shape, to_zeros, unpack_groups
 from qalora.formats.safetensors import Entry, load_tensor
 from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
@@ -54,7 +54,7 @@ def read(folder: Path) -> Checkpoint:
     for module in modules:
         tensors[f"{module}.weight"] = _layer(folder, module, stored, known.pop(module, None))
     if known:
-        raise FormatError(f"{folder}: {TENSORS}", expected="layers of the file", got=repr(next(iter(known)))[:120])
+        raise FormatError(f"{folder}: {TENSORS}", expected="layers of the file", got=shown(next(iter(known))))
     return model_of(folder, "hqq", config, tensors)
 
 
@@ -65,7 +65,7 @@ def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) 
     parts = {}
     for part in ("W_q", "scale", "zero"):
         if f"{module}.{part}" not in stored:
-            raise FormatError(where, expected=f"a tensor {module}.{part}", got="none")
+            raise FormatError(f"{where}: missing tensor {module}.{part}")
         parts[part] = stored[f"{module}.{part}"]
     _check_parts(where, {part: entry for part, (_, entry) in parts.items()}, bits, group_size, rows * groups)
     scales = parts["scale"][1].dtype
@@ -78,7 +78,9 @@ def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) 
     )
     if (spec.bits, spec.group_size) != (bits, group_size):
         raise FormatError(
-            f"{where}: {TENSORS}", expected=f"{bits} bits in groups of {group_size}", got=repr(spec)[:120]
+            f"{where}: {TENSORS}",
+            expected=f"{bits} bits in groups of {group_size}",
+            got=f"{spec.bits} in groups of {spec.group_size}",
         )
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
@@ -101,7 +103,9 @@ def _joined(packed: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Gro
     if spec.zeros == "real" and spec.min_dtype is torch.float16:
         minimum = minimum.half().float()
         if not bool(torch.isfinite(minimum).all()) or not all(map(torch.equal, to_zeros(scale, minimum), stored)):
-            raise FormatError("zero", expected=f"those of float16 minima, as {TENSORS} says", got="others")
+            raise FormatError(
+                "zero", expected=f"the zeros of float16 minima, as {TENSORS} says", got="different values"
+            )
     return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=spec.bits, group_size=spec.group_size)
 
 
@@ -116,7 +120,9 @@ def _description(where: str, module: str, stored: _Stored) -> tuple[int, int, tu
     for name, wanted in (("axis", 1), ("view_as_float", 0), ("quant_scale", 0), ("quant_zero", 0)):
         found = value(name, None if name == "axis" else 0)
         if found != wanted:
-            raise FormatError(f"{where}.{name}", expected=str(wanted), got=str(found)[:80], todo="it is not read here")
+            raise FormatError(
+                f"{where}.{name}", expected=str(wanted), got=str(found)[:80], todo="this kind of layer is not supported"
+            )
     bits, group_size, shape = value("nbits"), value("group_size"), value("shape")
     sizes = shape if isinstance(shape, list) and len(shape) == 2 else [0, 0]
     if bits not in BITS or type(group_size) is not int or not group_size > 0 or min(sizes) < 1:
@@ -130,7 +136,7 @@ def _description(where: str, module: str, stored: _Stored) -> tuple[int, int, tu
 def _small(where: str, module: str, name: str, stored: _Stored) -> Any:
     """The whole numbers of a tensor that describes a layer."""
     if f"{module}.{name}" not in stored:
-        raise FormatError(where, expected=f"a tensor {module}.{name}", got="none")
+        raise FormatError(f"{where}: missing tensor {module}.{name}")
     path, entry = stored[f"{module}.{name}"]
     if entry.dtype not in (torch.uint8, torch.int32, torch.int64) or len(entry.shape) > 1 or entry.nbytes > 8 * SMALL:
         raise FormatError(f"{where}.{name}", expected="whole numbers", got=f"{entry.dtype} {list(entry.shape)}")

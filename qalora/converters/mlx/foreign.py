@@ -17,7 +17,7 @@ from qalora.converters.families import LAYER_KINDS, Family, family_of
 from qalora.converters.mlx.config import mlx_config, no_window, window_beyond
 from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE
 from qalora.converters.settings import check_config
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 
 __all__ = ["as_it_was", "as_mlx_reads", "ties"]
 
@@ -82,7 +82,7 @@ def _read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     family = family_of(config, where)
     mlx = family.mlx
     if config.get("rope_traditional") and not mlx.ordered:
-        raise InputError(f"{where}: rope_traditional", expected="false", got=repr(config["rope_traditional"])[:60])
+        raise InputError(f"{where}: rope_traditional", expected="false", got=shown(config["rope_traditional"]))
     windows = isinstance(config.get("layer_types"), list) and LAYER_KINDS[1] in config["layer_types"]
     if family.windows == "none" and windows:
         expected = f"{LAYER_KINDS[0]} alone in a {family.model_type}"
@@ -143,5 +143,5 @@ def _number(scaling: Mapping[str, Any], key: str) -> float:
     """A finite number of a scaling; InputError for what is none."""
     value = scaling.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"mlx: rope {key}", expected="a number", got=repr(value)[:60])
+        raise InputError(f"mlx: rope {key}", expected="a number", got=shown(value))
     return float(value)

@@ -17,7 +17,7 @@ from qalora.converters.families import family_of
 from qalora.converters.huggingface import HEAD, float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.mlx.foreign import as_it_was, as_mlx_reads, ties
 from qalora.converters.specs import TENSORS, restored, stored_specs
-from qalora.errors import FormatError
+from qalora.errors import FormatError, json_kind, shown
 from qalora.formats.mlx import GROUP_SIZES, unpack_words
 from qalora.formats.safetensors import Entry, load_tensor
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
@@ -35,7 +35,7 @@ def read(folder: Path) -> Checkpoint:
     settings = config.pop("quantization", None)
     copy = config.pop("quantization_config", None)
     if not isinstance(settings, dict):
-        raise FormatError(f"{folder}: quantization", expected="an object", got=type(settings).__name__)
+        raise FormatError(f"{folder}: quantization", expected="an object", got=json_kind(settings))
     stored = stored_tensors(folder)
     modules = sorted(name.removesuffix(".scales") for name in stored if name.endswith(".scales"))
     taken = {f"{module}.{part}" for module in modules for part in PARTS}
@@ -46,7 +46,7 @@ def read(folder: Path) -> Checkpoint:
     for module, spec in ours.items():
         name = f"{module}.weight"
         if name not in tensors:
-            raise FormatError(f"{folder}: {TENSORS}", expected="tensors of the file", got=repr(name)[:120])
+            raise FormatError(f"{folder}: {TENSORS}", expected="tensors of the file", got=shown(name))
         tensors[name] = restored(tensors[name], spec)
     notes: tuple[str, ...] = ()
     if not ours:
@@ -66,10 +66,12 @@ def _as_mlx_reads(
     family, stored = family_of(config, folder), HEAD in tensors
     tied = ties(config, family, stored=stored)
     if not stored and not tied:
-        raise FormatError(f"{folder}: tensor {HEAD}", expected="it, as config.json says", got="no such tensor")
+        raise FormatError(f"{folder}: missing tensor {HEAD}, which config.json requires")
     read, notes = as_mlx_reads(config, folder.name)
     if stored and tied and (family.mlx.ties == "always" or tensors[HEAD].spec is not None):
-        raise FormatError(f"{folder}: tensor {HEAD}", expected="none beside a tied output, in mlx-lm", got="one")
+        raise FormatError(
+            f"{folder}: tensor {HEAD} beside an output that is tied to the embedding, which mlx-lm refuses"
+        )
     if stored and tied:
         tensors = {name: lazy for name, lazy in tensors.items() if name != HEAD}
         notes = (*notes, f"{folder.name}: mlx-lm ties the output to the embedding, and passes {HEAD} over")
@@ -82,7 +84,7 @@ def _quantized(folder: Path, module: str, stored: _Stored, settings: Mapping[str
     parts = {}
     for part in PARTS:
         if f"{module}.{part}" not in stored:
-            raise FormatError(where, expected=f"a tensor {module}.{part}", got="none")
+            raise FormatError(f"{where}: missing tensor {module}.{part}")
         parts[part] = stored[f"{module}.{part}"]
     rows, columns = _check_parts(where, {part: entry for part, (_, entry) in parts.items()}, bits, group_size)
     spec = QuantSpec(
@@ -120,7 +122,7 @@ def _sizes(where: str, module: str, settings: Mapping[str, Any]) -> tuple[int, i
         raise FormatError(
             f"{where}: quantization.mode",
             expected="affine",
-            got=repr(mode)[:80],
+            got=shown(mode),
             todo="start from another quantization of this model",
         )
     bits, group_size = entry.get("bits"), entry.get("group_size")
@@ -129,7 +131,7 @@ def _sizes(where: str, module: str, settings: Mapping[str, Any]) -> tuple[int, i
     raise FormatError(
         f"{where}: quantization",
         expected=f"bits among {', '.join(map(str, BITS))} and group_size among {', '.join(map(str, GROUP_SIZES))}",
-        got=f"{bits!r} and {group_size!r}"[:80],
+        got=f"{shown(bits)} and {shown(group_size)}",
     )
 
 

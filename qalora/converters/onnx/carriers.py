@@ -164,7 +164,7 @@ def decode_fast(module: str, fetch: Fetch, spec: QuantSpec) -> GroupQuantTensor:
         codes = unpack_codes(packed, 4) | (high << 4)
         zero = zero | (_from_nibbles(fetch(f"{module}.zero_high"), scale.shape[1]) << 4)
         if not torch.equal(fetch(f"{module}.scale_high"), scale * 16):
-            raise FormatError(f"{module}.scale_high", expected="16 times the scale", got="other values")
+            raise FormatError(f"{module}.scale_high", expected="16 times the scale", got="different values")
         packed = pack_codes(codes, spec.bits)
     elif spec.bits < 4:
         packed = pack_codes(unpack_codes(packed, 4), spec.bits)

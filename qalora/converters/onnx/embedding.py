@@ -107,7 +107,11 @@ def check_tables(file: Path, stored: Mapping[str, Stored]) -> None:
     for half in HALVES:
         table, codes = stored.get(f"{EMBEDDING}.table{half}"), stored.get(f"{EMBEDDING}.codes{half}")
         if table is not None and (codes is None or _place(table) != _place(codes)):
-            raise FormatError(f"{file}: {EMBEDDING}.table{half}", expected="the place of its codes", got="another")
+            raise FormatError(
+                f"{file}: {EMBEDDING}.table{half}",
+                expected="the bytes of its codes",
+                got="a different place in the file",
+            )
 
 
 def _place(item: Stored) -> tuple[Path, int, int, str]:

@@ -41,7 +41,7 @@ from qalora.converters.huggingface import HEAD as OUTPUT
 from qalora.converters.huggingface import announced, check_shapes, companion_files, read_config, zero_biases
 from qalora.converters.onnx.foreign_config import config_of, whole_attribute
 from qalora.converters.settings import check_config, linear_names
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, shown
 from qalora.formats.onnx import Stored, read_stored
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
@@ -90,7 +90,7 @@ _HEADS = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
 def _whole(graph: _Graph, key: str) -> int:
     value = graph.config.get(key)
     if type(value) is not int or not 0 < value <= LARGEST:
-        raise FormatError(f"{graph.file}: {key}", expected=f"a whole number up to {LARGEST}", got=repr(value)[:60])
+        raise FormatError(f"{graph.file}: {key}", expected=f"a whole number up to {LARGEST}", got=shown(value))
     return value
 
 
@@ -107,7 +107,7 @@ def read(file: Path, proto: Any, stored: Mapping[str, Stored]) -> Checkpoint:
     nodes = list(proto.graph.node)
     for node in nodes:  # protobuf gives a string that is no UTF-8 as bytes
         if not all(isinstance(text, str) for text in (node.name, node.op_type, *node.input, *node.output)):
-            raise FormatError(f"{file}: a node's names", expected="UTF-8", got="other bytes")
+            raise FormatError(f"{file}: a node's names", expected="UTF-8", got="bytes that are no UTF-8")
     graph = _Graph(file=file, nodes=nodes, stored=stored, config=config_of(file, nodes, stored))
     tensors: dict[str, LazyTensor] = {}
     for node in nodes:
@@ -127,11 +127,9 @@ def read(file: Path, proto: Any, stored: Mapping[str, Stored]) -> Checkpoint:
     linears = linear_names(config, file)
     unknown = sorted(set(tensors) - {*announced(config, file), OUTPUT})
     if unknown:
-        raise InputError(
-            f"{file}: {unknown[0]}", expected=f"none in a {config['model_type']}", got="a node that adds it"
-        )
+        raise InputError(f"{file}: a node adds {unknown[0]}, which a {config['model_type']} does not have")
     tensors |= zero_biases(file, config, tensors)
-    check_shapes(file, config, tensors, "the graph says")
+    check_shapes(file, config, tensors, "the graph")
     note = f"{file}: not written by qalora; its tensors are told by the names of its nodes"
     return Checkpoint(
         path=file,

@@ -63,7 +63,8 @@ def config_of(file: Path, nodes: Sequence[Any], stored: Mapping[str, Stored]) ->
         config = _from_genai(folder / GENAI, read_config(folder, GENAI))
     else:
         raise InputError(
-            f"{file}: a graph that qalora did not write", expected=f"config.json or {GENAI} beside it", got="neither"
+            f"{file} was not written by qalora, and needs config.json or {GENAI} in its folder",
+            todo="copy one of them there",
         )
     attention = next((node for node in nodes if node.op_type in ATTENTION), None)
     if attention is not None:

@@ -27,7 +27,7 @@ def genai_config(model: Checkpoint, decoder: Decoder, *, portable: bool) -> dict
     if not ends:
         raise InputError(
             f"onnx: {model.path}: no end token",
-            expected="one, which onnxruntime-genai cannot be without",
+            expected="one, which onnxruntime-genai requires",
             todo="name it as eos_token_id in generation_config.json",
         )
     bos, pad = (special_token(model, kind) for kind in ("bos", "pad"))

@@ -84,7 +84,11 @@ def natural(module: str, tensor: GroupQuantTensor, order: Tensor) -> GroupQuantT
     """The weight with its columns where they were, and its g_idx. FormatError for an order that is no permutation."""
     places = torch.arange(tensor.shape[1])
     if not torch.equal(order.sort().values, places):
-        raise FormatError(f"{module}{SUFFIX}", expected=f"each of 0..{len(places) - 1} once", got="others")
+        raise FormatError(
+            f"{module}{SUFFIX}",
+            expected=f"each of 0..{len(places) - 1} once",
+            got="numbers that repeat or are out of range",
+        )
     codes, g_idx = torch.empty_like(tensor.codes()), torch.empty(len(places), dtype=torch.int32)
     codes[:, order] = tensor.codes()
     g_idx[order] = (places // tensor.group_size).int()

@@ -126,7 +126,7 @@ def _check_tensors(model: Checkpoint) -> None:
     norms = norm_names(model.config, model.path)
     for name in sorted({*norms, "model.embed_tokens.weight"}):
         if name not in model.tensors:
-            raise InputError(f"{model.path}: tensor {name}", expected="it, as config.json says", got="no such tensor")
+            raise InputError(f"{model.path}: missing tensor {name}, which config.json requires")
     unknown = sorted(set(model.tensors) - known - set(norms))
     if unknown:
         raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in the graph of a {family.model_type}")

@@ -71,7 +71,8 @@ def _quantized(
     """The lazy tensor, and the initializers that it is made of; order: the name of its columns' order."""
     codes = stored.get(f"{module}.codes")
     if codes is None or len(codes.shape) != (2 if portable else 3):
-        raise FormatError(f"{file}: {module}.codes", expected="an initializer", got="none, or another shape")
+        got = "no initializer" if codes is None else f"{len(codes.shape)}"
+        raise FormatError(f"{file}: {module}.codes", expected=f"{2 if portable else 3} dimensions", got=got)
     shape = (codes.shape[1], codes.shape[0]) if portable else (codes.shape[0], codes.shape[1] * codes.shape[2] * 2)
     if 0 in shape or shape[1] % spec.group_size:
         raise FormatError(f"{file}: {module}", expected=f"groups of {spec.group_size}", got=f"shape {list(shape)}")

@@ -34,16 +34,20 @@ def check_rotary(file: Path, stored: Mapping[str, Stored], decoder: Decoder) -> 
                 item = stored.get(f"{TABLES[kind]}.{side}")
                 what = f"{file}: {TABLES[kind]}.{side}"
                 if item is None or item.dtype != "FLOAT" or len(item.shape) != 2 or item.shape[0] < start + 2:
-                    raise FormatError(what, expected="a table of positions", got="none, or a shorter one")
+                    raise FormatError(what, expected="a float table with a row for each position", got=_form(item))
                 got = read_stored(item, start + 1, start + 2)[0].double()
                 if got.shape != row.shape or not bool(((got - row).abs() <= CLOSE * row.abs().clamp(min=CLOSE)).all()):
                     raise FormatError(
                         what,
                         expected=f"rotary positions as config.json says, {rope.parameters()!s:.120}",
-                        got="others",
+                        got="different positions",
                         todo="the graph counts: put back the config.json that was written with it",
                     )
             start = rope.original if two_tables(rope, decoder.positions) else 0
+
+
+def _form(item: Stored | None) -> str:
+    return "no table" if item is None else f"{item.dtype} {list(item.shape)}"
 
 
 def second_rows(rope: Rope, head_size: int, positions: int) -> list[tuple[Tensor, Tensor]]:

@@ -123,7 +123,7 @@ def write_adapter_file(adapter: Adapter, model: Checkpoint | None, path: Path) -
     try:
         made.export_adapter(str(path))
     except RuntimeError as error:
-        raise OutputError(str(path), expected="room for it", got="a failed write", todo="free some space") from error
+        raise OutputError(f"{path} could not be written", todo="free some space") from error
     return rounded_modules(adapter)
 
 

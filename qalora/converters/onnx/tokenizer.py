@@ -23,7 +23,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.huggingface import TEMPLATES
 from qalora.converters.sentencepiece import spaces_of
 from qalora.converters.tokenizer import DEFAULT_TEMPLATE, chat_templates
-from qalora.errors import InputError
+from qalora.errors import InputError, shown
 from qalora.formats.json_text import read_json_object
 from qalora.formats.output import text_bytes
 
@@ -74,7 +74,7 @@ def _file_name(model: Checkpoint, name: str) -> str:
         return DEFAULT_TEMPLATE
     if not re.fullmatch(r"[\w][\w .-]{0,99}", name):
         where = f"{model.path}/tokenizer_config.json: chat_template"
-        raise InputError(where, expected="names of letters, digits, spaces, points, - and _", got=repr(name)[:80])
+        raise InputError(where, expected="names of letters, digits, spaces, points, - and _", got=shown(name))
     return f"{TEMPLATES}/{name}.jinja"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from qalora.errors import InputError, MissingLibraryError
+from qalora.errors import InputError, MissingLibraryError, shown
 
 if TYPE_CHECKING:
     from qalora.checkpoint import Checkpoint
@@ -146,7 +146,7 @@ def open_runtime(
     the process while it is opened is undone, see `qalora.parity.runtimes.kept`.
     """
     if kind not in RUNTIMES:
-        raise InputError("runtime", expected=f"one of {', '.join(RUNTIMES)}", got=repr(kind))
+        raise InputError("runtime", expected=f"one of {', '.join(RUNTIMES)}", got=shown(kind))
     from qalora.parity.runtimes.kept import settings_kept
 
     with settings_kept():
