@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import click
 
 from qalora._version import __version__
-from qalora.cli.options import spelling
+from qalora.cli.closing import REMAINS
+from qalora.cli.options import WithExample, spelling
 from qalora.cli.progress import asks_for_json, json_log, log_event
 from qalora.errors import ProofError, QaloraError, with_options
 
@@ -26,23 +27,23 @@ _ARGUMENTS = "qalora.arguments"
 COMMANDS = {
     "quantize": "Round a float model to integer groups.",
     "train": "Train a QA-LoRA adapter on an integer model.",
-    "fold": "Fold an adapter into the model's minima; the codes stay.",
-    "export": "Write a model as GPTQ, ONNX, GGUF, MLX, HQQ.",
-    "adapter": "Rewrite adapters from one convention or format into another.",
-    "verify": "Run artefacts in their own runtimes and compare.",
-    "inspect": "Say what a model, adapter or artefact is, and what is wrong with it.",
+    "fold": "Fold an adapter into a quantized model; no code changes.",
+    "export": "Write a model as GPTQ, ONNX, GGUF, MLX or HQQ.",
+    "adapter": "Convert adapters between conventions and formats.",
+    "verify": "Run artefacts in their own runtimes and compare them.",
+    "inspect": "Show what a model, adapter or artefact is, and what is wrong with it.",
     "release": "Fold, export, verify and package, in one command.",
     "init": "Write a commented recipe of a whole pipeline.",
-    "run": "Do what a recipe says; each step once.",
-    "check": "Check a release; with its base, every byte and every figure.",
-    "delta": "What makes one release of another.",
+    "run": "Run a recipe; finished steps are reused.",
+    "check": "Check a release; with its base, byte for byte.",
+    "delta": "Make and apply deltas between releases.",
     "push": "Upload a release to the Hub.",
     "demo": "The whole story on a real model.",
 }
 """Each command and its line in the overview; the module of the same name in this package holds it as `command`."""
 
 
-class LazyGroup(click.Group):
+class LazyGroup(WithExample, click.Group):
     """A group that imports a command's module when it runs, and turns errors into a sentence and an exit status."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -87,9 +88,10 @@ class LazyGroup(click.Group):
             log_event("error", status=error.exit_code, message=error.format_message())
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort) as error:
-            if not json_log() and not str(error):
-                raise
-            _fail(ctx, with_options(str(error), spelling(ctx)) or "interrupted", 1)
+            if sys.stderr.isatty():
+                click.echo(err=True)  # behind the terminal's ^C
+            remains = REMAINS.get(ctx.invoked_subcommand or "", "nothing was written")
+            _fail(ctx, with_options(str(error) or f"interrupted; {remains}", spelling(ctx)), 1)
         if json_log():
             log_event("done", status=0)
         return result
@@ -107,8 +109,11 @@ def _fail(ctx: click.Context, message: str, status: int) -> NoReturn:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    example="qalora release base --adapter adapter --to gguf -o dist",
     epilog="MODEL is any readable thing: a Hugging Face, GPTQ or qalora folder, a GGUF file, a Hub id. "
-    "Exit status: 0 done, 1 not proven, 2 bad usage or input.",
+    "Exit status: 0 done, 1 not proven, 2 bad usage or input. "
+    'For shell completion in bash put eval "$(_QALORA_COMPLETE=bash_source qalora)" into ~/.bashrc; zsh_source and '
+    "fish_source are for zsh and fish.",
 )
 @click.version_option(__version__, prog_name="qalora")
 def main() -> None:

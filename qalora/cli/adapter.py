@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from qalora.cli.options import Command, convention_option, force_option, output_option
+from qalora.cli.closing import print_made, print_next
+from qalora.cli.options import Command, Group, convention_option, force_option, output_option
 from qalora.options.words import LORA_FILES, Convention
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from qalora.converters.format import LoraFile
 
 
-@click.group("adapter", epilog="Example: qalora adapter convert adapter --to plain -o lora")
+@click.group("adapter", cls=Group, example="qalora adapter convert adapter --to plain -o lora")
 def command() -> None:
     """Rewrite adapters from one convention or format into another, exactly."""
 
 
-@command.command("convert", cls=Command, epilog="Example: qalora adapter convert adapter --to plain -o lora")
+@command.command("convert", cls=Command, example="qalora adapter convert adapter --to plain -o lora")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
     "--to",
@@ -35,17 +36,17 @@ def command() -> None:
     "--model",
     "--base",
     "model",
-    help="The model it belongs to: needed where the pool size is not recorded, and for gguf-lora; checked otherwise.",
+    help="The base model: needed for gguf-lora, and if the adapter does not record its pool size; checked otherwise.",
 )
 @output_option("The folder to write; for gguf-lora and onnx-adapter the file.")
 @convention_option
 @force_option
 def convert(adapter: Path, form: str, model: str | None, out: Path, convention: str | None, force: bool) -> None:
-    """Write ADAPTER, a folder or a GGUF LoRA, in another form: the same change of the weights, no value of B rounded.
+    """Write ADAPTER, a folder or a GGUF LoRA, in a different form that changes the weights in exactly the same way.
 
     The constant between conventions goes into alpha, layer by layer. A plain LoRA repeats the columns of A. A GGUF LoRA
-    is that again in a file that llama.cpp applies over a GGUF file of the base: llama-cli -m BASE.gguf --lora FILE. An
-    ONNX adapter fills the slots of a graph made by qalora export --to onnx --lora-slots ADAPTER.
+    is the plain LoRA as llama.cpp's file, for llama-cli -m BASE.gguf --lora FILE. An ONNX adapter fills the slots of a
+    graph made by qalora export --to onnx --lora-slots ADAPTER.
     """
     from qalora.adapter import ADAPTER_FILES, open_adapter, read_adapter, to_plain_lora, write_adapter
     from qalora.adapter import convert as convert_adapter
@@ -72,11 +73,25 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
         read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
     if wanted is not None:
         click.echo(_write_file(wanted, read, base, out, force=force))
+        _close(out, form, model)
         return
     written = to_plain_lora(read) if form == "plain" else convert_adapter(read, form)  # type: ignore[arg-type]
     with new_folder(out, force=force, names=ADAPTER_FILES) as folder:
         write_adapter(written, folder)
     click.echo(_summary(read, written, form))
+    _close(out, form, model)
+
+
+def _close(out: Path, form: str, model: str | None) -> None:
+    base = model or "BASE"
+    print_made(out)
+    print_next(
+        {
+            "gguf-lora": ("llama-cli", "-m", "BASE.gguf", "--lora", out),
+            "onnx-adapter": ("qalora", "export", base, "--to", "onnx", "--lora-slots", "ADAPTER", "-o", "dist"),
+            "plain": ("qalora", "inspect", out, "--base", base),
+        }.get(form, ("qalora", "fold", base, out, "-o", "folded"))
+    )
 
 
 def _write_file(kind: LoraFile, adapter: Adapter, base: Checkpoint | None, out: Path, *, force: bool) -> str:
@@ -84,7 +99,7 @@ def _write_file(kind: LoraFile, adapter: Adapter, base: Checkpoint | None, out: 
 
     with new_file(out, force=force) as path:
         rounded = kind.write(adapter, base, path)
-    return f"{len(adapter.layers)} layers as {kind.kind}, {out.stat().st_size:,} bytes: {_exactness(len(rounded))}"
+    return f"{len(adapter.layers)} layers as {kind.kind}: {_exactness(len(rounded))}"
 
 
 def _exactness(rounded: int) -> str:

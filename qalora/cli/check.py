@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qalora.cli.closing import nbytes_of, print_next, readable
 from qalora.cli.options import Command, checkpoint_format_option, json_flag, open_model, print_json
 from qalora.cli.progress import log_format_option, say_stage
 
@@ -16,19 +17,23 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command(
-    "check", cls=Command, epilog="Example: qalora check dist --base base --adapter adapter --public-key key.pub"
-)
+@click.command("check", cls=Command, example="qalora check dist --base base")
 @click.argument("dist", type=click.Path(path_type=Path))
-@click.option("--base", help="The model it was made from: every byte is computed again.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="The adapter; else the release's own copy.")
+@click.option("--base", help="The model that it was made from; every byte is computed again.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="The adapter. Default: the copy in the release.")
 @click.option(
     "--public-key", type=click.Path(path_type=Path), metavar="KEY", help="Check model.sig with this public key."
 )
-@click.option("--text", type=click.Path(path_type=Path), help="The text that the report was measured on.")
-@click.option("--card-template", type=click.Path(path_type=Path), help="The template that the card was made with.")
-@click.option("--open/--no-open", "opens", default=True, help="Whether each artefact is opened in its runtime.")
-@click.option("--allow-unproven", is_flag=True, help="Exit 0 even where a runtime is not installed.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="The text that the report was measured on, if one was given."
+)
+@click.option(
+    "--card-template",
+    type=click.Path(path_type=Path),
+    help="The template that the card was made with, if one was given.",
+)
+@click.option("--open/--no-open", "opens", default=True, help="Open each artefact in its runtime, the default, or not.")
+@click.option("--allow-unproven", is_flag=True, help="Exit 0 even if a runtime is not installed.")
 @checkpoint_format_option
 @json_flag
 @log_format_option
@@ -44,10 +49,10 @@ def command(
     checkpoint_format: str | None,
     as_json: bool,
 ) -> None:
-    """Check a release: checksums, signature, whether its parts agree, whether every artefact opens; and with the base,
-    that base and adapter give every byte of it and every figure of its report.
+    """Check the release DIST: checksums, signature, whether its parts agree, and whether every artefact opens.
 
-    Everything that is wrong is named. Exit status 1 if anything is.
+    With --base every byte and every figure of the report is computed again. All checks run even if one fails; checks
+    that cannot run are shown as skipped, with the reason. Exit status 1 if anything is wrong.
     """
     from qalora.errors import InputError, ProofError
     from qalora.parity.text import read_text
@@ -73,12 +78,21 @@ def command(
     print_json(_json(dist, found)) if as_json else _print(found)
     if found.findings:
         more = len(found.findings) - 1
-        raise ProofError(f"{dist} is not what it says: {found.findings[0]}" + (f" (and {more} more)" if more else ""))
+        raise ProofError(f"{dist} failed the check: {found.findings[0]}" + (f" (and {more} more)" if more else ""))
+    if not as_json:
+        _close(dist, found)
+
+
+def _close(dist: Path, found: Checked) -> None:
+    skipped = sum(bool(stage.skipped) for stage in found.stages)
+    counts = f"{len(found.stages) - skipped} checks ok" + (f", {skipped} skipped" if skipped else "")
+    click.echo(f"checked: {dist}, {readable(nbytes_of(dist))}, {counts}")
+    print_next(("qalora", "push", dist, "OWNER/NAME"))
 
 
 def _print(found: Checked) -> None:
     for stage in found.stages:
-        state = "not asked" if stage.skipped else "WRONG" if stage.findings else "right"
+        state = "skipped" if stage.skipped else "FAILED" if stage.findings else "ok"
         click.echo(f"{stage.question:>14}  {state}" + (f": {stage.skipped}" if stage.skipped else ""))
         for finding in stage.findings:
             click.echo(f"{'':>16}{finding}")

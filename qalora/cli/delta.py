@@ -6,35 +6,37 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.options import Command, force_option, output_option
+from qalora.cli.closing import print_made, print_next
+from qalora.cli.options import Command, Group, force_option, output_option
 from qalora.cli.progress import log_format_option, progress_bar
 
 __all__ = ["command"]
 
 
-@click.group("delta", epilog="Example: qalora delta make base-dist dist -o dist.delta")
+@click.group("delta", cls=Group, example="qalora delta make base-dist dist -o dist.delta")
 def command() -> None:
-    """What makes one release of another: only what a fine-tune changed is shipped."""
+    """Make and apply deltas between releases. A delta holds only what a fine-tune changed."""
 
 
-@command.command("make", cls=Command, epilog="Example: qalora delta make base-dist dist -o dist.delta")
+@command.command("make", cls=Command, example="qalora delta make base-dist dist -o dist.delta")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("dist", type=click.Path(path_type=Path))
 @output_option("The folder to write.")
 @force_option
 @log_format_option
 def make(base: Path, dist: Path, out: Path, force: bool) -> None:
-    """Write what makes the release DIST of the release BASE, each byte as it is."""
+    """Write a delta, with which the release BASE becomes the release DIST, byte for byte."""
     from qalora.delta import check_base, write_delta
 
     check_base(base, out, force=force)
     total = sum(path.stat().st_size for path in dist.rglob("*") if path.is_file())
     with progress_bar(total, "delta") as progress:
         made = write_delta(base, dist, out, force=force, progress=progress)
-    click.echo(f"written: {made.folder}, {made.nbytes:,} bytes, {100 * made.ratio:.1f} % of the release")
+    print_made(made.folder, note=f"{100 * made.ratio:.1f} % of the release")
+    print_next(("qalora", "delta", "apply", made.folder, base, "-o", "OUT"))
 
 
-@command.command("apply", cls=Command, epilog="Example: qalora delta apply dist.delta base-dist -o dist")
+@command.command("apply", cls=Command, example="qalora delta apply dist.delta base-dist -o dist")
 @click.argument("delta", type=click.Path(path_type=Path))
 @click.argument("base", type=click.Path(path_type=Path))
 @output_option("The folder to write; it appears only when every file has the digest that the delta promises.")
@@ -43,12 +45,12 @@ def make(base: Path, dist: Path, out: Path, force: bool) -> None:
     "targets",
     multiple=True,
     metavar="FORMAT",
-    help="Only this sub-folder of the release: gguf, mlx, ... Repeatable. BASE may then be the part that is there.",
+    help="Only this sub-folder of the release: gguf, mlx, ... Repeatable. BASE may then be that part alone.",
 )
 @force_option
 @log_format_option
 def apply(delta: Path, base: Path, out: Path, targets: tuple[str, ...], force: bool) -> None:
-    """Rebuild a release from BASE, the release that DELTA was made over, byte for byte.
+    """Rebuild a release, byte for byte, from DELTA and the release BASE that it was made over.
 
     With --to, BASE may be that sub-folder itself, or its one file of weights. A wrong base, or a damaged delta, is
     refused before anything is written.
@@ -58,5 +60,6 @@ def apply(delta: Path, base: Path, out: Path, targets: tuple[str, ...], force: b
     total = sum(file.nbytes for file in chosen_files(delta, targets))
     with progress_bar(total, "writing") as progress:
         done = apply_delta(delta, base, out, targets=targets, force=force, progress=progress)
-    click.echo(f"{len(done.files)} files, {done.nbytes:,} bytes, each with its digest")
-    click.echo(f"written: {done.folder}")
+    print_made(done.folder, note=f"{len(done.files)} files, each with the digest that the delta promises")
+    if not targets:
+        print_next(("qalora", "check", done.folder))

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qalora.cli.closing import print_dry, print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
@@ -28,17 +29,19 @@ from qalora.options.export import Export
 @click.command(
     "export",
     cls=Command,
-    epilog="Example: qalora export folded --to gguf --to onnx -o dist",
+    example="qalora export folded --to gguf --to onnx -o dist",
 )
 @click.argument("model")
-@output_option("Each format lands in DIR/<format>/.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Fold this adapter first; GPTQ may ship it beside.")
+@output_option("Each format is written to DIR/<format>/.")
+@click.option(
+    "--adapter", type=click.Path(path_type=Path), help="Fold this adapter first; GPTQ may hold it beside the base."
+)
 @options_of(Export)
 @click.option(
     "--lora-slots",
     type=click.Path(path_type=Path),
     metavar="ADAPTER",
-    help="ONNX: the modules of this adapter take a LoRA at run time; see adapter convert --to onnx-adapter.",
+    help="ONNX: the layers of this adapter accept a LoRA at run time; see adapter convert --to onnx-adapter.",
 )
 @convention_option
 @checkpoint_format_option
@@ -58,9 +61,9 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Write MODEL to DIR/<format>/ in one or more formats, with the very same codes.
+    """Write MODEL to DIR/<format>/ in one or more formats, with the same integer codes.
 
-    Everything is planned first: what a format cannot hold exactly is refused before the first byte is written, unless
+    Everything is planned first. What a format cannot hold exactly is refused before anything is written, unless
     --allow-loss names the loss.
     """
     export = chosen(Export, settings)
@@ -87,3 +90,10 @@ def command(
         print_json([plan.to_json() for plan in plans])
     else:
         print_plans(plans, details=dry_run)
+        if dry_run:
+            print_dry()
+            return
+        places = [out / plan.target for plan in plans]
+        print_made(*places)
+        fold = () if adapter is None else ("--adapter", adapter)
+        print_next(("qalora", "verify", model, *places, *fold))

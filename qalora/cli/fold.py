@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qalora.cli.closing import print_dry, print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from qalora.folding import FoldProof, Minima
 
 
-@click.command("fold", cls=Command, epilog="Example: qalora fold base adapter -o folded")
+@click.command("fold", cls=Command, example="qalora fold base adapter -o folded")
 @click.argument("model")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @output_option("The folder to write.")
@@ -59,10 +60,10 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Fold ADAPTER into the minima of MODEL and write a qalora folder; the codes stay, bit for bit.
+    """Fold ADAPTER into the minima of MODEL and write a qalora folder; no integer code changes.
 
-    Then read the folder back and prove each layer: no code changed, each minimum the nearest to min + factor * B @ A.
-    Embeddings and other tensors that ADAPTER brings whole take the place of MODEL's.
+    Then the folder is read back and each layer is proven: no code changed, each minimum is the nearest to
+    min + factor * B @ A. Tensors that ADAPTER has whole, such as embeddings, replace those of MODEL.
     """
     size = chosen(Folded, settings).max_shard_size
 
@@ -93,6 +94,16 @@ def command(
     wrong += [] if dry_run else _differing(carry(base, read), native.read(out), brought)
     if wrong:
         raise ProofError(f"{out} is not the folded model: {len(wrong)} tensors differ, the first is {wrong[0]}")
+    if not as_json:
+        _close(out, dry_run=dry_run)
+
+
+def _close(out: Path, *, dry_run: bool) -> None:
+    if dry_run:
+        print_dry()
+        return
+    print_made(out)
+    print_next(("qalora", "export", out, "--to", "gguf", "-o", "dist"))
 
 
 def _differing(wanted: Checkpoint, folded: Checkpoint, names: Sequence[str]) -> list[str]:
@@ -158,6 +169,6 @@ def _print(adapter: Adapter, proofs: Mapping[str, FoldProof], minima: Minima) ->
         )
     console.print(table)
     if adapter.saved is not None:
-        console.print(f"  brought whole: {', '.join(adapter.saved.names)}")
+        console.print(f"  replaced by the adapter's: {', '.join(adapter.saved.names)}", markup=False)
     if adapter.minima not in (None, minima):
         console.print(f"  note: the adapter was trained with {adapter.minima} minima")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qalora.cli.closing import print_next
 from qalora.cli.options import Command, checkpoint_format_option, convention_option, json_flag, print_json
 from qalora.cli.progress import log_format_option, progress_bar
 
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
     from qalora.inspection import AdapterReport, Finding, ModelReport, Report
 
 
-@click.command("inspect", cls=Command, epilog="Example: qalora inspect dist/gguf/model.gguf")
+@click.command("inspect", cls=Command, example="qalora inspect dist/gguf/model.gguf")
 @click.argument("path")
-@click.option("--base", metavar="MODEL", help="The model that an adapter belongs to: shapes and groups are compared.")
-@click.option("--quick", is_flag=True, help="Read headers, labels and zero points only, not every value.")
+@click.option("--base", metavar="MODEL", help="The base of an adapter: shapes and groups are compared.")
+@click.option("--quick", is_flag=True, help="Read only headers, labels and zero points, not every value.")
 @convention_option
 @checkpoint_format_option
 @json_flag
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 def command(
     path: str, base: str | None, quick: bool, convention: str | None, checkpoint_format: str | None, as_json: bool
 ) -> None:
-    """Say what a model, adapter or artefact is, and what is wrong with it, with the evidence.
+    """Show what a model, adapter or artefact is, and what is wrong with it, with the evidence.
 
-    Layout, family, bits, groups, zero points, convention, sizes, a histogram of the scales; and warnings: labels that
-    the values contradict, zero points off by one, NaN, layers of zeros, act-order, what a runtime misreads, an adapter
-    that PEFT or the base does not take as it says. Warnings leave the exit status 0; what cannot be read is 2.
+    It prints layout, family, bits, groups, zero points, convention, sizes and a histogram of the scales. It warns of
+    labels that the values contradict, zero points off by one, NaN, layers of zeros, act-order, what a runtime misreads,
+    and adapters that PEFT or the base take differently. Exit status 0 with warnings, 2 if the file cannot be read.
     """
     from qalora.inspection import inspect
 
@@ -45,6 +46,20 @@ def command(
         print_json(report.to_json())
     else:
         _print(report)
+        print_next(_following(report, base))
+
+
+def _following(report: Report, base: str | None) -> tuple[object, ...]:
+    """What most people do with it next."""
+    from qalora.inspection import AdapterReport, FolderReport
+
+    if isinstance(report, FolderReport):
+        return ("qalora", "verify", base or "BASE", report.path, "--adapter", "ADAPTER")
+    if isinstance(report, AdapterReport):
+        return ("qalora", "fold", base or report.base or "BASE", report.path, "-o", "folded")
+    if any(kind.bits is not None for kind in report.tensors):
+        return ("qalora", "train", report.path, "--data", "text.jsonl", "-o", "adapter")
+    return ("qalora", "quantize", report.path, "-o", "base")
 
 
 class _Bar:

@@ -6,7 +6,9 @@ give is left to the record.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Command",
+    "Group",
+    "WithExample",
     "checkpoint_format_option",
     "chosen",
     "convention_option",
@@ -50,7 +54,37 @@ _SPELLING = "qalora.spelling"
 _KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
-class Command(click.Command):
+class WithExample(click.Command):
+    """A command whose help begins with an example, right after the first sentence.
+
+    example  the line that most people want
+    """
+
+    def __init__(self, *arguments: Any, example: str = "", **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.example = example
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The first sentence, the example, and the rest."""
+        first, rest = _first_sentence(inspect.cleandoc(self.help or ""))
+        for part in (first, self.example, rest):
+            if not part:
+                continue
+            formatter.write_paragraph()
+            with formatter.indentation():
+                if part is self.example:  # in one line, to be copied
+                    formatter.write(f"{'':>{formatter.current_indent}}Example: {part}\n")
+                else:
+                    formatter.write_text(part)
+
+
+def _first_sentence(text: str) -> tuple[str, str]:
+    """(the first sentence, what follows it)."""
+    found = re.match(r"(.+?\.)(?:\s+|$)", text, re.DOTALL)
+    return (text, "") if found is None else (found[1], text[found.end() :])
+
+
+class Command(WithExample):
     """A command whose help has the options of experts under a heading of their own."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -69,6 +103,10 @@ class Command(click.Command):
         """From here on an error knows how this command spells its options."""
         ctx.meta[_SPELLING] = {str(param.name): _spelled(param) for param in self.params}
         return super().parse_args(ctx, args)
+
+
+class Group(WithExample, click.Group):
+    """A group of commands, likewise."""
 
 
 def spelling(ctx: click.Context) -> Callable[[str], str]:
@@ -191,7 +229,7 @@ def minima_option(function: F) -> F:
     return click.option(
         "--minima",
         type=click.Choice(list(_words(Minima))),
-        help="What the folded minima are rounded to; what the adapter was trained with, or float16, by default.",
+        help="What the folded minima are rounded to. Default: what the adapter was trained with, or float16.",
     )(function)
 
 
@@ -200,7 +238,7 @@ def convention_option(function: F) -> F:
     return click.option(
         "--convention",
         type=click.Choice(list(_words(Convention))),
-        help="What the adapter's scaling means, where its file does not say.",
+        help="How the adapter is scaled, if its files do not say.",
     )(function)
 
 
@@ -209,7 +247,7 @@ def checkpoint_format_option(function: F) -> F:
     return click.option(
         "--checkpoint-format",
         type=click.Choice(list(_words(CheckpointFormat))),
-        help="What a GPTQ folder's zeros are stored as, where its label is wrong.",
+        help="How a GPTQ folder stores its zero points, if its label is wrong.",
     )(function)
 
 

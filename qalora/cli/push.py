@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 __all__ = ["command", "print_push"]
 
 
-@click.command("push", cls=Command, epilog="Example: qalora push dist me/tiny-QALoRA --upload")
+@click.command("push", cls=Command, example="qalora push dist me/tiny-QALoRA --upload")
 @click.argument("dist", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
 @options_of(Push, leave_out=["repo"])
-@click.option("--allow-unproven", is_flag=True, help="Upload it even where report.json has not passed.")
+@click.option("--allow-unproven", is_flag=True, help="Upload it even if report.json has not passed.")
 @log_format_option
 def command(dist: Path, repo: str, allow_unproven: bool, **settings: Any) -> None:
-    """Upload the release DIST to the Hub, as it is; without --upload only say what would be sent, and what opens it.
+    """Upload the release DIST to the Hub. Without --upload, print what would be sent and how it is opened.
 
-    Its checksums are checked first, and every file of the repository is compared with it afterwards. The token is the
-    one of `hf auth login`, or HF_TOKEN.
+    The checksums are checked first, and every file of the repository is compared with the release afterwards. The
+    token is the one of `hf auth login`, or HF_TOKEN.
     """
     options = chosen(Push, settings, repo=repo)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qalora.cli.closing import print_dry, print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
@@ -26,7 +27,7 @@ from qalora.options.quantize import Quantize
 @click.command(
     "quantize",
     cls=Command,
-    epilog="Example: qalora quantize HuggingFaceTB/SmolLM2-135M -o base --bits 4 --group-size 32",
+    example="qalora quantize HuggingFaceTB/SmolLM2-135M -o base",
 )
 @click.argument("model")
 @output_option("The folder to write.")
@@ -47,9 +48,9 @@ def command(
 ) -> None:
     """Round the linear weights of MODEL to integer groups and write a qalora folder.
 
-    With real zero points scale and minimum are chosen among the values that float16 holds, so that every later export
-    that takes the width holds the result exactly. With --calibration, a text like what the model will be used for, each
-    layer is quantized on the inputs that the quantized layers before it give.
+    Scale and minimum are values that float16 holds, so every later export is exact if its format has the width. With
+    --calibration, a text like those that the model will see, each layer is quantized on the inputs that it gets from
+    the quantized layers before it: use it at 3 bits and fewer.
     """
     options = chosen(Quantize, settings)
 
@@ -60,3 +61,8 @@ def command(
         print_json(plan.to_json())
     else:
         print_plans([plan], details=dry_run)
+        if dry_run:
+            print_dry()
+            return
+        print_made(out)
+        print_next(("qalora", "train", out, "--data", "text.jsonl", "-o", "adapter"))

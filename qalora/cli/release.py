@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qalora.cli.closing import nbytes_of, print_dry, print_next, readable
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
@@ -35,7 +36,7 @@ __all__ = ["command", "print_release"]
 @click.command(
     "release",
     cls=Command,
-    epilog="Example: qalora release base --adapter adapter --to gptq --to onnx --to gguf -o dist",
+    example="qalora release base --adapter adapter --to gptq --to onnx --to gguf -o dist",
 )
 @click.argument("model")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter to fold.")
@@ -60,8 +61,9 @@ def command(
 ) -> None:
     """Fold an adapter into MODEL, export it, verify every artefact in its own runtime, and package the result.
 
-    The folder holds the artefacts, the report, a manifest, a model card and SHA256SUMS. When a gate fails nothing is
-    left but the report, beside the folder's place; exit status 1. A whole pipeline, training included, is `qalora run`.
+    The folder holds the artefacts, the report, a manifest, a model card and SHA256SUMS. If a gate fails, only the
+    report is written, beside the folder's place, and the exit status is 1. For a whole pipeline with training, see
+    qalora run.
     """
     export, package, verify = chosen(Export, settings), chosen(Package, settings), chosen(Verify, settings)
 
@@ -72,7 +74,11 @@ def command(
     base = open_model(model, checkpoint_format)
     if dry_run:
         plans = preview_release(base, adapter, export, verify, package, convention=convention, force=force)
-        print_json([plan.to_json() for plan in plans]) if as_json else print_plans(plans, details=True)
+        if as_json:
+            print_json([plan.to_json() for plan in plans])
+        else:
+            print_plans(plans, details=True)
+            print_dry()
         return
     done = make_release(
         base,
@@ -85,15 +91,19 @@ def command(
         password=sign_password(),
         watch=watch(),
     )
-    print_json(done.report.to_json()) if as_json else print_release(done)
+    if as_json:
+        print_json(done.report.to_json())
+    else:
+        print_release(done)
+        print_next(("qalora", "check", done.folder, "--base", model))
 
 
 def print_release(done: Release) -> None:
-    """The plans in short, the proof, and where it all is."""
+    """The plans in short, the proof, where it all is, and how large."""
     from qalora.parity.report import render
 
     print_plans(done.plans, details=False)
     console = table_console()
     for part in render(done.report):
         console.print(part)
-    console.print(f"written: {done.folder}", markup=False)
+    click.echo(f"written: {done.folder}, {readable(nbytes_of(done.folder))}")

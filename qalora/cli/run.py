@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qalora.cli.closing import print_next
 from qalora.cli.options import Command, dry_run_option, force_option, json_flag, print_json, table_console
 from qalora.cli.progress import json_log, log_event, log_format_option, watch
 from qalora.cli.push import print_push, print_sent
@@ -19,20 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("run", cls=Command, epilog="Example: qalora run recipe.toml --dry-run")
+@click.command("run", cls=Command, example="qalora run recipe.toml")
 @click.argument("recipe", metavar="RECIPE.toml", type=click.Path(path_type=Path))
 @force_option
 @dry_run_option
 @json_flag
 @log_format_option
 def command(recipe: Path, force: bool, dry_run: bool, as_json: bool) -> None:
-    """Do what a recipe says: quantize, train or take an adapter, export, verify, package.
+    """Run a recipe: quantize, train or take an adapter, export, verify, package.
 
-    Steps whose inputs and options have not changed are not done again, and an interrupted training goes on. --dry-run
-    prints what would be done, with sizes and the time that it took last. --force replaces an earlier release; steps
-    are reused all the same.
+    Steps whose inputs and options have not changed are reused, and an interrupted training continues. --dry-run prints
+    what would be done, with sizes and the time that it took last time. --force replaces an earlier release; steps are
+    still reused.
     """
     from qalora.pipeline import run
+    from qalora.pipeline.recipe import read_recipe
 
     shown = replace(
         watch(), done=(lambda done: None) if as_json else print_release, planned=print_push, sent=print_sent
@@ -44,8 +46,12 @@ def command(recipe: Path, force: bool, dry_run: bool, as_json: bool) -> None:
         )
     elif dry_run:
         _show(rows)
-    elif rows[-1].state == "reused":
-        click.echo("nothing has changed")
+        if not json_log():
+            print_next(("qalora", "run", recipe))
+    else:
+        if rows[-1].state == "reused":
+            click.echo("nothing has changed: the release is there already")
+        print_next(("qalora", "check", read_recipe(recipe)[1].release.out))
 
 
 def _show(rows: list[Row]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qalora.cli.closing import print_dry, print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from qalora.training.pace import StepReport
 
 
-@click.command("train", cls=Command, epilog="Example: qalora train base --data text.jsonl -o adapter --max-steps 200")
+@click.command("train", cls=Command, example="qalora train base --data text.jsonl -o adapter")
 @click.argument("model")
 @options_of(TrainOptions)
 @checkpoint_format_option
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
 @json_flag
 @log_format_option
 def command(model: str, checkpoint_format: str | None, dry_run: bool, as_json: bool, **settings: Any) -> None:
-    """Train a QA-LoRA adapter on MODEL, which holds integers, and write it to DIR.
+    """Train a QA-LoRA adapter on MODEL, a quantized model, and write it to DIR.
 
-    Each layer computes with the folded, rounded minima in training too: the trained model is the folded model, bit
-    for bit. With --dtype bfloat16 the steps round the base's weights to bfloat16, beside what the fold adds to them;
-    held-out losses are those of the folded model in float32.
+    Training computes with the folded and rounded minima: the trained model is the folded model, bit for bit. With
+    --dtype bfloat16 the steps also round the base's weights to bfloat16; held-out losses are those of the folded model
+    in float32.
 
-    What the data was taken for and how much of it is learned is said before the first step; --dry-run shows the first
-    documents as they are learned, and writes nothing.
+    Before the first step the command says how it read the data and how many tokens are learned. --dry-run shows the
+    first documents as they are learned, and writes nothing. After Ctrl-C, --resume continues.
     """
     from qalora.converters import load
     from qalora.training import check_before, train
@@ -78,9 +79,9 @@ def command(model: str, checkpoint_format: str | None, dry_run: bool, as_json: b
         print_json({**found, "layers": len(adapter.layers), "adapter": str(options.out)})
     else:
         loss, at = last.held_out, "" if last.strength == 1 else f" at strength {last.strength:g}"
-        click.echo(
-            f"held-out loss {loss:.4f} (perplexity {math.exp(loss):.2f}){at} after {last.steps} steps: {options.out}"
-        )
+        click.echo(f"held-out loss {loss:.4f} (perplexity {math.exp(loss):.2f}){at} after {last.steps} steps")
+        print_made(options.out, note=f"{len(adapter.layers)} layers")
+        print_next(("qalora", "release", model, "--adapter", options.out, "--to", "gguf", "-o", "dist"))
 
 
 def _tell(account: Account) -> None:
@@ -103,6 +104,7 @@ def _show_data(base: Checkpoint, options: TrainOptions, *, as_json: bool) -> Non
     else:
         for line in [*account.lines(), *account.pieces()]:
             click.echo(line)
+        print_dry()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qalora.cli.closing import print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
@@ -28,11 +29,13 @@ from qalora.options.verify import Verify
 @click.command(
     "verify",
     cls=Command,
-    epilog="Example: qalora verify base dist/onnx dist/gguf --adapter adapter --report report.html",
+    example="qalora verify base dist/gguf dist/onnx --adapter adapter --report report.html",
 )
 @click.argument("reference")
 @click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--adapter", type=click.Path(path_type=Path), help="What the artefacts hold beside REFERENCE, the base.")
+@click.option(
+    "--adapter", type=click.Path(path_type=Path), help="The adapter that the artefacts hold; REFERENCE is the base."
+)
 @convention_option
 @minima_option
 @checkpoint_format_option
@@ -60,11 +63,11 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Prove that each ARTIFACT computes what REFERENCE and the adapter do, each in its own runtime.
+    """Prove that each ARTIFACT computes what REFERENCE and the adapter compute, each in its own runtime.
 
-    Weights are read back and compared bit for bit; logits over the same tokens; greedy tokens from a prompt. Every
-    bound is derived from a measurement on this very model, and the report says how. Exit status 1 if a gate fails, or
-    if a runtime is missing.
+    Weights are read back and compared bit for bit, then logits over the same tokens, then greedy tokens from a prompt.
+    Every bound is derived from a measurement on this model, and the report shows how. Exit status 1 if a gate fails
+    or a runtime is missing.
     """
     options = chosen(Verify, settings)
 
@@ -94,5 +97,9 @@ def command(
         console = table_console()
         for part in render(report):
             console.print(part)
+        print_made(*files)
     if not report.passed(allow_unproven=options.allow_unproven):
         raise ProofError(report.failure())
+    if not as_json:
+        fold = () if adapter is None else ("--adapter", adapter)
+        print_next(("qalora", "release", reference, *fold, "--to", "gguf", "-o", "dist"))

@@ -2,21 +2,30 @@
 
 import json
 import re
+import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from qalora.cli import COMMANDS, main
+from qalora.cli.closing import readable
 from qalora.converters import TARGETS, loras
+from qalora.formats import output
 from qalora.options.words import LORA_FILES, LOSSES
 from qalora.testing import byte_tokenizer, tiny_llama
+
+SAID: dict[str, str] = {}
+"""What each command of `place` printed, by its name."""
 
 
 def run(*words: object) -> Result:
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 0, result.output
+    SAID.setdefault(str(words[0]), result.stdout)
     return result
 
 
@@ -158,6 +167,106 @@ def test_help(name: str) -> None:
     text = run(name, "--help").stdout
     assert "Usage: " in text
     assert "Example: qalora" in text
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
+def test_help_begins_with_the_line_that_most_people_want(name: str) -> None:
+    """Behind the first sentence, in one line, and the command takes it."""
+    parts = run(name, "--help").stdout.split("\n\n")
+    assert parts[1].strip().endswith(".")
+    (example,) = parts[2].splitlines()
+    assert takes(example.removeprefix("  Example: "))
+
+
+def takes(line: str) -> bool:
+    """Whether the command line takes a line, as far as that is to be told from its words."""
+    words = shlex.split(line)
+    assert words[0] == "qalora"
+    command: click.Command | None = main
+    with click.Context(main) as context:
+        while isinstance(command, click.Group):
+            words = words[1:]
+            command = command.get_command(context, words[0])
+        assert command is not None, line
+        command.make_context(words[0], words[1:], parent=context)
+    return True
+
+
+def test_shell_completion_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_WORDS", "qalora quantize --zer")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    result = CliRunner().invoke(main, [], prog_name="qalora", env={"_QALORA_COMPLETE": "bash_complete"})
+    assert result.stdout == "plain,--zeros\n"
+    assert "_QALORA_COMPLETE=bash_source qalora" in run("--help").stdout
+
+
+MADE = {
+    "quantize": ["base"],
+    "train": ["adapter"],
+    "fold": ["folded"],
+    "export": ["dist/gguf", "dist/onnx", "dist/gptq"],
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_last_lines_say_what_was_made_and_what_to_run_next(place: Path, name: str) -> None:
+    lines = SAID[name].splitlines()
+    *_, last = lines
+    written = [line for line in lines if line.startswith("written: ")]
+    assert lines[-1 - len(written) : -1] == written
+    sizes = {made: sum(f.stat().st_size for f in (place / made).rglob("*") if f.is_file()) for made in MADE[name]}
+    for line, (made, size) in zip(written, sizes.items(), strict=True):
+        assert line.startswith(f"written: {place / made}, {readable(size)}")
+    assert takes(last.removeprefix("next: "))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (76_349_000, "76.3 MB")]
+)
+def test_sizes_as_people_write_them(nbytes: int, text: str) -> None:
+    assert readable(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "following"),
+    [
+        (("inspect", "float"), "qalora quantize"),
+        (("inspect", "base"), "qalora train"),
+        (("inspect", "adapter", "--base", "base"), "qalora fold"),
+        (("inspect", "dist"), "qalora verify"),
+        (("verify", "base", "dist/gptq", "--adapter", "adapter", "--level", "weights"), "qalora release"),
+        (("quantize", "float", "-o", "OUT"), "qalora train"),
+        (("init", "OUT"), "qalora run"),
+        (("adapter", "convert", "adapter", "--to", "peft", "-o", "OUT"), "qalora fold"),
+        (("adapter", "convert", "adapter", "--to", "onnx-adapter", "--base", "base", "-o", "OUT"), "qalora export"),
+        (("release", "base", "--adapter", "adapter", "--to", "qalora", "-o", "OUT"), "qalora check"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",
+)
+def test_what_to_run_next_is_a_line_that_the_command_takes(
+    place: Path, tmp_path: Path, words: tuple[str, ...], following: str
+) -> None:
+    filled = [
+        tmp_path / "out" if word == "OUT" else place / word if (place / word).exists() else word for word in words[1:]
+    ]
+    last = run(words[0], *filled).stdout.splitlines()[-1]
+    assert last.startswith(f"next: {following} ")
+    assert takes(last.removeprefix("next: "))
+
+
+def test_ctrl_c_says_what_remains(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal arrives when all is written, and nothing of it is in its place yet."""
+    replace = output._replace_folder
+
+    def interrupted(work: Path, path: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        replace(work, path)
+
+    monkeypatch.setattr(output, "_replace_folder", interrupted)
+    result = CliRunner().invoke(main, ["quantize", str(place / "float"), "-o", str(tmp_path / "base")])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "qalora: interrupted; nothing was written"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

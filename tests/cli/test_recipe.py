@@ -241,6 +241,9 @@ def test_an_edited_release_is_not_what_was_made(place: Path) -> None:
     check_sums(place / "dist")
 
 
+INTERRUPTED = "interrupted; finished steps are kept; run the same command again to continue"
+
+
 def test_an_interrupted_training_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qalora.training import loop
 
@@ -258,7 +261,7 @@ def test_an_interrupted_training_goes_on(place: Path, monkeypatch: pytest.Monkey
         patched.setattr(loop, "write_state", stopping)
         result = run("run", place / "recipe.toml", "--force", "--log-format", "json")
     assert result.exit_code == 1
-    assert events(result)[-1] == {"event": "error", "status": 1, "message": "interrupted"}
+    assert events(result)[-1] == {"event": "error", "status": 1, "message": INTERRUPTED}
     dry = run("run", place / "recipe.toml", "--dry-run", "--force", "--log-format", "json")
     assert states(dry) == {**dict.fromkeys(STEPS, "to do"), "quantize": "reused", "train": "goes on"}
     result = run("run", place / "recipe.toml", "--force", "--log-format", "json")
@@ -346,11 +349,11 @@ WRONG: list[tuple[Callable[[str], str], str, str]] = [
         "rank",
         "[train] rank: expected an integer >= 1, or auto, got",
     ),
-    (lambda text: text.replace("rank = 2", "rank = true"), "rank", "expected an integer >= 1, or auto, got True"),
+    (lambda text: text.replace("rank = 2", "rank = true"), "rank", "expected an integer >= 1, or auto, got true"),
     (
         lambda text: text.replace("rank", "ranc"),
         "ranc",
-        "expected a key of this section, got another name; did you mea",
+        "expected a key of this section, got an unknown name; did you mea",
     ),
     (lambda text: text.replace("bits = 4", "bits = 7"), "bits", "[quantize] bits: expected one of 2, 3, 4, 5, 6, 8"),
     (lambda text: text.replace("bits = 4", "group-size = 48"), "group-size", "expected a divisor of in = 64, got 48"),
@@ -376,7 +379,7 @@ WRONG: list[tuple[Callable[[str], str], str, str]] = [
     (lambda text: text.replace("generate = 1", "memory = inf"), "memory", "expected a number > 0, got inf"),
     (lambda text: text.replace("generate = 1", "memory = 0"), "memory", "expected a number > 0, got 0"),
     (lambda text: text.replace("generate = 1", 'text = "float"'), "text =", ""),
-    (lambda text: text.replace('"work"', '"float"'), "work", "holds other things than a recipe's work"),
+    (lambda text: text.replace('"work"', '"float"'), "work", "holds files that no recipe made"),
     (lambda text: text + '[adapter]\npath = "float"\n', "[adapter]", "expected [train] or [adapter], got both"),
     (lambda text: text.replace("[quantize]\nbits = 4", ""), "model", "holds no integers"),
     (lambda text: text.replace("max-steps = 4", 'target-modules = ["x"]'), "target-mod", "expected some of down_proj"),
