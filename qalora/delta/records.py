@@ -191,7 +191,7 @@ class _Index:
         folders: set[str] = set()
         for path in (file.path.casefold() for file in self.files):
             if path in seen:
-                raise FormatError(f"the path {path!r} stands twice")
+                raise FormatError(f"the path {path!r} appears twice")
             seen.add(path)
             folders |= {str(parent) for parent in PurePosixPath(path).parents}
         for path in sorted(seen & folders):

@@ -91,7 +91,7 @@ def instead_of_model(path: Path) -> str:
     if not path.exists():
         return "nothing there"
     if not path.is_dir():
-        return "a file of another kind"
+        return "a file of a different kind"
     got, _ = instead_of_config(path)
     return "a folder without one" if got == "none" else got
 

@@ -146,7 +146,7 @@ class InputFile:
                 str(self.path),
                 expected=f"bytes {offset}..{offset + length}",
                 got=f"a file of {self.size} bytes",
-                todo="it is truncated or its header lies; fetch it again",
+                todo="it is truncated or its header is wrong; download it again",
             )
         out = torch.empty(length, dtype=torch.uint8)
         view = out.numpy().data
@@ -204,7 +204,10 @@ class OutputFile:
 
     def _no_room(self, error: OSError) -> OutputError:
         return OutputError(
-            f"{self.path}", expected=f"room for {self.size} bytes", got=str(error.strerror), todo="free some space"
+            f"{self.path}",
+            expected=f"room for {self.size} bytes",
+            got=f"none ({error.strerror})",
+            todo="free some space",
         )
 
     def write(self, offset: int, data: Tensor | bytes | memoryview) -> int:

@@ -292,7 +292,7 @@ def _read(file: InputFile) -> GgufFile:
     for _ in range(entry_count):
         key = cursor.string()
         if key in entries:
-            raise FormatError(f"{file.path}: the key {key!r} stands twice")
+            raise FormatError(f"{file.path}: the key {key!r} appears twice")
         entries[key] = cursor.value()
     infos = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = _alignment(file.path, entries)
@@ -332,13 +332,13 @@ def _place(file: InputFile, infos: Sequence[TensorInfo], start: int, alignment: 
     for info in infos:
         where = f"{file.path}: tensor {info.name!r}"
         if info.name in placed:
-            raise FormatError(f"{where} stands twice")
+            raise FormatError(f"{where} appears twice")
         if info.offset % alignment or start + info.offset + info.nbytes > file.size:
             raise FormatError(
                 where,
                 expected=f"{info.nbytes} bytes at an offset that is a multiple of {alignment}",
                 got=f"offset {info.offset} of a file of {file.size} bytes",
-                todo="it is truncated or its header lies; fetch it again",
+                todo="it is truncated or its header is wrong; download it again",
             )
         placed[info.name] = TensorInfo(
             name=info.name, shape=info.shape, type=info.type, offset=start + info.offset, nbytes=info.nbytes

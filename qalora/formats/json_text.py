@@ -24,7 +24,7 @@ def parse_json(
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise FormatError(f"{where}: a key stands twice", todo=todo)
+            raise FormatError(f"{where}: a key appears twice", todo=todo)
         return found
 
     try:
@@ -38,7 +38,7 @@ def parse_json(
 
 def _fault(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"text that is none ({error.msg} at line {error.lineno}, column {error.colno})"
+        return f"text that is no JSON ({error.msg} at line {error.lineno}, column {error.colno})"
     if isinstance(error, UnicodeDecodeError):
         return "bytes that are not UTF-8"
     if isinstance(error, RecursionError):

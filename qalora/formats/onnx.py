@@ -129,7 +129,7 @@ def read_initializers(path: Path) -> tuple[Any, dict[str, Stored]]:
     stored: dict[str, Stored] = {}
     for proto in model.graph.initializer:
         if proto.name in stored:
-            raise FormatError(f"{path}: the initializer {proto.name!r} stands twice")
+            raise FormatError(f"{path}: the initializer {proto.name!r} appears twice")
         if proto.data_type in _NAMES:
             stored[proto.name] = _check(path, proto)
     return model, stored

@@ -192,7 +192,7 @@ def _check_entry(name: str, entry: object, start: int, path: Path) -> Entry:
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise FormatError(
-            where, expected=f"{nbytes} bytes for {dtype} {shape}", got=f"offsets {offsets}", todo="the header lies"
+            where, expected=f"{nbytes} bytes for {dtype} {shape}", got=f"offsets {offsets}", todo="the header is wrong"
         )
     return Entry(dtype=DTYPES[dtype], shape=tuple(shape), offset=start + offsets[0], nbytes=nbytes)
 
@@ -256,7 +256,7 @@ def plan_layout(tensors: Sequence[Part], metadata: Mapping[str, str] | None = No
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes
     if len(header) != len(tensors):
-        raise ValueError("a tensor name stands twice")
+        raise ValueError("a tensor name appears twice")
     if metadata:
         header["__metadata__"] = dict(metadata)
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -296,7 +296,7 @@ def plan_shards(
         names = [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     where = {part[0]: name for name, parts in zip(names, files, strict=True) for part in parts}
     if len(where) != sum(map(len, files)):
-        raise ValueError("a tensor name stands twice")
+        raise ValueError("a tensor name appears twice")
     total = sum(_part_bytes(part) for parts in files for part in parts)
     content = {"metadata": {"total_size": total}, "weight_map": where}
     return ShardedLayout(

@@ -24,7 +24,9 @@ def check_files(files: Sequence[Path], *, force: bool) -> None:
     """InputError for a file whose name ends in none of the forms, OutputError for one that exists, without `force`."""
     for file in files:
         if file.suffix not in FORMS:
-            raise InputError(f"{file}", expected=f"a name that ends in {', '.join(FORMS)}", got=file.suffix or "none")
+            raise InputError(
+                f"{file}", expected=f"a name that ends in {', '.join(FORMS)}", got=file.suffix or "a name without one"
+            )
         check_output(file, force=force)
 
 

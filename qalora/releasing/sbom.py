@@ -83,7 +83,7 @@ def validate_sbom(content: bytes, name: str = SBOM) -> None:
             "cyclonedx-python-lib[json-validation]", "checking a bill of materials against its schema", "sbom"
         ) from missing
     except (UnicodeDecodeError, ValueError, RecursionError) as broken:
-        raise FormatError(name, expected="JSON", got="text that is none") from broken
+        raise FormatError(name, expected="JSON", got="text that is no JSON") from broken
     if error is not None:
         reason = (str(error.data.message if hasattr(error.data, "message") else error.data).splitlines() or [""])[0]
         raise FormatError(name, expected="a bill of materials by the schema of CycloneDX 1.6", got=reason[:200])

@@ -24,7 +24,7 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            field="device", expected="one that torch has here, with float64", got=f"{name!r} ({reason})"
+            field="device", expected="a device that torch has here, with float64", got=f"{name!r} ({reason})"
         ) from error
     return device
 

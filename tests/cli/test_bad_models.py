@@ -49,7 +49,7 @@ MODELS: list[tuple[str, Damage, str, str]] = [
         "overflowing product",
         header("float/model.safetensors", lambda h: h["model.norm.weight"].update(shape=[1 << 62, 1 << 62])),
         "@float",
-        "the header lies",
+        "the header is wrong",
     ),
     (
         "overlap",

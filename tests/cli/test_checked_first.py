@@ -9,6 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from error_page import on_the_page
 from qalora.cli import COMMANDS, main
 from qalora.options import Option
 
@@ -160,6 +161,7 @@ def test_a_wrong_value_is_found_before_the_model(name: str, option: str, value: 
     assert result.exit_code == 2, result.output
     assert MODEL not in result.stderr.replace(" ".join(words), ""), result.stderr
     assert not (place / "out").exists()
+    on_the_page(result.stderr.splitlines()[-1], place)
 
 
 @pytest.mark.parametrize("name", NEEDED)

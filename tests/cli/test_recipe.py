@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from error_page import on_the_page
 from qalora.cli import export, main, quantize, release, train, verify
 from qalora.errors import InputError
 from qalora.options.recipe import SECTIONS, Recipe
@@ -405,6 +406,7 @@ def test_an_error_names_its_line(place: Path, edit: Callable[[str], str], line: 
     assert said.startswith(f"qalora: {place / 'recipe.toml'}:{number}: ")
     assert words in said
     assert sorted(place.rglob("*")) == before, "nothing is left behind"
+    on_the_page(said, place)
 
 
 MUTATIONS = st.lists(

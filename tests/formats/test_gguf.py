@@ -132,7 +132,10 @@ LIES: dict[str, tuple[bytes, str]] = {
     "unknown tensor type": (file_of(tensors=tensor(b"t", (4,), kind=200), count=1), "type"),
     "overflowing product": (file_of(tensors=tensor(b"t", (1 << 33, 1 << 33)), count=1), "size"),
     "rows that are no blocks": (file_of(tensors=tensor(b"t", (33,), kind=2), count=1), "t"),
-    "beyond the end": (file_of(tensors=tensor(b"t", (4,), offset=1 << 40), count=1), "truncated or its header lies"),
+    "beyond the end": (
+        file_of(tensors=tensor(b"t", (4,), offset=1 << 40), count=1),
+        "truncated or its header is wrong",
+    ),
     "crooked offset": (file_of(tensors=tensor(b"t", (4,), offset=4), count=1), "multiple of 32"),
     "overlap": (file_of(tensors=tensor(b"t", (64,)) + tensor(b"u", (8,), offset=32), count=2), "overlap"),
     "a tensor twice": (file_of(tensors=tensor(b"t", (4,)) + tensor(b"t", (4,), offset=32), count=2), "appears twice"),

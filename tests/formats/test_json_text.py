@@ -12,8 +12,8 @@ from qalora.releasing.consistency import read_report
 from qalora.releasing.manifest import read_manifest
 
 NONE: list[tuple[str | bytes, str]] = [
-    ("", "x.json: expected JSON, got text that is none (Expecting value at line 1, column 1)"),
-    ('{"a": 1,\n  b}', "text that is none (Expecting property name enclosed in double quotes at line 2, column 3)"),
+    ("", "x.json: expected JSON, got text that is no JSON (Expecting value at line 1, column 1)"),
+    ('{"a": 1,\n  b}', "text that is no JSON (Expecting property name enclosed in double quotes at line 2, column 3)"),
     (b'{"a": "\xff"}', "x.json: expected JSON, got bytes that are not UTF-8"),
     ("[" * 100_000, "x.json: expected JSON, got lists or objects nested too deeply"),
     ("1" * 5000, "x.json: expected JSON, got an integer of too many digits"),
@@ -31,7 +31,7 @@ def test_what_is_no_json(content: str | bytes, sentence: str) -> None:
 def test_a_key_that_stands_twice_is_refused_where_that_is_asked() -> None:
     twice = '{"a": {"b": 1, "b": 2}}'
     assert parse_json(twice, "x.json") == {"a": {"b": 2}}
-    with pytest.raises(FormatError, match=r"^x\.json: a key stands twice$"):
+    with pytest.raises(FormatError, match=r"^x\.json: a key appears twice$"):
         parse_json(twice, "x.json", strict=True)
 
 

@@ -333,7 +333,7 @@ PLANTED: list[tuple[Callable[[Path], None], bool, str]] = [
     (missing_option, False, r"^manifest\.json: .*options\.gguf_form: this key is missing"),
     (no_number, False, r"^manifest\.json: .*artifacts\[0\]\.bits_per_weight: expected a finite number, got nan"),
     (unknown_loss, False, r"^manifest\.json: .*options: allow_loss: expected one of zeros, .*, got 'everything'"),
-    (key_twice, False, r"^manifest\.json: .*manifest\.json: a key stands twice"),
+    (key_twice, False, r"^manifest\.json: .*manifest\.json: a key appears twice"),
     (nested, False, r"^report\.json: .*report\.json: expected JSON, got lists or objects nested too deeply"),
     (other_option, True, r"^report\.json: text\.tokens: it says 24, and measured again it is 23"),
     (truncated, False, r"^gguf/.*\.gguf: not the bytes"),

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
+from error_page import on_the_page
 from qalora.cli import main
 from said import besides_data
 
@@ -33,6 +34,7 @@ def refused(place: Path, line: str, sentence: str) -> None:
     assert message[-1].startswith(("qalora: ", "Error: "))
     assert message[-1].startswith("Error: ") or len(besides_data(message)) == 1
     assert tree(place) == before
+    on_the_page(message[-1], place)
 
 
 Damage = Callable[[Path], object]

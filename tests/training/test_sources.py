@@ -85,7 +85,7 @@ def test_text_is_text_and_doubts_are_said(name: str, content: str, note: str, tm
         ("a.jsonl", f'{{"text": "a", "n": {"9" * 5000}}}', r"a.jsonl:1: .* got an integer of too many digits"),
         ("a.jsonl", '{"instruction": "a", "output": null}\n', r"a.jsonl:1: .* got instruction, output \(null\)"),
         ("a.json", '{"data": [{"text": "a"}]}', r"a.json:1: expected the key text, .* got data"),
-        ("a.jsonl", '{"text": "a", "text": "b"}\n', r"a.jsonl:1: a key stands twice"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', r"a.jsonl:1: a key appears twice"),
         ("a.jsonl", '[\n{"text": "a"},\n\n{"body": "b"}]', r"a.jsonl:4: expected the key text"),
         ("a.csv", 'prompt,completion\n"What?","4"\n', r"a.csv:1: .* a table with the columns completion, prompt"),
         ("a", "instruction\tinput\toutput\na\tb\tc\n", r"a:1: .* a table with the columns input, instruction, output"),

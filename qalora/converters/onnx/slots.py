@@ -55,7 +55,9 @@ def add_slots(proto: Any, model: Checkpoint, modules: Collection[str]) -> Any:
         lazy = model.tensors.get(f"{module}.weight")
         if lazy is None or f"{module}.weight" not in model.linears:
             raise InputError(
-                f"`lora_slots`: {module}", field="lora_slots", expected=f"a linear layer of {model.path}", got="none"
+                f"`lora_slots`: {module} is no linear layer of {model.path}",
+                field="lora_slots",
+                todo="give an adapter of this model",
             )
         rows, columns = lazy.shape
         a, b = slot_names(module)
