@@ -149,7 +149,7 @@ class Layout:
     tokenizer  whether the tokenizer is in the file itself
     findings   what `inspect` warns of in it alone
     suffixes   what the names of files of weights end with
-    told       the metadata in a file of its folder, where its PROVENANCE is; None for a file that has no place for it
+    metadata_of  the metadata in a file of its folder, where PROVENANCE is; None for a file that has no place for it
     memory     bytes that a runtime takes for a byte of weights on disk; 0 where it maps the file
     """
 
@@ -175,7 +175,7 @@ class Layout:
     tokenizer: bool = False
     findings: Callable[[Checkpoint], Iterable[Any]] = lambda model: ()
     suffixes: tuple[str, ...] = (".safetensors",)
-    told: Callable[[Path], Mapping[str, Any] | None] = _metadata
+    metadata_of: Callable[[Path], Mapping[str, Any] | None] = _metadata
     memory: int = 1
 
 

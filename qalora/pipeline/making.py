@@ -78,12 +78,12 @@ def train_adapter(
     check_before(options)
     base = load(model, checkpoint_format=form, note=watch.note)
 
-    def told(account: Account) -> None:
+    def on_account(account: Account) -> None:
         for line in account.lines():
             watch.note(line)
 
     with watch.training() as show:
-        return train(base, options, show, told)
+        return train(base, options, show, on_account)
 
 
 def check_release(package: Package, *, force: bool, password: str | None) -> None:

@@ -130,7 +130,7 @@ def check_provenance(folder: Path, manifest: Manifest) -> list[Finding]:
         for name in artifact.files:
             try:
                 path = contained(folder, name)
-                found_there = target(artifact.target).told(path) if path.is_file() else None
+                found_there = target(artifact.target).metadata_of(path) if path.is_file() else None
             except InputError as error:
                 found.append(Finding(where=name, problem=str(error)))
                 continue

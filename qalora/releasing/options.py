@@ -22,17 +22,17 @@ from qalora.options.release import Card, Package
 from qalora.options.verify import Verify
 from qalora.parity.text import verify_arguments
 from qalora.releasing.digests import content_digest
-from qalora.releasing.records import OptionsEntry, Told
+from qalora.releasing.records import OptionsEntry, ReleaseChoices
 
 __all__ = ["ReleaseOptions"]
 
 TEMPLATE_BYTES = 1 << 20
 CHECK_KEYS = ("level", "max_tokens", "generate", "threads", "dynamic_int8")
-OWN = tuple(one.name for one in fields(Told))
+OWN = tuple(one.name for one in fields(ReleaseChoices))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReleaseOptions(Told):
+class ReleaseOptions(ReleaseChoices):
     """export    what the writers are told; provenance and adapter are added by the release
     text      what is computed on; None: the one that comes with qalora
     template  the card's template, likewise

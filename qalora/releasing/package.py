@@ -71,7 +71,7 @@ class ReleasePlan:
     """What a release is going to be made of.
 
     jobs      the export of each target
-    base      what the manifest says of the model, and `told` of the adapter: see `qalora.releasing.manifest`
+    base      what the manifest says of the model, and `adapter_entry` of the adapter: see `qalora.releasing.manifest`
     """
 
     model: Checkpoint
@@ -79,7 +79,7 @@ class ReleasePlan:
     options: ReleaseOptions
     jobs: tuple[ExportJob, ...]
     base: BaseEntry
-    told: AdapterEntry | None
+    adapter_entry: AdapterEntry | None
 
     @property
     def nbytes(self) -> int:
@@ -113,10 +113,10 @@ def plan_release(
 ) -> ReleasePlan:
     """Check everything that can be refused: the output, and each target's plan. Reads the model for its digests."""
     preview(model, options, out, adapter=adapter, force=force)  # refuses before the long reading
-    base, told = base_part(model), adapter_part(adapter)
-    export = options.with_provenance(provenance(base.digest, None if told is None else told.digest))
+    base, entry = base_part(model), adapter_part(adapter)
+    export = options.with_provenance(provenance(base.digest, None if entry is None else entry.digest))
     jobs = export_jobs(model, options.targets, export, adapter=adapter, minima=options.minima)
-    return ReleasePlan(model=model, adapter=adapter, options=options, jobs=tuple(jobs), base=base, told=told)
+    return ReleasePlan(model=model, adapter=adapter, options=options, jobs=tuple(jobs), base=base, adapter_entry=entry)
 
 
 def preview(
@@ -208,7 +208,7 @@ def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
     artifacts = [artifact_part(job.plan, folder, planned.base.parameters) for job in planned.jobs]
     manifest = make_manifest(
         base=planned.base,
-        adapter=planned.told,
+        adapter=planned.adapter_entry,
         options=planned.options,
         artifacts=artifacts,
         report=report,

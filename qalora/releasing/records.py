@@ -29,9 +29,9 @@ __all__ = [
     "Manifest",
     "OptionsEntry",
     "QuantizedDigest",
+    "ReleaseChoices",
     "TensorDigest",
     "TensorEntry",
-    "Told",
 ]
 
 Digest = Annotated[str, like("sha256:[0-9a-f]{64}", "sha256: and 64 hexadecimal digits")]
@@ -113,8 +113,8 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a release is told, but for how weights are written, and for texts.
+class ReleaseChoices:
+    """What a user chose for a release, but for how weights are written, and for texts.
 
     targets      formats, in the order in which they are written
     convention, minima   how the adapter is read and folded; None: what the adapter says
@@ -136,8 +136,8 @@ class Told:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptionsEntry(Told, Writing):
-    """Everything that the release was told; text and template are their digests."""
+class OptionsEntry(ReleaseChoices, Writing):
+    """Everything that a user chose for the release; text and template are their digests."""
 
     WHOLE: ClassVar[bool] = True
 

@@ -90,14 +90,16 @@ def _plan(
     if again.findings:
         return None
     adapter = _adapter(folder, manifest, inputs)
-    told = adapter_part(adapter)
-    _compare_told(told, manifest.adapter, again)
+    entry = adapter_part(adapter)
+    _compare_adapters(entry, manifest.adapter, again)
     if again.findings:
         return None
     options = ReleaseOptions.of_entry(manifest.options, text=inputs.text, template=inputs.template)
-    export = options.with_provenance(provenance(base.digest, None if told is None else told.digest))
+    export = options.with_provenance(provenance(base.digest, None if entry is None else entry.digest))
     jobs = export_jobs(inputs.base, options.targets, export, adapter=adapter, minima=options.minima)
-    return ReleasePlan(model=inputs.base, adapter=adapter, options=options, jobs=tuple(jobs), base=base, told=told)
+    return ReleasePlan(
+        model=inputs.base, adapter=adapter, options=options, jobs=tuple(jobs), base=base, adapter_entry=entry
+    )
 
 
 def _compare_base(base: BaseEntry, said: BaseEntry, again: _Again) -> None:
@@ -136,16 +138,16 @@ def _adapter(folder: Path, manifest: Manifest, inputs: Inputs) -> Adapter | None
     return read_adapter(place, inputs.base, convention=manifest.options.convention)
 
 
-def _compare_told(told: AdapterEntry | None, said: AdapterEntry | None, again: _Again) -> None:
-    if told is None or said is None:
+def _compare_adapters(made: AdapterEntry | None, said: AdapterEntry | None, again: _Again) -> None:
+    if made is None or said is None:
         return
-    for name in [*_other(told.layers, said.layers), *_other(told.saved, said.saved)][:1]:
-        layers = name in told.layers or name in said.layers
-        differ = _difference(told.layers.get(name), said.layers.get(name)) if layers else "a different one"
+    for name in [*_other(made.layers, said.layers), *_other(made.saved, said.saved)][:1]:
+        layers = name in made.layers or name in said.layers
+        differ = _difference(made.layers.get(name), said.layers.get(name)) if layers else "a different one"
         again.add(f"adapter: {name}", f"{differ}: it is not the adapter of this release")
         return
     for key in ("convention", "minima", "digest"):
-        mine, theirs = getattr(told, key), getattr(said, key)
+        mine, theirs = getattr(made, key), getattr(said, key)
         if mine != theirs:
             again.add(f"adapter: {key}", f"{mine} where {MANIFEST} says {theirs}")
 
@@ -207,7 +209,7 @@ def _measure(
     parts = [artifact_part(job.plan, folder, planned.base.parameters) for job in planned.jobs]
     made = make_manifest(
         base=planned.base,
-        adapter=planned.told,
+        adapter=planned.adapter_entry,
         options=options,
         artifacts=parts,
         report=found,

@@ -60,9 +60,11 @@ def train(
     model: Checkpoint,
     options: TrainOptions,
     progress: Progress = lambda report: None,
-    told: Callable[[Account], None] = lambda account: None,
+    on_account: Callable[[Account], None] = lambda account: None,
 ) -> Adapter:
-    """Train an adapter, write it to `options.out`, and give it as it was written. told: called with what is learned.
+    """Train an adapter, write it to `options.out`, and give it as it was written.
+
+    on_account  called with what is learned
 
     The folder holds an adapter that PEFT can read, and training.json: options, losses by step, held-out losses, in nats
     per token. Raises InputError for a float or act-order model, one without tokenizer, target modules that match
@@ -70,7 +72,7 @@ def train(
     and a checkpoint of an earlier run, which only resume or force touch; DivergedError for a loss that is no number;
     Interrupted, a KeyboardInterrupt, after Ctrl-C or SIGTERM, with a checkpoint of the step that was under way if there
     are checkpoints. In a process that a launcher started it is that process's part of one run, see
-    `qalora.training.distributed`: each gets the adapter, the first writes it and is told the progress.
+    `qalora.training.distributed`: each gets the adapter, the first writes it and gets the progress.
     """
     with joined(options.device) as processes:
         with processes.together():
@@ -81,7 +83,7 @@ def train(
             targets = _targets(model, options)
             kept, held = _data(model, options)
             if processes.first:
-                told(kept.account)
+                on_account(kept.account)
             run = _Run(model, options, targets, kept, held, processes)
             state = run.resumed() if options.resume else State()
         run.check_same(state)

@@ -99,7 +99,7 @@ def _quantized(name: str, path: Path, entries: Mapping[str, Entry], spec: QuantS
     return LazyTensor(name=name, shape=(rows, groups * spec.group_size), spec=spec, read=read_rows)
 
 
-def _told(path: Path) -> Mapping[str, Any] | None:
+def _metadata(path: Path) -> Mapping[str, Any] | None:
     return read_header(path).metadata if path.suffix == ".toy" else None
 
 
@@ -118,7 +118,7 @@ FORMAT = Format(
     end=".codes_of_toy",
     weights=lambda folder: [folder / FILE],
     suffixes=(".toy",),
-    told=_told,
+    metadata_of=_metadata,
     runtimes=("torch",),
     rounding=exact,
     memory=8,

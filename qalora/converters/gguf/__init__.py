@@ -1,7 +1,7 @@
 """GGUF files, read and written; the codes move as they are. `qalora.formats.gguf` and `gguf_blocks` hold the bytes."""
 
 from qalora.converters.format import Format, LoraFile, Rounding, late
-from qalora.converters.gguf.files import is_gguf, models, told
+from qalora.converters.gguf.files import file_metadata, is_gguf, models
 from qalora.converters.gguf.running import openings, usage
 from qalora.formats.gguf_split import split_files
 
@@ -38,7 +38,7 @@ FORMAT = Format(
     ends="llama.cpp",
     findings=late("qalora.inspection.gguf", "findings"),
     suffixes=(".gguf",),
-    told=told,
+    metadata_of=file_metadata,
     packages=("gguf",),
     usage=usage,
     openings=openings,

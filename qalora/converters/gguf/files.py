@@ -10,7 +10,7 @@ from qalora.formats.files import InputFile
 from qalora.formats.gguf import read_header
 from qalora.formats.gguf_split import part_number
 
-__all__ = ["is_gguf", "models", "told"]
+__all__ = ["file_metadata", "is_gguf", "models"]
 
 
 def is_gguf(path: Path) -> bool:
@@ -21,7 +21,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(0, min(4, file.size)) == b"GGUF"
 
 
-def told(path: Path) -> Mapping[str, Any] | None:
+def file_metadata(path: Path) -> Mapping[str, Any] | None:
     """The values of a model's first file; the others of a split one have none of their own."""
     if path.suffix != ".gguf" or part_number(path) != 1:
         return None

@@ -9,7 +9,7 @@ are float32.
 """
 
 from qalora.converters.format import Format, LoraFile, late
-from qalora.converters.onnx.files import MODEL, graphs, is_decoder, rounding, told, weight_files
+from qalora.converters.onnx.files import MODEL, file_metadata, graphs, is_decoder, rounding, weight_files
 from qalora.converters.onnx.running import openings, usage
 
 __all__ = ["FORMAT", "plan", "read", "write"]
@@ -47,7 +47,7 @@ FORMAT = Format(
     ends="onnxruntime-genai",
     findings=late("qalora.inspection.onnx", "findings"),
     suffixes=(".onnx", ".data"),
-    told=told,
+    metadata_of=file_metadata,
     packages=("onnx",),
     usage=usage,
     openings=openings,

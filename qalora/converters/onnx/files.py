@@ -9,7 +9,16 @@ from typing import Any
 from qalora.converters.format import EXACT, Rounding
 from qalora.formats.onnx import read_model
 
-__all__ = ["MODEL", "accuracy_level", "graphs", "is_decoder", "is_standard", "rounding", "told", "weight_files"]
+__all__ = [
+    "MODEL",
+    "accuracy_level",
+    "file_metadata",
+    "graphs",
+    "is_decoder",
+    "is_standard",
+    "rounding",
+    "weight_files",
+]
 
 MODEL = "model.onnx"
 """The graph of a folder."""
@@ -32,7 +41,7 @@ def weight_files(path: Path) -> Iterable[Path]:
     return graph.parent.glob(f"{graph.name}*")
 
 
-def told(path: Path) -> Mapping[str, Any] | None:
+def file_metadata(path: Path) -> Mapping[str, Any] | None:
     """The properties of a graph."""
     if path.name != MODEL:
         return None
