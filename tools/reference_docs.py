@@ -82,7 +82,7 @@ def _paragraph(part: str) -> str:
         return fenced(" ".join(part.removeprefix("Example: ").split()), "sh")
     rows = _arguments(part.splitlines())
     if rows:
-        return table(("argument", ""), [(f"`{name}`", escaped(text)) for name, text in rows])
+        return table(("argument", ""), [(f"`{name}`".replace(", ", "`, `"), escaped(text)) for name, text in rows])
     return escaped(" ".join(part.split())) + "\n"
 
 

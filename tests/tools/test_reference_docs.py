@@ -51,6 +51,6 @@ def test_a_docstring_becomes_markdown(tool: ModuleType) -> None:
     assert tool.prose(f"Do it for <x>.\n\n{code}\n\n{rows}\n\nExample: go --there") == [
         "Do it for &lt;x>.\n",
         "```python\nimport y\n\nz(1)\n```\n",
-        "| argument |  |\n| --- | --- |\n| `a, b` | one and more |\n| `c` | two &#124; three |\n",
+        "| argument |  |\n| --- | --- |\n| `a`, `b` | one and more |\n| `c` | two &#124; three |\n",
         "```sh\ngo --there\n```\n",
     ]
