@@ -20,7 +20,7 @@ STEPS, FEW = 32, 8
 HELD_OUT = "held-out.txt"
 
 
-@click.command("demo", cls=Command, epilog="Example: qalora demo -o demo")
+@click.command("demo", cls=Command, example="qalora demo -o demo")
 @output_option("The folder for text, adapter and release.")
 @click.option(
     "--to",
