@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from qalora.cli.closing import nbytes_of, print_next, readable
-from qalora.cli.options import Command, checkpoint_format_option, json_flag, open_model, print_json
+from qalora.cli.options import Command, checkpoint_format_option, json_flag, open_model, print_json, spelling
 from qalora.cli.progress import log_format_option, say_stage
+from qalora.errors import with_options
 
 if TYPE_CHECKING:
     from qalora.releasing.check import Checked
@@ -91,13 +92,16 @@ def _close(dist: Path, found: Checked) -> None:
 
 
 def _print(found: Checked) -> None:
+    flags = spelling(click.get_current_context())
     for stage in found.stages:
         state = "skipped" if stage.skipped else "FAILED" if stage.findings else "ok"
-        click.echo(f"{stage.question:>14}  {state}" + (f": {stage.skipped}" if stage.skipped else ""))
+        click.echo(
+            f"{stage.question:>14}  {state}" + (f": {with_options(stage.skipped, flags)}" if stage.skipped else "")
+        )
         for finding in stage.findings:
             click.echo(f"{'':>16}{finding}")
         for note in stage.notes:
-            click.echo(f"{'':>16}note: {note}")
+            click.echo(f"{'':>16}note: {with_options(note, flags)}")
 
 
 def _json(dist: Path, found: Checked) -> dict[str, object]:

@@ -126,7 +126,8 @@ def _source(path: Path) -> Source:
         place = f"{path}:{at or length}" + (f":{column}" if column else "")
         raise FormatError(place, expected="TOML", got=f"a mistake ({what})") from error
     except (RecursionError, ValueError) as error:  # what is nested too deep; a number of thousands of digits
-        raise FormatError(f"{path}:1", expected="TOML of a recipe's size", got="too deep a nesting") from error
+        got = "values nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise FormatError(f"{path}:1", expected="TOML of a recipe's size", got=got) from error
     return Source(path=path, content=content, lines=key_lines(text), length=length)
 
 

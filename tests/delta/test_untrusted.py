@@ -104,7 +104,7 @@ def bare(content: Content) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Content], None], str]] = {
     "schema": (put("", "schema", "qalora.delta/2"), "schema: expected qalora.delta/1"),
-    "another key": (put("", "run", "rm"), r"delta\.json: run: expected a known key"),
+    "another key": (put("", "run", "rm"), r"delta\.json: run: unknown key"),
     "no list": (bare, "expected a list"),
     "climbing path": (put("file", "path", "../out.bin"), "expected a plain path"),
     "climbing inside": (put("file", "path", "mlx/../../out.bin"), "expected a plain path"),

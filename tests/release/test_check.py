@@ -329,7 +329,7 @@ PLANTED: list[tuple[Callable[[Path], None], bool, str]] = [
     (other_sbom, False, r"^sbom\.cdx\.json: not what"),
     (other_base_named, False, r"^gguf/.*: qalora\.provenance\.base: .* where manifest\.json says"),
     (other_schema, False, r"^manifest\.json: .*schema: expected qalora\.release/1"),
-    (unknown_key, False, r"^manifest\.json: .*options\.trust_me: expected a known key"),
+    (unknown_key, False, r"^manifest\.json: .*options\.trust_me: unknown key"),
     (missing_option, False, r"^manifest\.json: .*options\.gguf_form: this key is missing"),
     (no_number, False, r"^manifest\.json: .*artifacts\[0\]\.bits_per_weight: expected a finite number, got nan"),
     (unknown_loss, False, r"^manifest\.json: .*options: allow_loss: expected one of zeros, .*, got 'everything'"),
@@ -400,7 +400,7 @@ def test_a_damaged_graph_is_found_beside_its_checksum(
     result = run("check", dist)
     assert result.exit_code == 1, result.output
     assert f"onnx/model.onnx: changed since {SUMS} was written" in result.stdout
-    assert f"onnx/model.onnx: {graph}: expected an ONNX model, got DecodeError" in result.stdout
+    assert f"onnx/model.onnx: {graph}: expected an ONNX model, got bytes that protobuf cannot read" in result.stdout
 
 
 def test_what_lies_behind_a_link_is_given_to_no_runtime(dist: Path) -> None:
