@@ -247,8 +247,8 @@ class _Run:
     @property
     def _of_start(self) -> int:
         """Sequences whose gradient is gathered before the first step."""
-        uniform = self._options.start == "uniform" and self._options.rank != "auto"
-        return 0 if uniform else min(SEQUENCES, len(self._kept))
+        options = self._options
+        return min(SEQUENCES, len(self._kept)) if options.start == "gradient" or options.rank == "auto" else 0
 
     def start(self) -> None:
         """Rows of A, and ranks, from the first gradient, where options ask for them."""
@@ -261,7 +261,7 @@ class _Run:
     def _first_gradients(self) -> dict[str, Tensor]:
         """The gradient of each layer's B @ A, float32 [out, in/pool_size], over the first sequences of the run."""
         found = {path: layer.gather() for path, layer in self._layers.items()}
-        mean = self._backward(0, self._of_start, self._after_forward)
+        mean = self._backward(0, self._of_start, say=True)
         for layer in self._layers.values():
             layer.gathered = None
         self._gradients.zero_()
@@ -322,11 +322,6 @@ class _Run:
         self._pace.training = steps * self._each + (0 if state.step else self._of_start)
         self._pace.evaluation = evaluations * len(self._held)
         self._pace.begin()
-
-    def _after_forward(self, sequences: int) -> None:
-        """So many of the start's were trained on in each process."""
-        self._pace.trained(sequences * self._processes.size)
-        self._say()
 
     def _try_strengths(self, state: State) -> None:
         """Held-out losses after the last step, at the strength that was asked for, or at those that are to be tried."""
@@ -396,7 +391,7 @@ class _Run:
         self._gradients.zero_()
         return mean
 
-    def _backward(self, first: int, sequences: int, after: Callable[[int], None] = lambda sequences: None) -> float:
+    def _backward(self, first: int, sequences: int, *, say: bool = False) -> float:
         """Forward and backward over this process's share of the run's sequences number first, first+1, ...; gives the
         mean loss of all their tokens, which is what the processes' gradients add up to the gradient of.
         """
@@ -408,7 +403,9 @@ class _Run:
             loss = self._loss(tokens[rows], targets[rows], self._dtype)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-            after(len(rows))
+            if say:
+                self._pace.trained(len(rows) * self._processes.size)
+                self._say()
         return self._processes.sum(total) / count
 
     def _forwards(self, sequences: int, most: int) -> Iterator[Tensor]:
