@@ -167,7 +167,7 @@ def train_qalora(work: Work, cell: Cell, changes: dict[str, Any], base: Checkpoi
     options = TrainOptions(**{**settings, **changes})
     clock = Clock()
     try:
-        adapter = train(base, options, lambda report: losses.append(report.loss))
+        adapter = train(base, options, lambda report: losses.append(report.loss) if report.step else None)
     except DivergedError as error:
         return {"perplexity": None, "failed": str(error), "losses": losses, "options": options.to_json()}
     taken = clock.read()

@@ -127,7 +127,8 @@ def _replace(model: Any, path: str, module: StoredModule, dtype: torch.dtype, wh
     try:
         old = model.get_submodule(path)
     except AttributeError as error:
-        raise FormatError(f"{where}: {path}", expected=f"a module of {type(model).__name__}", got="none") from error
+        architecture = type(model).__name__
+        raise FormatError(f"{where}: {path}", expected=f"a module of {architecture}", got="none") from error
     shape = tuple(old.weight.shape) if isinstance(getattr(old, "weight", None), torch.Tensor) else None
     if shape != module.shape:
         raise FormatError(f"{where}: {path}", expected=f"shape {shape}, as config.json says", got=str(module.shape))

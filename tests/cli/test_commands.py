@@ -263,7 +263,11 @@ def test_ctrl_c_says_what_remains(place: Path, tmp_path: Path, monkeypatch: pyte
         replace(work, path)
 
     monkeypatch.setattr(output, "_replace_folder", interrupted)
-    result = CliRunner().invoke(main, ["quantize", str(place / "float"), "-o", str(tmp_path / "base")])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without one
+    try:
+        result = CliRunner().invoke(main, ["quantize", str(place / "float"), "-o", str(tmp_path / "base")])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "qalora: interrupted; nothing was written"
     assert not list(tmp_path.iterdir())

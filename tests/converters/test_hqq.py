@@ -154,7 +154,7 @@ def _damaged(folder: Path, key: str, value: torch.Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("part", "value", "words"),
     [
-        ("axis", torch.tensor(0), "axis: expected 1, got 0; it is not read here"),
+        ("axis", torch.tensor(0), "axis: expected 1, got 0; this kind of layer is not supported"),
         ("quant_zero", torch.tensor(1, dtype=torch.uint8), "quant_zero: expected 0, got 1"),
         ("nbits", torch.tensor(1), "expected nbits among 2, 3, 4, 5, 6, 8"),
         ("nbits", torch.tensor(3), "W_q: expected torch.int32"),

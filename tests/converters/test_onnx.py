@@ -311,7 +311,7 @@ DAMAGE: dict[str, tuple[Callable[[Any], None], str]] = {
     "group size 0": (_metadata('{"model.layers.0.mlp.up_proj": [4, 0, "real", "float16", "float16"]}'), "bits"),
     "outside the folder": (_external("location", "../secret"), "secret"),
     "absolute": (_external("location", "/etc/passwd"), "passwd"),
-    "offset beyond": (_external("offset", "99999999999"), "shorter"),
+    "offset beyond": (_external("offset", "99999999999"), "expected 65536 bytes at 99999999999"),
     "negative offset": (_external("offset", "-4096"), "whole number"),
     "length that lies": (_external("length", "12"), "bytes"),
     "twice": (lambda model: model.graph.initializer.append(model.graph.initializer[0]), "twice"),

@@ -423,5 +423,5 @@ def test_data_that_is_not_raw_is_refused_when_it_is_read(tmp_path: Path) -> None
 
 def test_a_graph_without_any_config_is_refused(tmp_path: Path) -> None:
     (Graph().write(tmp_path) / "genai_config.json").unlink()
-    with pytest.raises(InputError, match=r"expected config\.json or genai_config\.json beside it, got neither"):
+    with pytest.raises(InputError, match=r"needs config\.json or genai_config\.json in its folder"):
         read(tmp_path)

@@ -287,7 +287,7 @@ def test_a_folder_that_is_no_checkpoint_stays(base: Checkpoint, text: Path, tmp_
     (mine / "mine.txt").write_text("x", encoding="utf-8")
     chosen = options(text, tmp_path / "a", save_every=save_every)
     if save_every:
-        with pytest.raises(OutputError, match=r"a\.checkpoint, where checkpoints go, exists and is none; move it"):
+        with pytest.raises(OutputError, match=r"where checkpoints go, exists and is no checkpoint; move it"):
             train(base, replace(chosen, force=True))
         assert not (tmp_path / "a").exists()
     else:
@@ -360,7 +360,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"max_length": 1024}, "at most 512, the model's context"),
     "target modules": ({"target_modules": ("query",)}, "target_modules: expected some of down_proj, .* got 'query'"),
     "pool size": ({"pool_size": 48}, "pool"),
-    "device": ({"device": "abacus"}, "device: expected one that torch has"),
+    "device": ({"device": "abacus"}, "device: expected a device that torch has"),
     "data": ({"data": "none.txt"}, "none.txt: no such file"),
     "resume": ({"resume": True}, "expected a checkpoint to resume, got none"),
 }

@@ -87,7 +87,7 @@ def test_the_command_says_it(base: Checkpoint, text: Path, tmp_path: Path) -> No
     arguments += ["-o", str(tmp_path / "adapter")]
     done = CliRunner().invoke(main, [*arguments, "--strength", "0.5"])
     assert done.exit_code == 0, done.output
-    assert " at strength 0.5 after 2 steps: " in done.stdout
+    assert " at strength 0.5 after 2 steps\n" in done.stdout
     done = CliRunner().invoke(main, [*arguments, "--force", "--json", "--strength", "auto"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["strength"] in STRENGTHS

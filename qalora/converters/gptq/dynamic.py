@@ -111,7 +111,7 @@ def check_rules(rules: Collection[Rule], modules: Collection[str], where: str) -
     """FormatError for rules that could take long to be matched with the modules of a checkpoint."""
     if matching_steps([rule.pattern.pattern for rule in rules], modules) > STEPS:
         raise FormatError(
-            f"{where}: dynamic", expected=f"expressions that match in {STEPS} steps", got="some that could take more"
+            f"{where}: dynamic", expected=f"expressions that match in {STEPS} steps", got="some that could take longer"
         )
 
 
