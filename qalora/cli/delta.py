@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qalora.cli.closing import print_made, print_next
+from qalora.cli.closing import nbytes_of, print_made, print_next
 from qalora.cli.options import Command, Group, force_option, output_option
 from qalora.cli.progress import log_format_option, progress_bar
 
@@ -29,8 +29,7 @@ def make(base: Path, dist: Path, out: Path, force: bool) -> None:
     from qalora.delta import check_base, write_delta
 
     check_base(base, out, force=force)
-    total = sum(path.stat().st_size for path in dist.rglob("*") if path.is_file())
-    with progress_bar(total, "delta") as progress:
+    with progress_bar(nbytes_of(dist), "delta") as progress:
         made = write_delta(base, dist, out, force=force, progress=progress)
     print_made(made.folder, note=f"{100 * made.ratio:.1f} % of the release")
     print_next(("qalora", "delta", "apply", made.folder, base, "-o", "OUT"))

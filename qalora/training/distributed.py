@@ -63,15 +63,6 @@ class Processes:
         _call(dist.all_reduce, total)
         return float(total)
 
-    def sum_gradients(self, parameters: Collection[Tensor]) -> None:
-        """Make each gradient the sum of all processes', in one float32 piece; one that is None counts as zeros."""
-        if self.size == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.sum_tensors([parameter.grad for parameter in parameters if parameter.grad is not None])
-
     def sum_tensors(self, tensors: Collection[Tensor]) -> None:
         """Make each of some float32 tensors the sum of all processes', in one piece."""
         if self.size == 1:

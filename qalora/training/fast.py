@@ -38,15 +38,17 @@ class SharedInput:
 
     weight  [sum of out, columns]: W, then min' - min, then zeros up to a multiple of `ALIGNED`; min' - min is of
             the parameters at the last `refresh`
+    added   the columns of min' - min
     """
 
     def __init__(self, layers: Sequence[FoldedLinear], dtype: torch.dtype) -> None:
         first = layers[0]
         self.layers, self.dtype, self.trained = tuple(layers), dtype, first.trained
         self.inner, self.group_size, self.pool_size = first.in_features, first.group_size, first.pool_size
-        self.groups = self.inner // self.group_size if self.trained else 0
+        end = self.inner + self.inner // self.group_size if self.trained else self.inner
+        self.added = slice(self.inner, end)
         aligned = ALIGNED[dtype] if self.trained else 1
-        self.columns = -(-(self.inner + self.groups) // aligned) * aligned
+        self.columns = -(-end // aligned) * aligned
         self.outs = [layer.out_features for layer in layers]
         self.bias = _joined_bias(layers, dtype)
         self._kept: Tensor | None = None
@@ -69,7 +71,7 @@ class SharedInput:
             self._change = torch.cat(tuple(changes)).to(self.dtype)
             return
         for rows, change in zip(torch.split(self._kept, self.outs), changes, strict=True):
-            rows[:, self.inner : self.inner + self.groups] = change
+            rows[:, self.added] = change
 
     def weight(self) -> Tensor:
         """The weight; made of the packed codes where it was not kept, to the same bits."""
@@ -78,15 +80,15 @@ class SharedInput:
         device = self.layers[0].packed.device
         made = self._fill(torch.empty(self.size, dtype=self.dtype, device=device))
         if self._change is not None:
-            made[:, self.inner : self.inner + self.groups] = self._change
+            made[:, self.added] = self._change
         return made
 
     def joined(self, rows: Tensor, pooled: Tensor) -> Tensor:
         """[x | pool(x) | zeros]."""
         place = rows.new_empty(len(rows), self.columns)
         place[:, : self.inner] = rows
-        place[:, self.inner : self.inner + self.groups] = pooled
-        place[:, self.inner + self.groups :] = 0
+        place[:, self.added] = pooled
+        place[:, self.added.stop :] = 0
         return place
 
     def grad_x(self, parts: Sequence[Tensor]) -> Tensor:
@@ -98,7 +100,7 @@ class SharedInput:
         if not self.trained:
             return grad
         columns = grad[:, : self.inner].view(len(grad), -1, self.group_size)
-        return (columns + grad[:, self.inner : self.inner + self.groups, None]).view(len(grad), self.inner)
+        return (columns + grad[:, self.added, None]).view(len(grad), self.inner)
 
     def _fill(self, place: Tensor) -> Tensor:
         for rows, layer in zip(torch.split(place, self.outs), self.layers, strict=True):

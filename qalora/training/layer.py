@@ -94,10 +94,14 @@ class FoldedLinear(nn.Module):
         """min' in float32 [out, in/group_size], rounded; the base's without `trained`."""
         if not self.trained:
             return self.minimum
+        return self.fold(self.minimum, self.a.detach(), self.b.detach())
+
+    def fold(self, minimum: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """min' of other parameters of this form, or of several layers', as `folded_minima` has it."""
         return folded_minima(
-            self.minimum,
-            self.a.detach(),
-            self.b.detach(),
+            minimum,
+            a,
+            b,
             self.factor,
             group_size=self.base_group_size,
             pool_size=self.pool_size,
@@ -131,17 +135,8 @@ class FoldedLinear(nn.Module):
 
 def folded_changes(layers: Sequence[FoldedLinear]) -> Tensor:
     """min' - min of layers of one form, float32 [layers, out, in/group_size]."""
-    first = layers[0]
     minimum, a, b = (torch.stack(parts) for parts in zip(*((one.minimum, one.a, one.b) for one in layers), strict=True))
-    folded = folded_minima(
-        minimum,
-        a,
-        b,
-        first.factor,
-        group_size=first.base_group_size,
-        pool_size=first.pool_size,
-        minima=first.minima,
-    )
+    folded = layers[0].fold(minimum, a, b)
     return folded.sub_(minimum.repeat_interleave(folded.shape[2] // minimum.shape[2], dim=2))
 
 

@@ -378,7 +378,7 @@ class _Run:
         """One optimizer step; gives the mean loss of its tokens before it."""
         options = self._options
         mean = self._backward(step * self._each, self._each)
-        self._processes.sum_gradients(self._parameters.values())
+        self._processes.sum_tensors([self._gradients])
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), options.max_gradient_norm)
         if not math.isfinite(mean) or not bool(torch.isfinite(norm)):
             raise DivergedError(
