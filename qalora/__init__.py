@@ -253,7 +253,8 @@ def export(
     gptq_form: Literal["auto", "nearest", "eight-bit", "round"] = "auto",
     gguf_form: Literal["auto", "wide"] = "auto",
     accuracy_level: int = 0,
-    onnx_embedding: Literal["float32", "quantized"] = "float32",
+    onnx_graphs: Literal["both", "fast", "portable"] = "both",
+    onnx_embedding: Literal["auto", "float32", "quantized"] = "auto",
     max_shard_size: int = SHARD_SIZE,
     split_max_size: int | None = None,
     lora_slots: str | Iterable[str] = (),
@@ -266,7 +267,7 @@ def export(
     minima, convention   as in `fold`
     name        the model's name in file names and metadata
     allow_loss  losses that are accepted, by name: see `qalora.options.words.LOSSES`
-    gptq_form, gguf_form, accuracy_level, onnx_embedding, max_shard_size, split_max_size   see `Export`
+    gptq_form, gguf_form, accuracy_level, onnx_graphs, onnx_embedding, max_shard_size, split_max_size   see `Export`
     lora_slots  ONNX: modules that take a LoRA at run time
     force       whether an earlier output is replaced
     progress    called with each tensor's name and bytes

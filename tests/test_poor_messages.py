@@ -80,7 +80,7 @@ POINTERS: list[tuple[str, Callable[[Path], Callable[[], object]]]] = [
     ("gguf/model.gguf", of_a_folder("gguf/model.gguf")),
     ("gguf/model.gguf", lambda root: lambda: recognize([root / "gguf" / "model.gguf"])),
     ("onnx/model.onnx", of_a_folder("onnx")),
-    ("onnx/model.onnx.data", lambda root: lambda: _values(load(root / "onnx"))),
+    ("onnx/portable/model.onnx.data", lambda root: lambda: _values(load(root / "onnx"))),
     ("adapter/adapter_model.safetensors", lambda root: lambda: open_adapter(root / "adapter")),
     ("adapter/adapter_config.json", lambda root: lambda: open_adapter(root / "adapter")),
     ("adapter/qalora_adapter.json", lambda root: lambda: open_adapter(root / "adapter")),

@@ -47,7 +47,8 @@ class Rounding:
            their factor d * sum(q) in float16 (llama.cpp's Q8_0 and Q8_1)
            "int8": the input to int8 in blocks of a group, d in float32 (MatMulNBits at accuracy level 4)
            "float16" or "bfloat16": input, weight and output to that dtype
-    zeros  which integer zeros "weights" and "lora" subtract: see `qalora.residual.to_residual`
+    zeros  which integer zeros "weights", "lora" and "int8" subtract where the weight's are real: see
+           `qalora.residual.to_residual`
     head   whether the weight of the output layer goes to float16 in "weights" and "lora" too
     """
 

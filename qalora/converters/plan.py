@@ -112,8 +112,9 @@ class ExportOptions(Writing):
     gptq_form       "auto" (own zeros where integer, else symmetric zeros + residual), "nearest" (nearest zeros +
                     residual), "eight-bit" or "round"
     gguf_form       "auto" (the type of the codes' width) or "wide" (integer zeros at up to 6 bits exactly, in Q8_0)
-    onnx_embedding  "quantized": codes of the embedding, shared with a tied output, in the graph for ONNX Runtime; a
-                    third of its bytes at 8 bits
+    onnx_embedding  "auto" (codes of the embedding, shared with a tied output, where the base has them; a third of its
+                    bytes at 8 bits), "float32" or "quantized" (codes, or an error)
+    onnx_graphs     "both", "fast" or "portable"
     lora_slots      ONNX: modules whose products take a LoRA at run time, an .onnx_adapter file
     adapter         an adapter to ship beside the base instead of folding it (targets that say they can)
     provenance      what the files say of where they come from: GGUF keys, safetensors and ONNX metadata, all strings

@@ -56,9 +56,15 @@ class Writing(Options):
         target="onnx",
         expert=True,
     )
-    onnx_embedding: Literal["float32", "quantized"] = option(
-        "float32",
-        "quantized: the codes of a tied embedding; smaller, faster steps, slower prompts.",
+    onnx_graphs: Literal["both", "fast", "portable"] = option(
+        "both",
+        "fast: for ONNX Runtime. portable: of standard operators. Both read the same data file.",
+        target="onnx",
+        expert=True,
+    )
+    onnx_embedding: Literal["auto", "float32", "quantized"] = option(
+        "auto",
+        "auto: the codes of a tied embedding, where the base has them; float32: larger, faster prompts, slower steps.",
         target="onnx",
         expert=True,
     )

@@ -19,7 +19,7 @@ from torch.nn import functional
 from qalora.adapter import AdapterLayer
 from qalora.converters.format import EXACT, Rounding
 from qalora.residual import to_residual
-from qalora.tensor import GroupQuantTensor
+from qalora.tensor import GroupQuantTensor, integer_zeros
 
 __all__ = ["EXACT", "Q8_BLOCK", "Rounding", "product", "q8_input", "running_sum", "side_branch"]
 
@@ -53,8 +53,8 @@ def _via(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _residual_product(x: Tensor, tensor: GroupQuantTensor, rounding: Rounding) -> Tensor:
-    """Q(x; codes, scale, z) + pool(x) C^T, with Q's weight or input rounded."""
-    held = to_residual(tensor, rounding.zeros)
+    """Q(x; codes, scale, z) + pool(x) C^T, with Q's weight or input rounded; integer zero points are subtracted."""
+    held = to_residual(tensor, "nearest" if integer_zeros(tensor) is not None else rounding.zeros)
     centred = replace(tensor, min=-tensor.scale * held.zero)
     weight = centred.dequantize()
     if rounding.kind in ("weights", "lora"):

@@ -18,9 +18,9 @@ from qalora.cli import main
     ("damage", "sentence"),
     [
         (onnx_outside, "a plain name inside the folder"),
-        (cut("onnx/model.onnx.data", -5000), "of model.onnx.data, got a file of"),
+        (cut("onnx/portable/model.onnx.data", -5000), "of model.onnx.data, got a file of"),
         (cut("onnx/model.onnx", 100), "expected an ONNX model"),
-        (lambda root: (root / "onnx" / "model.onnx.data").unlink(), "model.onnx.data"),
+        (lambda root: (root / "onnx" / "portable" / "model.onnx.data").unlink(), "model.onnx.data"),
         (config("onnx/config.json", hidden_size=-1), "hidden_size"),
         (cut("gguf/model.gguf", -40), "truncated"),
         (cut("gptq/model.safetensors", -1), "truncated"),

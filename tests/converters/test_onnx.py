@@ -193,6 +193,30 @@ def test_the_portable_graph_is_standard(untied: Checkpoint, zeros: Any, tmp_path
     assert domains == {"ai.qalora"}
 
 
+@pytest.mark.parametrize(("bits", "zeros"), [(2, "real"), (4, "real"), (4, "integer"), (8, "real"), (6, "integer")])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_what_onnx_runtime_makes_of_a_graph(
+    untied: Checkpoint, graph: str, bits: int, zeros: Any, tmp_path: Path
+) -> None:
+    """Everything made of constants is made when the model is loaded: a product, and a branch for real zero points."""
+    model = random_model(untied, bits=bits, group_size=32, zeros=zeros)
+    export(model, "onnx", tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+    onnxruntime.InferenceSession(tmp_path / "onnx" / graph / "model.onnx", options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    kinds = [node.op_type for node in nodes]
+    assert kinds.count("MatMulNBits") == len(model.linears) * (2 if bits > 4 else 1)
+    assert not {"DequantizeLinear", "ConstantOfShape", "Transpose"} & set(kinds) - ({"Transpose"} if graph else set())
+    made = {output for node in nodes for output in node.output}
+    for node in nodes:
+        if node.op_type == "MatMulNBits":
+            assert not made & set(node.input[1:]), f"{node.name} computes its weights at each call"
+
+
 def test_the_fast_graph_computes_with_codes(exported: tuple[Checkpoint, Path]) -> None:
     model, folder = exported
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
@@ -222,7 +246,7 @@ def test_the_same_bytes_at_every_run(untied: Checkpoint, tmp_path: Path) -> None
     for place in ("a", "b"):
         export(model, "onnx", tmp_path / place)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert Path("onnx/portable/model.onnx.data") in files
+    assert Path("onnx/portable/model.onnx.data") in files and Path("onnx/model.onnx.data") not in files
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -243,23 +267,74 @@ def test_accuracy_level(untied: Checkpoint, level: int, tmp_path: Path) -> None:
     assert levels == {level}
 
 
-def test_float32_minima_that_leave_a_rounded_residual_are_a_loss_by_name(untied: Checkpoint, tmp_path: Path) -> None:
+def test_float32_minima_are_held_as_they_are(untied: Checkpoint, tmp_path: Path) -> None:
+    """The graph adds z * scale to them in float32, which rounds here: C = -1.5 + 24 * 2**-24 is -1.5 + 12 * 2**-23."""
+
     def spread(tensor: Any) -> Any:
-        """C = -1.5 + 45 * 2**-24 has more than 24 significant bits."""
         wide = torch.full_like(tensor.scale, 3 * 2.0**-24)
-        return replace(tensor, scale=wide, min=torch.full_like(wide, -1.5))
+        return replace(tensor, scale=wide, min=torch.full_like(wide, -1.5 + 2.0**-23))
 
     model = random_model(untied, min_dtype=torch.float32, change=spread)
-    with pytest.raises(ExactnessError, match="`allow_loss` residual"):
-        export(model, "onnx", tmp_path)
-    assert not list(tmp_path.iterdir())
-    plan = export(model, "onnx", tmp_path, allow_loss=frozenset({"residual"}))[0]
-    assert any(row.loss is not None for row in plan.tensors)
+    plan = export(model, "onnx", tmp_path)[0]
+    assert not any(row.loss for row in plan.tensors)
+    wanted, noise = float64(model, TOKENS)
+    for graph in GRAPHS:
+        assert_same_model(read(tmp_path / "onnx" / graph), model)
+        assert_close(run(tmp_path / "onnx" / graph, feed(model, TOKENS)), wanted, noise)
+
+
+def external(path: Path) -> dict[str, tuple[str, int, int]]:
+    """{initializer: (file, offset, length)}"""
+    found = {}
+    for item in onnx.load(path, load_external_data=False).graph.initializer:
+        entries = {entry.key: entry.value for entry in item.external_data}
+        if entries:
+            file = (path.parent / entries["location"]).resolve()
+            found[item.name] = (str(file), int(entries["offset"]), int(entries["length"]))
+    return found
+
+
+def test_both_graphs_read_the_same_bytes(exported: tuple[Checkpoint, Path]) -> None:
+    _, folder = exported
+    fast, portable = external(folder / "model.onnx"), external(folder / "portable" / "model.onnx")
+    assert fast == portable
+    data = folder / "portable" / "model.onnx.data"
+    assert {file for file, _, _ in fast.values()} == {str(data.resolve())}
+    assert [path.name for path in folder.rglob("*.data")] == ["model.onnx.data"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("zeros", ["real", "integer"])
+def test_a_layer_takes_its_codes_scales_and_zero_points(
+    untied: Checkpoint, bits: int, zeros: Any, tmp_path: Path
+) -> None:
+    """Nothing is stored twice: 4 or 8 bits for a code, float16 scale, float16 min or a nibble for each half's zero."""
+    model = random_model(untied, bits=bits, group_size=32, zeros=zeros)
+    plan = export(model, "onnx", tmp_path)[0]
+    halves = 2 if bits > 4 else 1
     for name in model.linears:
-        got = read(tmp_path / "onnx").tensors[name].load_quantized()
-        wanted = model.tensors[name].load_quantized()
-        assert torch.equal(got.packed, wanted.packed)
-        assert bool(((got.min - wanted.min).abs() <= 2.0**-24).all())  # half an ULP of C, which is below 2
+        rows, columns = model.tensors[name].shape
+        groups = columns // 32
+        zero = 2 * groups if zeros == "real" else halves * ((groups + 1) // 2)
+        row = next(row for row in plan.tensors if row.name == name)
+        assert row.nbytes == rows * (halves * columns // 2 + 2 * groups + zero)
+
+
+@pytest.mark.parametrize("graphs", ["fast", "portable"])
+def test_one_graph_is_a_folder_of_its_own(tiny: Path, graphs: Any, tmp_path: Path) -> None:
+    model = random_model(load(tiny))
+    export(model, "onnx", tmp_path, onnx_graphs=graphs)
+    folder = tmp_path / "onnx"
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == []
+    assert external(folder / "model.onnx")["model.norm.weight"][0] == str((folder / "model.onnx.data").resolve())
+    kinds = {node.domain for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node}
+    assert kinds == {"", "ai.qalora" if graphs == "portable" else "com.microsoft"}
+    assert_same_model(read(folder), model)
+    wanted, noise = float64(model, TOKENS)
+    assert_close(run(folder, feed(model, TOKENS)), wanted, noise)
+    prompt = load_tokenizer(model)("The Python language is")["input_ids"]
+    oracle = open_runtime("torch", model)
+    assert open_runtime("onnxruntime-genai", folder).generate(prompt, 8) == oracle.generate(prompt, 8)
 
 
 def test_what_the_graphs_cannot_hold_is_refused(untied: Checkpoint, tmp_path: Path) -> None:
@@ -296,13 +371,18 @@ def _external(key: str, value: str) -> Callable[[Any], None]:
 
 def _metadata(value: str) -> Callable[[Any], None]:
     def change(model: Any) -> None:
-        model.metadata_props[0].value = value
+        next(entry for entry in model.metadata_props if entry.key == "qalora.tensors").value = value
 
     return change
 
 
+def _version(model: Any) -> None:
+    next(entry for entry in model.metadata_props if entry.key == "qalora.onnx").value = "3"
+
+
 DAMAGE: dict[str, tuple[Callable[[Any], None], str]] = {
     "another graph": (lambda model: model.ClearField("metadata_props"), "no node is named as"),
+    "a later version": (_version, "qalora.onnx: expected one of 1, 2, got '3'; update qalora"),
     "metadata no JSON": (_metadata("{"), "expected JSON"),
     "metadata of other sizes": (
         _metadata('{"model.layers.0.mlp.up_proj": [9, 32, "real", "float16", "float16"]}'),
@@ -335,7 +415,7 @@ def test_damaged_graphs_are_refused(untied: Checkpoint, kind: str, tmp_path: Pat
 def test_a_changed_code_is_seen(untied: Checkpoint, tmp_path: Path) -> None:
     model = random_model(untied)
     plan = export(model, "onnx", tmp_path)[0]
-    with (tmp_path / "onnx" / "model.onnx.data").open("r+b") as file:
+    with (tmp_path / "onnx" / "portable" / "model.onnx.data").open("r+b") as file:
         file.seek(next(row.offset for row in plan.tensors if row.name == model.linears[3]))
         file.write(b"\x5a\xa5")
     with pytest.raises(AssertionError, match="packed"):

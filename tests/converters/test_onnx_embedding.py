@@ -41,6 +41,7 @@ def coded(source: Checkpoint, bits: int, group_size: int, zeros: Any = "integer"
 def session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
 
 
@@ -56,30 +57,30 @@ def test_the_embedding_comes_back_and_computes(tiny: Path, bits: int, group_size
     export(model, "onnx", tmp_path, onnx_embedding="quantized")
     assert_same_model(read(tmp_path / "onnx"), model)
     assert read(tmp_path / "onnx").tensors[NAME].spec.bits == bits  # type: ignore[union-attr]
-    assert torch.equal(
-        read(tmp_path / "onnx" / "portable").tensors[NAME].load_float(), model.tensors[NAME].load_float()
-    )
+    assert_same_model(read(tmp_path / "onnx" / "portable"), model)
     module = build(model)
     single = module(input_ids=TOKENS).logits
     double = module.double()(input_ids=TOKENS).logits
     noise = float((single.double() - double).abs().max())
-    found = session(tmp_path / "onnx").run(["logits"], feed(TOKENS))[0]
-    assert float((torch.from_numpy(found).double() - double).abs().max()) <= 8 * noise  # as in test_onnx
+    for graph in ("onnx", "onnx/portable"):
+        found = session(tmp_path / graph).run(["logits"], feed(TOKENS))[0]
+        assert float((torch.from_numpy(found).double() - double).abs().max()) <= 8 * noise  # as in test_onnx
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_look_up_is_exact(tiny: Path, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("graph", ["onnx", "onnx/portable"])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 32), (8, 64), (3, 64)])
+def test_the_look_up_is_exact(tiny: Path, bits: int, group_size: int, graph: str, tmp_path: Path) -> None:
     """Rows all over the table, by the graph's own nodes, are the float32 embedding bit for bit."""
-    model = coded(load(tiny), bits, 32)
+    model = coded(load(tiny), bits, group_size)
     export(model, "onnx", tmp_path, onnx_embedding="quantized")
-    path = tmp_path / "onnx" / "model.onnx"
-    graph = onnx.load(path, load_external_data=False)
+    path = tmp_path / graph / "model.onnx"
+    proto = onnx.load(path, load_external_data=False)
     shape = ["batch_size", "sequence_length", 64]
-    name = "embedded" if bits > 4 else "embedded_low"
-    graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
-    path.write_bytes(graph.SerializeToString())
+    name = "embedded" if bits > 4 or graph != "onnx" else "embedded_low"
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    path.write_bytes(proto.SerializeToString())
     ids = torch.linspace(0, model.tensors[NAME].shape[0] - 1, 256).long().view(4, 64)
-    found = session(tmp_path / "onnx").run([name], feed(ids))[0]
+    found = session(tmp_path / graph).run([name], feed(ids))[0]
     assert torch.equal(torch.from_numpy(found), model.tensors[NAME].load_float()[ids])
 
 
@@ -90,8 +91,9 @@ def test_nothing_is_stored_twice(tiny: Path, tmp_path: Path) -> None:
     row = next(row for row in plan.tensors if row.name == NAME)
     groups = columns // 32
     assert row.carrier == "8 bits in two 4-bit halves"
-    assert row.nbytes == rows * columns + 2 * rows * groups * 4 + 2 * rows * (groups // 2)
-    assert (tmp_path / "onnx" / "model.onnx.data").stat().st_size == plan.files["model.onnx.data"]
+    assert row.nbytes == rows * columns + rows * groups * 2 + 2 * rows * (groups // 2)
+    data = "portable/model.onnx.data"
+    assert (tmp_path / "onnx" / data).stat().st_size == plan.files[data]
     graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("GatherBlockQuantized") == 2
@@ -99,11 +101,25 @@ def test_nothing_is_stored_twice(tiny: Path, tmp_path: Path) -> None:
     assert NAME not in {item.name for item in graph.initializer}
 
 
-def test_float32_is_the_default(tiny: Path, tmp_path: Path) -> None:
+def test_codes_are_the_default_where_they_can_be_looked_up(tiny: Path, tmp_path: Path) -> None:
     model = coded(load(tiny), 8, 32)
     export(model, "onnx", tmp_path)
-    assert read(tmp_path / "onnx").tensors[NAME].spec is None
-    assert torch.equal(read(tmp_path / "onnx").tensors[NAME].load_float(), model.tensors[NAME].load_float())
+    assert_same_model(read(tmp_path / "onnx"), model)
+    for kind in ("floats", "real zeros", "wide scales"):
+        other = REFUSED[kind][0](load(tiny))
+        export(other, "onnx", tmp_path / kind)
+        table = read(tmp_path / kind / "onnx").tensors[NAME]
+        assert table.spec is None
+        assert torch.equal(table.load_float(), other.tensors[NAME].load_float())
+
+
+def test_float32_on_request(tiny: Path, tmp_path: Path) -> None:
+    model = coded(load(tiny), 8, 32)
+    export(model, "onnx", tmp_path, onnx_embedding="float32")
+    for graph in ("onnx", "onnx/portable"):
+        table = read(tmp_path / graph).tensors[NAME]
+        assert table.spec is None
+        assert torch.equal(table.load_float(), model.tensors[NAME].load_float())
 
 
 REFUSED: dict[str, tuple[Callable[[Checkpoint], Checkpoint], type[Exception], str]] = {
@@ -126,7 +142,7 @@ def test_an_output_of_its_own_and_other_words_are_refused(tiny_untied: Path, tmp
     model = coded(load(tiny_untied), 8, 32)
     with pytest.raises(InputError, match=r"expected an output tied to it, got lm_head\.weight"):
         export(model, "onnx", tmp_path, onnx_embedding="quantized")
-    with pytest.raises(InputError, match="onnx_embedding: expected float32 or quantized, got 'int8'"):
+    with pytest.raises(InputError, match="onnx_embedding: expected one of auto, float32, quantized, got 'int8'"):
         export(model, "onnx", tmp_path, onnx_embedding="int8")
 
 
@@ -142,15 +158,14 @@ def test_a_table_elsewhere_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_is_verified_and_a_third_smaller(smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2_is_verified_and_half_as_large(smollm2: Path, tmp_path: Path) -> None:
     """Its own Q8_0 table, through the command line, by ONNX Runtime and onnxruntime-genai."""
-    (usual,) = export_jobs(load(smollm2), ["onnx"], ExportOptions())
-    line = ["export", str(smollm2), "--to", "onnx", "-o", str(tmp_path), "--onnx-embedding", "quantized"]
-    made = CliRunner().invoke(main, line)
+    (wide,) = export_jobs(load(smollm2), ["onnx"], ExportOptions(onnx_embedding="float32"))
+    made = CliRunner().invoke(main, ["export", str(smollm2), "--to", "onnx", "-o", str(tmp_path)])
     assert made.exit_code == 0, made.output
-    size, graph = usual.plan.files["model.onnx.data"], tmp_path / "onnx" / "model.onnx"
-    assert size is not None and size - graph.with_name("model.onnx.data").stat().st_size > 75e6
-    line = ["verify", str(smollm2), str(graph), "--max-tokens", "64"]
+    size, folder = wide.plan.files["portable/model.onnx.data"], tmp_path / "onnx"
+    assert size is not None and size - (folder / "portable" / "model.onnx.data").stat().st_size > 75e6
+    line = ["verify", str(smollm2), str(folder / "model.onnx"), "--max-tokens", "64"]
     proven = CliRunner().invoke(main, line)
     assert proven.exit_code == 0, proven.output
 

@@ -124,9 +124,17 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     name = "model.embed_tokens.weight"
     coded = replace(world.base, tensors={**world.base.tensors, name: _coded(world, name)})
-    place = world.exported("onnx", model=coded, onnx_embedding="quantized")
-    graph = onnx.load(place / "model.onnx", load_external_data=False).graph
-    assert any(item.name.startswith("model.embed_tokens.table") for item in graph.initializer)
+    for form in ("quantized", "float32"):
+        place = world.exported("onnx", form, coded, onnx_embedding=form)
+        graph = onnx.load(place / "model.onnx", load_external_data=False).graph
+        looked_up = any(item.name.startswith("model.embed_tokens.table") for item in graph.initializer)
+        assert looked_up == (form == "quantized")
+
+
+@effect("export", "onnx_graphs")
+def _(world: World) -> None:
+    for graphs, files in (("both", 2), ("fast", 1), ("portable", 1)):
+        assert len([*world.exported("onnx", graphs, onnx_graphs=graphs).rglob("model.onnx")]) == files
 
 
 def _coded(world: World, name: str) -> Any:

@@ -1,15 +1,18 @@
 """ONNX, in two graphs: one for ONNX Runtime and onnxruntime-genai, and a portable one of standard operators.
 
-    onnx/           model.onnx  model.onnx.data  genai_config.json  config.json  tokenizer files
+    onnx/           model.onnx                   genai_config.json  config.json  tokenizer files
     onnx/portable/  model.onnx  model.onnx.data  genai_config.json  config.json
 
-Both take input_ids [batch, sequence], attention_mask [batch, total] and past_key_values.<n>.key/value [batch,
-key-value heads, past, head size], and give logits [batch, sequence, vocabulary] and present.<n>.key/value; all floats
-are float32.
+Both read the same data. A graph may name files in its own folder and below, so they are beside the portable one. Where
+one graph is written alone, it is in onnx/ with its data.
+
+Both take input_ids [batch, sequence], attention_mask [batch, total] and past_key_values.<n>.key/value [batch, key-value
+heads, past, head size], and give logits [batch, sequence, vocabulary] and present.<n>.key/value; all floats are
+float32.
 """
 
 from qalora.converters.format import Format, LoraFile, late
-from qalora.converters.onnx.files import MODEL, file_metadata, graphs, is_decoder, rounding, weight_files
+from qalora.converters.onnx.files import MODEL, file_metadata, graphs, is_decoder, rounding, source_files, weight_files
 from qalora.converters.onnx.running import openings, usage
 
 __all__ = ["FORMAT", "plan", "read", "write"]
@@ -28,7 +31,7 @@ FORMAT = Format(
     by_files=is_decoder,
     artifacts=graphs,
     weights=weight_files,
-    sources=lambda path: sorted(path.parent.iterdir()),
+    sources=source_files,
     called=lambda path: path.parent if path.name == MODEL else path,
     lora=LoraFile(
         name="onnx-adapter",
@@ -42,7 +45,6 @@ FORMAT = Format(
     also=("onnxruntime-cuda", "onnx.reference"),
     generators=("onnxruntime-genai",),
     rounding=rounding,
-    residual=True,
     slots=True,
     ends="onnxruntime-genai",
     findings=late("qalora.inspection.onnx", "findings"),

@@ -1,22 +1,26 @@
-"""How the two graphs hold a quantized weight [out, in] = [N, K]; encoders and decoders side by side.
+"""How the data file holds a quantized weight [out, in] = [N, K], and how the graphs read it.
 
-MatMulNBits (com.microsoft; `fast`): everything by rows of the weight, 4 bits wide.
+    codes     UINT8 [N, K/2]               low half first: at 4 bits our own packed bytes
+    scale     FLOAT16 or FLOAT [N, groups] as the base has it
+    min       FLOAT16 or FLOAT [N, groups] where zero points are real, as the base has it
+    zero      UINT8 [N, ceil(K/block / 2)] where they are integers, low half first
 
-    codes     UINT8 [N, K/block, block/2]   low half first: at 4 bits our own packed bytes
-    scale     FLOAT [N, K/block]
-    zero      UINT8 [N, ceil(K/block / 2)]  low half first
-    residual  FLOAT [K/group, N]            C transposed, where zero points are real
+Codes of 2 and 3 bits go into the 4-bit container as they are. Codes of 5, 6 and 8 bits go as two halves, code =
+16 * high + low: `codes_high` and `zero_high`, and the low half under the plain names. ONNX Runtime's own 8-bit kernel
+dequantizes the whole matrix at every call.
 
-Codes of 2 and 3 bits go into the 4-bit container as they are. Codes of 5, 6 and 8 bits go as two halves,
-code = 16 * high + low: `codes_high` with `scale_high` = 16 * scale and `zero_high`, and the low half under the plain
-names. ONNX Runtime's own 8-bit kernel dequantizes the whole matrix at every call.
+Both graphs read the same bytes, each with a type and shape of its own (`as_blocks`, `as_rows`):
 
-DequantizeLinear (`portable`): the weight transposed, as MatMul wants it.
+    MatMulNBits (com.microsoft; `fast`)     codes UINT8 [N, K/block, block/2], zero as it is
+    DequantizeLinear (`portable`)           codes UINT4 [N, K], zero UINT4 [N, K/block], one more where that is odd
 
-    codes     UINT4 [K, N] at up to 4 bits, else UINT8 [K, N]
-    scale     FLOAT [K/block, N]
-    zero      the codes' type [K/block, N]
-    residual  FLOAT [K/group, N]
+What the kernels ask for beyond that is made in the graph, of constants, so that ONNX Runtime makes it once, when it
+loads the model (`prepared`). A real zero point is held as the middle one, z, and what it leaves over:
+
+    W = scale * (codes - z) + C,   z = 2^(bits-1),   C = min + scale * z,   y = Q(x; codes, scale, z) + pool(x) @ C^T
+
+pool(x) is the sum of x over each group. C is computed in float32. Where scale and min are float16 both are multiples of
+2^-24, so that C is exact up to 1. Elsewhere it is rounded by 2^-24 of itself at most, as float32 rounds a weight.
 
 `block` is the largest power of two from 16 to 256 that divides the group; scale and zero repeat where it is smaller.
 An act-order weight is held with its columns in the order of their groups, and that order beside it (see `order`).
@@ -26,30 +30,36 @@ Sources: onnxruntime, docs/ContribOperators.md; onnx, docs/Operators.md#Dequanti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qalora.converters.onnx.order import natural, ordered
-from qalora.converters.plan import LOSSES
 from qalora.errors import ExactnessError, FormatError
 from qalora.formats.onnx import Initializer
-from qalora.residual import from_residual, to_residual
 from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros, pack_codes, unpack_codes
 
 __all__ = [
+    "BLOCKS",
+    "FLOATS",
+    "Fetch",
+    "as_blocks",
+    "as_rows",
     "block_size",
-    "decode_fast",
-    "decode_portable",
-    "encode_fast",
-    "encode_portable",
-    "fast_parts",
-    "portable_parts",
+    "decode",
+    "encode",
+    "from_nibbles",
+    "halves",
+    "middles",
+    "nibbles",
+    "parts",
 ]
 
 BLOCKS = (256, 128, 64, 32, 16)
 
-Parts = list[Initializer]
+FLOATS = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
+"""The type of a scale or a min, by the dtype of the base's."""
 
 
 def block_size(name: str, spec: QuantSpec) -> int:
@@ -65,89 +75,89 @@ def block_size(name: str, spec: QuantSpec) -> int:
     )
 
 
-def _halves(spec: QuantSpec) -> tuple[str, ...]:
-    return ("", "_high") if spec.bits > 4 else ("",)
+def halves(bits: int) -> tuple[str, ...]:
+    """What the names of a weight's 4-bit products end with."""
+    return ("", "_high") if bits > 4 else ("",)
 
 
-def fast_parts(module: str, shape: tuple[int, int], spec: QuantSpec) -> Parts:
-    """The initializers of a weight in the fast graph."""
-    (out, columns), block = shape, block_size(module, spec)
-    blocks = columns // block
-    parts = []
-    for half in _halves(spec):
-        parts.append(Initializer(name=f"{module}.codes{half}", dtype="UINT8", shape=(out, blocks, block // 2)))
-        parts.append(Initializer(name=f"{module}.scale{half}", dtype="FLOAT", shape=(out, blocks)))
-        parts.append(Initializer(name=f"{module}.zero{half}", dtype="UINT8", shape=(out, (blocks + 1) // 2)))
-    return parts + _residual_part(module, shape, spec)
+def middles(bits: int) -> dict[str, int]:
+    """The zero point of each half where those of the weight are real: z = 2^(bits-1)."""
+    return {"": 0, "_high": 1 << (bits - 5)} if bits > 4 else {"": 1 << (bits - 1)}
 
 
-def portable_parts(module: str, shape: tuple[int, int], spec: QuantSpec) -> Parts:
-    """The initializers of a weight in the portable graph."""
-    (out, columns), block = shape, block_size(module, spec)
-    kind = "UINT4" if spec.bits <= 4 else "UINT8"
-    parts = [
-        Initializer(name=f"{module}.codes", dtype=kind, shape=(columns, out)),
-        Initializer(name=f"{module}.scale", dtype="FLOAT", shape=(columns // block, out)),
-        Initializer(name=f"{module}.zero", dtype=kind, shape=(columns // block, out)),
+def parts(module: str, shape: tuple[int, int], spec: QuantSpec) -> list[Initializer]:
+    """The initializers of a weight, as the data file holds them."""
+    (rows, columns), block = shape, block_size(module, spec)
+    grouped = (rows, columns // spec.group_size)
+    made = [
+        Initializer(name=f"{module}.codes{half}", dtype="UINT8", shape=(rows, columns // 2))
+        for half in halves(spec.bits)
     ]
-    if kind == "UINT4" and out % 2:
-        raise ExactnessError(f"onnx: {module}: out", expected="an even number", got=str(out))
-    return parts + _residual_part(module, shape, spec)
+    made.append(Initializer(name=f"{module}.scale", dtype=FLOATS[spec.scale_dtype], shape=grouped))
+    if spec.zeros == "real":
+        return [*made, Initializer(name=f"{module}.min", dtype=FLOATS[spec.min_dtype], shape=grouped)]
+    packed = (rows, (columns // block + 1) // 2)
+    return made + [Initializer(name=f"{module}.zero{half}", dtype="UINT8", shape=packed) for half in halves(spec.bits)]
 
 
-def _residual_part(module: str, shape: tuple[int, int], spec: QuantSpec) -> Parts:
-    if spec.zeros == "integer":
-        return []
-    return [Initializer(name=f"{module}.residual", dtype="FLOAT", shape=(shape[1] // spec.group_size, shape[0]))]
+def as_blocks(part: Initializer, block: int) -> Initializer:
+    """A part as MatMulNBits reads it."""
+    if not _is("codes", part):
+        return part
+    rows, width = part.shape
+    return replace(part, shape=(rows, 2 * width // block, block // 2))
 
 
-def _zeros(module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Integer zeros [out, groups] and, where the real ones leave something over, the residual part."""
-    if spec.zeros == "integer":
+def as_rows(part: Initializer) -> Initializer:
+    """A part as DequantizeLinear reads it, two values in a byte."""
+    if not (_is("codes", part) or _is("zero", part)):
+        return part
+    rows, width = part.shape
+    return replace(part, dtype="UINT4", shape=(rows, 2 * width))
+
+
+def _is(kind: str, part: Initializer) -> bool:
+    return part.name.rpartition(".")[2].removesuffix("_high") == kind
+
+
+def encode(module: str, tensor: GroupQuantTensor, spec: QuantSpec) -> dict[str, Tensor]:
+    """The data of `parts`, by name."""
+    tensor = ordered(module, tensor)
+    data = {f"{module}.scale": _narrowed(module, tensor.scale, spec.scale_dtype)}
+    if spec.zeros == "real":
+        data[f"{module}.min"] = _narrowed(module, tensor.min, spec.min_dtype)
+    else:
         zero = integer_zeros(tensor)
         if zero is None:
             raise ValueError(f"{module}: its spec promises integer zeros, and it has none")
-        return zero, {}
-    residual = to_residual(tensor, "nearest")
-    if not residual.exact and not rounds:
-        raise ExactnessError(
-            f"onnx: {module}",
-            expected="a residual that float32 holds",
-            got=LOSSES["residual"],
-            todo="accept it with `allow_loss` residual",
-        )
-    return residual.zero, {f"{module}.residual": residual.c.T.contiguous()}
+        repeated = zero.repeat_interleave(spec.group_size // block_size(module, spec), dim=1)
+        data |= {f"{module}.zero{half}": nibbles(part) for half, part in _split(repeated, spec.bits).items()}
+    if spec.bits == 4:
+        return {**data, f"{module}.codes": tensor.packed}
+    codes = _split(tensor.codes(), spec.bits)
+    return data | {f"{module}.codes{half}": pack_codes(part, 4) for half, part in codes.items()}
 
 
-def encode_fast(module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bool = False) -> dict[str, Tensor]:
-    """The data of `fast_parts`, by name. ExactnessError for a residual that float32 rounds, unless `rounds`."""
-    zero, data = _zeros(module, tensor, spec, rounds=rounds)
-    times, tensor = spec.group_size // block_size(module, spec), ordered(module, tensor)
-    scale, zero = tensor.scale.repeat_interleave(times, dim=1), zero.repeat_interleave(times, dim=1)
-    if spec.bits <= 4:
-        packed = tensor.packed if spec.bits == 4 else pack_codes(tensor.codes(), 4)
-        halves = {"": (packed, scale, zero)}
-    else:
-        codes = tensor.codes()
-        halves = {
-            "": (pack_codes(codes & 15, 4), scale, zero & 15),
-            "_high": (pack_codes(codes >> 4, 4), scale * 16, zero >> 4),
-        }
-    for half, (codes_of, scale_of, zero_of) in halves.items():
-        data[f"{module}.codes{half}"] = codes_of
-        data[f"{module}.scale{half}"] = scale_of
-        data[f"{module}.zero{half}"] = _nibbles(zero_of)
-    return data
+def _split(values: Tensor, bits: int) -> dict[str, Tensor]:
+    return {"": values & 15, "_high": values >> 4} if bits > 4 else {"": values}
 
 
-def _nibbles(values: Tensor) -> Tensor:
+def _narrowed(module: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = values.to(dtype)
+    if not torch.equal(narrow.to(values.dtype), values):
+        raise ValueError(f"{module}: its spec promises {dtype}, which does not hold its scale or min")
+    return narrow.contiguous()
+
+
+def nibbles(values: Tensor) -> Tensor:
     """Rows of 4-bit values, two a byte, low half first, a row of odd length filled up with 0."""
     if values.shape[1] % 2:
         values = torch.nn.functional.pad(values, (0, 1))
     return values[:, ::2] | (values[:, 1::2] << 4)
 
 
-def _from_nibbles(packed: Tensor, columns: int) -> Tensor:
+def from_nibbles(packed: Tensor, columns: int) -> Tensor:
+    """Inverse of `nibbles`."""
     return torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)[:, :columns]
 
 
@@ -155,56 +165,32 @@ Fetch = Callable[[str], Tensor]
 """Gives the data of an initializer by its name; UINT4 as packed bytes of each row."""
 
 
-def decode_fast(module: str, fetch: Fetch, spec: QuantSpec) -> GroupQuantTensor:
-    """The canonical tensor that `encode_fast` wrote."""
-    packed, scale = fetch(f"{module}.codes").flatten(1), fetch(f"{module}.scale")
-    zero = _from_nibbles(fetch(f"{module}.zero"), scale.shape[1])
-    if spec.bits > 4:
-        high = unpack_codes(fetch(f"{module}.codes_high").flatten(1), 4)
-        codes = unpack_codes(packed, 4) | (high << 4)
-        zero = zero | (_from_nibbles(fetch(f"{module}.zero_high"), scale.shape[1]) << 4)
-        if not torch.equal(fetch(f"{module}.scale_high"), scale * 16):
-            raise FormatError(f"{module}.scale_high", expected="16 times the scale", got="different values")
-        packed = pack_codes(codes, spec.bits)
-    elif spec.bits < 4:
-        packed = pack_codes(unpack_codes(packed, 4), spec.bits)
-    return _joined(module, packed, scale, zero, fetch, spec)
-
-
-def _joined(
-    module: str, packed: Tensor, scale: Tensor, zero: Tensor, fetch: Fetch, spec: QuantSpec
-) -> GroupQuantTensor:
-    times = spec.group_size * scale.shape[1] * spec.bits // (packed.shape[1] * 8)
-    for part in (scale, zero):
-        if times < 1 or not torch.equal(part, part[:, ::times].repeat_interleave(times, dim=1)):
-            raise FormatError(f"{module}", expected=f"blocks that repeat in groups of {spec.group_size}")
-    scale, zero = scale[:, ::times].contiguous(), zero[:, ::times]
-    if spec.zeros == "integer":
-        minimum = -scale * zero
+def decode(module: str, fetch: Fetch, spec: QuantSpec) -> GroupQuantTensor:
+    """The canonical tensor that `encode` wrote."""
+    packed, scale = _joined_codes(module, fetch, spec.bits), fetch(f"{module}.scale").float()
+    if spec.zeros == "real":
+        minimum = fetch(f"{module}.min").float()
     else:
-        minimum = from_residual(scale, zero, fetch(f"{module}.residual").T)
+        minimum = -scale * _joined_zeros(module, fetch, spec, scale.shape[1])
     tensor = GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=spec.bits, group_size=spec.group_size)
     return natural(module, tensor, fetch(f"{module}.order")) if spec.act_order else tensor
 
 
-def encode_portable(
-    module: str, tensor: GroupQuantTensor, spec: QuantSpec, *, rounds: bool = False
-) -> dict[str, Tensor]:
-    """The data of `portable_parts`, by name; UINT4 as packed bytes."""
-    zero, data = _zeros(module, tensor, spec, rounds=rounds)
+def _joined_codes(module: str, fetch: Fetch, bits: int) -> Tensor:
+    packed = fetch(f"{module}.codes").flatten(1)
+    if bits == 4:
+        return packed
+    codes = unpack_codes(packed, 4)
+    if bits > 4:
+        codes = codes | (unpack_codes(fetch(f"{module}.codes_high").flatten(1), 4) << 4)
+    return pack_codes(codes, bits)
+
+
+def _joined_zeros(module: str, fetch: Fetch, spec: QuantSpec, groups: int) -> Tensor:
     times = spec.group_size // block_size(module, spec)
-    codes, zero = ordered(module, tensor).codes().T, zero.repeat_interleave(times, dim=1).T
-    small = spec.bits <= 4
-    data[f"{module}.codes"] = _nibbles(codes) if small else codes.contiguous()
-    data[f"{module}.scale"] = tensor.scale.repeat_interleave(times, dim=1).T.contiguous()
-    data[f"{module}.zero"] = _nibbles(zero) if small else zero.contiguous()
-    return data
-
-
-def decode_portable(module: str, fetch: Fetch, spec: QuantSpec) -> GroupQuantTensor:
-    """The canonical tensor that `encode_portable` wrote."""
-    codes, zero, scale = fetch(f"{module}.codes"), fetch(f"{module}.zero"), fetch(f"{module}.scale")
-    if spec.bits <= 4:
-        codes, zero = _from_nibbles(codes, scale.shape[1]), _from_nibbles(zero, scale.shape[1])
-    packed = pack_codes(codes.T.contiguous(), spec.bits)
-    return _joined(module, packed, scale.T.contiguous(), zero.T.contiguous(), fetch, spec)
+    zero = from_nibbles(fetch(f"{module}.zero"), groups * times)
+    if spec.bits > 4:
+        zero = zero | (from_nibbles(fetch(f"{module}.zero_high"), groups * times) << 4)
+    if not torch.equal(zero, zero[:, ::times].repeat_interleave(times, dim=1)):
+        raise FormatError(f"{module}.zero", expected=f"blocks that repeat in groups of {spec.group_size}")
+    return zero[:, ::times]

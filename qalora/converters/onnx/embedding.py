@@ -1,68 +1,59 @@
-"""A quantized embedding in the graph for ONNX Runtime, shared with a tied output: `--onnx-embedding quantized`.
+"""A quantized embedding in the graphs, shared with a tied output: `--onnx-embedding`.
 
-    model.embed_tokens.codes   UINT8 [vocabulary, hidden/block, block/2]  what MatMulNBits multiplies with (`carriers`)
-    model.embed_tokens.table   UINT8 [vocabulary, hidden/2]               the same bytes, for GatherBlockQuantized
-    model.embed_tokens.scale, .zero                                       of both
+    model.embed_tokens.codes   what the output multiplies with, as every linear weight (`carriers`)
+    model.embed_tokens.table   UINT8 [vocabulary, hidden/2]: the same bytes, as the look-up wants them
+    model.embed_tokens.scale, .zero                          of both; .table_zero: the portable graph's look-up's
 
-At more than 4 bits there are two halves, as everywhere: `.codes_high` and so on. `table` is the same place of the data
-file as `codes`, so that nothing is stored twice. Scales are float16's and zero points integers, so that the look-up is
-the float32 embedding bit for bit (scale * 8-bit code needs 19 bits), also as a sum of halves.
+At more than 4 bits there are two halves, as everywhere: `.codes_high` and so on. A second name is the same place of the
+data file, so that nothing is stored twice. Scales are float16's and zero points integers, so that the look-up is the
+float32 embedding bit for bit (scale * 8-bit code needs 19 bits), also as a sum of halves.
 
-It is not the default, since it is not faster everywhere. SmolLM2-135M, Q8_0, 49152 x 576, onnxruntime-gpu 1.31.1 on one
-thread of a CPU, of the output alone:
-
-                                 MB     1 row   16 rows   128 rows   error
-    float32, Gemm               113    6.3 ms   12.7 ms      70 ms    4e-7
-    two 4-bit halves             35    4.3 ms   30   ms     149 ms    2e-7..9e-7
-    8-bit MatMulNBits, level 1   32    172 ms   180  ms     246 ms    3e-7
-    8-bit MatMulNBits, level 4   32    1.8 ms    8.2 ms      52 ms    4e-3..6e-3
-
-and of the whole model, 4 bits in groups of 32 with a residual:
-
-                                 MB    a step, 32 tokens before    16 tokens    128 tokens
-    float32                     198                     21.2 ms        78 ms        392 ms
-    quantized                   121                     19.0 ms       104 ms        470 ms
-
-so a step is faster, and reading a prompt slower, whose every position has logits here. The look-up takes less than 0.1
-ms in all forms. The portable graph has the float32 table always.
+benchmarks/benchmark_onnx.py compares it with float32: docs/formats.md has the figures. Two other forms were tried on
+SmolLM2's table, 49152 x 576 of Q8_0, with ONNX Runtime 1.31. Its 8-bit MatMulNBits takes 172 ms for one row, since it
+dequantizes the whole table at each call, where two 4-bit halves take 4.3 ms and a float32 Gemm 6.3 ms. A float32 table
+that is made of the codes when the model is loaded is as fast as a stored one, but loading takes six times its size in
+memory: each step of what makes it is a constant of its own until the graph is done (6.3 GB for 128256 x 2048).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.onnx.carriers import block_size
+from qalora.converters.onnx.carriers import BLOCKS, block_size, halves
 from qalora.converters.onnx.graph import MS, Graph
+from qalora.converters.onnx.products import coded, scale_of, zero_bytes
 from qalora.errors import ExactnessError, FormatError, InputError
 from qalora.formats.onnx import Initializer, Stored
 from qalora.tensor import QuantSpec
 
-__all__ = ["EMBEDDING", "check_table", "check_tables", "look_up", "tables"]
+__all__ = ["EMBEDDING", "check_table", "check_tables", "look_up", "tables", "unpack"]
 
 EMBEDDING = "model.embed_tokens"
 OPTION = "`onnx_embedding`"
-HALVES = ("", "_high")
+TABLES = {"codes": "table", "zero": "table_zero"}
 
 
 def check_table(model: Checkpoint, form: str) -> bool:
-    """Whether the fast graph holds the embedding's codes; `form` is one of ExportOptions.onnx_embedding.
+    """Whether the graphs hold the embedding's codes; `form` is one of ExportOptions.onnx_embedding.
 
-    InputError for a float embedding or an untied output; ExactnessError for codes that the look-up cannot
-    take as they are.
+    "auto" takes them where they can be. "quantized" raises where not: InputError for a float embedding or an untied
+    output, ExactnessError for codes that the look-up cannot take as they are.
     """
     if form == "float32":
         return False
     spec, where = model.tensors[f"{EMBEDDING}.weight"].spec, f"{OPTION} {form}: {EMBEDDING}.weight"
+    if form == "auto":
+        return spec is not None and model.tied and not _beyond(spec) and spec.group_size % BLOCKS[-1] == 0
     if spec is None:
         raise InputError(where, expected="codes", got="floats", todo=f"leave {OPTION} out", field=OPTION.strip("`"))
     if not model.tied:
         raise InputError(where, expected="an output tied to it", got="lm_head.weight", todo=f"leave {OPTION} out")
-    if spec.zeros != "integer" or spec.act_order or spec.scale_dtype is not torch.float16:
+    if _beyond(spec):
         raise ExactnessError(
             where,
             expected="integer zero points, float16 scales and no act-order",
@@ -72,47 +63,101 @@ def check_table(model: Checkpoint, form: str) -> bool:
     return True
 
 
-def tables(data: Mapping[str, Initializer]) -> dict[str, Initializer]:
-    """The second names of the embedding's codes, with the shape that GatherBlockQuantized wants."""
-    found = {}
-    for half in HALVES:
-        codes = data.get(f"{EMBEDDING}.codes{half}")
-        if codes is not None:
-            rows, blocks, width = codes.shape
-            name = f"{EMBEDDING}.table{half}"
-            found[name] = replace(codes, name=name, shape=(rows, blocks * width))
-    return found
+def _beyond(spec: QuantSpec) -> bool:
+    return spec.zeros != "integer" or spec.act_order or spec.scale_dtype is not torch.float16
 
 
-def look_up(graph: Graph, spec: QuantSpec) -> str:
-    """The embeddings of input_ids, [batch, sequence, hidden], from codes."""
-    found = [
-        graph.add(
-            "GatherBlockQuantized",
-            [f"{EMBEDDING}.table{half}", "input_ids", f"{EMBEDDING}.scale{half}", f"{EMBEDDING}.zero{half}"],
-            f"embedded{half or '_low'}",
-            domain=MS,
-            bits=4,
-            block_size=block_size(EMBEDDING, spec),
-            gather_axis=0,
-            quantize_axis=1,
+def tables(parts: Iterable[Initializer], kinds: Collection[str]) -> list[Initializer]:
+    """The second names of the embedding's codes and zeros, [vocabulary, bytes], as a look-up wants them."""
+    names = _tables(kinds)
+    return [replace(part, name=names[part.name]) for part in parts if part.name in names]
+
+
+def _tables(kinds: Collection[str]) -> dict[str, str]:
+    """{initializer: its second name}"""
+    return {f"{EMBEDDING}.{kind}{half}": f"{EMBEDDING}.{TABLES[kind]}{half}" for kind in kinds for half in halves(8)}
+
+
+def look_up(graph: Graph, model: Checkpoint) -> str | None:
+    """The embeddings of input_ids, [batch, sequence, hidden], from codes; None where the graph holds floats."""
+    lazy = model.tensors[f"{EMBEDDING}.weight"]
+    if f"{EMBEDDING}.codes" not in graph.data:
+        return None
+    spec = coded(lazy)
+    each = []
+    for half in halves(spec.bits):
+        scale = scale_of(graph, EMBEDDING, lazy, spec, half)
+        inputs = [f"{EMBEDDING}.table{half}", "input_ids", scale, zero_bytes(graph, EMBEDDING, lazy, spec, half)]
+        each.append(
+            graph.add(
+                "GatherBlockQuantized",
+                inputs,
+                f"embedded{half or '_low'}",
+                domain=MS,
+                bits=4,
+                block_size=block_size(EMBEDDING, spec),
+                gather_axis=0,
+                quantize_axis=1,
+            )
         )
-        for half in (HALVES if spec.bits > 4 else HALVES[:1])
-    ]
-    return found[0] if len(found) == 1 else graph.add("Add", found, "embedded")
+    return each[0] if len(each) == 1 else graph.add("Add", each, "embedded")
+
+
+def unpack(graph: Graph, model: Checkpoint) -> str | None:
+    """The same in standard operators: rows of bytes are gathered, and only these are unpacked."""
+    lazy = model.tensors[f"{EMBEDDING}.weight"]
+    if f"{EMBEDDING}.codes" not in graph.data:
+        return None
+    spec = coded(lazy)
+    block, size = block_size(EMBEDDING, spec), lazy.shape[1]
+    blocks = size // block
+    shape = graph.constant(f"groups_{blocks}x{block}", [0, 0, blocks, block])
+    codes, zero = (_joined(graph, spec.bits, kind) for kind in TABLES.values())
+    codes = graph.add("Reshape", [codes, shape], "embedded.codes_by_block")
+    if blocks % 2:
+        limits = [graph.constant(f"number_{value}", [value]) for value in (0, blocks, 2)]
+        zero = graph.add("Slice", [zero, *limits], "embedded.zero_cut")
+    scale = graph.add("Gather", [scale_of(graph, EMBEDDING, lazy, spec), "input_ids"], "embedded.scale")
+    last = graph.constant("last_axis", [-1])
+    zero, scale = (graph.add("Unsqueeze", [x, last], f"{x}.by_block") for x in (zero, scale))
+    steps = graph.add("Sub", [codes, zero], "embedded.steps")
+    values = graph.add("Mul", [steps, scale], "embedded.blocks")
+    flat = graph.constant(f"flat_{size}", [0, 0, size])
+    return graph.add("Reshape", [values, flat], "embedded")
+
+
+def _joined(graph: Graph, bits: int, kind: str) -> str:
+    """float32 [batch, sequence, n]: the values of the rows of input_ids, of both halves where there are two."""
+    low, *high = (_nibbles(graph, f"{EMBEDDING}.{kind}{half}", f"embedded.{kind}{half}") for half in halves(bits))
+    if not high:
+        return low
+    times = graph.add("Mul", [high[0], graph.number(16.0)], f"embedded.{kind}_times")
+    return graph.add("Add", [low, times], f"embedded.{kind}_joined")
+
+
+def _nibbles(graph: Graph, name: str, out: str) -> str:
+    """float32 [batch, sequence, 2n] of the rows of UINT8 [vocabulary, n] that input_ids names, low half first."""
+    from onnx import TensorProto
+
+    row = graph.add("Gather", [name, "input_ids"], f"{out}.bytes")
+    low = graph.add("BitwiseAnd", [row, graph.constant("low_half", 15, "UINT8")], f"{out}.low")
+    high = graph.add("BitShift", [row, graph.constant("half_byte", 4, "UINT8")], f"{out}.high", direction="RIGHT")
+    last = graph.constant("last_axis", [-1])
+    each = [graph.add("Unsqueeze", [x, last], f"{x}.one") for x in (low, high)]
+    pairs = graph.add("Concat", each, f"{out}.pairs", axis=-1)
+    flat = graph.add("Reshape", [pairs, graph.constant("join_last", [0, 0, -1])], f"{out}.codes")
+    return graph.add("Cast", [flat], f"{out}.values", to=TensorProto.FLOAT)
 
 
 def check_tables(file: Path, stored: Mapping[str, Stored]) -> None:
     """FormatError for a graph that looks up other bytes than those that it multiplies with."""
-    for half in HALVES:
-        table, codes = stored.get(f"{EMBEDDING}.table{half}"), stored.get(f"{EMBEDDING}.codes{half}")
-        if table is not None and (codes is None or _place(table) != _place(codes)):
+    for name, second in _tables(TABLES).items():
+        table, own = stored.get(second), stored.get(name)
+        if table is not None and (own is None or _place(table) != _place(own)):
             raise FormatError(
-                f"{file}: {EMBEDDING}.table{half}",
-                expected="the bytes of its codes",
-                got="a different place in the file",
+                f"{file}: {second}", expected="the bytes of its codes", got="a different place in the file"
             )
 
 
-def _place(item: Stored) -> tuple[Path, int, int, str]:
-    return item.path, item.offset, item.nbytes, item.dtype
+def _place(item: Stored) -> tuple[Path, int, int]:
+    return item.path, item.offset, item.nbytes

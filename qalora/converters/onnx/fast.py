@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qalora.checkpoint import Checkpoint
+from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import FULL, Decoder, decoder_of
-from qalora.converters.onnx.carriers import block_size
+from qalora.converters.onnx.carriers import block_size, middles
 from qalora.converters.onnx.decoder import TABLES, Linear, add_logits, embed, feed_forward, norm, projections
-from qalora.converters.onnx.embedding import EMBEDDING, look_up
+from qalora.converters.onnx.embedding import look_up
 from qalora.converters.onnx.graph import MS, OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
+from qalora.converters.onnx.products import Product, add_linear, coded, scale_of, zero_bytes
 from qalora.converters.rope import two_tables
 from qalora.formats.onnx import Initializer
 
@@ -38,6 +39,7 @@ class _Lengths:
 def fast_graph(
     model: Checkpoint,
     data: Mapping[str, Initializer],
+    location: str,
     orders: Mapping[str, str],
     metadata: Mapping[str, str],
     accuracy_level: int,
@@ -45,19 +47,18 @@ def fast_graph(
     """The ModelProto, its weights as stubs."""
     from onnx import helper
 
-    decoder, graph = decoder_of(model.config, model.path), Graph(data=data, orders=orders)
+    decoder, graph = decoder_of(model.config, model.path), Graph(data=data, location=location, orders=orders)
+    product = _product(graph, accuracy_level)
 
-    def linear(x: str, module: str) -> str:
-        return _linear(graph, model, x, module, accuracy_level)
+    def by_module(x: str, module: str) -> str:
+        return add_linear(graph, model, x, module, product)
 
     lengths = _lengths(graph, decoder)
-    spec = model.tensors[f"{EMBEDDING}.weight"].spec
-    coded = spec is not None and f"{EMBEDDING}.codes" in data
-    hidden = embed(graph, decoder, look_up(graph, spec) if coded and spec is not None else None)
+    hidden = embed(graph, decoder, look_up(graph, model))
     normed = norm(graph, decoder, hidden, "model.layers.0.input_layernorm", "layer0.normed")
     for n in range(len(decoder.layers)):
-        hidden, normed = _layer(graph, decoder, n, hidden, normed, lengths, linear)
-    add_logits(graph, model, decoder, normed, linear)
+        hidden, normed = _layer(graph, decoder, n, hidden, normed, lengths, by_module)
+    add_logits(graph, model, decoder, normed, by_module)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1)]
     return graph.model(decoder, graph_outputs(decoder), graph_inputs(decoder), metadata, opset_imports=opsets)
 
@@ -171,34 +172,24 @@ def _add_norm(graph: Graph, decoder: Decoder, hidden: str, change: str, module: 
     return f"{out}.sum", f"{out}.normed"
 
 
-def _linear(graph: Graph, model: Checkpoint, x: str, module: str, accuracy_level: int) -> str:
-    """A linear layer of either kind, with its bias."""
-    lazy = model.tensors[f"{module}.weight"]
-    y = f"{module}.out"
-    if lazy.spec is None:
-        product = graph.add("MatMul", [x, f"{module}.weight"], y)
-    else:
-        block, (out, columns) = block_size(module, lazy.spec), lazy.shape
-        x = graph.ordered(x, module)
-        halves = [
-            graph.add(
-                "MatMulNBits",
-                [x, *(f"{module}.{part}{half}" for part in ("codes", "scale", "zero"))],
-                f"{y}{half}",
-                domain=MS,
-                K=columns,
-                N=out,
-                bits=4,
-                block_size=block,
-                accuracy_level=accuracy_level,
-            )
-            for half in (("", "_high") if lazy.spec.bits > 4 else ("",))
-        ]
-        product = halves[0] if len(halves) == 1 else graph.add("Add", halves, f"{y}.halves")
-        if lazy.spec.zeros == "real":
-            pooled = graph.pooled(x, lazy.spec.group_size, columns // lazy.spec.group_size)
-            branch = graph.add("MatMul", [pooled, f"{module}.residual"], f"{y}.branch")
-            product = graph.add("Add", [product, branch], f"{y}.sum")
-    if f"{module}.bias" in model.tensors:
-        product = graph.add("Add", [product, f"{module}.bias"], f"{y}.biased")
+def _product(graph: Graph, accuracy_level: int) -> Product:
+    """MatMulNBits. Its zero point is 8 where it is given none."""
+
+    def product(x: str, module: str, half: str, lazy: LazyTensor, y: str) -> str:
+        spec = coded(lazy)
+        inputs = [x, f"{module}.codes{half}", scale_of(graph, module, lazy, spec, half)]
+        if spec.zeros == "integer" or middles(spec.bits)[half] != 8:
+            inputs.append(zero_bytes(graph, module, lazy, spec, half))
+        return graph.add(
+            "MatMulNBits",
+            inputs,
+            y,
+            domain=MS,
+            K=lazy.shape[1],
+            N=lazy.shape[0],
+            bits=4,
+            block_size=block_size(module, spec),
+            accuracy_level=accuracy_level,
+        )
+
     return product

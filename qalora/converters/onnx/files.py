@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from qalora.converters.format import EXACT, Rounding
+from qalora.formats.files import contained
 from qalora.formats.onnx import read_model
 
 __all__ = [
     "MODEL",
+    "VERSION",
+    "VERSION_KEY",
     "accuracy_level",
     "file_metadata",
     "graphs",
     "is_decoder",
     "is_standard",
     "rounding",
+    "source_files",
     "weight_files",
 ]
 
 MODEL = "model.onnx"
 """The graph of a folder."""
+
+VERSION_KEY, VERSION = "qalora.onnx", "2"
+"""Metadata of a graph: the version of its layout. Graphs of the first have none (`version1`)."""
 
 
 def is_decoder(path: Path) -> bool:
@@ -38,7 +45,14 @@ def graphs(folder: Path) -> Sequence[Path]:
 def weight_files(path: Path) -> Iterable[Path]:
     """A graph, or the first of a folder, and its data."""
     graph = path / MODEL if path.is_dir() else path
-    return graph.parent.glob(f"{graph.name}*")
+    items = read_model(graph).graph.initializer
+    names = {entry.value for item in items for entry in item.external_data if entry.key == "location"}
+    return [graph, *(contained(graph.parent, name) for name in sorted(names))]
+
+
+def source_files(path: Path) -> Iterable[Path]:
+    """What is beside a graph, and its data where they lie below."""
+    return sorted({*path.parent.iterdir(), *weight_files(path)})
 
 
 def file_metadata(path: Path) -> Mapping[str, Any] | None:
@@ -50,8 +64,11 @@ def file_metadata(path: Path) -> Mapping[str, Any] | None:
 
 
 def rounding(path: Path) -> Rounding:
-    """Inputs to int8 where the graph asks for it."""
-    return Rounding(kind="int8") if accuracy_level(path) == 4 else EXACT
+    """Inputs to int8 where the graph asks for it. Graphs of the first version subtract the nearest zero points."""
+    if accuracy_level(path) != 4:
+        return EXACT
+    first = VERSION_KEY not in {entry.key for entry in read_model(path).metadata_props}
+    return Rounding(kind="int8", zeros="nearest" if first else "symmetric")
 
 
 def accuracy_level(path: Path) -> int:

@@ -21,16 +21,19 @@ MS = "com.microsoft"
 class Graph:
     """Nodes one behind the other; each method that adds one gives its output's name.
 
-    data    the weights by name
-    orders  what `order.shared_orders` gives
+    data      the weights by name
+    location  the file that holds them, seen from the graph's folder
+    orders    what `order.shared_orders` gives
     """
 
     data: Mapping[str, Initializer]
+    location: str = DATA
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
     orders: Mapping[str, str] = field(default_factory=dict)
     _pools: dict[tuple[str, int], str] = field(default_factory=dict)
     _ordered: dict[tuple[str, str], str] = field(default_factory=dict)
+    _once: set[str] = field(default_factory=set)
 
     def add(
         self,
@@ -47,6 +50,13 @@ class Graph:
 
         names = [output] if outputs is None else list(outputs)
         self.nodes.append(helper.make_node(op, list(inputs), names, name=f"/{output}", domain=domain, **attributes))
+        return output
+
+    def once(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Add a node whose output has no such name yet."""
+        if output not in self._once:
+            self._once.add(output)
+            self.add(op, inputs, output, **attributes)
         return output
 
     def constant(self, name: str, values: Sequence[int] | float, dtype: str = "INT64") -> str:
@@ -89,7 +99,7 @@ class Graph:
         """The ModelProto: stubs for the weights, IR and opsets that every supported ONNX Runtime loads."""
         from onnx import helper
 
-        stubs = [stub(item, DATA) for item in self.data.values()]
+        stubs = [stub(item, self.location) for item in self.data.values()]
         graph = helper.make_graph(self.nodes, "decoder", list(inputs), list(outputs), [*stubs, *self.constants])
         model = helper.make_model(graph, producer_name="qalora", ir_version=IR_VERSION, **extra)
         helper.set_model_props(model, dict(sorted(metadata.items())))

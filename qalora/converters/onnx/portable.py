@@ -1,10 +1,9 @@
 """The portable graph: standard operators, and quantized products as functions of our own domain in the same file.
 
-    ai.qalora::GroupQuantizedMatMul(x, codes, scale, zero) -> x @ dequantize(codes, scale, zero)
-    ai.qalora::GroupQuantizedMatMulReal(x, pooled, codes, scale, zero, residual) -> the same + pooled @ residual
+    ai.qalora::GroupQuantizedMatMul(x, codes, scale, zero) -> x @ dequantize(codes, scale, zero)^T
 
-A function's body is standard operators (DequantizeLinear, MatMul, Add), so that no native library is needed, and
-onnx.reference runs the model too. The mask may have zeros anywhere: batches can be padded on either side.
+The function's body is standard operators (Transpose, DequantizeLinear, MatMul), so that no native library is needed,
+and onnx.reference runs the model too. The mask may have zeros anywhere: batches can be padded on either side.
 
 ONNX Runtime turns DequantizeLinear + MatMul into MatMulNBits, at accuracy level 4 (int8 activations) unless the session
 has session.qdq_matmulnbits_accuracy_level = "1"; genai_config.json beside the graph says so.
@@ -15,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qalora.checkpoint import Checkpoint
+from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import FULL, Decoder, decoder_of
-from qalora.converters.onnx.carriers import block_size
+from qalora.converters.onnx.carriers import block_size, middles
 from qalora.converters.onnx.decoder import (
     TABLES,
     Linear,
@@ -28,7 +27,9 @@ from qalora.converters.onnx.decoder import (
     norm,
     projections,
 )
+from qalora.converters.onnx.embedding import unpack
 from qalora.converters.onnx.graph import OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
+from qalora.converters.onnx.products import Product, add_linear, coded, scale_of
 from qalora.converters.rope import two_tables
 from qalora.formats.onnx import Initializer
 
@@ -39,21 +40,26 @@ MASKED = -3.4028234663852886e38
 
 
 def portable_graph(
-    model: Checkpoint, data: Mapping[str, Initializer], orders: Mapping[str, str], metadata: Mapping[str, str]
+    model: Checkpoint,
+    data: Mapping[str, Initializer],
+    location: str,
+    orders: Mapping[str, str],
+    metadata: Mapping[str, str],
 ) -> Any:
     """The ModelProto, its weights as stubs."""
     from onnx import helper
 
-    decoder, graph = decoder_of(model.config, model.path), Graph(data=data, orders=orders)
+    decoder, graph = decoder_of(model.config, model.path), Graph(data=data, location=location, orders=orders)
+    product = _product(graph)
 
-    def linear(x: str, module: str) -> str:
-        return _linear(graph, model, x, module)
+    def by_module(x: str, module: str) -> str:
+        return add_linear(graph, model, x, module, product)
 
     positions, biases = _positions(graph, decoder), _attention_biases(graph, decoder)
-    hidden = embed(graph, decoder)
+    hidden = embed(graph, decoder, unpack(graph, model))
     for n in range(len(decoder.layers)):
-        hidden = _layer(graph, decoder, n, hidden, positions, biases[decoder.layers[n].window], linear)
-    add_logits(graph, model, decoder, norm(graph, decoder, hidden, "model.norm", "normed"), linear)
+        hidden = _layer(graph, decoder, n, hidden, positions, biases[decoder.layers[n].window], by_module)
+    add_logits(graph, model, decoder, norm(graph, decoder, hidden, "model.norm", "normed"), by_module)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     return graph.model(
         decoder,
@@ -61,29 +67,25 @@ def portable_graph(
         graph_inputs(decoder),
         metadata,
         opset_imports=opsets,
-        functions=[_function(real=False), _function(real=True)],
+        functions=[_function()],
     )
 
 
-def _function(*, real: bool) -> Any:
-    """The quantized product, with and without the part that real zero points leave over."""
+def _function() -> Any:
+    """x @ (scale * (codes - zero))^T. ONNX Runtime knows the product by DequantizeLinear of a transposed weight."""
     from onnx import AttributeProto, helper
 
-    dequantize = helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["weight"], axis=0)
+    names = ("codes", "scale", "zero")
+    turned = [helper.make_node("Transpose", [name], [f"{name}_by_column"], perm=[1, 0]) for name in names]
+    dequantize = helper.make_node("DequantizeLinear", [f"{name}_by_column" for name in names], ["weight"], axis=0)
     size = dequantize.attribute.add()
     size.name, size.type, size.ref_attr_name = "block_size", AttributeProto.INT, "block_size"
-    nodes = [dequantize, helper.make_node("MatMul", ["x", "weight"], ["product" if real else "y"])]
-    inputs = ["x", "codes", "scale", "zero"]
-    if real:
-        inputs = ["x", "pooled", "codes", "scale", "zero", "residual"]
-        nodes.append(helper.make_node("MatMul", ["pooled", "residual"], ["branch"]))
-        nodes.append(helper.make_node("Add", ["product", "branch"], ["y"]))
     return helper.make_function(
         DOMAIN,
-        "GroupQuantizedMatMulReal" if real else "GroupQuantizedMatMul",
-        inputs,
+        "GroupQuantizedMatMul",
+        ["x", *names],
         ["y"],
-        nodes,
+        [*turned, dequantize, helper.make_node("MatMul", ["x", "weight"], ["y"])],
         [helper.make_opsetid("", OPSET)],
         attributes=["block_size"],
     )
@@ -212,24 +214,35 @@ def _attend(graph: Graph, decoder: Decoder, n: int, heads: list[str], bias: str)
     return graph.add("Reshape", [mixed, graph.constant("all_heads", [0, decoder.heads, -1, decoder.head_size])], out)
 
 
-def _linear(graph: Graph, model: Checkpoint, x: str, module: str) -> str:
-    lazy = model.tensors[f"{module}.weight"]
-    x, y = graph.ordered(x, module), f"{module}.out"
-    parts = [f"{module}.{part}" for part in ("codes", "scale", "zero")]
-    if lazy.spec is None:
-        product = graph.add("MatMul", [x, f"{module}.weight"], y)
-    elif lazy.spec.zeros == "integer":
-        block = block_size(module, lazy.spec)
-        product = graph.add("GroupQuantizedMatMul", [x, *parts], y, domain=DOMAIN, block_size=block)
-    else:
-        pooled = graph.pooled(x, lazy.spec.group_size, lazy.shape[1] // lazy.spec.group_size)
-        product = graph.add(
-            "GroupQuantizedMatMulReal",
-            [x, pooled, *parts, f"{module}.residual"],
-            y,
-            domain=DOMAIN,
-            block_size=block_size(module, lazy.spec),
-        )
-    if f"{module}.bias" in model.tensors:
-        product = graph.add("Add", [product, f"{module}.bias"], f"{y}.biased")
+def _product(graph: Graph) -> Product:
+    """The function of our own."""
+
+    def product(x: str, module: str, half: str, lazy: LazyTensor, y: str) -> str:
+        spec = coded(lazy)
+        scale, zero = scale_of(graph, module, lazy, spec, half), _zeros(graph, module, lazy, half)
+        inputs = [x, f"{module}.codes{half}", scale, zero]
+        return graph.add("GroupQuantizedMatMul", inputs, y, domain=DOMAIN, block_size=block_size(module, spec))
+
     return product
+
+
+def _zeros(graph: Graph, module: str, lazy: LazyTensor, half: str) -> str:
+    """UINT4 [out, in/block]: the zero points of a half. ONNX has no Slice of UINT4."""
+    from onnx import TensorProto, helper
+
+    spec, rows = coded(lazy), lazy.shape[0]
+    blocks = lazy.shape[1] // block_size(module, spec)
+    if spec.zeros == "real":
+        middle = middles(spec.bits)[half]
+        shape = graph.constant(f"blocks_{rows}x{blocks}", [rows, blocks])
+        value = helper.make_tensor("value", TensorProto.UINT8, [1], [middle])
+        name = f"middle_{middle}.{rows}x{blocks}"
+        wide = graph.once("ConstantOfShape", [shape], f"{name}.bytes", value=value)
+    elif blocks % 2:
+        name = f"{module}.zero{half}_rows"
+        wide = graph.once("Cast", [f"{module}.zero{half}"], f"{name}.bytes", to=TensorProto.UINT8)
+        limits = [graph.constant(f"number_{value}", [value]) for value in (0, blocks, 1)]
+        wide = graph.once("Slice", [wide, *limits], f"{name}.cut")
+    else:
+        return f"{module}.zero{half}"
+    return graph.once("Cast", [wide], name, to=TensorProto.UINT4)

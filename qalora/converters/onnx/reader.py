@@ -5,9 +5,10 @@ Graphs without that metadata are others', and `foreign` reads those that it know
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +17,19 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.converters.families import family_of
 from qalora.converters.huggingface import model_of, read_config
-from qalora.converters.onnx import foreign
-from qalora.converters.onnx.carriers import decode_fast, decode_portable, fast_parts, portable_parts
+from qalora.converters.onnx import foreign, version1
+from qalora.converters.onnx.carriers import Fetch, as_blocks, as_rows, block_size, decode, parts
 from qalora.converters.onnx.decoder import TABLES
 from qalora.converters.onnx.embedding import check_tables
+from qalora.converters.onnx.files import VERSION, VERSION_KEY
 from qalora.converters.onnx.order import order_part, read_orders
 from qalora.converters.onnx.planner import GRAPH
 from qalora.converters.onnx.portable import DOMAIN
 from qalora.converters.onnx.rotary import check_rotary
 from qalora.converters.settings import linear_names
 from qalora.converters.specs import TENSORS, check_values, parse_specs
-from qalora.errors import FormatError
-from qalora.formats.onnx import Stored, read_initializers, read_stored
+from qalora.errors import FormatError, shown
+from qalora.formats.onnx import Initializer, Stored, read_initializers, read_stored
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
 __all__ = ["read"]
@@ -45,7 +47,7 @@ def read(path: Path) -> Checkpoint:
     if TENSORS not in metadata:
         return replace(foreign.read(file, proto, stored), path=path)
     kinds = parse_specs(metadata[TENSORS], str(file))
-    portable = any(opset.domain == DOMAIN for opset in proto.opset_import)
+    layout = _layout(file, metadata.get(VERSION_KEY, "1"), proto)
     config = read_config(file.parent)
     linears = linear_names(config, file.parent)
     family, tensors = family_of(config, file.parent), dict[str, LazyTensor]()
@@ -53,9 +55,7 @@ def read(path: Path) -> Checkpoint:
     orders = read_orders(proto)
     used = {f"{table}.{side}" for table in TABLES.values() for side in ("cos", "sin")}
     for module, spec in kinds.items():
-        tensors[f"{module}.weight"], names = _quantized(
-            file, module, spec, stored, orders.get(module), portable=portable
-        )
+        tensors[f"{module}.weight"], names = _quantized(file, module, spec, stored, orders.get(module), layout)
         used |= names
     for name, item in stored.items():
         if name not in used and item.dtype == "FLOAT" and item.inline is None:
@@ -65,22 +65,60 @@ def read(path: Path) -> Checkpoint:
     return replace(model, path=path)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """How a graph holds a weight. whole: the dimensions of its codes are out first; dimensions: how many they are."""
+
+    parts: Callable[[str, tuple[int, int], QuantSpec], Sequence[Initializer]]
+    decode: Callable[[str, Fetch, QuantSpec], GroupQuantTensor]
+    dimensions: int
+    whole: bool = True
+
+
+def _in_blocks(module: str, shape: tuple[int, int], spec: QuantSpec) -> list[Initializer]:
+    return [as_blocks(part, block_size(module, spec)) for part in parts(module, shape, spec)]
+
+
+def _in_rows(module: str, shape: tuple[int, int], spec: QuantSpec) -> list[Initializer]:
+    return [as_rows(part) for part in parts(module, shape, spec)]
+
+
+_LAYOUTS = {
+    (VERSION, False): _Layout(parts=_in_blocks, decode=decode, dimensions=3),
+    (VERSION, True): _Layout(parts=_in_rows, decode=decode, dimensions=2),
+    ("1", False): _Layout(parts=version1.fast_parts, decode=version1.decode_fast, dimensions=3),
+    ("1", True): _Layout(parts=version1.portable_parts, decode=version1.decode_portable, dimensions=2, whole=False),
+}
+"""By the version of the layout, and whether the graph is the portable one."""
+
+
+def _layout(file: Path, version: str, proto: Any) -> _Layout:
+    portable = any(opset.domain == DOMAIN for opset in proto.opset_import)
+    layout = _LAYOUTS.get((version, portable))
+    if layout is None:
+        known = ", ".join(sorted({number for number, _ in _LAYOUTS}))
+        raise FormatError(
+            f"{file}: {VERSION_KEY}", expected=f"one of {known}", got=shown(version), todo="update qalora"
+        )
+    return layout
+
+
 def _quantized(
-    file: Path, module: str, spec: QuantSpec, stored: Mapping[str, Stored], order: str | None, *, portable: bool
+    file: Path, module: str, spec: QuantSpec, stored: Mapping[str, Stored], order: str | None, layout: _Layout
 ) -> tuple[LazyTensor, set[str]]:
     """The lazy tensor, and the initializers that it is made of; order: the name of its columns' order."""
     codes = stored.get(f"{module}.codes")
-    if codes is None or len(codes.shape) != (2 if portable else 3):
+    if codes is None or len(codes.shape) != layout.dimensions:
         got = "no initializer" if codes is None else f"{len(codes.shape)}"
-        raise FormatError(f"{file}: {module}.codes", expected=f"{2 if portable else 3} dimensions", got=got)
-    shape = (codes.shape[1], codes.shape[0]) if portable else (codes.shape[0], codes.shape[1] * codes.shape[2] * 2)
+        raise FormatError(f"{file}: {module}.codes", expected=f"{layout.dimensions} dimensions", got=got)
+    shape = _shape(codes.shape) if layout.whole else (codes.shape[1], codes.shape[0])
     if 0 in shape or shape[1] % spec.group_size:
         raise FormatError(f"{file}: {module}", expected=f"groups of {spec.group_size}", got=f"shape {list(shape)}")
     spec = replace(spec, act_order=order is not None)
-    parts = {part.name: part for part in (portable_parts if portable else fast_parts)(module, shape, spec)}
+    planned = {part.name: part for part in layout.parts(module, shape, spec)}
     if order is not None:
-        parts[order] = replace(order_part(module, shape[1]), name=order)
-    for name, part in parts.items():
+        planned[order] = replace(order_part(module, shape[1]), name=order)
+    for name, part in planned.items():
         item = stored.get(name)
         if item is None or (item.dtype, item.shape) != (part.dtype, part.shape):
             got = "none" if item is None else f"{item.dtype} {list(item.shape)}"
@@ -90,11 +128,17 @@ def _quantized(
         return read_stored(stored[order if order is not None and name == f"{module}.order" else name])
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
-        tensor = (decode_portable if portable else decode_fast)(module, fetch, spec)
+        tensor = layout.decode(module, fetch, spec)
         check_values(tensor, spec)
         return tensor if (start, stop) == (0, shape[0]) else tensor.rows(start, stop)
 
-    return LazyTensor(name=f"{module}.weight", shape=shape, spec=spec, read=read_rows), set(parts)
+    return LazyTensor(name=f"{module}.weight", shape=shape, spec=spec, read=read_rows), set(planned)
+
+
+def _shape(codes: tuple[int, ...]) -> tuple[int, int]:
+    """[out, in] of codes by rows, or by blocks of bytes."""
+    rows, *rest = codes
+    return rows, rest[0] if len(rest) == 1 else 2 * rest[0] * rest[1]
 
 
 def _float(name: str, item: Stored, *, transposed: bool, offset: float) -> LazyTensor:
