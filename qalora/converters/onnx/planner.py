@@ -124,8 +124,8 @@ def _table_notes(model: Checkpoint, coded: frozenset[str]) -> list[str]:
         return []
     wide = 4 * math.prod(model.tensors[f"{EMBEDDING}.weight"].shape)
     return [
-        f"onnx: the embedding is held as codes; float32 (`onnx_embedding`) takes {wide / 1e6:,.1f} MB and reads prompts "
-        "about a sixth faster"
+        f"onnx: the embedding is held as codes; float32 (`onnx_embedding`) takes {wide / 1e6:,.1f} MB "
+        "and reads prompts about a sixth faster"
     ]
 
 
