@@ -1,20 +1,29 @@
 """An output appears whole or not at all: written under a temporary name beside its place, then renamed.
 
+    .<name>.partial    what is being written; the next run removes what a killed one left
+    .<name>.lock       held by the run that writes it
+
 `--force` replaces an earlier output, and nothing else: a folder is only replaced if it holds at least one of the files
 that are about to be written, so that a mistyped `-o ~` costs nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from qalora.errors import OutputError
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = [
     "Progress",
@@ -27,6 +36,9 @@ __all__ = [
     "text_bytes",
     "write_json",
 ]
+
+PARTIAL = ".partial"
+"""What the temporary name of an output ends with; it begins with a point."""
 
 Progress = Callable[[str, int], None]
 """Called with the name of what was written, a tensor's or a file's, and its bytes."""
@@ -81,17 +93,22 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, force: bool = False, names: Collection[str] = ()) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    OutputError while another run writes the same output. What a killed run left is removed.
+    """
     check_output(path, force=force, names=names)
     made = _make_parents(path)
+    work = path.parent / f".{path.name}{PARTIAL}"
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        work.chmod(0o777 & ~_umask())
-        try:
-            yield work
-            _replace_folder(work, path)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with _claimed(path, wait=False):
+            _remove(work)
+            work.mkdir()
+            try:
+                yield work
+                _replace_folder(work, path)
+            finally:
+                _remove(work)
     except BaseException as error:
         for folder in made:
             _remove_if_empty(folder)
@@ -102,22 +119,74 @@ def new_folder(path: Path, *, force: bool = False, names: Collection[str] = ()) 
 
 @contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary file name that becomes `path` when the block ends well, and vanishes when it does not."""
+    """A temporary file name that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Another run that writes the same file is waited for. What a killed run left is removed.
+    """
     check_output(path, force=force)
     if path.is_dir():
         raise OutputError(f"{path}", expected="a file name", got="a folder")
     made = _make_parents(path)
-    work = path.parent / f".{path.name}.{os.getpid()}"
+    work = path.parent / f".{path.name}{PARTIAL}"
     try:
-        yield work
-        work.replace(path)
+        with _claimed(path, wait=True):
+            check_output(path, force=force)
+            _remove(work)
+            try:
+                yield work
+                work.replace(path)
+            finally:
+                _remove(work)
     except BaseException as error:
-        work.unlink(missing_ok=True)
         for folder in made:
             _remove_if_empty(folder)
         if isinstance(error, OSError):
             raise OutputError(f"{path}: {error.strerror or error}") from error
         raise
+
+
+@contextmanager
+def _claimed(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold `.<name>.lock` beside an output. The system lets go of it when the process dies, however that happens.
+
+    OutputError where another run holds it, unless `wait`. Where files cannot be locked, nothing is.
+    """
+    place = path.parent / f".{path.name}.lock"
+    file = _locked(place, path, wait=wait)
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)
+        file.close()
+
+
+def _locked(place: Path, path: Path, *, wait: bool) -> IO[bytes]:
+    while True:
+        file = place.open("ab")
+        try:
+            _lock(file, wait=wait)
+            if place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise OutputError(
+                f"{path}: another run is writing it", todo="wait for that run, or choose another place"
+            ) from None
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the run that held it has removed it
+
+
+def _lock(file: IO[bytes], *, wait: bool) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return  # a file system without locks
 
 
 def _make_parents(path: Path) -> list[Path]:
@@ -135,31 +204,47 @@ def _make_parents(path: Path) -> list[Path]:
 
 
 def _replace_folder(work: Path, path: Path) -> None:
-    if path.is_dir() and any(path.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        path.rename(old / path.name)
-        try:
-            work.rename(path)
-        except OSError:
-            (old / path.name).rename(path)
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-    else:
-        if path.is_dir():
-            path.rmdir()
+    """Put a folder in its place, in one step: whoever looks sees the old one or the new one, whole."""
+    if not path.is_dir():
         work.rename(path)
+    elif not any(path.iterdir()):
+        path.rmdir()
+        work.rename(path)
+    elif not _exchange(work, path):
+        _replace_in_steps(work, path)
+
+
+def _exchange(work: Path, path: Path) -> bool:
+    """Let two folders change their places in one step; False where the system cannot. Source: renameat2(2)."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if call is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(call(here, os.fsencode(work), here, os.fsencode(path), ctypes.c_uint(exchange)) == 0)
+
+
+def _replace_in_steps(work: Path, path: Path) -> None:
+    old = path.parent / f".{path.name}.old"
+    _remove(old)
+    path.rename(old)
+    try:
+        work.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    _remove(old)
+
+
+def _remove(work: Path) -> None:
+    if work.is_dir():
+        shutil.rmtree(work, ignore_errors=True)
+    else:
+        work.unlink(missing_ok=True)
 
 
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def text_bytes(text: str) -> bytes:

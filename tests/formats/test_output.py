@@ -1,5 +1,10 @@
 """An output appears whole or not at all."""
 
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,6 +33,78 @@ def test_nothing_is_left_when_it_fails(tmp_path: Path) -> None:
         file.write_text("x", encoding="utf-8")
         raise RuntimeError
     assert _everything(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    for write in (
+        "with new_folder(path) as work: (work / 'file').touch(); end()",
+        "with new_file(path) as work: end()",
+    ):
+        code = f"""
+import os, pathlib, signal
+from qalora.formats.output import new_file, new_folder
+path = pathlib.Path({str(tmp_path / "a")!r})
+end = lambda: (work.touch() if not work.is_dir() else None, os.kill(os.getpid(), signal.SIGKILL))
+{write}
+"""
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+        assert not (tmp_path / "a").exists() and ".a.partial" in _everything(tmp_path)
+        with new_folder(tmp_path / "a") as work:
+            assert not [*work.iterdir()]
+            (work / "new").touch()
+        assert _everything(tmp_path) == ["a", "a/new"]
+        shutil.rmtree(tmp_path / "a")
+
+
+def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
+    busy = pytest.raises(OutputError, match="a: another run is writing it; wait for that run, or choose another place")
+    with new_folder(tmp_path / "a") as work:
+        (work / "file").write_text("first", encoding="utf-8")
+        with busy, new_folder(tmp_path / "a"):
+            pytest.fail("entered")
+    assert (tmp_path / "a" / "file").read_text(encoding="utf-8") == "first"
+
+
+def test_a_file_waits_for_the_run_that_writes_it(tmp_path: Path) -> None:
+    begun, order = threading.Event(), []
+
+    def second() -> None:
+        begun.set()
+        with new_file(tmp_path / "a", force=True) as work:
+            order.append("second")
+            work.write_text("second", encoding="utf-8")
+
+    thread = threading.Thread(target=second)
+    with new_file(tmp_path / "a") as work:
+        thread.start()
+        assert begun.wait(60)
+        work.write_text("first", encoding="utf-8")
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", "second"]
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "second" and _everything(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets two folders change their places")
+def test_a_folder_is_never_away_while_it_is_replaced(tmp_path: Path) -> None:
+    place, missing, end = tmp_path / "a", [], threading.Event()
+
+    def watch() -> None:
+        while not end.is_set():
+            missing.append(not (place / "config.json").is_file())
+
+    for _ in range(2):
+        with new_folder(place, force=True, names=["config.json"]) as work:
+            (work / "config.json").touch()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for _ in range(200):
+        with new_folder(place, force=True, names=["config.json"]) as work:
+            (work / "config.json").touch()
+    end.set()
+    thread.join(60)
+    assert missing and not any(missing)
+    assert _everything(tmp_path) == ["a", "a/config.json"]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
