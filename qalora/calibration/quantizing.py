@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qalora.calibration.spool import Spool
-from qalora.calibration.streaming import Seen, stream
+from qalora.calibration.streaming import LinearLayer, stream
+from qalora.calibration.tensor_file import TensorFile
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import InputError
 from qalora.quantization.model import planned
@@ -36,14 +36,14 @@ def quantize_calibrated(
     InputError, before anything is read, as `qalora.quantization.quantize` does. Deterministic with the same number of
     threads.
     """
-    chosen = dict.fromkeys(model.linears, options) if isinstance(options, QuantizeOptions) else dict(options)
-    specs = planned(model, chosen, requantize=requantize)
-    spool: list[Spool] = []
+    options_by_name = dict.fromkeys(model.linears, options) if isinstance(options, QuantizeOptions) else dict(options)
+    specs = planned(model, options_by_name, requantize=requantize)
+    file: list[TensorFile] = []
 
-    def computed() -> Spool:
-        if not spool:
-            spool.append(_quantized(model, windows, chosen, tick))
-        return spool[0]
+    def computed() -> TensorFile:
+        if not file:
+            file.append(_quantized(model, windows, options_by_name, tick))
+        return file[0]
 
     lazily = {name: _lazily(model.tensors[name], spec, computed) for name, spec in specs.items()}
     return replace(model, tensors={**model.tensors, **lazily})
@@ -51,22 +51,22 @@ def quantize_calibrated(
 
 def _quantized(
     model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions], tick: Callable[[], None]
-) -> Spool:
-    made = Spool()
+) -> TensorFile:
+    file = TensorFile()
 
-    def visit(seen: Seen) -> Tensor:
+    def visit(layer: LinearLayer) -> Tensor:
         try:
-            tensor = quantize_weight(seen.weight, options[seen.name], seen.moments)
+            tensor = quantize_weight(layer.weight, options[layer.name], layer.moments)
         except InputError as error:
-            raise InputError(f"{seen.name}: {error}") from error
-        made.put(seen.name, tensor)
+            raise InputError(f"{layer.name}: {error}") from error
+        file.put(layer.name, tensor)
         return tensor.dequantize()
 
     stream(model, windows, visit, tick)
-    return made
+    return file
 
 
-def _lazily(source: LazyTensor, spec: QuantSpec, computed: Callable[[], Spool]) -> LazyTensor:
+def _lazily(source: LazyTensor, spec: QuantSpec, computed: Callable[[], TensorFile]) -> LazyTensor:
     def read(start: int, stop: int) -> GroupQuantTensor:
         return computed().rows(source.name, start, stop)
 

@@ -1,4 +1,4 @@
-"""A model's layers one after another, each seen with the inputs that the layers before it give once they are changed.
+"""A model's layers one after another, each with the inputs that the changed layers before it give.
 
 The module is built without its linear weights. For each decoder layer they are read; linear layers that share an input
 make a stage (q, k and v; o; gate and up; down); for each stage the second moments of its input are gathered over all
@@ -22,16 +22,16 @@ from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.torch_module import build
 from qalora.tensor import check_finite
 
-__all__ = ["Seen", "Visitor", "stream"]
+__all__ = ["LinearLayer", "Visitor", "stream"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """A linear layer at its turn.
+class LinearLayer:
+    """A linear layer, and the moments of its input in the model as changed so far.
 
     name    of its weight
     weight  float32 [out, in], as the model has it
-    moments float32 [in, in], mean(x x^T) over every token of the windows, x the layer's input now
+    moments float32 [in, in], mean(x x^T) over every token of the windows, x the layer's input
     """
 
     name: str
@@ -39,7 +39,7 @@ class Seen:
     moments: Tensor
 
 
-Visitor = Callable[[Seen], Tensor | None]
+Visitor = Callable[[LinearLayer], Tensor | None]
 """Gives the weight that takes the old one's place, float32 [out, in]; None leaves it."""
 
 
@@ -50,13 +50,13 @@ class _Streamed(nn.Module):
         super().__init__()
         self.source, self.bias = source, bias
         self.in_features, self.out_features = source.shape[1], source.shape[0]
-        self.held: Tensor | None = None
+        self.loaded: Tensor | None = None
         self.watch: Callable[[Tensor], None] | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The weight, where it is held; a placeholder of no memory otherwise."""
-        return torch.empty(self.source.shape, device="meta") if self.held is None else self.held
+        """The weight, where it is loaded; a placeholder of no memory otherwise."""
+        return torch.empty(self.source.shape, device="meta") if self.loaded is None else self.loaded
 
     def forward(self, x: Tensor) -> Tensor:
         if self.watch is not None:
@@ -84,21 +84,21 @@ def stream(model: Checkpoint, windows: Tensor, visitor: Visitor, tick: Callable[
     for n, layer in enumerate(layers):
         inside = [part for part in layer.modules() if isinstance(part, _Streamed)]
         for part in inside:
-            part.held = part.source.load_float().float()
+            part.loaded = part.source.load_float().float()
 
         def run(x: Tensor, layer: nn.Module = layer, n: int = n) -> Tensor:
-            found: Tensor | tuple[Tensor, ...] = layer(x, **settings[n])
-            return found[0] if isinstance(found, tuple) else found
+            output: Tensor | tuple[Tensor, ...] = layer(x, **settings[n])
+            return output[0] if isinstance(output, tuple) else output
 
         for stage in _stages(inside, run, hidden[0]):
             moments = _moments(stage[0], run, hidden)
             check_finite(f"the inputs of {names[stage[0]]}", moments)
             for part in stage:
-                changed = visitor(Seen(name=names[part], weight=part.weight, moments=moments))
-                part.held = part.held if changed is None else changed
+                changed = visitor(LinearLayer(name=names[part], weight=part.weight, moments=moments))
+                part.loaded = part.loaded if changed is None else changed
         hidden = [run(x) for x in hidden]
         for part in inside:
-            part.held = None
+            part.loaded = None
         tick()
 
 
@@ -110,10 +110,10 @@ def _entry(module: Any, layers: Sequence[nn.Module], windows: Tensor) -> tuple[l
     settings: list[dict[str, Any]] = [{} for _ in layers]
 
     def recorder(n: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, **given: Any) -> Tensor:
+        def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
             if n == 0:
                 hidden.append(hidden_states)
-            settings[n] = {**given, "past_key_values": None, "use_cache": False}
+            settings[n] = {**kwargs, "past_key_values": None, "use_cache": False}
             return hidden_states
 
         return forward
@@ -134,16 +134,16 @@ def _stages(parts: Sequence[_Streamed], run: Callable[[Tensor], Tensor], x: Tens
     calls: list[tuple[_Streamed, Tensor]] = []
 
     def watcher(part: _Streamed) -> Callable[[Tensor], None]:
-        return lambda seen: calls.append((part, seen))
+        return lambda layer_input: calls.append((part, layer_input))
 
     with _watched({part: watcher(part) for part in parts}):
         run(x)
     stages: list[tuple[Tensor, list[_Streamed]]] = []
-    for part, seen in calls:
-        if stages and stages[-1][0] is seen:
+    for part, layer_input in calls:
+        if stages and stages[-1][0] is layer_input:
             stages[-1][1].append(part)
         else:
-            stages.append((seen, [part]))
+            stages.append((layer_input, [part]))
     return iter([stage for _, stage in stages])
 
 

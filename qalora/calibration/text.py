@@ -61,8 +61,8 @@ def calibration_windows(model: Checkpoint, text: Calibration, account: Account |
             todo="give more text, or a smaller `calibration_length`",
         )
     count = min(len(places), max(1, text.tokens // text.length))
-    chosen = [places[n * len(places) // count] for n in range(count)]
-    return torch.tensor([[*first[:lead], *ids[at : at + text.length - lead]] for at, lead in chosen])
+    spread = [places[n * len(places) // count] for n in range(count)]
+    return torch.tensor([[*first[:lead], *ids[at : at + text.length - lead]] for at, lead in spread])
 
 
 def quantize_on_text(
@@ -85,11 +85,11 @@ def quantize_on_text(
     planned(model, dict.fromkeys(model.linears, options), requantize=requantize)
     account = Account()
     windows = calibration_windows(model, text, account)
-    told = (*model.notes, *account.said())
+    notes = (*model.notes, *account.note_lines())
     if budget is None:
-        return replace(quantize_calibrated(model, windows, options, requantize=requantize, tick=tick), notes=told)
-    chosen = choose_widths(model, windows, options, budget, widths=widths, tick=tick)
-    counts = sorted(Counter(each.bits for each in chosen.options.values()).items())
-    found = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts)
-    made = quantize_calibrated(model, windows, chosen.options, requantize=requantize, tick=tick)
-    return replace(made, notes=(*told, f"{found}: {chosen.bits_per_weight:.4g} bits per weight"))
+        return replace(quantize_calibrated(model, windows, options, requantize=requantize, tick=tick), notes=notes)
+    choice = choose_widths(model, windows, options, budget, widths=widths, tick=tick)
+    counts = sorted(Counter(each.bits for each in choice.options.values()).items())
+    layer_counts = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts)
+    quantized = quantize_calibrated(model, windows, choice.options, requantize=requantize, tick=tick)
+    return replace(quantized, notes=(*notes, f"{layer_counts}: {choice.bits_per_weight:.4g} bits per weight"))

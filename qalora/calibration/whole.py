@@ -34,8 +34,8 @@ def quantize_model(model: Checkpoint, options: Quantize, *, tick: Callable[[], N
     shared |= {} if options.bits == "auto" else {"bits": options.bits}
     layer = QuantizeOptions(**shared)
     if options.calibration is None:
-        given = {one.name: getattr(layer, one.name) for one in fields_of(QuantizeOptions)}
-        return quantize(model, requantize=options.requantize, **given)
+        settings = {one.name: getattr(layer, one.name) for one in fields_of(QuantizeOptions)}
+        return quantize(model, requantize=options.requantize, **settings)
     return quantize_on_text(
         model,
         Calibration(data=options.calibration, tokens=options.calibration_tokens, length=options.calibration_length),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qalora.calibration.streaming import Seen, stream
+from qalora.calibration.streaming import LinearLayer, stream
 from qalora.checkpoint import Checkpoint
 from qalora.errors import InputError, shown
 from qalora.quantization.allocation import allocate
@@ -54,31 +54,33 @@ def choose_widths(
     """
     if not widths or any(bits not in BITS for bits in widths):
         raise InputError(field="widths", expected=f"some of {', '.join(map(str, BITS))}", got=shown(list(widths)))
-    given = {bits: replace(options, bits=bits) for bits in widths}
+    options_by_width = {bits: replace(options, bits=bits) for bits in widths}
     weights = sum(math.prod(model.tensors[name].shape) for name in model.linears)
     sizes = {
-        name: {bits: _size(model.tensors[name].shape, chosen) for bits, chosen in given.items()}
+        name: {bits: _size(model.tensors[name].shape, each) for bits, each in options_by_width.items()}
         for name in model.linears
     }
-    least = sum(min(found.values()) for found in sizes.values()) / weights
+    least = sum(min(by_width.values()) for by_width in sizes.values()) / weights
     if not least <= budget < math.inf:
         raise InputError(field="budget", expected=f"{least:.4g} bits per weight or more, a number", got=f"{budget:g}")
     errors: dict[str, dict[int, float]] = {}
-    quick = {bits: replace(chosen, method="hqq", fit_minima=False) for bits, chosen in given.items()}
+    quick = {bits: replace(each, method="hqq", fit_minima=False) for bits, each in options_by_width.items()}
 
-    def visit(seen: Seen) -> None:
-        moments = seen.moments.double()  # once, for all widths
-        whole = max(output_error(seen.weight, torch.zeros(()), moments), 1e-30)
-        made = {bits: quantize_weight(seen.weight, chosen, seen.moments) for bits, chosen in quick.items()}
-        errors[seen.name] = {
-            bits: output_error(seen.weight, tensor.dequantize(), moments) / whole for bits, tensor in made.items()
+    def visit(layer: LinearLayer) -> None:
+        moments = layer.moments.double()  # once, for all widths
+        whole = max(output_error(layer.weight, torch.zeros(()), moments), 1e-30)
+        tensors = {bits: quantize_weight(layer.weight, each, layer.moments) for bits, each in quick.items()}
+        errors[layer.name] = {
+            bits: output_error(layer.weight, tensor.dequantize(), moments) / whole for bits, tensor in tensors.items()
         }
 
     stream(model, windows, visit, tick)
-    found = allocate(sizes, errors, math.floor(budget * weights))
-    size = sum(sizes[name][bits] for name, bits in found.items())
+    allocation = allocate(sizes, errors, math.floor(budget * weights))
+    size = sum(sizes[name][bits] for name, bits in allocation.items())
     return Widths(
-        options={name: given[bits] for name, bits in found.items()}, errors=errors, bits_per_weight=size / weights
+        options={name: options_by_width[bits] for name, bits in allocation.items()},
+        errors=errors,
+        bits_per_weight=size / weights,
     )
 
 

@@ -59,13 +59,13 @@ def command(
     from qalora.parity.text import read_text
     from qalora.releasing.check import check_is_release, check_release
 
-    told = {"text": text, "template": card_template}
-    texts = {name: None if path is None else read_text(path) for name, path in told.items()}
+    paths = {"text": text, "template": card_template}
+    texts = {name: None if path is None else read_text(path) for name, path in paths.items()}
     for path in (adapter, public_key):
         if path is not None and not path.exists():
             raise InputError(f"{path}: no such file or folder")
     check_is_release(dist)
-    found = check_release(
+    checked = check_release(
         dist,
         base=None if base is None else open_model(base, checkpoint_format),
         adapter=adapter,
@@ -76,36 +76,36 @@ def command(
         allow_unproven=allow_unproven,
         progress=say_stage,
     )
-    print_json(_json(dist, found)) if as_json else _print(found)
-    if found.findings:
-        more = len(found.findings) - 1
-        raise ProofError(f"{dist} failed the check: {found.findings[0]}" + (f" (and {more} more)" if more else ""))
+    print_json(_json(dist, checked)) if as_json else _print(checked)
+    if checked.findings:
+        more = len(checked.findings) - 1
+        raise ProofError(f"{dist} failed the check: {checked.findings[0]}" + (f" (and {more} more)" if more else ""))
     if not as_json:
-        _close(dist, found)
+        _close(dist, checked)
 
 
-def _close(dist: Path, found: Checked) -> None:
-    skipped = sum(bool(stage.skipped) for stage in found.stages)
-    counts = f"{len(found.stages) - skipped} checks ok" + (f", {skipped} skipped" if skipped else "")
+def _close(dist: Path, checked: Checked) -> None:
+    skipped = sum(bool(check.skipped) for check in checked.checks)
+    counts = f"{len(checked.checks) - skipped} checks ok" + (f", {skipped} skipped" if skipped else "")
     click.echo(f"checked: {dist}, {readable(nbytes_of(dist))}, {counts}")
     print_next(("qalora", "push", dist, "OWNER/NAME"))
 
 
-def _print(found: Checked) -> None:
+def _print(checked: Checked) -> None:
     flags = spelling(click.get_current_context())
-    for stage in found.stages:
-        state = "skipped" if stage.skipped else "FAILED" if stage.findings else "ok"
+    for check in checked.checks:
+        state = "skipped" if check.skipped else "FAILED" if check.findings else "ok"
         click.echo(
-            f"{stage.question:>14}  {state}" + (f": {with_options(stage.skipped, flags)}" if stage.skipped else "")
+            f"{check.question:>14}  {state}" + (f": {with_options(check.skipped, flags)}" if check.skipped else "")
         )
-        for finding in stage.findings:
+        for finding in check.findings:
             click.echo(f"{'':>16}{finding}")
-        for note in stage.notes:
+        for note in check.notes:
             click.echo(f"{'':>16}note: {with_options(note, flags)}")
 
 
-def _json(dist: Path, found: Checked) -> dict[str, object]:
+def _json(dist: Path, checked: Checked) -> dict[str, object]:
     from qalora.formats.record_json import encode
 
-    stages = [{**encode(stage), "skipped": stage.skipped or None} for stage in found.stages]
-    return {"schema": "qalora.check/1", "release": dist.name, "passed": not found.findings, "stages": stages}
+    checks = [{**encode(check), "skipped": check.skipped or None} for check in checked.checks]
+    return {"schema": "qalora.check/1", "release": dist.name, "passed": not checked.findings, "stages": checks}

@@ -99,7 +99,7 @@ def _show_data(base: Checkpoint, options: TrainOptions, *, as_json: bool) -> Non
     check_output(options.out, force=options.force, names=ADAPTER_FILES)
     account = planned_data(base, options)
     if as_json:
-        runs = [[{"learned": on, "text": text} for on, text in shown.runs] for shown in account.shown]
+        runs = [[{"learned": on, "text": text} for on, text in preview.runs] for preview in account.previews]
         print_json({**account.to_json(), "documents": runs})
     else:
         for line in [*account.lines(), *account.pieces()]:

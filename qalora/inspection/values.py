@@ -30,8 +30,8 @@ FEWEST_GROUPS = 32
 
 
 @dataclass(slots=True, kw_only=True)
-class _Seen:
-    """What was counted so far. offsets: of each quantized layer that tells, by name."""
+class _Statistics:
+    """Counts over the tensors read so far. offsets: of each quantized layer that tells, by name."""
 
     scales: Counter[int] = field(default_factory=Counter)
     zero: int = 0
@@ -46,66 +46,72 @@ class _Seen:
 
 def read_values(model: Checkpoint, progress: Callable[[str, int], None]) -> tuple[ScaleHistogram | None, list[Finding]]:
     """Read every tensor; gives the histogram, None where no tensor holds integers, and the warnings."""
-    seen = _Seen()
+    stats = _Statistics()
     for name, lazy in model.tensors.items():
         try:
-            _read(lazy, seen, whole=name in model.linears)
+            _read(lazy, stats, whole=name in model.linears)
         except NotFiniteError as error:
-            seen.not_finite.append(str(error))
+            stats.not_finite.append(str(error))
         except InputError as error:
-            seen.unreadable.append(str(error))
+            stats.unreadable.append(str(error))
         progress(name, int(torch.Size(lazy.shape).numel()))
-    held = seen.scales or seen.zero
-    points = (seen.lowest, seen.highest) if seen.lowest <= seen.highest else None
+    quantized = stats.scales or stats.zero
+    points = (stats.lowest, stats.highest) if stats.lowest <= stats.highest else None
     histogram = ScaleHistogram(
-        counts=tuple(sorted(seen.scales.items())), zero=seen.zero, negative=seen.negative, zero_points=points
+        counts=tuple(sorted(stats.scales.items())),
+        zero=stats.zero,
+        negative=stats.negative,
+        zero_points=points,
     )
-    return (histogram if held else None), [*_damage(seen), *_off_by_one(seen)]
+    return (histogram if quantized else None), [*_damage(stats), *_off_by_one(stats)]
 
 
-def _read(lazy: LazyTensor, seen: _Seen, *, whole: bool) -> None:
+def _read(lazy: LazyTensor, stats: _Statistics, *, whole: bool) -> None:
     """One tensor: a linear layer at once, others by rows; the codes of linear layers are counted."""
     alive = False
     offsets: list[Tensor] = []
-    tally = seen if whole else _Seen()
+    tally = stats if whole else _Statistics()
     for _, tile in [(0, lazy.load())] if whole else lazy.tiles():
         if isinstance(tile, Tensor):
             alive = alive or bool(tile.any())
         else:
             alive = _quantized(tile, tally, offsets) or alive
     if not alive and lazy.name.endswith(".weight"):
-        seen.all_zero.append(lazy.name)
+        stats.all_zero.append(lazy.name)
     if whole and offsets and lazy.spec is not None and lazy.spec.bits <= MOST_BITS:
         groups = torch.cat(offsets)
         if groups.numel() >= FEWEST_GROUPS:
-            seen.offsets[lazy.name] = float(groups.median())
+            stats.offsets[lazy.name] = float(groups.median())
 
 
-def _quantized(tile: GroupQuantTensor, seen: _Seen, offsets: list[Tensor]) -> bool:
+def _quantized(tile: GroupQuantTensor, stats: _Statistics, offsets: list[Tensor]) -> bool:
     """Count a tile; gives whether any of its weights is not 0."""
     scale, used = tile.scale, tile.scale != 0
     exponents = torch.frexp(scale[used].abs())[1] - 1
     values, counts = torch.unique(exponents, return_counts=True)
-    seen.scales.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    seen.zero += int((~used).sum())
-    seen.negative += int((scale < 0).sum())
+    stats.scales.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    stats.zero += int((~used).sum())
+    stats.negative += int((scale < 0).sum())
     codes = tile.codes()
     if tile.g_idx is not None:
         codes = codes[:, torch.argsort(tile.g_idx, stable=True)]
     grouped = codes.view(*scale.shape, -1)
     ratio = tile.min[used].double() / scale[used].double()  # float64 reaches far enough for every float32 quotient
     if ratio.numel():
-        seen.lowest, seen.highest = min(seen.lowest, float(-ratio.max())), max(seen.highest, float(-ratio.min()))
+        stats.lowest, stats.highest = (
+            min(stats.lowest, float(-ratio.max())),
+            max(stats.highest, float(-ratio.min())),
+        )
         offsets.append(grouped.sum(dim=2, dtype=torch.int32)[used] / grouped.shape[2] + ratio)
     ends = (grouped.amin(dim=2) * scale + tile.min, grouped.amax(dim=2) * scale + tile.min)
     return any(bool(end.any()) for end in ends)
 
 
-def _damage(seen: _Seen) -> list[Finding]:
+def _damage(stats: _Statistics) -> list[Finding]:
     kinds = (
-        ("not-finite", seen.not_finite, "holds NaN or Inf, which spreads to every output"),
-        ("unreadable", seen.unreadable, "is not what its format says it is"),
-        ("all-zero", seen.all_zero, "is zero everywhere: it computes nothing, and was probably never filled"),
+        ("not-finite", stats.not_finite, "holds NaN or Inf, which spreads to every output"),
+        ("unreadable", stats.unreadable, "is not what its format says it is"),
+        ("all-zero", stats.all_zero, "is zero everywhere: it computes nothing, and was probably never filled"),
     )
     return [
         Finding(
@@ -119,18 +125,18 @@ def _damage(seen: _Seen) -> list[Finding]:
     ]
 
 
-def _off_by_one(seen: _Seen) -> list[Finding]:
-    if not seen.offsets:
+def _off_by_one(stats: _Statistics) -> list[Finding]:
+    if not stats.offsets:
         return []
     for way, word in ((1.0, "above"), (-1.0, "below")):
-        near = [value for value in seen.offsets.values() if abs(value - way) < NEAR]
-        if len(near) >= FAR * len(seen.offsets):
+        near = [value for value in stats.offsets.values() if abs(value - way) < NEAR]
+        if len(near) >= FAR * len(stats.offsets):
             return [
                 Finding(
                     code="zeros-off-by-one",
                     message="the zero points are off by one: every weight is a whole step off, and what the model "
                     "computes is noise",
-                    evidence=f"in {len(near)} of {len(seen.offsets)} layers the codes of a group lie a step {word} "
+                    evidence=f"in {len(near)} of {len(stats.offsets)} layers the codes of a group lie a step {word} "
                     f"their zero point, {abs(sum(near)) / len(near):.2f} in the median; where weights lie about zero, "
                     "as they do, it is 0.00",
                     todo="read it with the other `checkpoint_format`, or convert it again from its source",

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from qalora.formats.record_json import Key, encode
 from qalora.parity.evidence import Generation
 from qalora.parity.gates import GateResult, Status, worst
-from qalora.parity.job import Held
 from qalora.parity.layerwise import LayerError
 from qalora.parity.metrics import LogitMetrics
+from qalora.parity.models import Contents
 from qalora.parity.noise import Noise
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.weights import WeightMetrics
@@ -124,7 +124,7 @@ class ArtifactReport:
 
     name: str
     kind: str
-    holds: Held
+    holds: Contents
     weights: WeightMetrics
     layers: Annotated[Mapping[str, float], Key("adapter_lost_by_layer")] = field(default_factory=dict)
     gates: tuple[GateResult, ...]

@@ -19,15 +19,15 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, MissingLibraryError
 from qalora.parity.artifacts import Artifact, memory_needed, runtimes_of
-from qalora.parity.bench import Bench
+from qalora.parity.baseline import Baseline
 from qalora.parity.ends import EndDifferences
 from qalora.parity.evidence import Evidence, Generation, TokenizerFindings
 from qalora.parity.gates import judge, refused, unproven
-from qalora.parity.job import FOLDED, Held, Job
 from qalora.parity.layerwise import LAYER_TOKENS, LayerError, compare_layers, first_fault
 from qalora.parity.memory import resident_memory
 from qalora.parity.metrics import LogitMetrics, TokenMetrics, concatenate, lost, squared_distance, summarize
 from qalora.parity.metrics import token_metrics as compare_tokens
+from qalora.parity.models import FOLDED, Contents, ReferenceModels
 from qalora.parity.noise import Noise
 from qalora.parity.reference import Forward
 from qalora.parity.report import ByToken, RunReport, Speed
@@ -60,50 +60,50 @@ class Runner:
 
     generate  tokens to continue each prompt by, 0 for none; memory: bytes that there are
     tick      called after each window
-    floats    the reference, where `job` and `bench` are an artefact's own: see `for_integers`
+    floats    the reference, where `models` and `baseline` are an artefact's own: see `for_integers`
     """
 
-    bench: Bench
-    job: Job
+    baseline: Baseline
+    models: ReferenceModels
     generate: int
     threads: int | None
     memory: int
     tick: Callable[[], None] = lambda: None
-    floats: Bench | None = None
+    floats: Baseline | None = None
 
     def for_integers(self, checkpoint: Checkpoint, folder: Path) -> Runner:
-        """Of an artefact that holds a float model in integers, a runner whose bench computes with its own weights.
+        """Of an artefact that holds a float model in integers, a runner whose baseline computes with its own weights.
 
         A runtime is right if it computes what those give, with the rounding that its kernels have for integers; how far
         that is from the float model is the quantization's doing, and has no bound that could be derived. `folder` is
-        made, and used for the bench's files. Any other artefact's runner is this one.
+        made, and used for the baseline's files. Any other artefact's runner is this one.
         """
-        job = self.job
-        if job.adapter is not None or job.base.quantized or not checkpoint.quantized:
+        models = self.models
+        if models.adapter is not None or models.base.quantized or not checkpoint.quantized:
             return self
-        own = replace(job, base=checkpoint, folded=checkpoint)
+        own = replace(models, base=checkpoint, folded=checkpoint)
         folder.mkdir()
-        bench = Bench.of(own, self.bench.work, folder, memory=self.memory)
-        return replace(self, job=own, bench=bench, floats=self.bench)
+        baseline = Baseline.of(own, self.baseline.inputs, folder, memory=self.memory)
+        return replace(self, models=own, baseline=baseline, floats=self.baseline)
 
     def of_reference(self) -> tuple[RunReport, ...]:
         """The reference in its own runtime, against what we read of it; nothing where it has none but ours.
 
         What is judged here is our reading: where it is wrong, every artefact may be wrong in the same way, and agree.
         """
-        own = self.job.own
+        own = self.models.own
         if own is None:
             return ()
-        runner = replace(self, job=self.job.alone, bench=self.bench.alone(), generate=0)
+        runner = replace(self, models=self.models.alone, baseline=self.baseline.alone(), generate=0)
         return (runner._run(runtimes_of(own)[0], own, FOLDED, WeightMetrics.nothing()),)
 
-    def runs(self, artifact: Artifact, held: Held, weights: WeightMetrics) -> tuple[RunReport, ...]:
+    def runs(self, artifact: Artifact, contents: Contents, weights: WeightMetrics) -> tuple[RunReport, ...]:
         """Every run of one artefact: in the runtimes that prove it, then in those that only generate, if installed."""
-        done = [self._run(kind, artifact, held, weights) for kind in runtimes_of(artifact)]
+        done = [self._run(kind, artifact, contents, weights) for kind in runtimes_of(artifact)]
         logits = done[0].own or done[0].logits
         if self.generate and logits is not None and artifact.path.parent.name != "portable":
             for kind in artifact.layout.generators:
-                run = self._generator(kind, artifact, held, logits.max)
+                run = self._generator(kind, artifact, contents, logits.max)
                 done += [] if run is None else [run]
         return tuple(done)
 
@@ -114,23 +114,23 @@ class Runner:
         """
         from qalora.parity.runtimes.torch_int8 import open_artifact
 
-        expected = self.job.usual
-        model = self.job.base if self.job.folded is None else self.job.folded
+        expected = self.models.usual
+        model = self.models.base if self.models.folded is None else self.models.folded
         with closing(open_artifact(model, self.threads)) as runtime:
             passes = self._whole(runtime, expected, expected)
-            _, steps = _through_the_cache(runtime, self.bench.spool.windows[0][:STEPS], passes.first)
-        adapted = self.job.adapter is not None
+            _, steps = _through_the_cache(runtime, self.baseline.logit_cache.windows[0][:STEPS], passes.first)
+        adapted = self.models.adapter is not None
         return RunReport(
             kind="dynamic INT8",
             runtime=runtime.info,
             rounding="none",
             logits=summarize(passes.plain),
-            lost=lost(passes.from_adapted, self.bench.effect) if adapted else None,
-            lost_unrounded=lost(passes.from_side, self.bench.side_effect) if adapted else None,
-            speed=Speed(prefill=passes.fastest, steps=steps, reference=self.bench.speed, memory=None),
+            lost=lost(passes.from_adapted, self.baseline.effect) if adapted else None,
+            lost_unrounded=lost(passes.from_side, self.baseline.side_effect) if adapted else None,
+            speed=Speed(prefill=passes.fastest, steps=steps, reference=self.baseline.speed, memory=None),
         )
 
-    def _run(self, kind: str, artifact: Artifact, held: Held, weights: WeightMetrics) -> RunReport:
+    def _run(self, kind: str, artifact: Artifact, contents: Contents, weights: WeightMetrics) -> RunReport:
         needed = memory_needed(artifact)
         if needed > self.memory:
             reason = f"it needs about {needed / 1e9:.1f} GB of memory, and there are {self.memory / 1e9:.1f}"
@@ -145,7 +145,7 @@ class Runner:
         with closing(runtime):
             rounding = rounding_of(artifact, runtime.info)
             try:
-                report = self._measure(kind, runtime, rounding, self.job.expected(held), weights)
+                report = self._measure(kind, runtime, rounding, self.models.expected(contents), weights)
             except FormatError as error:  # a runtime that opens a graph, and then does not run it
                 return RunReport(kind=kind, runtime=None, rounding="none", gates=(refused("runtime", str(error)),))
             after = resident_memory()
@@ -157,17 +157,17 @@ class Runner:
     def _noise(self, runtime: Runtime) -> Noise:
         """Float32's own in this runtime."""
         if not getattr(runtime, "running_sums", False):
-            return self.bench.noise
-        base = self.job.base
-        return self.bench.noise.scaled(running_sum(max(base.tensors[name].shape[1] for name in base.linears)))
+            return self.baseline.noise
+        base = self.models.base
+        return self.baseline.noise.scaled(running_sum(max(base.tensors[name].shape[1] for name in base.linears)))
 
     def _measure(
         self, kind: str, runtime: Runtime, rounding: Rounding, expected: Forward, weights: WeightMetrics
     ) -> RunReport:
-        spool, adapted = self.bench.spool, self.job.adapter is not None
+        logit_cache, adapted = self.baseline.logit_cache, self.models.adapter is not None
         rounded = replace(expected, rounding=rounding)
         passes = self._whole(runtime, expected, rounded)
-        window = spool.windows[0]
+        window = logit_cache.windows[0]
         stepwise, steps = _through_the_cache(runtime, window[:STEPS], passes.first)
         logits = summarize(passes.plain)
         evidence = Evidence(
@@ -176,24 +176,26 @@ class Runner:
             rounding=rounding,
             logits=logits,
             modelled=None if passes.modelled is None else summarize(passes.modelled),
-            simulated=None if rounding == EXACT else spool.compare(rounded, expected),
+            simulated=None if rounding == EXACT else logit_cache.compare(rounded, expected),
             stepwise=stepwise,
             batch=_in_a_batch(runtime, window),
             noise=self._noise(runtime),
-            lost=lost(passes.from_adapted, self.bench.effect) if adapted else None,
-            fold_lost=lost(spool.distance(expected, self.job.adapted), self.bench.effect) if adapted else 0.0,
-            effect_rms=math.sqrt(self.bench.effect / spool.logit_count),
+            lost=lost(passes.from_adapted, self.baseline.effect) if adapted else None,
+            fold_lost=lost(logit_cache.distance(expected, self.models.adapted), self.baseline.effect)
+            if adapted
+            else 0.0,
+            effect_rms=math.sqrt(self.baseline.effect / logit_cache.logit_count),
             generations=self._generations(runtime, expected, logits.max),
         )
         report = _run_report(kind, runtime.info, evidence)
         tokens = window[:LAYER_TOKENS]
-        layers = compare_layers(runtime.layers(tokens), spool.reference, expected, rounding, tokens)
+        layers = compare_layers(runtime.layers(tokens), logit_cache.reference, expected, rounding, tokens)
         if passes.afar is not None:
             report = replace(report, logits=summarize(passes.afar), own=logits)
         return replace(
             report,
-            speed=Speed(prefill=passes.fastest, steps=steps, reference=self.bench.speed, memory=None),
-            lost_unrounded=lost(passes.from_side, self.bench.side_effect) if adapted else None,
+            speed=Speed(prefill=passes.fastest, steps=steps, reference=self.baseline.speed, memory=None),
+            lost_unrounded=lost(passes.from_side, self.baseline.side_effect) if adapted else None,
             by_token=ByToken(
                 kl=tuple(passes.plain.kl.tolist()), max=tuple(passes.plain.max.tolist()), sample=passes.sample
             ),
@@ -203,24 +205,24 @@ class Runner:
 
     def _whole(self, runtime: Runtime, expected: Forward, rounded: Forward) -> _Passes:
         """Every window in one pass each, compared with the forwards that it is judged by."""
-        spool, job = self.bench.spool, self.job
+        logit_cache, models = self.baseline.logit_cache, self.models
         plain, modelled, afar, first = [], [], [], torch.empty(0)
         sample: tuple[tuple[float, float], ...] = ()
         from_adapted = from_side = fastest = 0.0
-        for n, window in enumerate(spool.windows):
+        for n, window in enumerate(logit_cache.windows):
             began = time.perf_counter()
             y = runtime.logits(window)
             fastest = max(fastest, len(window) / (time.perf_counter() - began))
             if n == 0:
-                first, sample = y[:STEPS].clone(), _sample(spool.logits(expected, n), y)
-            plain.append(compare_tokens(y, spool.logits(expected, n), window[1:]))
+                first, sample = y[:STEPS].clone(), _sample(logit_cache.logits(expected, n), y)
+            plain.append(compare_tokens(y, logit_cache.logits(expected, n), window[1:]))
             if rounded != expected:
-                modelled.append(compare_tokens(y, spool.logits(rounded, n), window[1:]))
+                modelled.append(compare_tokens(y, logit_cache.logits(rounded, n), window[1:]))
             if self.floats is not None:
-                afar.append(compare_tokens(y, self.floats.spool.logits(expected, n), window[1:]))
-            if job.adapter is not None:
-                from_adapted += squared_distance(y, spool.logits(job.adapted, n))
-                from_side += squared_distance(y, spool.logits(Forward(weights="side"), n))
+                afar.append(compare_tokens(y, self.floats.logit_cache.logits(expected, n), window[1:]))
+            if models.adapter is not None:
+                from_adapted += squared_distance(y, logit_cache.logits(models.adapted, n))
+                from_side += squared_distance(y, logit_cache.logits(Forward(weights="side"), n))
             self.tick()
         return _Passes(
             plain=concatenate(plain),
@@ -233,7 +235,7 @@ class Runner:
             fastest=fastest,
         )
 
-    def _generator(self, kind: str, artifact: Artifact, held: Held, max_logit: float) -> RunReport | None:
+    def _generator(self, kind: str, artifact: Artifact, contents: Contents, max_logit: float) -> RunReport | None:
         """A run that only generates; None where its library is not installed, which leaves nothing unproven."""
         try:
             runtime = open_runtime(kind, artifact.path, threads=self.threads)
@@ -243,41 +245,41 @@ class Runner:
             judged = unproven if NO_CUDA in str(error) else refused
             return RunReport(kind=kind, runtime=None, rounding="none", gates=(judged("runtime", str(error)),))
         with closing(runtime):
-            made = self._generations(runtime, self.job.expected(held), max_logit)
-            evidence = Evidence(generations=made, ends=self._ends(runtime), tokenizer=self._tokenizer(runtime))
+            generations = self._generations(runtime, self.models.expected(contents), max_logit)
+            evidence = Evidence(generations=generations, ends=self._ends(runtime), tokenizer=self._tokenizer(runtime))
             return _run_report(kind, runtime.info, evidence)
 
     def _tokenizer(self, runtime: Runtime) -> TokenizerFindings | None:
         """What the runtime's own tokenizer does otherwise; None where it has none, or the reference has none."""
-        return self.job.tokenizer.compare_runtime(runtime.words)
+        return self.models.tokenizer.compare_runtime(runtime.words)
 
     def _ends(self, runtime: Runtime) -> EndDifferences | None:
         """What a runtime ends at otherwise; None where it does not say."""
-        found = runtime.ends()
-        return None if found is None else self.job.ends.compare_runtime(found)
+        ends = runtime.ends()
+        return None if ends is None else self.models.ends.compare_runtime(ends)
 
     def _generations(self, runtime: Runtime, expected: Forward, max_logit: float) -> tuple[Generation, ...]:
         if not self.generate:
             return ()
-        return tuple(self._generation(runtime, prompt, expected, max_logit) for prompt in self.bench.work.prompts)
+        return tuple(self._generation(runtime, prompt, expected, max_logit) for prompt in self.baseline.inputs.prompts)
 
     def _generation(self, runtime: Runtime, prompt: Sequence[int], expected: Forward, max_logit: float) -> Generation:
         """Generate, then let one forward of the reference say where it would have gone another way."""
-        work = self.bench.work
+        inputs = self.baseline.inputs
         tokens = tuple(runtime.generate(prompt, self.generate))
-        logits = self.bench.spool.reference.logits([*prompt, *tokens], expected)
+        logits = self.baseline.logit_cache.reference.logits([*prompt, *tokens], expected)
         choices = logits[len(prompt) - 1 : -1] if tokens else logits[:0]
-        wanted = choices.argmax(dim=1).tolist()
-        divergence = next((n for n, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b), None)
+        greedy = choices.argmax(dim=1).tolist()
+        divergence = next((n for n, (a, b) in enumerate(zip(tokens, greedy, strict=True)) if a != b), None)
         gap = None
         if divergence is not None:
             row = choices[divergence]
-            gap = float(row[wanted[divergence]] - row[tokens[divergence]])
+            gap = float(row[greedy[divergence]] - row[tokens[divergence]])
         return Generation(
             tokens=tokens,
-            text=None if work.decode is None else work.decode(list(tokens)),
+            text=None if inputs.decode is None else inputs.decode(list(tokens)),
             divergence=divergence,
-            expected=None if divergence is None else wanted[divergence],
+            expected=None if divergence is None else greedy[divergence],
             gap=gap,
             max_logit=max_logit,
         )
@@ -321,8 +323,8 @@ def _in_a_batch(runtime: Runtime, window: Sequence[int]) -> LogitMetrics:
     """Parts of a window in one batch against the runtime's own pass over each of them."""
     parts = [[window[0], *window[start:stop]] for start, stop in BATCH]
     together = runtime.batch(parts)
-    found = [compare_tokens(y, runtime.logits(part), part[1:]) for y, part in zip(together, parts, strict=True)]
-    return summarize(concatenate(found))
+    metrics = [compare_tokens(y, runtime.logits(part), part[1:]) for y, part in zip(together, parts, strict=True)]
+    return summarize(concatenate(metrics))
 
 
 def _run_report(kind: str, info: RuntimeInfo, evidence: Evidence) -> RunReport:

@@ -1,4 +1,4 @@
-"""The work that all artefacts do: tokens of a text, cut into windows, and a prompt to continue.
+"""What all artefacts compute on: tokens of a text, cut into windows, and prompts to continue.
 
 Every artefact gets the very same token ids, so that no tokenizer can hide or make a difference.
 """
@@ -19,7 +19,7 @@ from qalora.formats.files import InputFile
 from qalora.formats.text import check_text, decode_text
 from qalora.options.verify import Verify
 
-__all__ = ["Work", "default_text", "make_work", "read_text", "verify_arguments"]
+__all__ = ["EvaluationInputs", "default_text", "make_inputs", "read_text", "verify_arguments"]
 
 WINDOW = 256
 """Tokens of a window at most: its logits are held in memory, one forward's at a time."""
@@ -32,7 +32,7 @@ PROMPT_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class EvaluationInputs:
     """windows: token ids, each an independent sequence; source: whose they are; prompts: token ids to continue;
     decode: None without tokenizer.
     """
@@ -46,10 +46,10 @@ class Work:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file; as much of it as any run would use. FormatError with the line of what is not UTF-8."""
     with InputFile(path) as file:
-        found = file.read(0, min(file.size, TEXT_BYTES))
+        content = file.read(0, min(file.size, TEXT_BYTES))
         if file.size > TEXT_BYTES:  # the limit may have cut a character
-            found = found.rstrip(bytes(range(0x80, 0xC0))).rstrip(bytes(range(0xC0, 0x100)))
-    return decode_text(found, str(path))
+            content = content.rstrip(bytes(range(0x80, 0xC0))).rstrip(bytes(range(0xC0, 0x100)))
+    return decode_text(content, str(path))
 
 
 def verify_arguments(options: Verify) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def default_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def make_work(
+def make_inputs(
     model: Checkpoint,
     tokenizer: Any,
     *,
@@ -88,7 +88,7 @@ def make_work(
     tokens: Sequence[int] | None,
     prompts: Sequence[str],
     max_tokens: int,
-) -> Work:
+) -> EvaluationInputs:
     """Cut `tokens`, or those of `text`, or of a built-in passage, to `max_tokens`, in windows of about equal length.
 
     Windows and prompts begin with what the tokenizer puts in front of a text, windows else with the BOS of the model's
@@ -106,28 +106,28 @@ def make_work(
     check_text(text, "`text`")
     check_text(prompts, "`prompt`")
     if tokens is not None:
-        chosen, source = list(tokens), "tokens given"
+        ids, source = list(tokens), "tokens given"
     elif tokenizer is not None:
         words = text if text is not None else default_text()
-        chosen = tokenizer(words[: 16 * max_tokens], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(words[: 16 * max_tokens], add_special_tokens=False)["input_ids"]
         source = "built-in passage" if text is None else "text given"
     else:
         rng = torch.Generator().manual_seed(0)
-        chosen = torch.randint(0, vocabulary, (max_tokens,), generator=rng).tolist()
+        ids = torch.randint(0, vocabulary, (max_tokens,), generator=rng).tolist()
         why = "its rule for cutting text is not known here" if has_tokenizer(model) else "the model has no tokenizer"
         source = f"random tokens, since {why}"
     first = () if tokenizer is None or tokens is not None else first_tokens(tokenizer) or _first_token(model)
     longest = _longest(model)
-    chosen = [int(token) for token in chosen[: max(1, max_tokens - len(first) * -(-max_tokens // longest))]]
-    used = [*first, *chosen]
-    if not chosen or min(used) < 0 or max(used) >= vocabulary:
-        got = f"{min(used)}..{max(used)}" if chosen else "none"
+    ids = [int(token) for token in ids[: max(1, max_tokens - len(first) * -(-max_tokens // longest))]]
+    used = [*first, *ids]
+    if not ids or min(used) < 0 or max(used) >= vocabulary:
+        got = f"{min(used)}..{max(used)}" if ids else "none"
         raise InputError("tokens", expected=f"at least one, each in 0..{vocabulary - 1}", got=got)
-    starts = [chosen[:PROMPT_TOKENS]]
+    starts = [ids[:PROMPT_TOKENS]]
     if tokenizer is not None and (prompts or tokens is None):
         starts = _started(prompts or (PROMPT,), tokenizer)
-    return Work(
-        windows=_windows(chosen, longest, first),
+    return EvaluationInputs(
+        windows=_windows(ids, longest, first),
         prompts=tuple(map(tuple, starts)),
         source=source,
         decode=None if tokenizer is None else tokenizer.decode,
@@ -136,11 +136,11 @@ def make_work(
 
 def _started(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Tokens of prompts, each behind the tokenizer's first ones."""
-    found = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
-    if not all(found):
+    starts = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    if not all(starts):
         raise InputError("prompt", expected="at least one token", got="an empty one")
     first = list(first_tokens(tokenizer))
-    return [start if start[: len(first)] == first else [*first, *start] for start in found]
+    return [start if start[: len(first)] == first else [*first, *start] for start in starts]
 
 
 def _first_token(model: Checkpoint) -> tuple[int, ...]:

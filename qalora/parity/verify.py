@@ -27,24 +27,24 @@ from qalora.errors import InputError, shown
 from qalora.folding import check_minima
 from qalora.options.words import Level
 from qalora.parity.artifacts import Artifact, open_artifact, recognize, runtimes_of
-from qalora.parity.bench import Bench
+from qalora.parity.baseline import Baseline
 from qalora.parity.evidence import Evidence
 from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.gates import GateResult, judge
-from qalora.parity.job import BESIDE, FOLDED, Held, Job, holds
 from qalora.parity.layers import adapter_by_layer
 from qalora.parity.memory import available_memory
 from qalora.parity.metrics import lost
+from qalora.parity.models import BESIDE, FOLDED, Contents, ReferenceModels, holds
 from qalora.parity.reference import Forward
 from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport
 from qalora.parity.running import Runner
 from qalora.parity.runtimes.kept import settings_kept
-from qalora.parity.text import make_work
+from qalora.parity.text import make_inputs
 from qalora.parity.weights import compare_weights
 
-__all__ = ["Stage", "verify"]
+__all__ = ["ProgressCallback", "verify"]
 
-Stage = Callable[[str, float], None]
+ProgressCallback = Callable[[str, float], None]
 """Called with what is being done and the share of all work that is done, 0 to 1."""
 
 
@@ -65,7 +65,7 @@ def verify(
     memory: int | None = None,
     dynamic_int8: bool = False,
     relative_to: Path | None = None,
-    progress: Stage = lambda stage, share: None,
+    progress: ProgressCallback = lambda stage, share: None,
 ) -> ParityReport:
     """Compare artefacts with the reference at a level, each level with all before it.
 
@@ -74,7 +74,7 @@ def verify(
     adapter      what the artefacts hold beside the base, or its folder; convention: see `qalora.adapter.read_adapter`
     minima       what the fold rounds to: what the adapter was trained with, or float16, by default
     level        "weights": read back; "logits": run over the tokens; "generation": greedy tokens from prompts as well
-    text, tokens, max_tokens   what to compute on: see `qalora.parity.text.make_work`
+    text, tokens, max_tokens   what to compute on: see `qalora.parity.text.make_inputs`
     prompts, generate          what to continue, and by how many tokens
     memory       bytes that runtimes and the reference may take; what the system has to give, by default
     dynamic_int8   PyTorch's dynamic INT8 of the same model, as a row to compare with
@@ -88,29 +88,29 @@ def verify(
     opened = [(artifact, open_artifact(artifact)) for artifact in recognize(artifacts, relative_to)]
     base = reference if isinstance(reference, Checkpoint) else load(reference)
     read = None if adapter is None else given_adapter(adapter, base, convention=convention)
-    held = [holds(read, *found) for found in opened]
+    contents = [holds(read, *pair) for pair in opened]
     room = available_memory() if memory is None else memory
-    job = Job.of(base, read, minima, held, memory=room)
-    gates = _fold_gates(job, progress)
-    weights = [_weights(job, artifact, checkpoint, progress) for artifact, checkpoint in opened]
+    models = ReferenceModels.of(base, read, minima, contents, memory=room)
+    gates = _fold_gates(models, progress)
+    weights = [_weights(models, artifact, checkpoint, progress) for artifact, checkpoint in opened]
     if level == "weights":
-        return _report(job, level, weights, gates)
-    tokenizer = job.tokenizer.opened()
-    work = make_work(job.base, tokenizer, text=text, tokens=tokens, prompts=prompts, max_tokens=max_tokens)
+        return _report(models, level, weights, gates)
+    tokenizer = models.tokenizer.opened()
+    inputs = make_inputs(models.base, tokenizer, text=text, tokens=tokens, prompts=prompts, max_tokens=max_tokens)
     with tempfile.TemporaryDirectory(prefix="qalora-verify-") as folder:
-        share = _Share(progress, len(work.windows) * _passes(job, [artifact for artifact, _ in opened], held))
+        share = _Share(progress, len(inputs.windows) * _passes(models, [artifact for artifact, _ in opened], contents))
         share.stage("reference")
-        bench = Bench.of(job, work, Path(folder), memory=room, tick=share.tick)
+        baseline = Baseline.of(models, inputs, Path(folder), memory=room, tick=share.tick)
         runner = Runner(
-            bench=bench,
-            job=job,
+            baseline=baseline,
+            models=models,
             generate=generate if level == "generation" else 0,
             threads=threads,
             memory=room,
             tick=share.tick,
         )
         own: tuple[RunReport, ...] = ()
-        if job.own is not None:
+        if models.own is not None:
             share.stage("running the reference in its own runtime")
             with _threads_kept():
                 own = runner.of_reference()
@@ -125,7 +125,7 @@ def verify(
             share.stage("running dynamic INT8")
             with _threads_kept(), settings_kept():
                 comparison = runner.dynamic_int8()
-        return replace(_report(job, level, reports, gates, bench), reference_runs=own, comparison=comparison)
+        return replace(_report(models, level, reports, gates, baseline), reference_runs=own, comparison=comparison)
 
 
 def _check_options(level: str, minima: str | None, **numbers: int | None) -> None:
@@ -152,7 +152,7 @@ def _threads_kept() -> Iterator[None]:
 class _Share:
     """How much of the work is done: a unit is one window in one pass, of the reference or of a runtime."""
 
-    progress: Stage
+    progress: ProgressCallback
     total: int
     done: int = 0
     name: str = ""
@@ -168,44 +168,52 @@ class _Share:
         self.progress(self.name, min(1.0, self.done / self.total))
 
 
-def _passes(job: Job, artifacts: Sequence[Artifact], held: Sequence[Held]) -> int:
+def _passes(models: ReferenceModels, artifacts: Sequence[Artifact], contents: Sequence[Contents]) -> int:
     """How many passes over all windows there will be, about: a kernel's rounding takes the reference one more,
     and so does float32's noise.
     """
-    forwards = {job.usual, job.adapted, *map(job.expected, held)}
-    forwards |= {Forward(weights="base"), Forward(weights="side")} if job.adapter is not None else set()
+    forwards = {models.usual, models.adapted, *map(models.expected, contents)}
+    forwards |= {Forward(weights="base"), Forward(weights="side")} if models.adapter is not None else set()
     rounded = {artifact.kind for artifact in artifacts if artifact.layout.rounding(artifact.path) != EXACT}
-    own = 0 if job.own is None else 1
+    own = 0 if models.own is None else 1
     return 1 + own + len(forwards) + len(rounded) + sum(len(runtimes_of(artifact)) for artifact in artifacts)
 
 
-def _fold_gates(job: Job, progress: Stage) -> tuple[GateResult, ...]:
-    if job.adapter is None or job.folded is None:
+def _fold_gates(models: ReferenceModels, progress: ProgressCallback) -> tuple[GateResult, ...]:
+    if models.adapter is None or models.folded is None:
         return ()
     progress("checking the fold", 0.0)
-    checked = check_fold(job.base, job.folded, job.adapter, job.minima)
+    checked = check_fold(models.base, models.folded, models.adapter, models.minima)
     return tuple(judge(Evidence(fold=checked)))
 
 
-def _weights(job: Job, artifact: Artifact, checkpoint: Checkpoint, progress: Stage) -> ArtifactReport:
+def _weights(
+    models: ReferenceModels, artifact: Artifact, checkpoint: Checkpoint, progress: ProgressCallback
+) -> ArtifactReport:
     progress(f"reading {artifact.name}", 0.0)
-    held = holds(job.adapter, artifact, checkpoint)
-    expected = job.folded if held == FOLDED and job.folded is not None else job.base
-    found = compare_weights(checkpoint, expected, residual=artifact.layout.residual)
-    tokenizer = job.tokenizer.compare(checkpoint)
+    contents = holds(models.adapter, artifact, checkpoint)
+    expected = models.folded if contents == FOLDED and models.folded is not None else models.base
+    differences = compare_weights(checkpoint, expected, residual=artifact.layout.residual)
+    tokenizer = models.tokenizer.compare(checkpoint)
     beside = None
-    if held == BESIDE and job.adapter is not None:
-        beside = compare_adapters(_beside(artifact, checkpoint), job.adapter)
-    ends = job.ends.compare(checkpoint)
-    gates = judge(Evidence(weights=found, beside=beside, tokenizer=tokenizer, ends=ends))
+    if contents == BESIDE and models.adapter is not None:
+        beside = compare_adapters(_beside(artifact, checkpoint), models.adapter)
+    ends = models.ends.compare(checkpoint)
+    gates = judge(Evidence(weights=differences, beside=beside, tokenizer=tokenizer, ends=ends))
     layers = {}
-    if job.adapter is not None and held == FOLDED:
-        read = {*(one.name for one in found.different), *(line.partition(":")[0] for line in found.shapes)}
+    if models.adapter is not None and contents == FOLDED:
+        read = {*(one.name for one in differences.different), *(line.partition(":")[0] for line in differences.shapes)}
         same = {name: expected.tensors[name] for name in expected.tensors.keys() & checkpoint.tensors.keys() - read}
         known = replace(checkpoint, tensors={**checkpoint.tensors, **same})  # what is the same need not be read again
-        layers = adapter_by_layer(known, job.base, job.adapter, job.adapter.minima or "float32")
+        layers = adapter_by_layer(known, models.base, models.adapter, models.adapter.minima or "float32")
     return ArtifactReport(
-        name=artifact.name, kind=artifact.kind, holds=held, weights=found, gates=tuple(gates), runs=(), layers=layers
+        name=artifact.name,
+        kind=artifact.kind,
+        holds=contents,
+        weights=differences,
+        gates=tuple(gates),
+        runs=(),
+        layers=layers,
     )
 
 
@@ -218,40 +226,40 @@ def _beside(artifact: Artifact, checkpoint: Checkpoint) -> Adapter:
 
 
 def _report(
-    job: Job,
+    models: ReferenceModels,
     level: Level,
     artifacts: Sequence[ArtifactReport],
     gates: tuple[GateResult, ...],
-    bench: Bench | None = None,
+    baseline: Baseline | None = None,
 ) -> ParityReport:
     return ParityReport(
-        reference=job.base.path.name,
+        reference=models.base.path.name,
         level=level,
-        text=None if bench is None else bench.work.source,
-        tokens=0 if bench is None else sum(len(window) for window in bench.work.windows),
-        windows=0 if bench is None else len(bench.work.windows),
-        adapter=_adapter_summary(job, bench),
-        noise=None if bench is None else bench.noise,
+        text=None if baseline is None else baseline.inputs.source,
+        tokens=0 if baseline is None else sum(len(window) for window in baseline.inputs.windows),
+        windows=0 if baseline is None else len(baseline.inputs.windows),
+        adapter=_adapter_summary(models, baseline),
+        noise=None if baseline is None else baseline.noise,
         gates=gates,
         artifacts=tuple(artifacts),
     )
 
 
-def _adapter_summary(job: Job, bench: Bench | None) -> AdapterSummary | None:
-    if job.adapter is None:
+def _adapter_summary(models: ReferenceModels, baseline: Baseline | None) -> AdapterSummary | None:
+    if models.adapter is None:
         return None
     summary = AdapterSummary(
-        layers=len(job.adapter.layers),
-        convention=job.adapter.convention,
-        minima=job.minima,
-        trained_with=job.adapter.minima,
+        layers=len(models.adapter.layers),
+        convention=models.adapter.convention,
+        minima=models.minima,
+        trained_with=models.adapter.minima,
     )
-    if bench is None:
+    if baseline is None:
         return summary
-    spool, expected = bench.spool, job.usual
+    logit_cache, expected = baseline.logit_cache, models.usual
     return replace(
         summary,
-        effect_rms=math.sqrt(bench.effect / spool.logit_count),
-        fold_lost=lost(spool.distance(expected, job.adapted), bench.effect),
-        unrounded=lost(spool.distance(expected, Forward(weights="side")), bench.side_effect),
+        effect_rms=math.sqrt(baseline.effect / logit_cache.logit_count),
+        fold_lost=lost(logit_cache.distance(expected, models.adapted), baseline.effect),
+        unrounded=lost(logit_cache.distance(expected, Forward(weights="side")), baseline.side_effect),
     )

@@ -11,7 +11,7 @@
     opening      every artefact opens in its runtime, in a fresh process, and gives finite logits
     made again   with base and adapter: every byte is computed again, and the report measured again
 
-Each question is asked even where another one found something, so that all is told at once.
+Each question is asked even if an earlier one found something, so that one run lists everything.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from qalora.releasing.consistency import (
     check_report,
     read_report,
 )
-from qalora.releasing.findings import Finding, Stage
-from qalora.releasing.integrity import check_files, check_sums_stage
+from qalora.releasing.findings import Check, Finding
+from qalora.releasing.integrity import check_checksums, check_files
 from qalora.releasing.manifest import MANIFEST, read_manifest
 from qalora.releasing.opening import open_all
 from qalora.releasing.rederive import Inputs, make_again
@@ -46,14 +46,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """Everything that was asked."""
+    """The result of every check."""
 
-    stages: tuple[Stage, ...]
+    checks: tuple[Check, ...]
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is wrong, in the order of the questions."""
-        return tuple(finding for stage in self.stages for finding in stage.findings)
+        return tuple(finding for check in self.checks for finding in check.findings)
 
 
 def check_is_release(folder: Path) -> None:
@@ -74,7 +74,7 @@ def check_release(
     allow_unproven: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Checked:
-    """Ask everything that can be asked of a release.
+    """Run every check of a release that can be run.
 
     base, adapter  what it was made of; with the base given, and the adapter if it has one, it is made again. The
                    release's own copy of the adapter stands in for one that is not given
@@ -85,44 +85,44 @@ def check_release(
     no error but a finding.
     """
     check_is_release(folder)
-    asked = _Asked(progress)
-    sums = asked.ask("checksums", lambda: check_sums_stage(folder))
-    manifest = asked.get("form", lambda: read_manifest(folder), MANIFEST)
-    read = asked.get("form", lambda: read_report(folder), "report.json")
-    _signature(asked, folder, public_key)
+    checks = _Checks(progress)
+    sums = checks.ask("checksums", lambda: check_checksums(folder))
+    manifest = checks.get("form", lambda: read_manifest(folder), MANIFEST)
+    read = checks.get("form", lambda: read_report(folder), "report.json")
+    _signature(checks, folder, public_key)
     if manifest is not None:
-        asked.ask("files", lambda: check_files(folder, manifest))
-        asked.ask("licences", lambda: check_licences(folder, manifest))
-        asked.ask("provenance", lambda: check_provenance(folder, manifest))
+        checks.ask("files", lambda: check_files(folder, manifest))
+        checks.ask("licences", lambda: check_licences(folder, manifest))
+        checks.ask("provenance", lambda: check_provenance(folder, manifest))
     if manifest is not None and read is not None:
         content, report = read
-        asked.ask("report", lambda: check_report(content, report, manifest))
-        given = manifest.options.template is None or template is not None
-        why = "" if given else "the card was made with a template: give it with `card_template`"
-        asked.ask("card", lambda: check_card(folder, report, manifest, template), skipped=why)
-        asked.ask("page and SBOM", lambda: check_pages(folder, report, manifest))
+        checks.ask("report", lambda: check_report(content, report, manifest))
+        same_template = manifest.options.template is None or template is not None
+        why = "" if same_template else "the card was made with a template: give it with `card_template`"
+        checks.ask("card", lambda: check_card(folder, report, manifest, template), skipped=why)
+        checks.ask("page and SBOM", lambda: check_pages(folder, report, manifest))
     damaged = any(_is_opened(folder / finding.where) for finding in sums)
     if open_artifacts:
-        _opening(asked, folder, allow_unproven=allow_unproven, damaged=damaged)
+        _opening(checks, folder, allow_unproven=allow_unproven, damaged=damaged)
     else:
-        asked.ask("opening", list, skipped="not asked for")
+        checks.ask("opening", list, skipped="not asked for")
     if manifest is None or read is None or base is None:
-        asked.ask("made again", list, skipped="give `base`, and `adapter`, to compute every byte again")
+        checks.ask("made again", list, skipped="give `base`, and `adapter`, to compute every byte again")
     else:
         inputs = Inputs(base=base, adapter=adapter, text=text, template=template)
-        asked.stages.append(make_again(folder, manifest, read[0], inputs, progress=progress))
-    return Checked(stages=tuple(asked.stages))
+        checks.results.append(make_again(folder, manifest, read[0], inputs, progress=progress))
+    return Checked(checks=tuple(checks.results))
 
 
-class _Asked:
-    """The questions that have been asked. What raises while one is asked is what is wrong."""
+class _Checks:
+    """Runs checks one after another and keeps their results. What a check raises is a finding."""
 
     def __init__(self, progress: Callable[[str], None]) -> None:
-        self.stages: list[Stage] = []
+        self.results: list[Check] = []
         self.progress = progress
 
     def ask(self, question: str, answer: Callable[[], Iterable[Finding]], *, skipped: str = "") -> Sequence[Finding]:
-        """Add a stage, and give its findings."""
+        """Run a check, and give its findings."""
         findings: Sequence[Finding] = ()
         if not skipped:
             self.progress(question)
@@ -130,7 +130,7 @@ class _Asked:
                 findings = tuple(answer())
             except InputError as error:
                 findings = (Finding(where=question, problem=str(error)),)
-        self.stages.append(Stage(question=question, findings=tuple(findings), skipped=skipped))
+        self.results.append(Check(question=question, findings=tuple(findings), skipped=skipped))
         return findings
 
     def get(self, question: str, answer: Callable[[], T], where: str) -> T | None:
@@ -138,7 +138,7 @@ class _Asked:
         try:
             return answer()
         except InputError as error:
-            self.stages.append(Stage(question=question, findings=(Finding(where=where, problem=str(error)),)))
+            self.results.append(Check(question=question, findings=(Finding(where=where, problem=str(error)),)))
             return None
 
 
@@ -147,11 +147,11 @@ def _is_opened(path: Path) -> bool:
     return path.suffix in weight_suffixes() or path.is_symlink()
 
 
-def _signature(asked: _Asked, folder: Path, public_key: Path | None) -> None:
+def _signature(checks: _Checks, folder: Path, public_key: Path | None) -> None:
     if public_key is None:
         signed = (folder / SIGNATURE).exists()
         why = "signed, and no `public_key` was given" if signed else "not signed"
-        asked.ask("signature", list, skipped=why)
+        checks.ask("signature", list, skipped=why)
         return
 
     def answer() -> list[Finding]:
@@ -165,24 +165,24 @@ def _signature(asked: _Asked, folder: Path, public_key: Path | None) -> None:
             return [Finding(where=SIGNATURE, problem=str(error))]
         return []
 
-    asked.ask("signature", answer)
+    checks.ask("signature", answer)
 
 
-def _opening(asked: _Asked, folder: Path, *, allow_unproven: bool, damaged: bool) -> None:
+def _opening(checks: _Checks, folder: Path, *, allow_unproven: bool, damaged: bool) -> None:
     if damaged:
-        asked.ask("opening", list, skipped="weights are not as listed, and are given to no runtime")
+        checks.ask("opening", list, skipped="weights are not as listed, and are given to no runtime")
         return
     missing: list[tuple[str, str]] = []
 
     def answer() -> list[Finding]:
-        findings, unproven = open_all(folder, progress=asked.progress)
+        findings, unproven = open_all(folder, progress=checks.progress)
         missing.extend(unproven)
         if not allow_unproven:
             findings += [Finding(where=where, problem=f"not opened: {why}") for where, why in unproven]
         return findings
 
-    asked.ask("opening", answer)
+    checks.ask("opening", answer)
     if missing and allow_unproven:
         notes = tuple(f"{where} was not opened: {why}" for where, why in missing)
-        last = asked.stages[-1]
-        asked.stages[-1] = Stage(question=last.question, findings=last.findings, notes=notes)
+        last = checks.results[-1]
+        checks.results[-1] = Check(question=last.question, findings=last.findings, notes=notes)

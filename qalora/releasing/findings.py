@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Finding", "Stage"]
+__all__ = ["Check", "Finding"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +19,12 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One question that a check asks.
+class Check:
+    """The result of one check of a release.
 
     question  such as "checksums"
     findings  what is wrong
-    skipped   why it was not asked, or empty; a question that was not asked proves nothing
+    skipped   why it did not run, or empty; a check that did not run proves nothing
     notes     what is not wrong, and should be known
     """
 

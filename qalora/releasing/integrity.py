@@ -12,10 +12,10 @@ from qalora.releasing.digests import file_digest, range_digest
 from qalora.releasing.findings import Finding
 from qalora.releasing.records import FileEntry, Manifest, TensorEntry
 
-__all__ = ["check_files", "check_sums_stage", "differing_tensor"]
+__all__ = ["check_checksums", "check_files", "differing_tensor"]
 
 
-def check_sums_stage(folder: Path) -> list[Finding]:
+def check_checksums(folder: Path) -> list[Finding]:
     """Every file that is missing, changed, not listed, or a link."""
     return [Finding(where=name, problem=problem) for name, problem in compare_sums(folder).items()]
 

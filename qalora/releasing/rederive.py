@@ -24,7 +24,7 @@ from qalora.errors import InputError
 from qalora.formats.files import files_below
 from qalora.formats.record_json import encode
 from qalora.releasing.digests import content_digest
-from qalora.releasing.findings import Finding, Stage
+from qalora.releasing.findings import Check, Finding
 from qalora.releasing.integrity import differing_tensor
 from qalora.releasing.manifest import MANIFEST, adapter_part, artifact_part, base_part, make_manifest, provenance
 from qalora.releasing.options import ReleaseOptions
@@ -64,7 +64,7 @@ def make_again(
     inputs: Inputs,
     *,
     progress: Callable[[str], None] = lambda what: None,
-) -> Stage:
+) -> Check:
     """Ask whether base and adapter are the ones, and whether they give every byte, and every figure, of the release."""
     again = _Again()
     try:
@@ -78,7 +78,7 @@ def make_again(
                 _measure(folder, manifest, report, planned, again, progress)
     except InputError as error:
         again.add("made again", str(error))
-    return Stage(question="made again", findings=tuple(again.findings), notes=tuple(again.notes))
+    return Check(question="made again", findings=tuple(again.findings), notes=tuple(again.notes))
 
 
 def _plan(

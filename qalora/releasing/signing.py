@@ -117,7 +117,7 @@ def _hashing(name: str) -> Config:
     """Every file whole, by SHA-256, but the signature and what the Hub's clients add. `name`: the model's."""
     from model_signing import hashing, manifest
 
-    class Named(hashing.Config):
+    class ConfigWithName(hashing.Config):
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> manifest.Manifest:
             found = super().hash(model_path, files_to_hash=files_to_hash)
             items = [
@@ -127,7 +127,7 @@ def _hashing(name: str) -> Config:
             form = {**found.serialization_type, "ignore_paths": sorted(found.serialization_type["ignore_paths"])}
             return manifest.Manifest(name, items, manifest.SerializationType.from_args(form))
 
-    config: Config = Named().use_file_serialization(hashing_algorithm="sha256")  # type: ignore[no-untyped-call]
+    config: Config = ConfigWithName().use_file_serialization(hashing_algorithm="sha256")  # type: ignore[no-untyped-call]
     config.set_ignored_paths(paths=[SIGNATURE, *HUBS], ignore_git_paths=False)
     return config
 

@@ -25,7 +25,7 @@ from qalora.converters.first_tokens import first_tokens
 from qalora.errors import InputError
 from qalora.formats.text import check_text
 from qalora.training.chat import ChatTemplate
-from qalora.training.documents import SHOWN, Account, Document, Shown
+from qalora.training.documents import SHOWN, Account, Document, DocumentPreview
 from qalora.training.loss import IGNORED
 from qalora.training.rows import kind_of, plain_document, read_conversation
 from qalora.training.sources import check_data, may_be_a_dataset, open_data
@@ -158,7 +158,7 @@ def _tokenized(document: Document, tokenizer: Any) -> tuple[list[int], list[bool
 def _tell(account: Account, document: Document, ids: list[int], inside: list[bool], tokenizer: Any) -> None:
     account.texts += document.spans is None
     account.turns += len(document.spans or ())
-    if len(account.shown) >= SHOWN:
+    if len(account.previews) >= SHOWN:
         return
     edges = [0, *(n for n in range(1, len(ids)) if inside[n] != inside[n - 1]), len(ids)]
 
@@ -167,7 +167,7 @@ def _tell(account: Account, document: Document, ids: list[int], inside: list[boo
         return " ... ".join(str(tokenizer.decode(part)) for part in parts)
 
     runs = tuple((inside[a], text(ids[a:b])) for a, b in pairwise(edges))
-    account.shown.append(Shown(where=document.where, runs=runs))
+    account.previews.append(DocumentPreview(where=document.where, runs=runs))
 
 
 def cut_tokens(tokens: Sequence[int], first: tuple[int, ...], length: int) -> list[tuple[int, int]]:

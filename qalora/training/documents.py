@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Account", "Document", "Shown"]
+__all__ = ["Account", "Document", "DocumentPreview"]
 
 SHOWN = 3
 """Documents whose pieces an account keeps."""
@@ -32,7 +32,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class DocumentPreview:
     """A document as it is learned: its tokens as text, in runs that are learned and runs that are only seen."""
 
     where: str
@@ -53,7 +53,7 @@ class Account:
     turns       answers and completions that are learned
     sequences   of `length` tokens each; `idle` of them have nothing to learn and are left out
     learned     tokens that are learned
-    shown       the first documents
+    previews    the first documents, as they are learned
     """
 
     source: str = ""
@@ -68,13 +68,13 @@ class Account:
     length: int = 0
     idle: int = 0
     learned: int = 0
-    shown: list[Shown] = field(default_factory=list)
+    previews: list[DocumentPreview] = field(default_factory=list)
 
     def note(self, text: str, where: str) -> None:
         """Keep what the user should know, and where it was first so."""
         self.notes.setdefault(text, where)
 
-    def said(self) -> list[str]:
+    def note_lines(self) -> list[str]:
         """The notes, each with the place where it was first so, and the keys that are passed over."""
         found = [f"{where}: {text}" for text, where in self.notes.items()]
         if self.unused:
@@ -102,19 +102,19 @@ class Account:
         ]
         if self.idle:
             found.append(f"{self.idle:,} of these sequences have nothing to learn, and are left out")
-        piece = next(((shown, n) for shown in self.shown for n, (on, _) in enumerate(shown.runs) if on), None)
+        piece = next(((preview, n) for preview in self.previews for n, (on, _) in enumerate(preview.runs) if on), None)
         if piece is not None:
-            shown, n = piece
-            before = f" after {_short(shown.runs[n - 1][1], end=True)}" if n else ""
-            found.append(f"the first piece that is learned: {_short(shown.runs[n][1])}{before}")
-        return [*found, *self.said()]
+            preview, n = piece
+            before = f" after {_short(preview.runs[n - 1][1], end=True)}" if n else ""
+            found.append(f"the first piece that is learned: {_short(preview.runs[n][1])}{before}")
+        return [*found, *self.note_lines()]
 
     def pieces(self) -> list[str]:
         """The first documents, a line for each run of tokens."""
         found = []
-        for shown in self.shown:
-            found.append(shown.where or self.source)
-            found += [f"  {'learned' if on else 'seen   '}  {_short(text, 600)}" for on, text in shown.runs]
+        for preview in self.previews:
+            found.append(preview.where or self.source)
+            found += [f"  {'learned' if on else 'seen   '}  {_short(text, 600)}" for on, text in preview.runs]
         return found
 
     def to_json(self) -> dict[str, Any]:

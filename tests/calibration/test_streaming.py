@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qalora.calibration.streaming import Seen, stream
+from qalora.calibration.streaming import LinearLayer, stream
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import load
 from qalora.converters.torch_module import build
@@ -56,7 +56,7 @@ def test_it_sees_what_the_whole_model_computes(tmp_path: Path, family: str) -> N
     seen: dict[str, Tensor] = {}
     ticks: list[int] = []
 
-    def visit(layer: Seen) -> None:
+    def visit(layer: LinearLayer) -> None:
         assert torch.equal(layer.weight, model.tensors[layer.name].load_float().float())
         seen[layer.name] = layer.moments
 
@@ -69,7 +69,7 @@ def test_later_layers_see_what_was_changed(tmp_path: Path) -> None:
     model = load(tiny_model(tmp_path, "llama"))
     seen: dict[str, Tensor] = {}
 
-    def visit(layer: Seen) -> Tensor:
+    def visit(layer: LinearLayer) -> Tensor:
         seen[layer.name] = layer.moments
         return layer.weight * 0.5
 

@@ -11,7 +11,7 @@ from qalora.converters import load
 from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.plan import ExportOptions
 from qalora.parity.artifacts import recognize
-from qalora.parity.job import holds
+from qalora.parity.models import holds
 from qalora.quantization import quantize
 from qalora.testing import random_adapter
 

@@ -12,8 +12,8 @@ from qalora.adapter import AdapterLayer
 from qalora.checkpoint import kept_bytes, remembered
 from qalora.folding import fold
 from qalora.parity.foldcheck import check_fold, compare_adapters
+from qalora.parity.logit_cache import LogitCache
 from qalora.parity.reference import Forward, Reference, rounded_minima
-from qalora.parity.spool import Spool
 from qalora.testing import assert_same_tensor, random_tensor
 
 TOKENS = list(range(3, 40))
@@ -86,23 +86,23 @@ def test_minima_are_rounded_once_whatever_the_pool(pool: int, group: int, minima
 
 
 def test_noise_is_float32s(reference, tmp_path: Path) -> None:
-    noise = Spool(reference, [TOKENS], tmp_path).noise(Forward())
+    noise = LogitCache(reference, [TOKENS], tmp_path).noise(Forward())
     assert 0 < noise.rms < noise.max < 1e-4
     assert noise.bound >= noise.floor > 0
 
 
 def test_a_spool_computes_each_forward_once(reference, tmp_path: Path) -> None:
-    spool = Spool(reference, [TOKENS[:20], TOKENS[20:]], tmp_path)
-    first = spool.logits(Forward(), 1)
-    assert torch.equal(spool.logits(Forward(), 1), first)
+    cache = LogitCache(reference, [TOKENS[:20], TOKENS[20:]], tmp_path)
+    first = cache.logits(Forward(), 1)
+    assert torch.equal(cache.logits(Forward(), 1), first)
     assert len(list(tmp_path.iterdir())) == 2  # both windows fit into one batch
     alone = reference.logits(TOKENS[:20], Forward())
     bound = NOISE * float(alone.abs().max())
-    torch.testing.assert_close(spool.logits(Forward(), 0), alone, rtol=0, atol=bound)
+    torch.testing.assert_close(cache.logits(Forward(), 0), alone, rtol=0, atol=bound)
     assert len(list(tmp_path.iterdir())) == 2
-    assert spool.distance(Forward(), Forward()) == 0.0
-    assert spool.distance(Forward(), Forward(weights="side")) > 0
-    assert spool.logit_count == len(TOKENS) * first.shape[1]
+    assert cache.distance(Forward(), Forward()) == 0.0
+    assert cache.distance(Forward(), Forward(weights="side")) > 0
+    assert cache.logit_count == len(TOKENS) * first.shape[1]
 
 
 def test_weights_are_read_once_where_they_fit(base) -> None:

@@ -80,9 +80,9 @@ def _(world: World) -> None:
     dist, told = released(world), []
     found = qalora.check(dist, base=world.base, progress=told.append)
     assert not found.findings
-    assert not next(stage for stage in found.stages if stage.question == "made again").skipped
+    assert not next(check for check in found.checks if check.question == "made again").skipped
     assert told
-    skipped = {stage.question for stage in qalora.check(dist, open_artifacts=False).stages if stage.skipped}
+    skipped = {check.question for check in qalora.check(dist, open_artifacts=False).checks if check.skipped}
     assert {"opening", "made again"} <= skipped
     other = replace(world.adapter, layers=dict(list(world.adapter.layers.items())[1:]))
     write_adapter(other, world.out / "other")
@@ -107,7 +107,7 @@ def _(world: World) -> None:
     read = {"text": "some words " * 50, "template": (world.out / "card.md").read_text("utf-8")}
     assert qalora.check(world.out / "dist", **given, **read).findings == ()
     without = qalora.check(world.out / "dist", open_artifacts=False)
-    assert {"signature", "card"} <= {stage.question for stage in without.stages if stage.skipped}
+    assert {"signature", "card"} <= {check.question for check in without.checks if check.skipped}
     signing_key(world.out / "another")
     assert qalora.check(world.out / "dist", **{**given, "public_key": world.out / "another.pub"}, **read).findings
 

@@ -366,8 +366,8 @@ def test_a_planted_change_is_found_by_name(
 def test_an_untouched_copy_is_right(place: Path, dist: Path) -> None:
     found = check(dist, place, again=True, adapter=place / "adapter")
     assert not found.findings
-    assert [stage.question for stage in found.stages if stage.skipped] == ["signature", "opening"]
-    assert not any(stage.notes for stage in found.stages)
+    assert [check.question for check in found.checks if check.skipped] == ["signature", "opening"]
+    assert not any(check.notes for check in found.checks)
 
 
 def test_another_adapter_or_base_is_named(place: Path, dist: Path) -> None:
@@ -405,8 +405,8 @@ def test_a_damaged_graph_is_found_beside_its_checksum(
 
 def test_what_lies_behind_a_link_is_given_to_no_runtime(dist: Path) -> None:
     folder_linked(dist)
-    (stage,) = (stage for stage in check_release(dist).stages if stage.question == "opening")
-    assert stage.skipped == "weights are not as listed, and are given to no runtime"
+    (check,) = (check for check in check_release(dist).checks if check.question == "opening")
+    assert check.skipped == "weights are not as listed, and are given to no runtime"
 
 
 def test_a_folder_that_is_no_release_is_bad_input(place: Path, tmp_path: Path) -> None:

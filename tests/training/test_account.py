@@ -46,8 +46,8 @@ def test_the_numbers_are_those_of_the_blocks(place: Path) -> None:
     assert account.learned == int((blocks.targets >= 0).sum())
     assert account.sequences - account.idle == len(blocks)
     assert list(account.unused) == ["id"]
-    assert len(account.shown) == 3
-    assert [text for on, text in account.shown[0].runs if on] == [LEARNED] * 2
+    assert len(account.previews) == 3
+    assert [text for on, text in account.previews[0].runs if on] == [LEARNED] * 2
 
 
 def test_it_is_said_before_the_first_step_and_kept(place: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def read(place: Path, tokenizer: Any, turns: list[Any]) -> tuple[list[Document],
     (place / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
     documents = list(read_documents(str(place / "a.jsonl"), tokenizer, account))
     join_documents(documents, tokenizer, account)
-    return documents, [text for shown in account.shown for on, text in shown.runs if on], account
+    return documents, [text for preview in account.previews for on, text in preview.runs if on], account
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -145,7 +145,7 @@ def test_each_answer_is_learned_behind_what_the_model_will_be_asked_with(tmp_pat
         assert document.spans is not None
         assert document.text[: document.spans[0][0]] == asked
         assert "Be kind." in asked
-    assert any("a document of its own" in note for note in account.said())
+    assert any("a document of its own" in note for note in account.note_lines())
 
 
 @pytest.mark.parametrize("thoughts", [{"content": "<think>\nHm.\n</think>\n\nGood end"}, {"reasoning_content": "Hm."}])
@@ -222,4 +222,4 @@ def test_white_space_in_an_answer_is_learned_where_a_tokenizer_gives_it_no_place
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Code:\n", "completion": code}) + "\n", encoding="utf-8")
     account = Account()
     join_documents(read_documents(str(tmp_path / "a.jsonl"), tokenizer), tokenizer, account)
-    assert [text for on, text in account.shown[0].runs if on] == [code + "<|im_end|>"]
+    assert [text for on, text in account.previews[0].runs if on] == [code + "<|im_end|>"]

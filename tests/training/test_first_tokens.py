@@ -12,7 +12,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.first_tokens import first_tokens
 from qalora.errors import InputError
-from qalora.parity.text import make_work
+from qalora.parity.text import make_inputs
 from qalora.quantization.model import quantize
 from qalora.testing import byte_tokenizer, tiny_llama
 from qalora.training import TrainOptions, train
@@ -112,7 +112,7 @@ def test_calibration_and_verification_have_them(model: Checkpoint, place: Path, 
     assert windows.shape == (8, 32)
     assert {tuple(row[: len(first)].tolist()) for row in windows} == {first}
     assert int((windows == first[0]).sum()) == len(windows)
-    work = make_work(model, begun, text="Some words. " * 100, tokens=None, prompts=["Say"], max_tokens=512)
+    work = make_inputs(model, begun, text="Some words. " * 100, tokens=None, prompts=["Say"], max_tokens=512)
     assert {row[: len(first)] for row in work.windows} == {first}, "and not the config's, which is another"
     assert begun.decode(work.prompts[0]) == "<s>Say"
 

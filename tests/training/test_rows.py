@@ -49,7 +49,7 @@ def learned(place: Path, tokenizer: Any, *rows: Any) -> list[str]:
     """The runs of tokens that are learned, as text."""
     documents, account = read(place, tokenizer, *rows)
     join_documents(documents, tokenizer, account)
-    return [text for shown in account.shown for on, text in shown.runs if on]
+    return [text for preview in account.previews for on, text in preview.runs if on]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_instructions_without_a_chat_template(tmp_path: Path) -> None:
     assert second.text.endswith("### Instruction:\nSing.\n\n### Response:\nLa")
     assert "### Input" not in second.text
     assert learned(tmp_path, plain, *rows) == ["4<|im_end|>", "La<|im_end|>"]
-    assert any("Alpaca" in note for note in account.said())
+    assert any("Alpaca" in note for note in account.note_lines())
     with pytest.raises(InputError, match=r"a.jsonl:1: system: expected a tokenizer with a chat template"):
         read(tmp_path, plain, {"instruction": "a", "output": "b", "system": "S"})
     with pytest.raises(InputError, match=r"a.jsonl:1: messages: expected a tokenizer with a chat template"):
@@ -176,7 +176,7 @@ def test_calls_their_answers_and_other_settings_go_to_the_template(tmp_path: Pat
         'CALL {"name": "add", "arguments": {"a": 2}}<|im_end|>',
         "It is 4.<|im_end|>",
     ]
-    assert not account.said()
+    assert not account.note_lines()
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,11 @@ def test_other_keys_of_messages_are_used_or_noted(tmp_path: Path, tokenizer: Any
     row = {"messages": [{**U, "name": "Ann"}, {**A, "reasoning_content": "Easy."}]}
     (document,), account = read(tmp_path, with_tools, row)
     assert "user Ann\n" in document.text
-    assert [note.rpartition(": ")[2] for note in account.said()] == [
+    assert [note.rpartition(": ")[2] for note in account.note_lines()] == [
         "the chat template makes nothing of the key reasoning_content of a message"
     ]
     _, account = read(tmp_path, tokenizer, row, row)
-    assert [note.rpartition("key ")[2] for note in account.said()] == [
+    assert [note.rpartition("key ")[2] for note in account.note_lines()] == [
         "name of a message",
         "reasoning_content of a message",
     ]
@@ -213,7 +213,7 @@ def test_keys_that_are_passed_over_are_said_once(tmp_path: Path, tokenizer: Any)
         {"messages": [U, A], "source": "s", "id": 2, "prompt": "What is 2+2?"},
     ]
     _, account = read(tmp_path, tokenizer, *rows)
-    assert account.said() == [f"{tmp_path}/a.jsonl:1: keys of rows that are passed over: id, url, source, prompt"]
+    assert account.note_lines() == [f"{tmp_path}/a.jsonl:1: keys of rows that are passed over: id, url, source, prompt"]
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

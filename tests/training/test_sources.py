@@ -39,7 +39,7 @@ def test_rows_are_rows_whatever_the_file_is_called(name: str, content: str | byt
     assert texts == ["What is 2+2?4", "And 3+3?6"]
     assert account.form == form
     assert account.rows == {"prompt and completion": 2}
-    assert not account.said()
+    assert not account.note_lines()
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_text_is_text_and_doubts_are_said(name: str, content: str, note: str, tm
     texts, account = read(tmp_path / name, content)
     assert texts == [content]
     assert account.form == "plain text"
-    assert len(account.said()) == bool(note)
-    assert all(note in said and str(tmp_path / name) in said for said in account.said())
+    assert len(account.note_lines()) == bool(note)
+    assert all(note in said and str(tmp_path / name) in said for said in account.note_lines())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["Spool"]
+__all__ = ["TensorFile"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class _Place:
     shape: tuple[int, int]
 
 
-class Spool:
+class TensorFile:
     """A nameless temporary file of tensors; it goes when the object does."""
 
     def __init__(self) -> None:

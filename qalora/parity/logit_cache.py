@@ -18,13 +18,13 @@ from qalora.parity.metrics import LogitMetrics, concatenate, squared_distance, s
 from qalora.parity.noise import NOISE_FLOOR, Noise
 from qalora.parity.reference import Forward, Reference
 
-__all__ = ["Spool"]
+__all__ = ["LogitCache"]
 
 BATCH_LOGITS = 1 << 26
 """Logits that are computed in one batch at most: 256 MiB."""
 
 
-class Spool:
+class LogitCache:
     """The reference's logits over windows of tokens, by forward and window.
 
     folder is the caller's, and temporary; tick is called whenever a window has been computed.
@@ -50,13 +50,13 @@ class Spool:
             path, shape = self._files[key]
             return torch.from_numpy(np.fromfile(path, dtype=np.float32)).view(shape)
         together = self.together(window)
-        found = self.reference.batch([self.windows[n] for n in together], forward)
-        for n, logits in zip(together, found, strict=True):
+        batch = self.reference.batch([self.windows[n] for n in together], forward)
+        for n, logits in zip(together, batch, strict=True):
             path = self._folder / f"{len(self._files)}.logits"
             path.write_bytes(logits.contiguous().view(torch.uint8).numpy().data)
             self._files[forward, n] = path, tuple(logits.shape)
             self._tick()
-        return found[together.index(window)]
+        return batch[together.index(window)]
 
     def together(self, window: int) -> range:
         """The windows that are computed in one batch with this one."""
@@ -84,9 +84,9 @@ class Spool:
 
     def noise(self, forward: Forward) -> Noise:
         """Float32's own noise over the very same tokens: the forward against itself summed in another order."""
-        found = self.compare(replace(forward, permuted=True), forward)
+        metrics = self.compare(replace(forward, permuted=True), forward)
         largest = max(float(self.logits(forward, n).abs().max()) for n in range(len(self.windows)))
-        return Noise(max=found.max, rms=found.rms, floor=NOISE_FLOOR * largest)
+        return Noise(max=metrics.max, rms=metrics.rms, floor=NOISE_FLOOR * largest)
 
     @property
     def logit_count(self) -> int:

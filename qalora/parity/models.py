@@ -14,14 +14,14 @@ from qalora.parity.ends import EndsCheck
 from qalora.parity.reference import Forward
 from qalora.parity.tokenizers import TokenizerCheck
 
-__all__ = ["BESIDE", "FOLDED", "Held", "Job", "holds"]
+__all__ = ["BESIDE", "FOLDED", "Contents", "ReferenceModels", "holds"]
 
-Held = Literal["folded", "base and adapter"]
-FOLDED: Held = "folded"
-BESIDE: Held = "base and adapter"
+Contents = Literal["folded", "base and adapter"]
+FOLDED: Contents = "folded"
+BESIDE: Contents = "base and adapter"
 
 
-def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -> Held:
+def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -> Contents:
     """FOLDED or BESIDE, by what the artefact's reader says lies beside the weights and is no part of them.
 
     InputError for a GGUF LoRA beside a model, where no adapter is expected.
@@ -36,7 +36,7 @@ def holds(adapter: Adapter | None, artifact: Artifact, checkpoint: Checkpoint) -
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class ReferenceModels:
     """base: the reference, with what the adapter brings whole; own: its own file or folder, None where no runtime but
     ours opens one; tokenizer, ends: its own; minima: the dtype of those of `folded`, which is base and adapter,
     and None where no artefact is to hold that.
@@ -56,42 +56,42 @@ class Job:
         base: Checkpoint,
         adapter: Adapter | None,
         minima: Literal["float16", "float32"] | None,
-        held: Sequence[Held],
+        contents: Sequence[Contents],
         *,
         memory: int,
-    ) -> Job:
+    ) -> ReferenceModels:
         """The reference, with the adapter folded if one of the artefacts holds the folded model.
 
         memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once
         """
         carried = carry(base, adapter)
         base, own = remembered(carried, memory // 4), reference_artifact(carried)
-        chosen = minima or (adapter.minima if adapter is not None else None) or "float16"
+        dtype = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
-        if adapter is not None and FOLDED in held:
+        if adapter is not None and FOLDED in contents:
             from qalora.folding import fold
 
-            folded = remembered(fold(base, adapter, minima=chosen), memory // 4)
+            folded = remembered(fold(base, adapter, minima=dtype), memory // 4)
         return cls(
             base=base,
             own=own,
             folded=folded,
             adapter=adapter,
-            minima=chosen,
+            minima=dtype,
             tokenizer=TokenizerCheck(base),
             ends=EndsCheck(base),
         )
 
     @property
-    def alone(self) -> Job:
+    def alone(self) -> ReferenceModels:
         """The reference without the adapter."""
         return replace(self, adapter=None, folded=self.base)
 
-    def expected(self, held: Held) -> Forward:
+    def expected(self, contents: Contents) -> Forward:
         """What an artefact should compute."""
         if self.adapter is None:
             return Forward(weights="base")
-        return Forward(weights=self.minima if held == FOLDED else "side")
+        return Forward(weights=self.minima if contents == FOLDED else "side")
 
     @property
     def usual(self) -> Forward:
