@@ -53,10 +53,10 @@ class ChatTemplate:
         self._end = str(tokenizer.eos_token or "")
         marks = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
         marks |= {self._end} - {""}
-        found = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) or "(?!)"
-        self._marks = re.compile(found)
-        self._next_mark = re.compile(rf"\s*(?:{found})")
-        self._last_mark = re.compile(rf"(?:{found})\s*\Z")
+        pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) or "(?!)"
+        self._marks = re.compile(pattern)
+        self._next_mark = re.compile(rf"\s*(?:{pattern})")
+        self._last_mark = re.compile(rf"(?:{pattern})\s*\Z")
         self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._seen: set[tuple[str, ...]] = set()
         self._always: bool | None = None
@@ -73,9 +73,9 @@ class ChatTemplate:
 
     def documents(self, chat: Conversation, account: Account) -> list[Document]:
         """The conversation as one document, or as one for each answer; InputError for what would be lost or wrong."""
-        taken = sorted(self._reserved & (set(chat.settings) - {"tools", "documents"}))
-        if taken:
-            raise InputError(f"{chat.where}: chat_template_kwargs", expected="a template's own names", got=taken[0])
+        reserved = sorted(self._reserved & (set(chat.settings) - {"tools", "documents"}))
+        if reserved:
+            raise InputError(f"{chat.where}: chat_template_kwargs", expected="a template's own names", got=reserved[0])
         turns = chat.turns
         whole = self._render(chat, turns)
         self._check_turns(chat, whole)
@@ -106,11 +106,11 @@ class ChatTemplate:
         settings: Mapping[str, Any] | None = None,
     ) -> str:
         messages = [dict(turn.message) for turn in turns]
-        given = dict(chat.settings if settings is None else settings)
+        template_settings = dict(chat.settings if settings is None else settings)
         try:
             # in a batch of one: transformers refuses no messages at all otherwise
             (text,) = self._tokenizer.apply_chat_template(
-                [messages], tokenize=False, add_generation_prompt=ask, **given
+                [messages], tokenize=False, add_generation_prompt=ask, **template_settings
             )
         except Exception as error:  # a template is a program; it raises what it likes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -162,7 +162,7 @@ class ChatTemplate:
         """What becomes of the keys of messages, where each is the last that is written, or in the whole."""
         for n, turn in enumerate(chat.turns):
             for key in [key for key in turn.message if key not in ("role", "content")]:
-                bare = replace(turn, message={name: held for name, held in turn.message.items() if name != key})
+                bare = replace(turn, message={name: value for name, value in turn.message.items() if name != key})
                 last, text = len(chat.turns), whole
                 if turn.learned:
                     last, text = n + 1, self._render(chat, chat.turns[: n + 1])
@@ -217,18 +217,18 @@ class ChatTemplate:
         all of the content stands there. Found by a probe behind the content, of which all else is independent.
         """
         turn = chat.turns[n]
-        kept = turn.content.rstrip()
-        if not kept and any(key in turn.message for key in STRICT):
+        content = turn.content.rstrip()
+        if not content and any(key in turn.message for key in STRICT):
             return 0
-        message = {**turn.message, "content": kept + PROBE + turn.content[len(kept) :]}
+        message = {**turn.message, "content": content + PROBE + turn.content[len(content) :]}
         try:
             probed = self._render(chat, [*chat.turns[:n], replace(turn, message=message)])
         except InputError:
             return None
         at = probed.rfind(PROBE)
-        if at < start or (kept and probed[:at] + probed[at + len(PROBE) :] != alone):
+        if at < start or (content and probed[:at] + probed[at + len(PROBE) :] != alone):
             return None
-        return at - start if squeeze(alone[start:at]).endswith(squeeze(kept)) else None
+        return at - start if squeeze(alone[start:at]).endswith(squeeze(content)) else None
 
     def _own(self, chat: Conversation, turn: Turn, answer: str, stop: int) -> str:
         """As much of what follows a prompt as the model has to write: the content, and what ends the turn."""

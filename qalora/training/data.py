@@ -82,9 +82,9 @@ class Blocks:
 
     def digest(self) -> str:
         """SHA-256 of tokens and targets."""
-        found = hashlib.sha256(self.tokens.numpy().tobytes())
-        found.update(self.targets.numpy().tobytes())
-        return found.hexdigest()
+        sha256 = hashlib.sha256(self.tokens.numpy().tobytes())
+        sha256.update(self.targets.numpy().tobytes())
+        return sha256.hexdigest()
 
 
 def read_documents(data: str, tokenizer: Any, account: Account | None = None) -> Iterator[Document]:
@@ -93,18 +93,18 @@ def read_documents(data: str, tokenizer: Any, account: Account | None = None) ->
     account  is told what the data was taken for, and what of it is left out
     """
     account = Account() if account is None else account
-    found = open_data(data)
-    account.source, account.form = data, found.form
-    if found.note:
-        account.note(found.note, data)
-    if found.rows is None:
-        check_text(found.text, data)
-        yield Document(text=found.text, where=data)
+    source = open_data(data)
+    account.source, account.form = data, source.form
+    if source.note:
+        account.note(source.note, data)
+    if source.rows is None:
+        check_text(source.text, data)
+        yield Document(text=source.text, where=data)
         return
     chat = bool(getattr(tokenizer, "chat_template", None))
     template = ChatTemplate(tokenizer)
-    for where, given in found.rows:
-        kind, row = kind_of(where, given)
+    for where, raw_row in source.rows:
+        kind, row = kind_of(where, raw_row)
         account.rows[kind] += 1
         document = plain_document(where, kind, row, account, chat=chat)
         if document is not None:
@@ -143,12 +143,12 @@ def join_documents(
 
 def _tokenized(document: Document, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Tokens of a text, and whether each has a character of a span."""
-    found = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=document.spans is not None)
-    ids: list[int] = list(found["input_ids"])
+    encoding = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=document.spans is not None)
+    ids: list[int] = list(encoding["input_ids"])
     if document.spans is None:
         return ids, [True] * len(ids)
     inside, last = [], 0
-    for start, stop in found["offset_mapping"]:
+    for start, stop in encoding["offset_mapping"]:
         start = min(start, last)  # a tokenizer may leave white space out of a token's place, and all of it
         inside.append(any(a < stop and b > start for a, b in document.spans))
         last = max(last, stop)
@@ -177,14 +177,14 @@ def cut_tokens(tokens: Sequence[int], first: tuple[int, ...], length: int) -> li
     """
     if len(first) >= length:
         raise InputError(field="max_length", expected=f"more than {len(first)}, the first tokens", got=str(length))
-    found, at = [], 0
+    places, at = [], 0
     while at < len(tokens):
         lead = 0 if tuple(tokens[at : at + len(first)]) == first else len(first)
         if at + length - lead > len(tokens):
             break
-        found.append((at, lead))
+        places.append((at, lead))
         at += length - lead
-    return found
+    return places
 
 
 def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, account: Account | None = None) -> Blocks:
@@ -196,14 +196,14 @@ def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, acco
     account = Account() if account is None else account
     unused = 0
 
-    def wanted() -> Iterator[Document]:
+    def learnable() -> Iterator[Document]:
         nonlocal unused
         for document in documents:
             unused += not document.learns
             if document.learns:
                 yield document
 
-    tokens, learned = join_documents(wanted(), tokenizer, account)
+    tokens, learned = join_documents(learnable(), tokenizer, account)
     if unused and not any(learned):
         raise InputError(account.source or "data", expected="completions or assistant turns to learn", got="none")
     first = first_tokens(tokenizer)
@@ -217,11 +217,11 @@ def make_blocks(documents: Iterable[Document], tokenizer: Any, length: int, acco
         )
     ids_of = torch.tensor([[*first[:lead], *tokens[at : at + length - lead]] for at, lead in places])
     # behind first tokens that are none of the data's own, the next is not predicted from what stands before it
-    kept = torch.tensor(
+    is_learned = torch.tensor(
         [[False] * (lead + bool(lead)) + learned[at + bool(lead) : at + length - lead] for at, lead in places]
     )
     targets = torch.full_like(ids_of, IGNORED)
-    targets[:, :-1] = torch.where(kept[:, 1:], ids_of[:, 1:], IGNORED)
+    targets[:, :-1] = torch.where(is_learned[:, 1:], ids_of[:, 1:], IGNORED)
     counts = (targets != IGNORED).sum(1)
     account.sequences, account.length, account.learned = len(places), length, int(counts.sum())
     account.idle = int((counts == 0).sum())
@@ -249,8 +249,10 @@ def training_blocks(model: Checkpoint, data: str, length: int, held_out: float) 
     if isinstance(context, int) and length > context:
         raise InputError(field="max_length", expected=f"at most {context}, the model's context", got=str(length))
     tokenizer, account = load_tokenizer(model), Account()
-    kept, held = make_blocks(read_documents(data, tokenizer, account), tokenizer, length, account).split(held_out)
-    for part, name in ((kept, "the part to train on"), (held, "the held-out part")):
+    training, evaluation = make_blocks(read_documents(data, tokenizer, account), tokenizer, length, account).split(
+        held_out
+    )
+    for part, name in ((training, "the part to train on"), (evaluation, "the held-out part")):
         if not bool((part.targets != IGNORED).any()):
             raise InputError(f"{data}: {name}", expected="something to learn", got="nothing")
-    return kept, held
+    return training, evaluation

@@ -86,10 +86,10 @@ class Processes:
             yield
         except Exception as error:
             failed = error
-        said = self._gather("" if failed is None else str(failed) or type(failed).__name__)
+        sentences = self._gather("" if failed is None else str(failed) or type(failed).__name__)
         if failed is not None:
             raise failed
-        for sentence in said:
+        for sentence in sentences:
             if sentence:
                 raise InputError(sentence)
 
@@ -98,10 +98,10 @@ class Processes:
         if self.size == 1:
             return
         for name, value in facts.items():
-            found = [text[:100] for text in self._gather(str(value))]
-            other = next((text for text in found if text != found[0]), None)
+            texts = [text[:100] for text in self._gather(str(value))]
+            other = next((text for text in texts if text != texts[0]), None)
             if other is not None:
-                raise InputError(f"{name}: expected the same in every process, got {found[0]} and {other}")
+                raise InputError(f"{name}: expected the same in every process, got {texts[0]} and {other}")
 
     def heard(self, text: str) -> str:
         """What the first process says, shortened, in all of them, which wait for it."""
@@ -121,9 +121,9 @@ class Processes:
         mine = torch.zeros(SENTENCE, dtype=torch.uint8)
         mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
         mine = mine.to(_device())
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        _call(dist.all_gather, found, mine)
-        return [bytes(part.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for part in found]
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        _call(dist.all_gather, parts, mine)
+        return [bytes(part.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for part in parts]
 
 
 ALONE = Processes()
@@ -164,10 +164,10 @@ def joined(device: str = "auto") -> Iterator[Processes]:
 
 
 def _number(name: str, least: int) -> int:
-    found = os.environ.get(name, str(least))
-    if not found.isdecimal():
-        raise InputError(f"{name} in the environment", expected="a number", got=shown(found))
-    return int(found)
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal():
+        raise InputError(f"{name} in the environment", expected="a number", got=shown(text))
+    return int(text)
 
 
 def _take_gpu(device: str, local: int) -> None:

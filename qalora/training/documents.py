@@ -76,11 +76,11 @@ class Account:
 
     def note_lines(self) -> list[str]:
         """The notes, each with the place where it was first so, and the keys that are passed over."""
-        found = [f"{where}: {text}" for text, where in self.notes.items()]
+        lines = [f"{where}: {text}" for text, where in self.notes.items()]
         if self.unused:
             names = ", ".join(self.unused)
-            found.append(f"{next(iter(self.unused.values()))}: keys of rows that are passed over: {names}")
-        return found
+            lines.append(f"{next(iter(self.unused.values()))}: keys of rows that are passed over: {names}")
+        return lines
 
     @property
     def tokens(self) -> int:
@@ -95,27 +95,27 @@ class Account:
         learned = [f"{self.texts:,} whole {'text' if self.texts == 1 else 'texts'}"] if self.texts else []
         learned += [f"{self.turns:,} turns"] if self.turns else []
         share = 100 * self.learned / max(1, self.tokens)
-        found = [
+        sentences = [
             f"{self.source}: {'; '.join(parts)}",
             f"learned: {', '.join(learned)}; {self.learned:,} of {self.tokens:,} tokens ({share:.1f} %), "
             f"in {self.sequences:,} sequences of {self.length:,}",
         ]
         if self.idle:
-            found.append(f"{self.idle:,} of these sequences have nothing to learn, and are left out")
+            sentences.append(f"{self.idle:,} of these sequences have nothing to learn, and are left out")
         piece = next(((preview, n) for preview in self.previews for n, (on, _) in enumerate(preview.runs) if on), None)
         if piece is not None:
             preview, n = piece
             before = f" after {_short(preview.runs[n - 1][1], end=True)}" if n else ""
-            found.append(f"the first piece that is learned: {_short(preview.runs[n][1])}{before}")
-        return [*found, *self.note_lines()]
+            sentences.append(f"the first piece that is learned: {_short(preview.runs[n][1])}{before}")
+        return [*sentences, *self.note_lines()]
 
     def pieces(self) -> list[str]:
         """The first documents, a line for each run of tokens."""
-        found = []
+        lines = []
         for preview in self.previews:
-            found.append(preview.where or self.source)
-            found += [f"  {'learned' if on else 'seen   '}  {_short(text, 600)}" for on, text in preview.runs]
-        return found
+            lines.append(preview.where or self.source)
+            lines += [f"  {'learned' if on else 'seen   '}  {_short(text, 600)}" for on, text in preview.runs]
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """For a log: without places."""

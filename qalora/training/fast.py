@@ -78,10 +78,10 @@ class SharedInput:
         if self._kept is not None:
             return self._kept
         device = self.layers[0].packed.device
-        made = self._fill(torch.empty(self.size, dtype=self.dtype, device=device))
+        filled = self._fill(torch.empty(self.size, dtype=self.dtype, device=device))
         if self._change is not None:
-            made[:, self.added] = self._change
-        return made
+            filled[:, self.added] = self._change
+        return filled
 
     def joined(self, rows: Tensor, pooled: Tensor) -> Tensor:
         """[x | pool(x) | zeros]."""
@@ -128,16 +128,16 @@ def share_inputs(layers: Iterable[tuple[str, FoldedLinear]], dtype: torch.dtype,
     together: dict[object, list[FoldedLinear]] = {}
     for path, layer in layers:
         together.setdefault(_input_of(path, layer), []).append(layer)
-    made = [SharedInput(group, dtype) for group in together.values()]
+    groups = [SharedInput(group, dtype) for group in together.values()]
     if keep:
-        sizes = [out * columns for out, columns in (shared.size for shared in made)]
-        whole = torch.empty(sum(sizes), dtype=dtype, device=made[0].layers[0].packed.device)
-        for shared, place in zip(made, torch.split(whole, sizes), strict=True):
+        sizes = [out * columns for out, columns in (shared.size for shared in groups)]
+        whole = torch.empty(sum(sizes), dtype=dtype, device=groups[0].layers[0].packed.device)
+        for shared, place in zip(groups, torch.split(whole, sizes), strict=True):
             shared.keep(place.view(shared.size))
-    for shared in made:
+    for shared in groups:
         for layer in shared.layers:
             layer.shared = shared
-    return made
+    return groups
 
 
 @torch.no_grad()
@@ -200,11 +200,11 @@ class _Together(torch.autograd.Function):
         if not shared.trained:
             return grad_x, None, *(None for _ in shared.layers for _ in "ab")
         pooled, *parameters = ctx.saved_tensors
-        found: list[Tensor] = []
+        adapter_grads: list[Tensor] = []
         for n, (layer, part) in enumerate(zip(shared.layers, parts, strict=True)):
             a, b = parameters[2 * n : 2 * n + 2]
             grad_m = (pooled.t() @ part).float().mul_(layer.factor)  # [in/pool_size, out], the transposed
             if layer.gathered is not None:
                 layer.gathered += grad_m.t()
-            found += [(grad_m @ b).t(), grad_m.t() @ a.t()]
-        return grad_x, None, *found
+            adapter_grads += [(grad_m @ b).t(), grad_m.t() @ a.t()]
+        return grad_x, None, *adapter_grads

@@ -23,14 +23,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def deferred(wanted: bool) -> Iterator[Callable[[], bool]]:
+def deferred(enabled: bool) -> Iterator[Callable[[], bool]]:
     """Let a first signal wait while the block runs; gives the function that says whether one came.
 
     A second signal has its ordinary effect at once. A signal that came, and after which the block still ended well,
-    raises Interrupted then. Nothing is done where it is not `wanted`, nor outside the main thread.
+    raises Interrupted then. Nothing is done where it is not `enabled`, nor outside the main thread.
     """
     came: list[int] = []
-    if not wanted or threading.current_thread() is not threading.main_thread():
+    if not enabled or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     replaced = {number: handler for number, handler in ORDINARY.items() if signal.getsignal(number) == handler}

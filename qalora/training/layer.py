@@ -87,8 +87,8 @@ class FoldedLinear(nn.Module):
 
     def gather(self) -> Tensor:
         """Zeros [out, in/pool_size] to which backwards from now on add the gradient of B @ A, as `gathered`."""
-        self.gathered = found = torch.zeros(self.out_features, self.a.shape[1], device=self.packed.device)
-        return found
+        self.gathered = total = torch.zeros(self.out_features, self.a.shape[1], device=self.packed.device)
+        return total
 
     def folded(self) -> Tensor:
         """min' in float32 [out, in/group_size], rounded; the base's without `trained`."""

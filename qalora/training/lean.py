@@ -96,8 +96,8 @@ def _gated_mlp(part: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Ten
     if not torch.is_grad_enabled():
         return forward(x)
     hidden: Tensor = _Gated.apply(part.gate_proj(x), part.up_proj(x), part.act_fn)  # type: ignore[no-untyped-call]
-    found: Tensor = part.down_proj(hidden)
-    return found
+    output: Tensor = part.down_proj(hidden)
+    return output
 
 
 class _Gated(torch.autograd.Function):
@@ -143,13 +143,13 @@ def _attention(
     ):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-        return found
+        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return output
     if attention_mask is None:
         attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    hidden = torch.zeros(attention_mask.shape, device=query.device).masked_fill_(~attention_mask, -torch.inf)
+    bias = torch.zeros(attention_mask.shape, device=query.device).masked_fill_(~attention_mask, -torch.inf)
     scale = settings.get("scaling") or query.shape[3] ** -0.5
-    out: Tensor = _Attention.apply(query, key, value, hidden, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
 
 
@@ -157,13 +157,13 @@ class _Attention(torch.autograd.Function):
     """The formulas of the module; `hidden` is 0 or -Inf, [batch or 1, 1, tokens, tokens]."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
         batch, heads, tokens, size = query.shape
-        kept = key.shape[1]
-        rows = query.reshape(batch, kept, -1, size)  # the queries of a key's heads, one after the other
-        scores = (rows.float() @ key.float().transpose(2, 3)).view(batch, kept, -1, tokens, tokens)
-        scores.mul_(scale).add_(hidden.unsqueeze(2))
-        share = torch.softmax(scores, dim=-1).to(query.dtype).view(batch, kept, -1, tokens)
+        key_heads = key.shape[1]
+        rows = query.reshape(batch, key_heads, -1, size)  # the queries of a key's heads, one after the other
+        scores = (rows.float() @ key.float().transpose(2, 3)).view(batch, key_heads, -1, tokens, tokens)
+        scores.mul_(scale).add_(bias.unsqueeze(2))
+        share = torch.softmax(scores, dim=-1).to(query.dtype).view(batch, key_heads, -1, tokens)
         ctx.save_for_backward(rows, key, value, share)
         ctx.scale = scale
         return (share @ value).view(batch, heads, tokens, size)

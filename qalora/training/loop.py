@@ -81,14 +81,14 @@ def train(
             if processes.first:
                 check_writable(options.out)
             targets = _targets(model, options)
-            kept, held = _data(model, options)
+            training, evaluation = _data(model, options)
             if processes.first:
-                on_account(kept.account)
-            run = _Run(model, options, targets, kept, held, processes)
+                on_account(training.account)
+            run = _Run(model, options, targets, training, evaluation, processes)
             state = run.resumed() if options.resume else State()
         run.check_same(state)
-        with deferred(options.save_every > 0) as asked:
-            run.to_the_end(state, progress if processes.first else lambda report: None, asked)
+        with deferred(options.save_every > 0) as interrupted:
+            run.to_the_end(state, progress if processes.first else lambda report: None, interrupted)
             adapter = convert(run.adapter(), options.convention)
             with processes.together():
                 if processes.first:
@@ -126,13 +126,13 @@ def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
             f"{model.path} holds no integers, and QA-LoRA is trained on integer weights",
             todo=f"quantize it first: qalora quantize {model.path} -o DIR",
         )
-    found = {
+    targets = {
         module
         for module, spec in specs.items()
         if spec is not None
         and (not options.target_modules or any(f".{module}".endswith(f".{end}") for end in options.target_modules))
     }
-    unmatched = [end for end in options.target_modules if not any(f".{module}".endswith(f".{end}") for module in found)]
+    unmatched = [end for end in options.target_modules if not any(f".{path}".endswith(f".{end}") for path in targets)]
     if unmatched:
         kinds = sorted({module.rpartition(".")[2] for module in specs})
         raise InputError(field="target_modules", expected=f"some of {', '.join(kinds)}", got=shown(unmatched[0]))
@@ -143,10 +143,10 @@ def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
                 "cannot be folded",
                 todo="quantize without act-order",
             )
-        if spec is not None and module in found and options.pool_size is not None:
+        if spec is not None and module in targets and options.pool_size is not None:
             columns = model.tensors[f"{module}.weight"].shape[1]
             folded_size(module, columns, spec.group_size, options.pool_size)
-    return frozenset(found)
+    return frozenset(targets)
 
 
 def _data(model: Checkpoint, options: TrainOptions) -> tuple[Blocks, Blocks]:
@@ -161,13 +161,13 @@ class _Run:
         model: Checkpoint,
         options: TrainOptions,
         targets: frozenset[str],
-        kept: Blocks,
-        held: Blocks,
+        training: Blocks,
+        evaluation: Blocks,
         processes: Processes = ALONE,
     ) -> None:
         from qalora.converters.torch_module import build
 
-        self._options, self._kept, self._held, self._processes = options, kept, held, processes
+        self._options, self._training, self._evaluation, self._processes = options, training, evaluation, processes
         self._device = find_device(options.device)
         self._dtype = dtype_of(options.dtype, self._device)
         self._layers: dict[str, FoldedLinear] = {}
@@ -211,7 +211,7 @@ class _Run:
             checkpoint_layers(self._module)
         self._take_parameters()
         self._each = options.batch_size * options.gradient_accumulation_steps
-        self._steps = options.max_steps or max(1, len(kept) // self._each)
+        self._steps = options.max_steps or max(1, len(training) // self._each)
         self._chosen = {
             **{key: value for key, value in options.to_json().items() if key != "data"},
             "max_steps": self._steps,
@@ -220,7 +220,7 @@ class _Run:
         }
         self._identity = {
             **self._chosen,
-            "data_sha256": kept.digest() + held.digest(),
+            "data_sha256": training.digest() + evaluation.digest(),
             "model_sha256": fingerprint(model.config, self._module),
         }
 
@@ -248,7 +248,7 @@ class _Run:
     def _of_start(self) -> int:
         """Sequences whose gradient is gathered before the first step."""
         options = self._options
-        return min(SEQUENCES, len(self._kept)) if options.start == "gradient" or options.rank == "auto" else 0
+        return min(SEQUENCES, len(self._training)) if options.start == "gradient" or options.rank == "auto" else 0
 
     def start(self) -> None:
         """Rows of A, and ranks, from the first gradient, where options ask for them."""
@@ -260,17 +260,17 @@ class _Run:
 
     def _first_gradients(self) -> dict[str, Tensor]:
         """The gradient of each layer's B @ A, float32 [out, in/pool_size], over the first sequences of the run."""
-        found = {path: layer.gather() for path, layer in self._layers.items()}
+        gradients = {path: layer.gather() for path, layer in self._layers.items()}
         mean = self._backward(0, self._of_start, say=True)
         for layer in self._layers.values():
             layer.gathered = None
         self._gradients.zero_()
-        self._processes.sum_tensors(list(found.values()))
+        self._processes.sum_tensors(list(gradients.values()))
         if not math.isfinite(mean):
             raise DivergedError(
                 "the model's loss on the first sequences", expected="a number", got=f"{mean}", todo="look at the base"
             )
-        return {path: gradient.cpu() for path, gradient in found.items()}
+        return {path: gradient.cpu() for path, gradient in gradients.items()}
 
     def resumed(self) -> State:
         """The state of the checkpoint, after it was put into the model."""
@@ -284,8 +284,8 @@ class _Run:
         """InputError where the processes are not of one run: other options, data, model, or step."""
         self._processes.check_same({**self._identity, "step": state.step})
 
-    def to_the_end(self, state: State, progress: Progress, asked: Callable[[], bool] = lambda: False) -> None:
-        """Every step that is left; Interrupted after the step in which `asked` to stop, in whichever process."""
+    def to_the_end(self, state: State, progress: Progress, interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Every step that is left; Interrupted after the step in which `interrupted` says so, in whichever process."""
         options = self._options
         self._plan(state)
         self._say = lambda: progress(self._report(state, ""))
@@ -306,7 +306,7 @@ class _Run:
                 state.held_out.append((state.step, self.evaluate()))
             if state.step == self._steps:
                 self._try_strengths(state)
-            stop = self._processes.sum(asked()) > 0
+            stop = self._processes.sum(interrupted()) > 0
             due = options.save_every and state.step % options.save_every == 0 and state.step < self._steps
             note = self._saved(state) if stop or due else ""
             progress(self._report(state, "" if stop else note))
@@ -320,16 +320,16 @@ class _Run:
         evaluations = math.ceil(self._steps / every) - state.step // every
         evaluations += (not state.held_out) + (self._options.strength != 1)
         self._pace.training = steps * self._each + (0 if state.step else self._of_start)
-        self._pace.evaluation = evaluations * len(self._held)
+        self._pace.evaluation = evaluations * len(self._evaluation)
         self._pace.begin()
 
     def _try_strengths(self, state: State) -> None:
         """Held-out losses after the last step, at the strength that was asked for, or at those that are to be tried."""
-        wanted, full = self._options.strength, state.held_out[-1][1]
-        if wanted == "auto":
+        strength, full = self._options.strength, state.held_out[-1][1]
+        if strength == "auto":
             self._tried = try_strengths(full, self._loss_at)
         else:
-            self._tried = ((wanted, full if wanted == 1 else self._loss_at(wanted)),)
+            self._tried = ((strength, full if strength == 1 else self._loss_at(strength)),)
 
     def _loss_at(self, strength: float) -> float:
         with at_strength(list(self._layers.values()), strength):
@@ -356,8 +356,8 @@ class _Run:
         try:
             write_state(self._options.out, state, self._identity, self._parameters, self._optimizer)
         except OutputError as error:
-            kept = "; an earlier one stays" if has_state(self._options.out) else ""
-            return f"no checkpoint of step {state.step}: {error}{kept}"
+            remains = "; an earlier one stays" if has_state(self._options.out) else ""
+            return f"no checkpoint of step {state.step}: {error}{remains}"
         return ""
 
     def write(self, adapter: Adapter, state: State) -> None:
@@ -396,7 +396,7 @@ class _Run:
         mean loss of all their tokens, which is what the processes' gradients add up to the gradient of.
         """
         refresh(self._shared)
-        tokens, targets = self._kept.take(_order(len(self._kept), self._options.seed, first, sequences))
+        tokens, targets = self._training.take(_order(len(self._training), self._options.seed, first, sequences))
         count = max(1, int((targets != IGNORED).sum()))
         total = 0.0
         for rows in self._forwards(sequences, self._options.batch_size):
@@ -416,8 +416,8 @@ class _Run:
         embedded = self._module.model.embed_tokens(tokens.to(self._device)).to(dtype)
         out = self._module.model(inputs_embeds=embedded, use_cache=False)
         hidden = out.last_hidden_state.flatten(0, 1)
-        wanted = targets.to(self._device).flatten()
-        return summed_cross_entropy(hidden, self._heads[dtype], wanted, self._softcap)
+        flat_targets = targets.to(self._device).flatten()
+        return summed_cross_entropy(hidden, self._heads[dtype], flat_targets, self._softcap)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -425,11 +425,11 @@ class _Run:
         options = self._options
         total = 0.0
         self._pace.begin()
-        for rows in self._forwards(len(self._held), max(options.batch_size, EVALUATED // options.max_length)):
-            total += self._loss(*self._held.take(rows), torch.float32).item()
+        for rows in self._forwards(len(self._evaluation), max(options.batch_size, EVALUATED // options.max_length)):
+            total += self._loss(*self._evaluation.take(rows), torch.float32).item()
             self._pace.evaluated(len(rows) * self._processes.size)
             self._say()
-        return self._processes.sum(total) / int((self._held.targets != IGNORED).sum())
+        return self._processes.sum(total) / int((self._evaluation.targets != IGNORED).sum())
 
     def adapter(self) -> Adapter:
         """What was learned, at its strength, in the paper's convention.
@@ -465,10 +465,10 @@ class _Run:
                 **({"processes": self._processes.size} if self._processes.size > 1 else {}),
             },
             "data_sha256": self._identity["data_sha256"],
-            "data": self._kept.account.to_json(),
+            "data": self._training.account.to_json(),
             "trained_parameters": sum(parameter.numel() for parameter in self._parameters.values()),
             "trained_tokens": self._steps * self._each * self._options.max_length,
-            "held_out_tokens": int((self._held.targets != IGNORED).sum()),
+            "held_out_tokens": int((self._evaluation.targets != IGNORED).sum()),
             "losses": [_short(loss) for loss in state.losses],
             "held_out": [{"step": step, "loss": _short(loss)} for step, loss in held_out],
             "strength": strength,
@@ -490,9 +490,9 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
 
 def _order(blocks: int, seed: int, first: int, count: int) -> Sequence[int]:
     """The blocks number first .. first+count-1 of an endless sequence of epochs, each a permutation of its own."""
-    found: list[int] = []
-    while len(found) < count:
-        epoch, at = divmod(first + len(found), blocks)
+    order: list[int] = []
+    while len(order) < count:
+        epoch, at = divmod(first + len(order), blocks)
         rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        found += torch.randperm(blocks, generator=rng)[at : at + count - len(found)].tolist()
-    return found
+        order += torch.randperm(blocks, generator=rng)[at : at + count - len(order)].tolist()
+    return order

@@ -41,13 +41,13 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-        kept = (targets != IGNORED).nonzero()[:, 0]
+        learned_rows = (targets != IGNORED).nonzero()[:, 0]
         grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         weight, most = weight.to(hidden.dtype), ROWS[hidden.dtype]
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        products = hidden.new_empty(min(most, len(kept)), weight.shape[0])  # one piece of memory for every part
+        products = hidden.new_empty(min(most, len(learned_rows)), weight.shape[0])  # one piece of memory for every part
         wide = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
-        for rows in torch.split(kept, most):
+        for rows in torch.split(learned_rows, most):
             product = torch.mm(hidden[rows], weight.t(), out=products[: len(rows)])
             logits = product if wide is products else wide[: len(rows)].copy_(product)
             slope = None
@@ -55,13 +55,13 @@ class _Chunked(torch.autograd.Function):
                 bent = logits.div_(softcap).tanh_()
                 slope = 1 - bent.square()
                 logits = bent.mul_(softcap)
-            wanted = targets[rows].unsqueeze(1)
-            largest, chosen = logits.amax(dim=1, keepdim=True), logits.gather(1, wanted)
+            target = targets[rows].unsqueeze(1)
+            largest, target_logit = logits.amax(dim=1, keepdim=True), logits.gather(1, target)
             share = logits.sub_(largest).exp_()
             total = share.sum(dim=1, keepdim=True)
-            loss += (largest + total.log() - chosen).sum(dtype=torch.float64)
+            loss += (largest + total.log() - target_logit).sum(dtype=torch.float64)
             if grad is not None:
-                share.scatter_add_(1, wanted, -total)
+                share.scatter_add_(1, target, -total)
                 if slope is not None:
                     share.mul_(slope)
                 parts = share if wide is products else product.copy_(share)

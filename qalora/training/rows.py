@@ -101,18 +101,18 @@ def kind_of(where: str, row: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(row, Mapping):
         raise InputError(where, expected="a JSON object", got=json_kind(row))
     check_text(row, where)
-    held = {key: value for key, value in row.items() if value is not None}
-    chats = [key for key in CHATS if key in held]
+    filled = {key: value for key, value in row.items() if value is not None}
+    chats = [key for key in CHATS if key in filled]
     if len(chats) > 1:
         raise InputError(where, expected="one conversation", got=" and ".join(chats))
     if chats:
-        return chats[0], held
+        return chats[0], filled
     for keys in (PAIR, ALPACA):
-        if all(key in held for key in keys):
-            return " and ".join(keys), held
-    if "text" in held:
-        return "text", held
-    names = [str(key) if key in held else f"{key} (null)" for key in row]
+        if all(key in filled for key in keys):
+            return " and ".join(keys), filled
+    if "text" in filled:
+        return "text", filled
+    names = [str(key) if key in filled else f"{key} (null)" for key in row]
     raise InputError(where, expected=KNOWN, got=", ".join(names) or "none")
 
 
@@ -138,9 +138,9 @@ def plain_document(where: str, kind: str, row: Mapping[str, Any], account: Accou
                 got="a tokenizer without a chat template",
                 todo="leave the key out",
             )
-        given = {key: _string(where, row, key) for key in ("instruction", "input", "output") if key in row}
-        prompt = (PROMPT_WITH_INPUT if given.get("input", "").strip() else PROMPT).format(**given)
-        completion = given["output"]
+        parts = {key: _string(where, row, key) for key in ("instruction", "input", "output") if key in row}
+        prompt = (PROMPT_WITH_INPUT if parts.get("input", "").strip() else PROMPT).format(**parts)
+        completion = parts["output"]
         account.note("the tokenizer has no chat template: an instruction stands in Alpaca's own prompt", where)
     else:
         return None
@@ -167,8 +167,8 @@ def read_conversation(where: str, kind: str, row: Mapping[str, Any], account: Ac
     if kind in CHATS:
         turns, used = _turns(f"{where}: {kind}", row[kind]), {kind}
     elif kind == " and ".join(PAIR):
-        asked = [replace(turn, learned=False) for turn in _turns(f"{where}: prompt", row["prompt"])]
-        turns, used = [*asked, *_turns(f"{where}: completion", row["completion"])], {*PAIR}
+        prompt = [replace(turn, learned=False) for turn in _turns(f"{where}: prompt", row["prompt"])]
+        turns, used = [*prompt, *_turns(f"{where}: completion", row["completion"])], {*PAIR}
     else:
         turns, used = _instructed(where, row), {"instruction", "input", "output"}
     if system:
@@ -191,44 +191,46 @@ def read_conversation(where: str, kind: str, row: Mapping[str, Any], account: Ac
 
 
 def _instructed(where: str, row: Mapping[str, Any]) -> list[Turn]:
-    given = {key: _string(where, row, key) for key in ("instruction", "input", "output") if key in row}
-    question = "\n\n".join(part for part in (given["instruction"], given.get("input", "")) if part.strip())
-    asked = Turn(message={"role": "user", "content": question}, learned=False, place=f"{where}: instruction")
-    answer = {"role": "assistant", "content": given["output"]}
-    return [asked, Turn(message=answer, learned=True, place=f"{where}: output")]
+    parts = {key: _string(where, row, key) for key in ("instruction", "input", "output") if key in row}
+    question = "\n\n".join(part for part in (parts["instruction"], parts.get("input", "")) if part.strip())
+    user_turn = Turn(message={"role": "user", "content": question}, learned=False, place=f"{where}: instruction")
+    answer = {"role": "assistant", "content": parts["output"]}
+    return [user_turn, Turn(message=answer, learned=True, place=f"{where}: output")]
 
 
-def _turns(where: str, found: Any) -> list[Turn]:
+def _turns(where: str, messages: Any) -> list[Turn]:
     form = "a list of {role, content}, or of {from, value}"
-    if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
-        raise InputError(where, expected=form, got=shown(found))
+    if not isinstance(messages, list) or not messages or not all(isinstance(turn, Mapping) for turn in messages):
+        raise InputError(where, expected=form, got=shown(messages))
     turns = []
-    for n, given in enumerate(found):
-        place, turn = f"{where}[{n}]", {key: value for key, value in given.items() if value is not None}
+    for n, message in enumerate(messages):
+        place, turn = f"{where}[{n}]", {key: value for key, value in message.items() if value is not None}
         if "role" not in turn and {"from", "value"} <= set(turn):
             turn = {"role": turn.pop("from"), "content": turn.pop("value"), **turn}
         if "role" not in turn or not {"content", "tool_calls", "function_call"} & set(turn):
-            raise InputError(where, expected=form, got=shown(found))
+            raise InputError(where, expected=form, got=shown(messages))
         turns.append(_turn(place, turn))
     return turns
 
 
 def _turn(place: str, turn: dict[str, Any]) -> Turn:
-    named = turn.pop("role")
-    role = ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+    speaker = turn.pop("role")
+    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise InputError(f"{place}: role", expected=f"one of {', '.join(ROLES)}", got=shown(named))
+        raise InputError(f"{place}: role", expected=f"one of {', '.join(ROLES)}", got=shown(speaker))
     flag = _flag(place, turn)
     if flag and role != "assistant":
-        raise InputError(f"{place}: {_flag_key(turn)}", expected="the assistant's turns alone to be learned", got=named)
-    kept = {key: value for key, value in turn.items() if key not in FLAGS and key != "content" and value != []}
-    if "tool_calls" in kept:
-        kept["tool_calls"] = _calls(f"{place}: tool_calls", kept["tool_calls"])
+        raise InputError(
+            f"{place}: {_flag_key(turn)}", expected="the assistant's turns alone to be learned", got=speaker
+        )
+    message = {key: value for key, value in turn.items() if key not in FLAGS and key != "content" and value != []}
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(f"{place}: tool_calls", message["tool_calls"])
     content = _content(
-        f"{place}: content", turn.get("content"), calls=bool({"tool_calls", "function_call"} & set(kept))
+        f"{place}: content", turn.get("content"), calls=bool({"tool_calls", "function_call"} & set(message))
     )
-    wanted = role == "assistant" if flag is None else flag
-    return Turn(message={"role": role, "content": content, **kept}, learned=wanted, place=place)
+    learned = role == "assistant" if flag is None else flag
+    return Turn(message={"role": role, "content": content, **message}, learned=learned, place=place)
 
 
 def _content(place: str, content: Any, *, calls: bool) -> str:
@@ -250,27 +252,27 @@ def _calls(place: str, calls: Any) -> list[Any]:
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise InputError(place, expected="a list of objects", got=shown(calls))
 
-    def opened(held: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = held.get("arguments")
+    def opened(call: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = call.get("arguments")
         if not isinstance(arguments, str):
-            return dict(held)
+            return dict(call)
         value = parse_json(arguments, f"{place}: arguments", expected="a JSON object")
         if not isinstance(value, dict):
             raise InputError(f"{place}: arguments", expected="a JSON object", got=json_kind(value))
-        return {**held, "arguments": value}
+        return {**call, "arguments": value}
 
-    found = []
+    parsed_calls = []
     for call in calls:
-        made = opened({key: value for key, value in call.items() if value is not None})
-        if isinstance(made.get("function"), Mapping):
-            made["function"] = opened(made["function"])
-        found.append(made)
-    return found
+        parsed = opened({key: value for key, value in call.items() if value is not None})
+        if isinstance(parsed.get("function"), Mapping):
+            parsed["function"] = opened(parsed["function"])
+        parsed_calls.append(parsed)
+    return parsed_calls
 
 
 def _settings(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """What the chat template gets beside messages."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key in ("tools", "documents"):
         value = row.get(key)
         if isinstance(value, str) and value.strip():
@@ -279,54 +281,54 @@ def _settings(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
             raise InputError(f"{where}: {key}", expected="a list of objects", got=shown(value))
-        found[key] = value
+        settings[key] = value
     own = row.get("chat_template_kwargs", {})
     if not isinstance(own, Mapping):
         raise InputError(f"{where}: chat_template_kwargs", expected="an object", got=json_kind(own))
-    return {**own, **found}
+    return {**own, **settings}
 
 
 def _row_flag(where: str, row: Mapping[str, Any]) -> bool:
     return _flag(where, row) is not False
 
 
-def _flag(where: str, held: Mapping[str, Any]) -> bool | None:
+def _flag(where: str, mapping: Mapping[str, Any]) -> bool | None:
     """What the flags say, None without one; InputError for other values than 0, 1, true and false, and for others."""
-    for key in held:
+    for key in mapping:
         if str(key).lower() in OTHER_FLAGS:
             raise InputError(f"{where}: {key}", expected=f"{', '.join(FLAGS)}", got="a flag that is not known here")
-    found = {}
+    flags = {}
     for key in FLAGS:
-        if key in held:
-            if not isinstance(held[key], bool | int | float) or held[key] not in (0, 1):
-                raise InputError(f"{where}: {key}", expected="0, 1, true or false", got=shown(held[key]))
-            found[key] = bool(held[key])
-    if len(set(found.values())) > 1:
-        said = ", ".join(f"{key} {str(value).lower()}" for key, value in found.items())
-        raise InputError(f"{where}: {' and '.join(found)}", expected="flags that agree", got=said)
-    return next(iter(found.values()), None)
+        if key in mapping:
+            if not isinstance(mapping[key], bool | int | float) or mapping[key] not in (0, 1):
+                raise InputError(f"{where}: {key}", expected="0, 1, true or false", got=shown(mapping[key]))
+            flags[key] = bool(mapping[key])
+    if len(set(flags.values())) > 1:
+        values = ", ".join(f"{key} {str(value).lower()}" for key, value in flags.items())
+        raise InputError(f"{where}: {' and '.join(flags)}", expected="flags that agree", got=values)
+    return next(iter(flags.values()), None)
 
 
-def _flag_key(held: Mapping[str, Any]) -> str:
-    return next(key for key in FLAGS if key in held)
+def _flag_key(mapping: Mapping[str, Any]) -> str:
+    return next(key for key in FLAGS if key in mapping)
 
 
-def _check_rest(where: str, row: Mapping[str, Any], used: set[str], shown: str, account: Account) -> None:
+def _check_rest(where: str, row: Mapping[str, Any], used: set[str], text: str, account: Account) -> None:
     """InputError for keys that name text which the row's kind has no place for; a note for others.
 
-    shown  the text of the row that is used: what stands in it is not lost
+    text  the text of the row that is used: what stands in it is not lost
     """
     squeezed = None
     for key, value in row.items():
         if key in used or key in FLAGS or value in ("", [], {}):
             continue
         if key in TEXTS | MEDIA and key != "text":
-            squeezed = squeeze(shown) if squeezed is None else squeezed
+            squeezed = squeeze(text) if squeezed is None else squeezed
             if key in MEDIA or not isinstance(value, str) or squeeze(value) not in squeezed:
-                found = " and ".join(name for name in row if name in used - set(CHAT_KEYS))
+                kind = " and ".join(name for name in row if name in used - set(CHAT_KEYS))
                 raise InputError(
                     f"{where}: {key}",
-                    expected=f"nothing but what a row of {found} may have",
+                    expected=f"nothing but what a row of {kind} may have",
                     got=f"{key}, which would be lost",
                     todo="put it where it is learned, or leave the key out",
                 )

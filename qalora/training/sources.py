@@ -89,12 +89,12 @@ def open_data(data: str) -> Rows:
     if isinstance(_value(first), dict):
         return Rows(form="JSON lines", rows=_lines(path))
     text = decode_text(read_limited(path, TEXT_BYTES), str(path))
-    named = path.suffix.lower() in JSON_ENDS
+    json_name = path.suffix.lower() in JSON_ENDS
     begin = text.lstrip()[:1]
     if begin in ("{", "[") and _is_json(text):
         form = "JSON objects" if begin == "{" else "a JSON list"
         return Rows(form=form, rows=_values(path, text, listed=begin == "["))
-    if (named and begin) or BEGINS_AS_ROWS.match(text) or _mostly_rows(text) or isinstance(_value(text), list):
+    if (json_name and begin) or BEGINS_AS_ROWS.match(text) or _mostly_rows(text) or isinstance(_value(text), list):
         if begin in ("{", "["):
             _refuse_json(path, text, listed=begin == "[")
         return Rows(form="JSON lines", rows=_lines(path))  # which names the first line that is none

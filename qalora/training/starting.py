@@ -59,12 +59,12 @@ def first_rows(gradients: Mapping[str, Tensor], options: TrainOptions, rng: torc
     if options.rank == "auto":
         budget = options.budget or sum(parameters_of(shape, BUDGET_RANK) for shape in shapes.values())
         ranks = allocate({name: values for name, (values, _) in principal.items()}, shapes, budget)
-    found = {}
+    rows_by_name = {}
     for name, (_, rows) in principal.items():
-        found[name] = uniform_rows(ranks[name], shapes[name][1], rng)
+        rows_by_name[name] = uniform_rows(ranks[name], shapes[name][1], rng)
         if options.start == "gradient":
-            found[name][: len(rows)] = rows[: ranks[name]]
-    return found
+            rows_by_name[name][: len(rows)] = rows[: ranks[name]]
+    return rows_by_name
 
 
 def principal_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +99,8 @@ def allocate(values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]
         )
     pieces = [
         (-value * value / parameters_of(shapes[name]), number, name)
-        for name, found in values.items()
-        for number, value in enumerate(found.tolist()[1:], start=1)
+        for name, layer_values in values.items()
+        for number, value in enumerate(layer_values.tolist()[1:], start=1)
     ]
     for _, number, name in sorted(pieces):
         cost = parameters_of(shapes[name])

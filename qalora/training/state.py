@@ -197,14 +197,14 @@ def read_ranks(out: Path, run: Mapping[str, Any], modules: Sequence[str]) -> dic
     folder = checkpoint_of(out)
     step = _state(folder, run)
     header = read_header(folder / _weights(step.step))
-    found = {}
+    ranks = {}
     for module in modules:
         entry = header.entries.get(f"{module}.a")
         if entry is None or len(entry.shape) != 2 or not 1 <= entry.shape[0] <= HIGHEST_RANK:
             got = "no tensor" if entry is None else f"shape {list(entry.shape)}"
             raise FormatError(f"{folder}: {module}.a", expected="shape [rank, in/pool_size]", got=got)
-        found[module] = entry.shape[0]
-    return found
+        ranks[module] = entry.shape[0]
+    return ranks
 
 
 def read_state(
@@ -219,14 +219,14 @@ def read_state(
 
 def _state(folder: Path, run: Mapping[str, Any]) -> State:
     """Where the run is; InputError for another run's."""
-    found, state = _record(folder)
-    wanted = {"version": VERSION, **run}
-    for key in sorted({*found, *wanted}, key=lambda key: (key != "version", key)):
-        if found.get(key) != wanted.get(key):
+    stored, state = _record(folder)
+    expected = {"version": VERSION, **run}
+    for key in sorted({*stored, *expected}, key=lambda key: (key != "version", key)):
+        if stored.get(key) != expected.get(key):
             raise InputError(
                 f"{folder}: {key}",
-                expected=shown(wanted.get(key)),
-                got=shown(found.get(key)),
+                expected=shown(expected.get(key)),
+                got=shown(stored.get(key)),
                 todo="it is another run's; start anew with `force` in place of `resume`",
             )
     return state
@@ -264,11 +264,11 @@ def fingerprint(config: Mapping[str, Any], module: nn.Module) -> str:
     from another.
     """
     known = {key: value for key, value in config.items() if not key.startswith("_")}
-    found = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8"))
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8"))
     for path, part in module.named_modules():
-        kept = [part.scale, part.minimum] if isinstance(part, FoldedLinear) else []
-        kept += [parameter.detach() for parameter in part.parameters(recurse=False) if parameter.ndim == 1]
-        for value in kept:
-            found.update(path.encode("utf-8"))
-            found.update(value.contiguous().cpu().numpy().tobytes())
-    return found.hexdigest()
+        values = [part.scale, part.minimum] if isinstance(part, FoldedLinear) else []
+        values += [parameter.detach() for parameter in part.parameters(recurse=False) if parameter.ndim == 1]
+        for value in values:
+            digest.update(path.encode("utf-8"))
+            digest.update(value.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

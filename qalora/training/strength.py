@@ -49,12 +49,12 @@ def at_strength(layers: Sequence[FoldedLinear], strength: float) -> Iterator[Non
     if strength == 1:
         yield
         return
-    kept = [layer.b.detach().clone() for layer in layers]
+    copies = [layer.b.detach().clone() for layer in layers]
     with torch.no_grad():
         for layer in layers:
             layer.b.mul_(strength)
         try:
             yield
         finally:
-            for layer, b in zip(layers, kept, strict=True):
+            for layer, b in zip(layers, copies, strict=True):
                 layer.b.copy_(b)

@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_the_loss(base: Checkpoint, text: Path, tmp_path
     for layer in other._layers.values():
         layer.start_from(torch.eye(layer.a.shape[1]))
     refresh(other._shared)
-    tokens, targets = other._kept.take(_order(len(other._kept), 0, 0, SEQUENCES))
+    tokens, targets = other._training.take(_order(len(other._training), 0, 0, SEQUENCES))
     (other._loss(tokens, targets, other._dtype) / int((targets >= 0).sum())).backward()
     for path, layer in other._layers.items():
         assert layer.b.grad is not None
