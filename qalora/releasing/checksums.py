@@ -28,9 +28,9 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Write `folder/SHA256SUMS` over every other file below it. known: digests by name, of files read just now."""
-    held = known or {}
+    digests_by_name = known or {}
     names = [name for name in release_files(folder) if name not in UNLISTED]
-    digests = {name: held.get(name) or file_digest(folder / name) for name in names}
+    digests = {name: digests_by_name.get(name) or file_digest(folder / name) for name in names}
     lines = [f"{digest.removeprefix('sha256:')}  {name}\n" for name, digest in digests.items()]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
@@ -44,9 +44,9 @@ def check_sums(folder: Path) -> None:
 def compare_sums(folder: Path) -> dict[str, str]:
     """What is wrong with each file, by its name; nothing where all is well. FormatError for lines of another form."""
     listed = _read_sums(folder)
-    found = {name: problem for name, digest in listed.items() if (problem := _problem(folder, name, digest))}
+    problems = {name: problem for name, digest in listed.items() if (problem := _problem(folder, name, digest))}
     there = {path.relative_to(folder).as_posix() for path in _present(folder)}
-    return found | dict.fromkeys(sorted(there - set(listed) - UNLISTED), f"not listed in {SUMS}")
+    return problems | dict.fromkeys(sorted(there - set(listed) - UNLISTED), f"not listed in {SUMS}")
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
@@ -94,5 +94,5 @@ def release_files(folder: Path) -> list[str]:
 
 def _present(folder: Path) -> list[Path]:
     """Whatever lies below `folder` and is no folder, but the Hub's own."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return [path for path in found if not f"{path.relative_to(folder).as_posix()}/".startswith(HUBS)]
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path for path in paths if not f"{path.relative_to(folder).as_posix()}/".startswith(HUBS)]

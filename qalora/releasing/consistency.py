@@ -41,22 +41,22 @@ def read_report(folder: Path) -> tuple[dict[str, Any], ParityReport]:
 
 def check_report(content: Mapping[str, Any], report: ParityReport, manifest: Manifest) -> list[Finding]:
     """Its verdict is that of its gates, every gate's status that of its figures; the manifest says the same."""
-    found = []
+    findings = []
     if content.get("passed") is not report.passed() or manifest.passed is not report.passed():
-        found.append(Finding(where=f"{REPORT}: passed", problem="its gates say otherwise"))
+        findings.append(Finding(where=f"{REPORT}: passed", problem="its gates say otherwise"))
     for where, result in report.results():
         if result.status == "pass" and not _may_pass(result.value, result.bound, result.gate):
             problem = f"{result.value:g} with bound {result.bound:g} is no pass"
-            found.append(Finding(where=f"{REPORT}: {where}: {result.gate}", problem=problem))
+            findings.append(Finding(where=f"{REPORT}: {where}: {result.gate}", problem=problem))
     if gate_entries(report) != manifest.gates:
-        found.append(Finding(where=f"{MANIFEST}: gates", problem=f"not those of {REPORT}"))
+        findings.append(Finding(where=f"{MANIFEST}: gates", problem=f"not those of {REPORT}"))
     if not report.passed(allow_unproven=True):
-        found.append(Finding(where=REPORT, problem=f"a gate failed: {report.failure()}"))
+        findings.append(Finding(where=REPORT, problem=f"a gate failed: {report.failure()}"))
     proven = {artifact.name.partition("/")[0] for artifact in report.artifacts}
     for artifact in manifest.artifacts:
         if artifact.folder not in proven:
-            found.append(Finding(where=artifact.folder, problem=f"{REPORT} says nothing of it"))
-    return found
+            findings.append(Finding(where=artifact.folder, problem=f"{REPORT} says nothing of it"))
+    return findings
 
 
 def _may_pass(value: float | None, bound: float | None, gate: str) -> bool:
@@ -72,73 +72,75 @@ def _may_pass(value: float | None, bound: float | None, gate: str) -> bool:
 
 def check_pages(folder: Path, report: ParityReport, manifest: Manifest) -> list[Finding]:
     """The HTML page and the SBOM are what report and manifest give."""
-    made: dict[str, Callable[[], bytes]] = {
+    makers: dict[str, Callable[[], bytes]] = {
         PAGE: lambda: text_bytes(to_html(report, speed=False)),
         SBOM: lambda: sbom_bytes(manifest),
     }
     problem = f"not what {REPORT} and {MANIFEST} give"
-    found = [Finding(where=name, problem=problem) for name, make in made.items() if _differs(folder, name, make())]
+    findings = [Finding(where=name, problem=problem) for name, make in makers.items() if _differs(folder, name, make())]
     try:
         validate_sbom(sbom_bytes(manifest))
     except MissingLibraryError:
         pass  # it is the bytes that a release writes, which the tests hold against the schema
     except InputError as error:
-        found.append(Finding(where=SBOM, problem=str(error)))
-    return found
+        findings.append(Finding(where=SBOM, problem=str(error)))
+    return findings
 
 
 def check_card(folder: Path, report: ParityReport, manifest: Manifest, template: str | None) -> list[Finding]:
     """The card is what report and manifest give; the first line that is not is shown."""
-    wanted = text_bytes(card_text(manifest, report, template=template)).decode("utf-8")
+    card = text_bytes(card_text(manifest, report, template=template)).decode("utf-8")
     path = contained(folder, CARD)
     if not path.is_file():
         return [Finding(where=CARD, problem="it is not there")]
     there = read_limited(path, LIMIT).decode("utf-8", errors="replace")
-    lines, expected = there.split("\n"), wanted.split("\n")
+    lines, expected = there.split("\n"), card.split("\n")
     if lines == expected:
         return []
     pairs = zip_longest(lines, expected, fillvalue="")
-    at, (got, wanted) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
-    problem = f"{got[:200]!r}, where {REPORT} and {MANIFEST} give {wanted[:200]!r}"
+    at, (line, other) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+    problem = f"{line[:200]!r}, where {REPORT} and {MANIFEST} give {other[:200]!r}"
     return [Finding(where=f"{CARD}:{at}", problem=problem)]
 
 
-def _differs(folder: Path, name: str, wanted: bytes) -> bool:
+def _differs(folder: Path, name: str, content: bytes) -> bool:
     path = contained(folder, name)
-    return not path.is_file() or read_limited(path, LIMIT) != wanted
+    return not path.is_file() or read_limited(path, LIMIT) != content
 
 
 def check_licences(folder: Path, manifest: Manifest) -> list[Finding]:
     """Each licence that the manifest names is there, and is the base's."""
-    found = []
+    findings = []
     for name in manifest.licences:
         path = contained(folder, name)
         if not path.is_file():
-            found.append(Finding(where=name, problem="the base's licence is not there"))
+            findings.append(Finding(where=name, problem="the base's licence is not there"))
         elif manifest.base.files.get(name) != file_digest(path):
-            found.append(Finding(where=name, problem="not the base's licence"))
+            findings.append(Finding(where=name, problem="not the base's licence"))
     left_out = {name for name in manifest.base.files if name in LICENCES} - {*manifest.licences}
-    return found + [Finding(where=name, problem=f"{MANIFEST} leaves it out") for name in sorted(left_out)]
+    return findings + [Finding(where=name, problem=f"{MANIFEST} leaves it out") for name in sorted(left_out)]
 
 
 def check_provenance(folder: Path, manifest: Manifest) -> list[Finding]:
     """Every GGUF, safetensors and ONNX file can be read, says where it comes from, and says what the manifest says."""
-    wanted = provenance(manifest.base.digest, None if manifest.adapter is None else manifest.adapter.digest)
-    wanted[f"{PROVENANCE}version"] = manifest.versions.get("qalora", "")
-    found = []
+    expected = provenance(manifest.base.digest, None if manifest.adapter is None else manifest.adapter.digest)
+    expected[f"{PROVENANCE}version"] = manifest.versions.get("qalora", "")
+    findings = []
     for artifact in manifest.artifacts:
         for name in artifact.files:
             try:
                 path = contained(folder, name)
-                found_there = target(artifact.target).metadata_of(path) if path.is_file() else None
+                file_metadata = target(artifact.target).metadata_of(path) if path.is_file() else None
             except InputError as error:
-                found.append(Finding(where=name, problem=str(error)))
+                findings.append(Finding(where=name, problem=str(error)))
                 continue
-            if found_there is None:
+            if file_metadata is None:
                 continue
-            told = {key: value for key, value in found_there.items() if key.startswith(PROVENANCE)}
-            other = sorted(key for key in {*wanted, *told} if wanted.get(key) != told.get(key))
+            stored = {key: value for key, value in file_metadata.items() if key.startswith(PROVENANCE)}
+            other = sorted(key for key in {*expected, *stored} if expected.get(key) != stored.get(key))
             if other:
-                problem = f"{told.get(other[0], 'nothing')!r:.90} where {MANIFEST} says {wanted.get(other[0])!r:.90}"
-                found.append(Finding(where=f"{name}: {other[0]}", problem=problem))
-    return found
+                problem = (
+                    f"{stored.get(other[0], 'nothing')!r:.90} where {MANIFEST} says {expected.get(other[0])!r:.90}"
+                )
+                findings.append(Finding(where=f"{name}: {other[0]}", problem=problem))
+    return findings

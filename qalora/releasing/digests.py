@@ -43,7 +43,7 @@ PIECE = 4 << 20
 """Bytes that are read at a time."""
 
 
-def _named(hashed: Any) -> str:
+def _sha256_text(hashed: Any) -> str:
     return f"sha256:{hashed.hexdigest()}"
 
 
@@ -62,7 +62,7 @@ def tensor_digest(lazy: LazyTensor) -> TensorDigest:
         for _, tile in lazy.tiles():
             _update(values, tile if isinstance(tile, Tensor) else tile.dequantize())
         dtype = str(lazy.dtype).removeprefix("torch.")
-        return FloatDigest(dtype=dtype, shape=tuple(lazy.shape), values=_named(values))
+        return FloatDigest(dtype=dtype, shape=tuple(lazy.shape), values=_sha256_text(values))
     hashed = {name: hashlib.sha256() for name in ("codes", "scale", "min")}
     for row, tile in lazy.tiles():
         if not isinstance(tile, GroupQuantTensor):
@@ -72,8 +72,8 @@ def tensor_digest(lazy: LazyTensor) -> TensorDigest:
         if row == 0 and tile.g_idx is not None:
             hashed["g_idx"] = hashlib.sha256()
             _update(hashed["g_idx"], tile.g_idx)
-    told = {name: _named(value) for name, value in hashed.items()}
-    return QuantizedDigest(bits=spec.bits, group_size=spec.group_size, shape=tuple(lazy.shape), **told)
+    digests = {name: _sha256_text(value) for name, value in hashed.items()}
+    return QuantizedDigest(bits=spec.bits, group_size=spec.group_size, shape=tuple(lazy.shape), **digests)
 
 
 def model_digests(model: Checkpoint) -> dict[str, TensorDigest]:
@@ -93,10 +93,10 @@ def saved_digests(adapter: Adapter) -> dict[str, str]:
     saved = adapter.saved
     if saved is None:
         return {}
-    found = {name: combined_digest({name: tensor_digest(lazy)}) for name, lazy in saved.whole.items()}
+    digests = {name: combined_digest({name: tensor_digest(lazy)}) for name, lazy in saved.whole.items()}
     for name, rows in saved.rows.items():
-        found[name] = combined_digest({"values": tensor_digest(rows.values), "rows": list(rows.indices)})
-    return {**found, **{name: file_digest(path) for name, path in saved.files.items()}}
+        digests[name] = combined_digest({"values": tensor_digest(rows.values), "rows": list(rows.indices)})
+    return {**digests, **{name: file_digest(path) for name, path in saved.files.items()}}
 
 
 def _layer_digest(layer: AdapterLayer) -> LayerDigest:
@@ -104,7 +104,7 @@ def _layer_digest(layer: AdapterLayer) -> LayerDigest:
     _update(a, layer.a)
     _update(b, layer.b)
     factor = float(layer.factor)
-    return LayerDigest(rank=layer.rank, pool_size=layer.pool_size, factor=factor, a=_named(a), b=_named(b))
+    return LayerDigest(rank=layer.rank, pool_size=layer.pool_size, factor=factor, a=_sha256_text(a), b=_sha256_text(b))
 
 
 def combined_digest(parts: Mapping[str, Any]) -> str:
@@ -115,13 +115,13 @@ def combined_digest(parts: Mapping[str, Any]) -> str:
 
 def content_digest(content: bytes) -> str:
     """The digest of bytes."""
-    return _named(hashlib.sha256(content))
+    return _sha256_text(hashlib.sha256(content))
 
 
 def file_digest(path: Path) -> str:
     """The digest of a file."""
     with path.open("rb") as file:
-        return _named(hashlib.file_digest(file, "sha256"))
+        return _sha256_text(hashlib.file_digest(file, "sha256"))
 
 
 def range_digest(path: Path, offset: int, nbytes: int) -> str:
@@ -132,4 +132,4 @@ def range_digest(path: Path, offset: int, nbytes: int) -> str:
         while nbytes > 0 and (piece := file.read(min(nbytes, PIECE))):
             hashed.update(piece)
             nbytes -= len(piece)
-    return _named(hashed)
+    return _sha256_text(hashed)

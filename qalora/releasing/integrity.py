@@ -63,11 +63,11 @@ def _fault_of_place(folder: Path, root: str, target: str) -> Finding | None:
 
 def _check_listed(folder: Path, root: str, files: Mapping[str, FileEntry]) -> list[Finding]:
     findings = []
-    for name, said in files.items():
+    for name, entry in files.items():
         path = _inside(folder, name)
         if path is None or not name.startswith(f"{root}/"):
             findings.append(Finding(where=name, problem="manifest.json lists it, and it is not there"))
-        elif path.stat().st_size != said.nbytes or file_digest(path) != said.sha256:
+        elif path.stat().st_size != entry.nbytes or file_digest(path) != entry.sha256:
             findings.append(Finding(where=name, problem=SAID))
     there = {f"{root}/{name}" for name in files_below(folder / root)}
     findings += [Finding(where=name, problem="manifest.json does not list it") for name in sorted(there - set(files))]
@@ -82,12 +82,12 @@ def _inside(folder: Path, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def differing_tensor(made: Path, found: Path, rows: Sequence[TensorEntry]) -> str | None:
+def differing_tensor(copy: Path, original: Path, rows: Sequence[TensorEntry]) -> str | None:
     """Where two files differ first: the tensor there, or "outside its tensors"; None where they are the same.
 
     rows  the manifest's tensors of this file
     """
-    at = _first_difference(made, found)
+    at = _first_difference(copy, original)
     if at is None:
         return None
     here = [row for row in rows if row.offset <= at < row.offset + row.nbytes]

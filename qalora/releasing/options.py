@@ -71,20 +71,20 @@ class ReleaseOptions(ReleaseChoices):
     def entry(self) -> OptionsEntry:
         """Everything, as a manifest holds it."""
         text, template = (None if one is None else content_digest(one.encode()) for one in (self.text, self.template))
-        written = {one.name: getattr(self.export, one.name) for one in fields_of(Writing)}
+        settings = {one.name: getattr(self.export, one.name) for one in fields_of(Writing)}
         own = {name: getattr(self, name) for name in OWN}
-        return OptionsEntry(lora_slots=self.export.lora_slots, text=text, template=template, **written, **own)
+        return OptionsEntry(lora_slots=self.export.lora_slots, text=text, template=template, **settings, **own)
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON."""
-        found: dict[str, Any] = encode(self.entry())
-        return found
+        content: dict[str, Any] = encode(self.entry())
+        return content
 
     @classmethod
     def of_entry(cls, entry: OptionsEntry, *, text: str | None = None, template: str | None = None) -> ReleaseOptions:
         """The options of a manifest; text and template are given, as only their digests are in it."""
-        written = {one.name: getattr(entry, one.name) for one in fields_of(Writing)}
-        export = ExportOptions(lora_slots=entry.lora_slots, **written)
+        settings = {one.name: getattr(entry, one.name) for one in fields_of(Writing)}
+        export = ExportOptions(lora_slots=entry.lora_slots, **settings)
         return cls(export=export, text=text, template=template, **{name: getattr(entry, name) for name in OWN})
 
     def with_provenance(self, provenance: Mapping[str, str]) -> ExportOptions:

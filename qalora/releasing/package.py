@@ -198,9 +198,9 @@ def package(planned: ReleasePlan, folder: Path, report: ParityReport) -> None:
 
     if planned.adapter is not None and planned.options.with_adapter:
         write_adapter(planned.adapter, folder / ADAPTER)
-    found = report.to_json(speed=False)
-    write_json(folder / REPORT, found)
-    again = report_from_json(found, REPORT)  # card and page are of the JSON, as a check makes them from there
+    content = report.to_json(speed=False)
+    write_json(folder / REPORT, content)
+    again = report_from_json(content, REPORT)  # card and page are of the JSON, as a check makes them from there
     (folder / PAGE).write_bytes(text_bytes(to_html(again, speed=False)))
     licences = [name for name in LICENCES if name in planned.model.files]
     for name in licences:

@@ -86,13 +86,13 @@ def openings(plan: PushPlan) -> list[tuple[str, str]]:
     """What opens each sub-folder of the repository: pairs of a folder's name and a command or a line of Python."""
     repo, tops = plan.repo, sorted({name.split("/")[0] for name, _ in plan.files if "/" in name})
     local = repo.split("/")[1]
-    found = []
+    lines = []
     for top in tops:
         files = tuple(name.removeprefix(f"{top}/") for name, _ in plan.files if name.startswith(f"{top}/"))
         fetch = f"hf download {repo} --include '{top}/*' --local-dir {local}"
         pushed = Pushed(repo=repo, local=local, fetch=fetch, files=files)
-        found += [(top, line) for line in (target(top).openings(pushed) if top in TARGETS else [fetch])]
-    return found
+        lines += [(top, line) for line in (target(top).openings(pushed) if top in TARGETS else [fetch])]
+    return lines
 
 
 def push(plan: PushPlan) -> str:

@@ -102,17 +102,17 @@ def _plan(
     )
 
 
-def _compare_base(base: BaseEntry, said: BaseEntry, again: _Again) -> None:
+def _compare_base(base: BaseEntry, entry: BaseEntry, again: _Again) -> None:
     """The first tensor that differs, and each companion file."""
-    for name in _other(base.tensors, said.tensors)[:1]:
-        differ = _difference(base.tensors.get(name), said.tensors.get(name))
+    for name in _other(base.tensors, entry.tensors)[:1]:
+        differ = _difference(base.tensors.get(name), entry.tensors.get(name))
         again.add(f"base: {name}", f"{differ}: it is not the base of this release")
         return
-    if base.digest != said.digest:
+    if base.digest != entry.digest:
         again.add(f"{MANIFEST}: base.digest", "not that of its tensors")
-    for name in _other(base.files, said.files):
+    for name in _other(base.files, entry.files):
         again.add(f"base: {name}", f"not the file that {MANIFEST} names")
-    if base.config != said.config:
+    if base.config != entry.config:
         again.add("base: config.json", f"not the one that {MANIFEST} names")
 
 
@@ -138,16 +138,16 @@ def _adapter(folder: Path, manifest: Manifest, inputs: Inputs) -> Adapter | None
     return read_adapter(place, inputs.base, convention=manifest.options.convention)
 
 
-def _compare_adapters(made: AdapterEntry | None, said: AdapterEntry | None, again: _Again) -> None:
-    if made is None or said is None:
+def _compare_adapters(ours: AdapterEntry | None, entry: AdapterEntry | None, again: _Again) -> None:
+    if ours is None or entry is None:
         return
-    for name in [*_other(made.layers, said.layers), *_other(made.saved, said.saved)][:1]:
-        layers = name in made.layers or name in said.layers
-        differ = _difference(made.layers.get(name), said.layers.get(name)) if layers else "a different one"
+    for name in [*_other(ours.layers, entry.layers), *_other(ours.saved, entry.saved)][:1]:
+        layers = name in ours.layers or name in entry.layers
+        differ = _difference(ours.layers.get(name), entry.layers.get(name)) if layers else "a different one"
         again.add(f"adapter: {name}", f"{differ}: it is not the adapter of this release")
         return
     for key in ("convention", "minima", "digest"):
-        mine, theirs = getattr(made, key), getattr(said, key)
+        mine, theirs = getattr(ours, key), getattr(entry, key)
         if mine != theirs:
             again.add(f"adapter: {key}", f"{mine} where {MANIFEST} says {theirs}")
 
@@ -155,21 +155,21 @@ def _compare_adapters(made: AdapterEntry | None, said: AdapterEntry | None, agai
 def _compare_target(folder: Path, manifest: Manifest, job: ExportJob, again: _Again) -> None:
     """Write one target again, and name the first tensor that differs in each of its files."""
     target = job.plan.target
-    said = next((artifact for artifact in manifest.artifacts if artifact.target == target), None)
-    if said is None:
+    entry = next((artifact for artifact in manifest.artifacts if artifact.target == target), None)
+    if entry is None:
         again.add(target, f"{MANIFEST} lists no such artefact, and its options name it")
         return
     with tempfile.TemporaryDirectory(prefix="qalora-check-") as temporary:
         run_jobs([job], Path(temporary))
-        made = Path(temporary) / target
-        names, there = {*files_below(made)}, {*files_below(folder / target)}
+        copy = Path(temporary) / target
+        names, there = {*files_below(copy)}, {*files_below(folder / target)}
         for name in sorted(names | there):
             if name not in names or name not in there:
                 problem = "base and adapter give no such file" if name in there else "it is not there"
                 again.add(f"{target}/{name}", problem)
                 continue
-            rows = [row for row in said.tensors if row.file == name]
-            differs = differing_tensor(made / name, folder / target / name, rows)
+            rows = [row for row in entry.tensors if row.file == name]
+            differs = differing_tensor(copy / name, folder / target / name, rows)
             if differs is not None:
                 again.add(f"{target}/{name}: {differs}", "not what base and adapter give")
 
@@ -194,44 +194,48 @@ def _measure(
     progress: Callable[[str], None],
 ) -> None:
     """Verify the artefacts again, compare the report, and the manifest that follows."""
-    wanted, options = manifest.options.text, planned.options
-    if wanted is not None and options.text is None:
+    text_digest, options = manifest.options.text, planned.options
+    if text_digest is not None and options.text is None:
         again.notes.append("the report was measured on a text of its own: give it as `text` to measure again")
         return
     digest = None if options.text is None else content_digest(options.text.encode())
-    if digest != wanted:
-        expected = f"the text that the report was measured on, {wanted or 'which comes with qalora'}"
+    if digest != text_digest:
+        expected = f"the text that the report was measured on, {text_digest or 'which comes with qalora'}"
         raise InputError(field="text", expected=expected, got=f"a text with {digest}")
-    found = prove(planned, folder, stage=lambda stage, share: progress(f"measuring again: {stage}"))
-    findings, notes = compare_reports(report, found.to_json(speed=False))
+    second_report = prove(planned, folder, stage=lambda stage, share: progress(f"measuring again: {stage}"))
+    findings, notes = compare_reports(report, second_report.to_json(speed=False))
     again.findings += findings
     again.notes += notes
     parts = [artifact_part(job.plan, folder, planned.base.parameters) for job in planned.jobs]
-    made = make_manifest(
+    second_manifest = make_manifest(
         base=planned.base,
         adapter=planned.adapter_entry,
         options=options,
         artifacts=parts,
-        report=found,
+        report=second_report,
         licences=manifest.licences,
     )
     for key in ("adapter", "artifacts", "base", "licences", "name", "options"):
-        if getattr(made, key) != getattr(manifest, key):
+        if getattr(second_manifest, key) != getattr(manifest, key):
             again.add(f"{MANIFEST}: {key}", "not what base, adapter and options give")
-    told = [f"{key} {made.versions[key]}" for key in _other(made.versions, manifest.versions) if key in made.versions]
-    if told:
-        again.notes.append(f"other versions here: {', '.join(told)}")
+    versions = [
+        f"{key} {second_manifest.versions[key]}"
+        for key in _other(second_manifest.versions, manifest.versions)
+        if key in second_manifest.versions
+    ]
+    if versions:
+        again.notes.append(f"other versions here: {', '.join(versions)}")
 
 
 MEASURED = ("threads", "speed")
 """Keys of a report that tell of the machine, and are not compared."""
 
 
-def compare_reports(said: Mapping[str, Any], measured: Mapping[str, Any]) -> tuple[list[Finding], list[str]]:
+def compare_reports(report: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[Finding], list[str]]:
     """What a report says against what is measured: findings, and notes. See the module's docstring for figures."""
-    same = said.get("noise") == measured.get("noise")
+    same = report.get("noise") == second.get("noise")
     findings, notes = [], []
-    for path, a, b in _differences(said, measured, ""):
+    for path, a, b in _differences(report, second, ""):
         problem = f"it says {_short(a)}, and measured again it is {_short(b)}"
         if same or not (isinstance(a, float) or isinstance(b, float)):
             findings.append(Finding(where=f"{REPORT}: {path}", problem=problem))

@@ -91,13 +91,13 @@ def validate_sbom(content: bytes, name: str = SBOM) -> None:
 
 def _model(manifest: Manifest) -> dict[str, Any]:
     adapted, card = manifest.adapter is not None, manifest.options.card
-    held = ", ".join(f"{bits}-bit codes in groups of {size}" for bits, size in manifest.base.grids) or "floats"
+    weights = ", ".join(f"{bits}-bit codes in groups of {size}" for bits, size in manifest.base.grids) or "floats"
     datasets = [{"type": "dataset", "name": name} for name in card.datasets]
     return {
         "bom-ref": MODEL,
         "type": "machine-learning-model",
         "name": manifest.name,
-        "description": f"a decoder in {held}" + (", a QA-LoRA adapter folded into its minima" if adapted else ""),
+        "description": f"a decoder in {weights}" + (", a QA-LoRA adapter folded into its minima" if adapted else ""),
         **_licences(manifest),
         "modelCard": {
             "bom-ref": "model-card",
@@ -123,12 +123,12 @@ def _metrics(manifest: Manifest) -> Iterator[dict[str, str]]:
 
 
 def _properties(manifest: Manifest) -> list[dict[str, str]]:
-    told = {
+    properties = {
         "parameters": str(manifest.base.parameters),
         "passed": str(manifest.passed).lower(),
         "losses accepted": ", ".join(sorted(manifest.options.allow_loss)) or "none",
     }
-    return [_property(key, value) for key, value in sorted(told.items())]
+    return [_property(key, value) for key, value in sorted(properties.items())]
 
 
 def _property(key: str, value: str) -> dict[str, str]:
@@ -139,7 +139,7 @@ def _base(manifest: Manifest) -> dict[str, Any]:
     base = manifest.base
     source = manifest.options.card.base_model or base.source
     files = [_property(f"file {name}", digest) for name, digest in sorted(base.files.items())]
-    found = {
+    component = {
         "bom-ref": BASE,
         "type": "machine-learning-model",
         "name": base.name,
@@ -147,8 +147,8 @@ def _base(manifest: Manifest) -> dict[str, Any]:
         "properties": [_property("digest", base.digest), _property("config", base.config), *files],
     }
     if source is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
-        found["externalReferences"] = [{"type": "distribution", "url": f"https://huggingface.co/{source}"}]
-    return found
+        component["externalReferences"] = [{"type": "distribution", "url": f"https://huggingface.co/{source}"}]
+    return component
 
 
 def _adapter(manifest: Manifest) -> Iterator[dict[str, Any]]:
@@ -181,13 +181,13 @@ def _files(manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 def _libraries(manifest: Manifest) -> Iterator[dict[str, Any]]:
     """Python, and packages of PyPI: of a runtime that is several, as {"a + b": "1 + 2"} or {"a": "1, b 2"}, each."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for name, version in sorted(manifest.versions.items()):
         for one, number in zip(name.split(" + "), version.split(" + "), strict=False):
             first, *others = number.split(", ")
-            told = [first if " " in first else f"{one} {first}", *others]  # "0.32.2, mlx 0.32.4", "xllamacpp 2026.10"
-            found |= {text.partition(" ")[0]: text.partition(" ")[2] for text in told if " " in text}
-    for name, version in sorted(found.items()):
+            parts = [first if " " in first else f"{one} {first}", *others]  # "0.32.2, mlx 0.32.4", "xllamacpp 2026.10"
+            versions |= {text.partition(" ")[0]: text.partition(" ")[2] for text in parts if " " in text}
+    for name, version in sorted(versions.items()):
         if name == "python":
             yield {"bom-ref": f"python@{version}", "type": "platform", "name": "Python", "version": version}
         elif name != "qalora":
@@ -201,18 +201,18 @@ def _library(name: str, version: str, kind: str = "library") -> dict[str, Any]:
 
 
 def _licences(manifest: Manifest) -> dict[str, Any]:
-    given = manifest.license
-    if given is None:
+    name = manifest.license
+    if name is None:
         return {}
-    known = SPDX.get(given.lower())
-    found: dict[str, Any] = {"id": known} if known else {"name": given}
-    return {"licenses": [{"license": found}]}
+    known = SPDX.get(name.lower())
+    entry: dict[str, Any] = {"id": known} if known else {"name": name}
+    return {"licenses": [{"license": entry}]}
 
 
 def _dependencies(manifest: Manifest, libraries: list[str]) -> list[dict[str, Any]]:
     """Every artefact's files are made of base and adapter, and of them the model consists; libraries made them."""
     sources = [BASE, *([ADAPTER] if manifest.adapter is not None else [])]
     files = [f"file:{name}" for artifact in manifest.artifacts for name in artifact.files]
-    found = {MODEL: [*sources, *files, *libraries], **dict.fromkeys(files, sources)}
-    found |= {name: [] for name in [*sources, *libraries]}
-    return [{"ref": ref, "dependsOn": sorted(found[ref])} for ref in sorted(found)]
+    dependencies = {MODEL: [*sources, *files, *libraries], **dict.fromkeys(files, sources)}
+    dependencies |= {name: [] for name in [*sources, *libraries]}
+    return [{"ref": ref, "dependsOn": sorted(dependencies[ref])} for ref in sorted(dependencies)]

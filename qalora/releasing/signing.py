@@ -95,14 +95,14 @@ def check_key(key: Path, *, password: str | None = None) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     content = read_limited(key, _KEY_BYTES)
-    given = None if password is None else password.encode()
+    secret = None if password is None else password.encode()
     try:
-        private = load_pem_private_key(content, given)
+        private = load_pem_private_key(content, secret)
     except TypeError as error:  # encrypted and no password, or a password and not encrypted
-        got = "an encrypted one and no password" if given is None else "a password, and a key that has none"
+        got = "an encrypted one and no password" if secret is None else "a password, and a key that has none"
         raise InputError(str(key), expected="a private key", got=got) from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        wrong = given is not None and b"ENCRYPTED" in content
+        wrong = secret is not None and b"ENCRYPTED" in content
         got = "a wrong password, or a damaged file" if wrong else "a file that is no key"
         raise InputError(str(key), expected="a private key in PEM", got=got) from error
     _check_curve(key, private)
@@ -119,12 +119,12 @@ def _hashing(name: str) -> Config:
 
     class ConfigWithName(hashing.Config):
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> manifest.Manifest:
-            found = super().hash(model_path, files_to_hash=files_to_hash)
+            content = super().hash(model_path, files_to_hash=files_to_hash)
             items = [
                 manifest.FileManifestItem(path=PurePosixPath(item.identifier), digest=item.digest)
-                for item in found.resource_descriptors()
+                for item in content.resource_descriptors()
             ]
-            form = {**found.serialization_type, "ignore_paths": sorted(found.serialization_type["ignore_paths"])}
+            form = {**content.serialization_type, "ignore_paths": sorted(content.serialization_type["ignore_paths"])}
             return manifest.Manifest(name, items, manifest.SerializationType.from_args(form))
 
     config: Config = ConfigWithName().use_file_serialization(hashing_algorithm="sha256")  # type: ignore[no-untyped-call]
@@ -195,8 +195,8 @@ def _fault(
     try:
         _compare_names(folder, signed, set(release_files(folder)) - {SIGNATURE})
         _compare_digests(folder, signed)
-    except FormatError as found:
-        return found
+    except FormatError as fault:
+        return fault
     return FormatError(f"{path}: {' '.join(str(error).split())[:300] or type(error).__name__}")
 
 

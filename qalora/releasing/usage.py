@@ -28,12 +28,12 @@ def usage(artifact: ArtifactEntry, model: str) -> str:
     name, files = artifact.target, sorted(file.partition("/")[2] for file in artifact.files)
     if name not in TARGETS:
         raise FormatError("manifest.json: target", expected=", ".join(TARGETS), got=shown(name))
-    found = target(name)
+    form = target(name)
     carriers = tuple(row.carrier for row in artifact.tensors)
-    body = found.usage(Released(model=model, files=tuple(files), carriers=carriers))
-    if not found.tokenizer and not any(file.rpartition("/")[2] in TOKENIZERS for file in files):
+    body = form.usage(Released(model=model, files=tuple(files), carriers=carriers))
+    if not form.tokenizer and not any(file.rpartition("/")[2] in TOKENIZERS for file in files):
         body += "\n\nThe base model has no tokenizer in a form that could be written here: take its own instead."
-    return f"### {found.kind}: {found.runs}\n\n{body}"
+    return f"### {form.kind}: {form.runs}\n\n{body}"
 
 
 def adapter_usage(manifest: Manifest) -> str:
@@ -41,11 +41,11 @@ def adapter_usage(manifest: Manifest) -> str:
     adapter = manifest.adapter
     if adapter is None or not manifest.options.with_adapter:
         return ""
-    told = _CONVENTIONS[adapter.convention]
+    meaning = _CONVENTIONS[adapter.convention]
     return f"""## The adapter alone
 
 `adapter/` holds the QA-LoRA adapter that was folded, in PEFT's layout with qalora's keys beside PEFT's. Its scaling is
-of the convention `{adapter.convention}`: {told}. As an ordinary LoRA it gives another model.
+of the convention `{adapter.convention}`: {meaning}. As an ordinary LoRA it gives another model.
 
 ```sh
 qalora inspect adapter
