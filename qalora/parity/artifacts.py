@@ -55,32 +55,32 @@ def recognize(paths: Sequence[Path], relative_to: Path | None = None) -> list[Ar
 
     Names are relative to `relative_to`, or begin with the last part of the path.
     """
-    found: list[Artifact] = []
+    artifacts: list[Artifact] = []
     for path in paths:
         here = _artifacts(path)
         if not here:
-            wanted = "a GGUF or ONNX file, a model folder, or a folder of them"
-            raise InputError(str(path), expected=wanted, got=instead_of_model(path))
+            expected = "a GGUF or ONNX file, a model folder, or a folder of them"
+            raise InputError(str(path), expected=expected, got=instead_of_model(path))
         for kind, place in here:
             called = layout(kind).called(place)
-            found.append(Artifact(name=_name(called, path, relative_to), kind=kind, path=place))
-    return _distinct(_paired(found))
+            artifacts.append(Artifact(name=_name(called, path, relative_to), kind=kind, path=place))
+    return _distinct(_paired(artifacts))
 
 
-def _paired(found: Sequence[Artifact]) -> list[Artifact]:
+def _paired(artifacts: Sequence[Artifact]) -> list[Artifact]:
     """LoRAs put beside the one model of their kind and folder; InputError for one that has none, or several."""
-    loras = [one for one in found if one.layout.lora is not None and one.layout.lora.holds(one.path)]
-    kept = [artifact for artifact in found if artifact not in loras]
+    loras = [one for one in artifacts if one.layout.lora is not None and one.layout.lora.holds(one.path)]
+    models = [artifact for artifact in artifacts if artifact not in loras]
     for lora in loras:
         beside = [
-            n for n, other in enumerate(kept) if other.kind == lora.kind and other.path.parent == lora.path.parent
+            n for n, other in enumerate(models) if other.kind == lora.kind and other.path.parent == lora.path.parent
         ]
-        if len(beside) != 1 or kept[beside[0]].lora is not None:
-            wanted = f"one {lora.layout.kind} model, and one LoRA, in its folder"
+        if len(beside) != 1 or models[beside[0]].lora is not None:
+            expected = f"one {lora.layout.kind} model, and one LoRA, in its folder"
             got = f"{len(beside)} models" if len(beside) != 1 else "a second LoRA"
-            raise InputError(f"{lora.path} is a LoRA", expected=wanted, got=got)
-        kept[beside[0]] = replace(kept[beside[0]], lora=lora.path)
-    return kept
+            raise InputError(f"{lora.path} is a LoRA", expected=expected, got=got)
+        models[beside[0]] = replace(models[beside[0]], lora=lora.path)
+    return models
 
 
 def _artifacts(path: Path) -> list[tuple[str, Path]]:
@@ -94,22 +94,22 @@ def _artifacts(path: Path) -> list[tuple[str, Path]]:
     if (path / "config.json").is_file():
         return [(by_config(path).name, path)]
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    return [found for folder in folders for found in _artifacts(folder)]
+    return [pair for folder in folders for pair in _artifacts(folder)]
 
 
-def _name(where: Path, given: Path, relative_to: Path | None) -> str:
+def _name(where: Path, path: Path, relative_to: Path | None) -> str:
     if relative_to is not None and where.resolve().is_relative_to(relative_to.resolve()):
         return where.resolve().relative_to(relative_to.resolve()).as_posix()
-    root = given.resolve().parent if given.is_file() else given.resolve()
+    root = path.resolve().parent if path.is_file() else path.resolve()
     if where.resolve() == root:
         return root.name
     return (Path(root.name) / where.resolve().relative_to(root)).as_posix() if root.name else where.name
 
 
-def _distinct(found: list[Artifact]) -> list[Artifact]:
+def _distinct(artifacts: list[Artifact]) -> list[Artifact]:
     names: dict[str, int] = {}
     distinct = []
-    for artifact in found:
+    for artifact in artifacts:
         count = names[artifact.name] = names.get(artifact.name, 0) + 1
         name = artifact.name if count == 1 else f"{artifact.name} ({count})"
         distinct.append(replace(artifact, name=name))
@@ -121,8 +121,8 @@ def reference_artifact(model: Checkpoint) -> Artifact | None:
     if not model.as_stored or model.beside is not None:  # a runtime would take the adapter too
         return None
     (kind, path), *_ = _artifacts(model.path)
-    found = Artifact(name="reference", kind=kind, path=path)
-    return None if found.layout.runtimes[0] == "torch" else found
+    artifact = Artifact(name="reference", kind=kind, path=path)
+    return None if artifact.layout.runtimes[0] == "torch" else artifact
 
 
 def open_artifact(artifact: Artifact) -> Checkpoint:
@@ -139,12 +139,12 @@ def runtimes_of(artifact: Artifact) -> tuple[str, ...]:
 
 def may_run(kind: str) -> tuple[str, ...]:
     """Every runtime that an artefact of a kind may be run in here, whatever it is like; none of a kind that is none."""
-    found = next((one for one in layouts() if one.name == kind), None)
-    return () if found is None else (*found.runtimes, *_also(found), *found.generators)
+    known_layout = next((one for one in layouts() if one.name == kind), None)
+    return () if known_layout is None else (*known_layout.runtimes, *_also(known_layout), *known_layout.generators)
 
 
-def _also(found: Layout) -> list[str]:
-    return [one for one in found.also if not RUNTIMES[one].cuda or _has_cuda()]
+def _also(known_layout: Layout) -> list[str]:
+    return [one for one in known_layout.also if not RUNTIMES[one].cuda or _has_cuda()]
 
 
 def _takes(kind: str, artifact: Artifact) -> bool:

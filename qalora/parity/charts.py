@@ -30,8 +30,8 @@ class Series:
 
 def line_chart(series: Sequence[Series], unit: str = "token") -> str:
     """Lines over positions 0.. of `unit`, the values on a logarithmic axis."""
-    drawn = [(entry, _binned(entry.values)) for entry in series if entry.values]
-    known = [value for _, values in drawn for value in values if value > 0 and math.isfinite(value)]
+    curves = [(entry, _binned(entry.values)) for entry in series if entry.values]
+    known = [value for _, values in curves for value in values if value > 0 and math.isfinite(value)]
     if not known:
         return _svg(_label(WIDTH / 2, HEIGHT / 2, f"0 at every {unit}", "middle"))
     low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
@@ -42,8 +42,8 @@ def line_chart(series: Sequence[Series], unit: str = "token") -> str:
         return TOP + (high - at) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = _log_axis(low, high, y)
-    length = max(len(entry.values) for entry, _ in drawn)
-    for entry, values in drawn:
+    length = max(len(entry.values) for entry, _ in curves)
+    for entry, values in curves:
         step = (WIDTH - LEFT - RIGHT) / max(1, len(values) - 1)
         points = " ".join(f"{LEFT + n * step:.1f},{y(value):.1f}" for n, value in enumerate(values))
         look = f"curve s{entry.color}" + (" dashed" if entry.dashed else "")
@@ -99,16 +99,16 @@ def heat_map(values: Mapping[str, float]) -> str:
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     layers = sorted({layer for _, layer in cells})
     width, height = (WIDTH - 70 - RIGHT) / len(layers), 22
-    drawn = []
+    elements = []
     for row, kind in enumerate(kinds):
-        drawn.append(_label(66, TOP + row * height + 14, kind, "end"))
+        elements.append(_label(66, TOP + row * height + 14, kind, "end"))
         for column, layer in enumerate(layers):
             if (kind, layer) in cells:
-                drawn.append(_cell(70 + column * width, TOP + row * height, width, height, *cells[kind, layer]))
+                elements.append(_cell(70 + column * width, TOP + row * height, width, height, *cells[kind, layer]))
     bottom = TOP + len(kinds) * height
-    drawn.append(_label(70, bottom + 14, f"layer {layers[0]}", "start"))
-    drawn.append(_label(WIDTH - RIGHT, bottom + 14, str(layers[-1]), "end"))
-    return _svg("".join(drawn), bottom + 22)
+    elements.append(_label(70, bottom + 14, f"layer {layers[0]}", "start"))
+    elements.append(_label(WIDTH - RIGHT, bottom + 14, str(layers[-1]), "end"))
+    return _svg("".join(elements), bottom + 22)
 
 
 def _cell(x: float, y: float, width: float, height: float, module: str, value: float) -> str:

@@ -55,20 +55,20 @@ def compare_tensors(
     floats    the reference is a float model: integers in place of its floats are another quantization, and no fault
     """
     if isinstance(mine, GroupQuantTensor) and isinstance(theirs, GroupQuantTensor):
-        found = _compare_quantized(name, mine, theirs, dtypes, residual)
-        suspicious = bool(found.codes_differ)
+        difference = _compare_quantized(name, mine, theirs, dtypes, residual)
+        suspicious = bool(difference.codes_differ)
     else:
-        found = _compare_floats(name, mine, theirs, floats=floats)
-        suspicious = bool(found.values_differ)
-    if found.same:
-        return found
+        difference = _compare_floats(name, mine, theirs, floats=floats)
+        suspicious = bool(difference.values_differ)
+    if difference.same:
+        return difference
     if suspicious:
         moved = _rows_moved(mine, theirs)
         if moved:
-            return TensorDifference(name=name, rows_moved=moved, codes=found.codes, values=found.values)
+            return TensorDifference(name=name, rows_moved=moved, codes=difference.codes, values=difference.values)
         if transposed(mine, theirs):
-            return TensorDifference(name=name, transposed=1, codes=found.codes, values=found.values)
-    return _with_errors(found, mine, theirs)
+            return TensorDifference(name=name, transposed=1, codes=difference.codes, values=difference.values)
+    return _with_errors(difference, mine, theirs)
 
 
 def _compare_floats(
@@ -233,7 +233,7 @@ def transposed(mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTenso
 
 
 def _with_errors(
-    found: TensorDifference, mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor
+    difference: TensorDifference, mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor
 ) -> TensorDifference:
     """The same with errors in float64, a few rows at a time."""
     measured = stepped = beyond = 0
@@ -249,17 +249,17 @@ def _with_errors(
             stepped, steps = stepped + inside.numel(), max(steps, float(inside.max()))
             step_squares += float(inside.square().sum())
             beyond += int((inside > 0.5 + slack).sum())
-    if found.requantized and squares >= size:
-        found = replace(found, values_beyond=found.requantized, requantized=0)
+    if difference.requantized and squares >= size:
+        difference = replace(difference, values_beyond=difference.requantized, requantized=0)
     return replace(
-        found,
+        difference,
         measured=measured,
         error_max=largest,
         error_rms=math.sqrt(squares / max(1, measured)),
         stepped=stepped,
         step_max=steps,
         step_rms=math.sqrt(step_squares / max(1, stepped)),
-        step_beyond=beyond if found.requantized else 0,
+        step_beyond=beyond if difference.requantized else 0,
     )
 
 

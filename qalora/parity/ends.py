@@ -58,29 +58,31 @@ class EndsCheck:
     def compare(self, artifact: Checkpoint) -> EndDifferences | None:
         """What an artefact says otherwise; None for a GGUF file without a vocabulary that says nothing."""
         try:
-            found = ends_of(artifact)
+            artifact_ends = ends_of(artifact)
         except InputError as error:
             return EndDifferences(extra=(f"what is no token ({error})",))
-        if layout(artifact.layout).tokenizer and not found.ids and not has_tokenizer(artifact):
+        if layout(artifact.layout).tokenizer and not artifact_ends.ids and not has_tokenizer(artifact):
             return None
-        return self._differences(RuntimeEnds(ids=frozenset(found.ids), own=found.added), artifact)
+        return self._differences(RuntimeEnds(ids=frozenset(artifact_ends.ids), own=artifact_ends.added), artifact)
 
-    def compare_runtime(self, found: RuntimeEnds, artifact: Checkpoint | None = None) -> EndDifferences:
+    def compare_runtime(self, runtime_ends: RuntimeEnds, artifact: Checkpoint | None = None) -> EndDifferences:
         """What a runtime does otherwise."""
-        return self._differences(found, self._reference if artifact is None else artifact)
+        return self._differences(runtime_ends, self._reference if artifact is None else artifact)
 
-    def _differences(self, found: RuntimeEnds, artifact: Checkpoint) -> EndDifferences:
+    def _differences(self, runtime_ends: RuntimeEnds, artifact: Checkpoint) -> EndDifferences:
         if self._ends is None:
             self._ends = ends_of(self._reference)
-        wanted = frozenset(self._ends.ids)
-        if found.ids == wanted:
+        expected = frozenset(self._ends.ids)
+        if runtime_ends.ids == expected:
             return EndDifferences()
         texts = {**token_texts(artifact), **token_texts(self._reference)}
 
         def words(ids: Collection[int]) -> tuple[str, ...]:
             return tuple(in_words([n], texts) for n in sorted(ids))
 
-        more = found.ids - wanted
+        more = runtime_ends.ids - expected
         return EndDifferences(
-            missing=words(wanted - found.ids), extra=words(more - found.own), own=words(more & found.own)
+            missing=words(expected - runtime_ends.ids),
+            extra=words(more - runtime_ends.own),
+            own=words(more & runtime_ends.own),
         )

@@ -80,12 +80,12 @@ _LARGEST = [field.name for field in fields(TensorDifference) if field.type == "f
 
 
 def _joined(one: TensorDifference, two: TensorDifference) -> TensorDifference:
-    told: dict[str, Any] = {name: getattr(one, name) + getattr(two, name) for name in _COUNTS}
-    told |= {name: max(getattr(one, name), getattr(two, name)) for name in _LARGEST}
-    told["code_at"] = two.code_at if one.code_at is None else one.code_at
-    told["error_rms"] = _rms((one.measured, one.error_rms), (two.measured, two.error_rms))
-    told["step_rms"] = _rms((one.stepped, one.step_rms), (two.stepped, two.step_rms))
-    return TensorDifference(name=one.name, **told)
+    counts: dict[str, Any] = {name: getattr(one, name) + getattr(two, name) for name in _COUNTS}
+    counts |= {name: max(getattr(one, name), getattr(two, name)) for name in _LARGEST}
+    counts["code_at"] = two.code_at if one.code_at is None else one.code_at
+    counts["error_rms"] = _rms((one.measured, one.error_rms), (two.measured, two.error_rms))
+    counts["step_rms"] = _rms((one.stepped, one.step_rms), (two.stepped, two.step_rms))
+    return TensorDifference(name=one.name, **counts)
 
 
 def _rms(*parts: tuple[int, float]) -> float:

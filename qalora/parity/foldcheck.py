@@ -51,23 +51,23 @@ def check_fold(
     return FoldCheck(layers=len(adapter.layers), groups=groups, codes_differ=codes, min_beyond=beyond, first=first)
 
 
-def compare_adapters(found: Adapter, expected: Adapter) -> tuple[str, ...]:
-    """Names of the layers at which two adapters do not add the same; `found` may be a plain LoRA.
+def compare_adapters(adapter: Adapter, expected: Adapter) -> tuple[str, ...]:
+    """Names of the layers at which two adapters do not add the same; `adapter` may be a plain LoRA.
 
     B is the same, and factor * A may be off by 2^-23 of itself: A was multiplied and rounded once, the factor too.
     """
-    different = [path for path in expected.layers if path not in found.layers]
-    different += [path for path in found.layers if path not in expected.layers]
-    for path in expected.layers.keys() & found.layers.keys():
-        if not _adds_the_same(found.layers[path], expected.layers[path]):
+    different = [path for path in expected.layers if path not in adapter.layers]
+    different += [path for path in adapter.layers if path not in expected.layers]
+    for path in expected.layers.keys() & adapter.layers.keys():
+        if not _adds_the_same(adapter.layers[path], expected.layers[path]):
             different.append(path)
     return tuple(sorted(different))
 
 
-def _adds_the_same(found: AdapterLayer, expected: AdapterLayer) -> bool:
-    if found.shape != expected.shape or found.rank != expected.rank or not torch.equal(found.b, expected.b):
+def _adds_the_same(layer: AdapterLayer, expected: AdapterLayer) -> bool:
+    if layer.shape != expected.shape or layer.rank != expected.rank or not torch.equal(layer.b, expected.b):
         return False
-    mine = found.factor * found.a.double().repeat_interleave(found.pool_size, dim=1)
+    mine = layer.factor * layer.a.double().repeat_interleave(layer.pool_size, dim=1)
     theirs = expected.factor * expected.a.double().repeat_interleave(expected.pool_size, dim=1)
     return bool(((mine - theirs).abs() <= 2.0**-23 * theirs.abs()).all())
 
@@ -78,9 +78,9 @@ def _check_minima(
     """(groups, those whose minimum is further off than allowed)."""
     whole, size, fine = exact_minima(before, layer)
     columns = torch.arange(0, before.shape[1], fine)
-    kept = after.min.double()[:, columns // after.group_size]
+    minima = after.min.double()[:, columns // after.group_size]
     slack = ulp(whole, dtype) / 2 + (layer.rank + 2) * 2.0**-24 * size
-    wrong = ~((kept - whole).abs() <= slack)
+    wrong = ~((minima - whole).abs() <= slack)
     if dtype == torch.float16:
-        wrong |= kept.half().double() != kept
+        wrong |= minima.half().double() != minima
     return wrong.numel(), int(wrong.sum())

@@ -85,8 +85,8 @@ def judge(evidence: Evidence) -> list[GateResult]:
 
 def worst(results: Iterable[GateResult]) -> Status:
     """The status that decides about several gates: "pass" only where all of them passed."""
-    found = {result.status for result in results}
-    return next((status for status in reversed(STATUSES) if status in found), "pass")
+    statuses = {result.status for result in results}
+    return next((status for status in reversed(STATUSES) if status in statuses), "pass")
 
 
 def unproven(gate: str, reason: str) -> GateResult:
@@ -120,7 +120,7 @@ def _near_tie(generation: Generation) -> bool:
 
 def _count(
     pick: Callable[[TensorDifference], int],
-    place: Callable[[TensorDifference], str] = lambda found: "",
+    place: Callable[[TensorDifference], str] = lambda difference: "",
     cause: Callable[[TensorDifference], str] = lambda total: "",
 ) -> Measure:
     """Counts of tensors: `place` tells where in one, `cause` what all of them together look like."""
@@ -129,19 +129,25 @@ def _count(
         weights = evidence.weights
         if weights is None:
             return None
-        where = [f"{found.name}: {pick(found):,}{place(found)}" for found in weights.different if pick(found)]
-        detail = "; ".join(part for part in (cause(weights.total), _named(where)) if part)
+        where = [
+            f"{difference.name}: {pick(difference):,}{place(difference)}"
+            for difference in weights.different
+            if pick(difference)
+        ]
+        detail = "; ".join(part for part in (cause(weights.total), _list_names(where)) if part)
         return float(pick(weights.total)), 0.0, detail
 
     return measure
 
 
-def _first_code(found: TensorDifference) -> str:
-    return "" if found.code_at is None else f", first at row {found.code_at[0]}, column {found.code_at[1]}"
+def _first_code(difference: TensorDifference) -> str:
+    return (
+        "" if difference.code_at is None else f", first at row {difference.code_at[0]}, column {difference.code_at[1]}"
+    )
 
 
-def _moved(found: TensorDifference) -> str:
-    return " (it is transposed)" if found.transposed else ""
+def _moved(difference: TensorDifference) -> str:
+    return " (it is transposed)" if difference.transposed else ""
 
 
 def _zeros(total: TensorDifference) -> str:
@@ -160,26 +166,30 @@ def _steps(evidence: Evidence) -> tuple[float, float, str] | None:
     if evidence.weights is None or not evidence.weights.total.requantized:
         return None
     total = evidence.weights.total
-    where = [f"{found.name}: {found.step_max:.3g}" for found in evidence.weights.different if found.step_beyond]
+    where = [
+        f"{difference.name}: {difference.step_max:.3g}"
+        for difference in evidence.weights.different
+        if difference.step_beyond
+    ]
     detail = f"at most {total.step_max:.3g} steps off, RMS {total.step_rms:.3g}"
-    return float(total.step_beyond), 0.0, "; ".join(part for part in (detail, _named(where)) if part)
+    return float(total.step_beyond), 0.0, "; ".join(part for part in (detail, _list_names(where)) if part)
 
 
 def _tokenizer(evidence: Evidence) -> tuple[float, float, str] | None:
     if evidence.tokenizer is None:
         return None
-    found = (*evidence.tokenizer.wrong, *evidence.tokenizer.limits)
-    return float(len(found)), 0.0, _named(found)
+    findings = (*evidence.tokenizer.wrong, *evidence.tokenizer.limits)
+    return float(len(findings)), 0.0, _list_names(findings)
 
 
 def _end(evidence: Evidence) -> tuple[float, float, str] | None:
-    found = evidence.ends
-    if found is None:
+    differences = evidence.ends
+    if differences is None:
         return None
-    return float(len(found.missing) + len(found.extra) + len(found.own)), 0.0, str(found)
+    return float(len(differences.missing) + len(differences.extra) + len(differences.own)), 0.0, str(differences)
 
 
-def _named(where: Sequence[str]) -> str:
+def _list_names(where: Sequence[str]) -> str:
     more = f" and {len(where) - NAMED} more" if len(where) > NAMED else ""
     return ", ".join(where[:NAMED]) + more
 
@@ -190,26 +200,26 @@ def _tensors(evidence: Evidence) -> tuple[float, float, str] | None:
     weights = evidence.weights
     problems = [f"missing {name}" for name in weights.missing] + [f"extra {name}" for name in weights.extra]
     problems += weights.shapes
-    return float(len(problems)), 0.0, _named(problems)
+    return float(len(problems)), 0.0, _list_names(problems)
 
 
 def _config(evidence: Evidence) -> tuple[float, float, str] | None:
     if evidence.weights is None:
         return None
-    return float(len(evidence.weights.config)), 0.0, _named(evidence.weights.config)
+    return float(len(evidence.weights.config)), 0.0, _list_names(evidence.weights.config)
 
 
 def _fold(evidence: Evidence) -> tuple[float, float, str] | None:
-    found = evidence.fold
-    if found is None:
+    fold = evidence.fold
+    if fold is None:
         return None
-    return float(found.codes_differ + found.min_beyond), 0.0, found.first
+    return float(fold.codes_differ + fold.min_beyond), 0.0, fold.first
 
 
 def _beside(evidence: Evidence) -> tuple[float, float, str] | None:
     if evidence.beside is None:
         return None
-    return float(len(evidence.beside)), 0.0, _named(evidence.beside)
+    return float(len(evidence.beside)), 0.0, _list_names(evidence.beside)
 
 
 def _exact_logits(evidence: Evidence) -> tuple[float, float, str] | None:
@@ -246,13 +256,13 @@ def _batch(evidence: Evidence) -> tuple[float, float, str] | None:
     return _other_way(evidence, evidence.batch)
 
 
-def _other_way(evidence: Evidence, found: LogitMetrics | None) -> tuple[float, float, str] | None:
+def _other_way(evidence: Evidence, metrics: LogitMetrics | None) -> tuple[float, float, str] | None:
     """The RMS where kernels round, as an input may then be rounded the other way; else the largest difference."""
-    if found is None or evidence.noise is None:
+    if metrics is None or evidence.noise is None:
         return None
     if evidence.rounding.kind in ("none", "weights"):
-        return found.max, 2 * evidence.noise.bound, ""
-    return found.rms, _allowed_rms(evidence), "RMS"
+        return metrics.max, 2 * evidence.noise.bound, ""
+    return metrics.rms, _allowed_rms(evidence), "RMS"
 
 
 def _rounds_activations(evidence: Evidence) -> bool:
@@ -277,19 +287,19 @@ def _adapter(evidence: Evidence) -> tuple[float, float, str] | None:
 
 
 def _greedy(evidence: Evidence) -> tuple[float, float, str] | None:
-    made = evidence.generations
-    if not made:
+    generations = evidence.generations
+    if not generations:
         return None
-    other = [(n, found) for n, found in enumerate(made, 1) if found.divergence is not None]
+    other = [(n, generation) for n, generation in enumerate(generations, 1) if generation.divergence is not None]
     if not other:
-        return 0.0, 0.0, f"{sum(len(found.tokens) for found in made)} tokens"
+        return 0.0, 0.0, f"{sum(len(generation.tokens) for generation in generations)} tokens"
     which, first = next((pair for pair in other if not _near_tie(pair[1])), other[0])
     at, gap = first.divergence or 0, math.inf if first.gap is None else first.gap
     detail = (
         f"token {at} is {first.tokens[at]} instead of {first.expected}; the reference's logits of the two are "
         f"{gap:.3g} apart"
     )
-    return float(len(other)), 0.0, f"prompt {which}: {detail}" if len(made) > 1 else detail
+    return float(len(other)), 0.0, f"prompt {which}: {detail}" if len(generations) > 1 else detail
 
 
 GATES: tuple[Gate, ...] = (
@@ -303,28 +313,28 @@ GATES: tuple[Gate, ...] = (
     Gate(name="config", measure=_config, derivation="what changes the logits (rope, eps, heads, sizes) is equal"),
     Gate(
         name="rows",
-        measure=_count(lambda found: found.rows_moved + found.transposed, _moved),
+        measure=_count(lambda difference: difference.rows_moved + difference.transposed, _moved),
         derivation="rows are where they belong, whatever order a format keeps those of q and k in, and are rows",
     ),
     Gate(
         name="codes",
-        measure=_count(lambda found: found.codes_differ, _first_code),
+        measure=_count(lambda difference: difference.codes_differ, _first_code),
         derivation="codes are copied, never computed: 0 differ",
     ),
     Gate(
         name="scale",
-        measure=_count(lambda found: found.scale_differ),
+        measure=_count(lambda difference: difference.scale_differ),
         derivation="scales are copied in a type that holds them, or the writer refuses: 0 ULP",
     ),
     Gate(
         name="minima",
-        measure=_count(lambda found: found.min_beyond, cause=_zeros),
+        measure=_count(lambda difference: difference.min_beyond, cause=_zeros),
         derivation="float16 minima are held exactly, as they are or as an integer zero and a residual: 0 ULP; float32 "
         "ones behind a residual are rounded twice: 2^-23 (|min| + |scale| 2^bits)",
     ),
     Gate(
         name="floats",
-        measure=_count(lambda found: found.values_beyond),
+        measure=_count(lambda difference: difference.values_beyond),
         derivation="float tensors keep their bits or are widened exactly; a narrower dtype rounds them once, by half "
         "an ULP; integers held as floats, or floats in integers, are off by float32's rounding, 2^-23 (|scale| codes + "
         "|min|)",

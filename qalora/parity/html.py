@@ -81,10 +81,10 @@ def _head(report: ParityReport) -> str:
     if report.text is not None:
         lines.append(f'<p class="soft">{report.tokens} tokens in {report.windows} windows: {escape(report.text)}</p>')
     if report.adapter is not None:
-        found = report.adapter
+        adapter = report.adapter
         lines.append(
-            f'<p class="soft">adapter on {found.layers} layers, convention {escape(found.convention)}, minima '
-            f"{escape(found.minima)}, trained with {escape(found.trained_with or 'the side branch')}</p>"
+            f'<p class="soft">adapter on {adapter.layers} layers, convention {escape(adapter.convention)}, minima '
+            f"{escape(adapter.minima)}, trained with {escape(adapter.trained_with or 'the side branch')}</p>"
         )
     return "\n".join(lines)
 
@@ -124,14 +124,14 @@ def _weights(report: ParityReport) -> str:
 def _runs(report: ParityReport, runs: Sequence[tuple[str, RunReport]], *, speed: bool) -> str:
     rows = []
     for name, run in runs:
-        found, about = run.logits, runtime_text(run)
+        logits, about = run.logits, runtime_text(run)
         cells = [escape(name), f'{escape(run.kind)}<small class="soft">{escape(about)}</small>']
         cells += [percent(run.lost)] if report.adapter is not None else []
-        if found is None:
+        if logits is None:
             cells += [""] * 6
         else:
-            values = (found.max, found.rms, found.kl_mean, found.kl_p99)
-            cells += [*map(number, values), f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
+            values = (logits.max, logits.rms, logits.kl_mean, logits.kl_p99)
+            cells += [*map(number, values), f"{logits.top1:.4f}", f"{logits.perplexity:.3f}"]
         cells += _speed(run.speed) if speed else []
         rows.append([*cells, _verdict(run.gates) if run.gates else "not judged"])
     head = ["artefact", "runtime", *(["lost"] if report.adapter is not None else [])]
@@ -140,11 +140,11 @@ def _runs(report: ParityReport, runs: Sequence[tuple[str, RunReport]], *, speed:
     return "<h2>Logits, each in its own runtime</h2>" + _table(head, rows, text=2)
 
 
-def _speed(found: Speed | None) -> list[str]:
-    if found is None:
+def _speed(speed: Speed | None) -> list[str]:
+    if speed is None:
         return ["", "", ""]
-    rates = ["" if rate is None else f"{rate:.0f}" for rate in (found.prefill, found.steps)]
-    return [*rates, "" if found.memory is None else f"{found.memory / 1e6:.0f} MB"]
+    rates = ["" if rate is None else f"{rate:.0f}" for rate in (speed.prefill, speed.steps)]
+    return [*rates, "" if speed.memory is None else f"{speed.memory / 1e6:.0f} MB"]
 
 
 def _series(runs: Sequence[tuple[str, RunReport]], values: str) -> list[Series]:
@@ -165,8 +165,8 @@ def _token_plots(runs: Sequence[tuple[str, RunReport]]) -> str:
 
 
 def _faults(runs: Sequence[tuple[str, RunReport]]) -> str:
-    found = [(name, run) for name, run in runs if run.fault]
-    return "".join(f'<p class="fail">{escape(f"{name} in {run.kind}: {run.fault}")}</p>' for name, run in found)
+    faults = [(name, run) for name, run in runs if run.fault]
+    return "".join(f'<p class="fail">{escape(f"{name} in {run.kind}: {run.fault}")}</p>' for name, run in faults)
 
 
 def _layer_plots(runs: Sequence[tuple[str, RunReport]]) -> str:
@@ -174,19 +174,19 @@ def _layer_plots(runs: Sequence[tuple[str, RunReport]]) -> str:
     known = [(n, name, run) for n, (name, run) in enumerate(runs) if run.layers]
     if not known:
         return ""
-    drawn, legend = [], []
+    curves, legend = [], []
     for n, name, run in known:
         legend.append(
             Series(name=f"{name} in {run.kind}", values=[layer.error for layer in run.layers], color=n % COLORS)
         )
-        drawn += [
+        curves += [
             legend[-1],
             Series(name="", values=[layer.bound for layer in run.layers], color=n % COLORS, dashed=True),
         ]
     chart = _figure(
         "Difference after each layer",
         "of the hidden state's norm; dashed: its bound",
-        line_chart(drawn, "layer"),
+        line_chart(curves, "layer"),
         legend,
     )
     return f'<h2>By layer</h2><div class="grid">{chart}</div>'
@@ -223,9 +223,9 @@ def _weight_maps(artifacts: Sequence[ArtifactReport]) -> str:
     """A map for each artefact with weights that are not the reference's: the RMS of their errors, in steps if known."""
     charts = []
     for artifact in artifacts:
-        found = [one for one in artifact.weights.different if ".layers." in one.name and one.measured]
-        steps = all(one.stepped for one in found)
-        errors = {one.name.removesuffix(".weight"): one.step_rms if steps else one.error_rms for one in found}
+        differences = [one for one in artifact.weights.different if ".layers." in one.name and one.measured]
+        steps = all(one.stepped for one in differences)
+        errors = {one.name.removesuffix(".weight"): one.step_rms if steps else one.error_rms for one in differences}
         if errors:
             most = max(errors, key=lambda module: errors[module])
             note = f"RMS{' in steps' if steps else ''}, at most {errors[most]:.3g}, in {most}"

@@ -20,9 +20,9 @@ def to_junit(report: ParityReport) -> str:
     name = f"parity with {_plain(report.reference)}"
     root = Element("testsuites", {"name": name, **_counts([result for _, result in results])})
     for where in dict.fromkeys(where for where, _ in results):
-        found = [result for place, result in results if place == where]
-        suite = SubElement(root, "testsuite", {"name": _plain(where), **_counts(found)})
-        for result in found:
+        suite_results = [result for place, result in results if place == where]
+        suite = SubElement(root, "testsuite", {"name": _plain(where), **_counts(suite_results)})
+        for result in suite_results:
             _case(suite, where, result)
     indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"

@@ -26,17 +26,17 @@ def adapter_by_layer(
     artifact: Checkpoint, base: Checkpoint, adapter: Adapter, minima: Literal["float16", "float32"]
 ) -> dict[str, float]:
     """{module: lost}, in the adapter's order; layers that the artefact lacks or has in another shape are left out."""
-    found = {}
+    shares = {}
     for module, layer in adapter.layers.items():
         name = f"{module}.weight"
         if name not in artifact.tensors or artifact.tensors[name].shape != layer.shape:
             continue
         before, mine = base.tensors[name].load_quantized(), artifact.tensors[name].load()
-        wanted = rounded_minima(before, layer, minima)
-        effect = _distance(wanted, before)
+        folded = rounded_minima(before, layer, minima)
+        effect = _distance(folded, before)
         if effect:
-            found[module] = _distance(mine, wanted) / effect
-    return found
+            shares[module] = _distance(mine, folded) / effect
+    return shares
 
 
 def _distance(one: Tensor | GroupQuantTensor, two: GroupQuantTensor) -> float:

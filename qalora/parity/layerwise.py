@@ -35,18 +35,18 @@ class LayerError:
 
 
 def compare_layers(
-    found: Sequence[Tensor], reference: Reference, expected: Forward, rounding: Rounding, tokens: Sequence[int]
+    outputs: Sequence[Tensor], reference: Reference, expected: Forward, rounding: Rounding, tokens: Sequence[int]
 ) -> tuple[LayerError, ...]:
     """Compare [tokens, hidden] after each layer with the reference's; none where the runtime tells none."""
-    if not found:
+    if not outputs:
         return ()
     plain = reference.layers(tokens, expected)
     other = reference.layers(tokens, replace(expected, permuted=True))
     rounded = plain if rounding == EXACT else reference.layers(tokens, replace(expected, rounding=rounding))
     exact = rounding.kind in ("none", "weights")  # the reference repeats these kernels, so they are held against that
-    wanted = rounded if exact else plain
+    expected_outputs = rounded if exact else plain
     errors = []
-    for mine, theirs, usual, shifted, modelled in zip(found, wanted, plain, other, rounded, strict=True):
+    for mine, theirs, usual, shifted, modelled in zip(outputs, expected_outputs, plain, other, rounded, strict=True):
         bound = max(NOISE_FLOOR, NOISE_FACTOR * _relative(shifted, usual))
         bound += 0.0 if exact else ROUNDING_FACTOR * _relative(modelled, usual)
         errors.append(LayerError(error=_relative(mine, theirs), bound=bound))
@@ -62,7 +62,9 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def first_fault(layers: Sequence[LayerError], weights: WeightMetrics) -> str:
     """One sentence: the first layer at fault, and the weights there that differ."""
     at = next((n for n, layer in enumerate(layers) if not layer.error <= layer.bound), None)
-    differing = [found.name for found in weights.different] + [name.partition(":")[0] for name in weights.shapes]
+    differing = [difference.name for difference in weights.different] + [
+        name.partition(":")[0] for name in weights.shapes
+    ]
     if at is not None:
         own = [name.split(".", 3)[-1] for name in differing if name.startswith(f"model.layers.{at}.")]
         because = f"its weights that differ: {', '.join(own)}" if own else "its weights are the reference's"

@@ -110,8 +110,8 @@ def _or_inf(values: Tensor, finite: Tensor) -> Tensor:
 
 
 def _nll(log_probability: Tensor, targets: Tensor) -> Tensor:
-    chosen = log_probability.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.where(targets >= 0, -chosen, math.nan)
+    target = log_probability.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets >= 0, -target, math.nan)
 
 
 def concatenate(parts: Sequence[TokenMetrics]) -> TokenMetrics:

@@ -31,14 +31,14 @@ def report_from_json(content: Any, where: str) -> ParityReport:
     schema = content.get("schema") if isinstance(content, dict) else None
     if not isinstance(content, dict) or schema != SCHEMA:
         raise FormatError(f"{where}: schema", expected=SCHEMA, got=shown(schema), todo="update qalora")
-    found = {key: value for key, value in content.items() if key not in ("schema", "passed")}
-    text = decode(_Text, found.get("text"), f"{where}: text")
-    found |= {"text": text.source, "tokens": text.tokens, "windows": text.windows}
-    if isinstance(found.get("noise"), dict):
-        found["noise"] = {key: value for key, value in found["noise"].items() if key != "bound"}
-    if isinstance(found.get("artifacts"), list):
-        found["artifacts"] = [_parted(artifact) for artifact in found["artifacts"]]
-    return decode(ParityReport, found, where)
+    fields = {key: value for key, value in content.items() if key not in ("schema", "passed")}
+    text = decode(_Text, fields.get("text"), f"{where}: text")
+    fields |= {"text": text.source, "tokens": text.tokens, "windows": text.windows}
+    if isinstance(fields.get("noise"), dict):
+        fields["noise"] = {key: value for key, value in fields["noise"].items() if key != "bound"}
+    if isinstance(fields.get("artifacts"), list):
+        fields["artifacts"] = [_parted(artifact) for artifact in fields["artifacts"]]
+    return decode(ParityReport, fields, where)
 
 
 def _parted(artifact: Any) -> Any:

@@ -72,9 +72,9 @@ def exact_minima(tensor: GroupQuantTensor, layer: AdapterLayer) -> tuple[Tensor,
 def rounded_minima(tensor: GroupQuantTensor, layer: AdapterLayer, minima: Minima) -> GroupQuantTensor:
     """The weight of the "rounded" forward: the codes as they are, the minima rounded once."""
     whole, _, fine = exact_minima(tensor, layer)
-    kept = _nearest_float16(whole) if minima == "float16" else whole.float()
+    minimum = _nearest_float16(whole) if minima == "float16" else whole.float()
     scale = tensor.scale.repeat_interleave(tensor.group_size // fine, dim=1)
-    return replace(tensor, scale=scale, min=kept, group_size=fine)
+    return replace(tensor, scale=scale, min=minimum, group_size=fine)
 
 
 def _nearest_float16(values: Tensor) -> Tensor:
@@ -115,10 +115,10 @@ class _Linear(nn.Module):
     def _folded(self, tensor: GroupQuantTensor, layer: AdapterLayer, minima: Minima) -> GroupQuantTensor:
         if minima in self._rounded:
             return self._rounded[minima]
-        found = rounded_minima(tensor, layer, minima)
+        result = rounded_minima(tensor, layer, minima)
         if self._keep:
-            self._rounded[minima] = found
-        return found
+            self._rounded[minima] = result
+        return result
 
 
 class Reference:
@@ -141,8 +141,8 @@ class Reference:
                 tensor = weight.load()
                 return tensor.float() if isinstance(tensor, Tensor) else tensor
 
-            kept = None if self.streamed else read()
-            weights = read if kept is None else lambda: kept
+            weight_in_memory = None if self.streamed else read()
+            weights = read if weight_in_memory is None else lambda: weight_in_memory
             return _Linear(self._setting, weights, layers.get(path), bias, keep=not self.streamed)
 
         self._module = torch_module.build(model, linear)

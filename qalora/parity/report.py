@@ -178,9 +178,9 @@ class ParityReport:
 
     def runs(self) -> list[tuple[str, RunReport]]:
         """Every run with the name of its artefact: first the reference's own, and last the comparison, of it too."""
-        found = [("reference", run) for run in self.reference_runs]
-        found += [(artifact.name, run) for artifact in self.artifacts for run in artifact.runs]
-        return found if self.comparison is None else [*found, ("reference", self.comparison)]
+        named_runs = [("reference", run) for run in self.reference_runs]
+        named_runs += [(artifact.name, run) for artifact in self.artifacts for run in artifact.runs]
+        return named_runs if self.comparison is None else [*named_runs, ("reference", self.comparison)]
 
     def results(self) -> Iterator[tuple[str, GateResult]]:
         """Every gate with the place it was applied at: "reference", an artefact, or "artefact in runtime"."""
@@ -198,8 +198,8 @@ class ParityReport:
 
     def counts(self) -> str:
         """How many gates have which status, such as "55 pass, 1 ambiguous"."""
-        found = Counter(result.status for _, result in self.results())
-        return ", ".join(f"{found[status]} {status}" for status in COUNTED if found[status])
+        by_status = Counter(result.status for _, result in self.results())
+        return ", ".join(f"{by_status[status]} {status}" for status in COUNTED if by_status[status])
 
     def __repr__(self) -> str:
         """In a line: of what, and how it came out."""
@@ -213,7 +213,7 @@ class ParityReport:
     def failure(self) -> str:
         """One sentence about what did not pass; empty if everything did."""
         bad = [(where, result) for where, result in self.results() if result.status in ("fail", "not proven")]
-        bad.sort(key=lambda found: found[1].status)  # "fail" before "not proven"
+        bad.sort(key=lambda pair: pair[1].status)  # "fail" before "not proven"
         if not bad:
             return ""
         (where, first), rest = bad[0], len(bad) - 1
@@ -221,18 +221,18 @@ class ParityReport:
 
     def to_json(self, *, speed: bool = True) -> dict[str, Any]:
         """The report as JSON, schema "qalora.parity/1"; without `speed` nothing in it depends on how fast it went."""
-        found: dict[str, Any] = {"schema": SCHEMA, "passed": self.passed(), **encode(self, _written)}
-        found["text"] = {"source": self.text, "tokens": found.pop("tokens"), "windows": found.pop("windows")}
+        content: dict[str, Any] = {"schema": SCHEMA, "passed": self.passed(), **encode(self, _six_digits)}
+        content["text"] = {"source": self.text, "tokens": content.pop("tokens"), "windows": content.pop("windows")}
         if self.noise is not None:  # the bound that follows from the numbers as they are written
-            found["noise"]["bound"] = _written(Noise(**found["noise"]).bound)
-        for artifact in found["artifacts"]:
+            content["noise"]["bound"] = _six_digits(Noise(**content["noise"]).bound)
+        for artifact in content["artifacts"]:
             weights = artifact["weights"]
             total, different = weights.pop("total"), weights.pop("different")
             weights |= {key: value for key, value in total.items() if key != "name"}
             weights |= {"differing_tensors": len(different), "different": different[:LISTED]}
-        for run in (run for run in _runs(found) if not speed):
+        for run in (run for run in _runs(content) if not speed):
             run["speed"] = None
-        return found
+        return content
 
 
 def _sentence(result: GateResult) -> str:
@@ -242,13 +242,13 @@ def _sentence(result: GateResult) -> str:
     return f"{result.gate} {number(result.value)}, bound {number(result.bound)}{detail}"
 
 
-def _runs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _runs(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All runs of a report's JSON."""
-    judged = (run for artifact in found["artifacts"] for run in artifact["runs"])
-    return [*found["reference_runs"], *judged, *([] if found["comparison"] is None else [found["comparison"]])]
+    judged = (run for artifact in content["artifacts"] for run in artifact["runs"])
+    return [*content["reference_runs"], *judged, *([] if content["comparison"] is None else [content["comparison"]])]
 
 
-def _written(number: float) -> float | None:
+def _six_digits(number: float) -> float | None:
     """Six digits; null for what is not finite."""
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
@@ -326,17 +326,17 @@ def _runs_table(report: ParityReport) -> RenderableType:
     return table
 
 
-def _logit_cells(found: LogitMetrics | None) -> list[str]:
-    if found is None:
+def _logit_cells(metrics: LogitMetrics | None) -> list[str]:
+    if metrics is None:
         return [""] * 5
-    cells = [number(value) for value in (found.max, found.rms, found.kl_mean)]
-    return [*cells, f"{found.top1:.4f}", f"{found.perplexity:.3f}"]
+    cells = [number(value) for value in (metrics.max, metrics.rms, metrics.kl_mean)]
+    return [*cells, f"{metrics.top1:.4f}", f"{metrics.perplexity:.3f}"]
 
 
 def runtime_text(run: RunReport) -> str:
     """What a runtime says of itself; empty where it did not run."""
-    found = run.runtime
-    return "" if found is None else f"{found.name} {found.version}, {found.backend}, {found.dtype}"
+    info = run.runtime
+    return "" if info is None else f"{info.name} {info.version}, {info.backend}, {info.dtype}"
 
 
 def _short(name: str) -> str:
@@ -356,9 +356,9 @@ def _speed(speed: Speed | None) -> str:
 def _greedy(run: RunReport) -> str:
     if not run.generations:
         return ""
-    other = [found.divergence for found in run.generations if found.divergence is not None]
+    other = [generation.divergence for generation in run.generations if generation.divergence is not None]
     if not other:
-        return f"{sum(len(found.tokens) for found in run.generations)} same"
+        return f"{sum(len(generation.tokens) for generation in run.generations)} same"
     return f"from {other[0]}" if len(run.generations) == 1 else f"{len(other)} of {len(run.generations)} differ"
 
 

@@ -54,20 +54,22 @@ def _via(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _residual_product(x: Tensor, tensor: GroupQuantTensor, rounding: Rounding) -> Tensor:
     """Q(x; codes, scale, z) + pool(x) C^T, with Q's weight or input rounded; integer zero points are subtracted."""
-    held = to_residual(tensor, "nearest" if integer_zeros(tensor) is not None else rounding.zeros)
-    centred = replace(tensor, min=-tensor.scale * held.zero)
+    residual = to_residual(tensor, "nearest" if integer_zeros(tensor) is not None else rounding.zeros)
+    centred = replace(tensor, min=-tensor.scale * residual.zero)
     weight = centred.dequantize()
     if rounding.kind in ("weights", "lora"):
         quantized = functional.linear(x, _via(weight, torch.float16))
     else:
         codes, scale = _int8(x, tensor.group_size)
         quantized = functional.linear((codes * scale).flatten(-2), weight)
-    if not bool(held.c.any()):
+    if not bool(residual.c.any()):
         return quantized
     if rounding.kind == "lora":
         half = torch.float16
-        return quantized + _via(functional.linear(_via(_pool(_via(x, half), tensor), half), _via(held.c, half)), half)
-    return quantized + functional.linear(_pool(x, tensor), held.c)
+        return quantized + _via(
+            functional.linear(_via(_pool(_via(x, half), tensor), half), _via(residual.c, half)), half
+        )
+    return quantized + functional.linear(_pool(x, tensor), residual.c)
 
 
 def side_branch(x: Tensor, layer: AdapterLayer, rounding: Rounding = EXACT) -> Tensor:

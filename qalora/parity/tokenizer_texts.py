@@ -57,9 +57,9 @@ class Part:
 def parts_of(tokenizer: Any, rows: int) -> tuple[Part, ...]:
     """The texts for a tokenizer of transformers' class, of a model with so many rows."""
     chats = _chats(tokenizer)
-    said = "".join(text for _, text in chats)
+    chat_text = "".join(text for _, text in chats)
     texts = [("text", "a text", PASSAGE), *(("chat", name, text) for name, text in chats)]
-    texts += [("token", f"{token!r:.60} in a text", _around(token)) for token in _added(tokenizer, rows, said)]
+    texts += [("token", f"{token!r:.60} in a text", _around(token)) for token in _added(tokenizer, rows, chat_text)]
     encode, others = _encoder(tokenizer), _spaced(tokenizer)
     return tuple(
         Part(kind=kind, name=name, text=text, ids=encode(text), spaced=tuple(other(text) for other in others))
@@ -87,7 +87,7 @@ def _chats(tokenizer: Any) -> list[tuple[str, str]]:
     """A conversation as the chat template writes it, whole and up to the last answer; none without a template."""
     if not tokenizer.chat_template:
         return []
-    found = []
+    named_texts = []
     for name, turns, prompt in (
         ("a chat", _TURNS, False),
         ("a chat that waits for an answer", _TURNS[:3], True),
@@ -97,8 +97,8 @@ def _chats(tokenizer: Any) -> list[tuple[str, str]]:
             text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
         except Exception:  # a template that raises, on a system message for instance, has no such chat
             continue
-        found.append((name, str(text)[:LONGEST]))
-    return found
+        named_texts.append((name, str(text)[:LONGEST]))
+    return named_texts
 
 
 def _around(token: str) -> str:
@@ -107,14 +107,14 @@ def _around(token: str) -> str:
     return f"x{token}y {token} z\n{token}\n\nw\t{token}{token} v"
 
 
-def _added(tokenizer: Any, rows: int, said: str) -> list[str]:
+def _added(tokenizer: Any, rows: int, chat_text: str) -> list[str]:
     """Texts of added tokens that the model has a row for: of many, those that are most likely to matter."""
     known = [token for number, token in sorted(tokenizer.added_tokens_decoder.items()) if number < rows]
     flagged = [token.content for token in known if token.lstrip or token.rstrip or token.single_word]
-    spoken = [token.content for token in known if token.content in said]
+    in_chats = [token.content for token in known if token.content in chat_text]
     texts = [token.content for token in known if token.content]
     step = max(1, len(texts) // MOST)
-    return list(dict.fromkeys((*flagged, *spoken, *texts[::step])))[:MOST]
+    return list(dict.fromkeys((*flagged, *in_chats, *texts[::step])))[:MOST]
 
 
 def _spaced(tokenizer: Any) -> list[Callable[[str], tuple[int, ...]]]:
@@ -136,7 +136,7 @@ def _spaced(tokenizer: Any) -> list[Callable[[str], tuple[int, ...]]]:
         ways = [{**way, "added_tokens": tokens} for way in ways for tokens in known]
 
     def other(way: Mapping[str, Any]) -> Callable[[str], tuple[int, ...]]:
-        made = Tokenizer.from_str(json.dumps(way))
-        return lambda text: tuple(made.encode(text, add_special_tokens=False).ids)
+        tokenizer = Tokenizer.from_str(json.dumps(way))
+        return lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return [other(way) for way in ways if way is not content]

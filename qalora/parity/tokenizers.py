@@ -108,13 +108,13 @@ class TokenizerCheck:
         if runtime is None or self.opened() is None:
             return None
         known = self._known()
-        found = self._differing(
+        findings = self._differing(
             lambda part: tuple(runtime.tokenize(part.text, special=part.kind != "text")), known.decode, runtime.follows
         )
         if "around" not in runtime.follows:
-            return found
+            return findings
         own = around(runtime.tokenize(PROBE), runtime.tokenize(PROBE, special=True, around=True))
-        return TokenizerFindings(wrong=(*found.wrong, *_of_ends(own, known.around)), limits=found.limits)
+        return TokenizerFindings(wrong=(*findings.wrong, *_of_ends(own, known.around)), limits=findings.limits)
 
     def _differing(
         self,
@@ -149,8 +149,8 @@ def _same_files(one: Checkpoint, two: Checkpoint) -> bool:
     metadata, and the same entries in it.
     """
     if one.gguf is not None and two.gguf is not None:
-        named = strips(one.gguf.get("general.name")) == strips(two.gguf.get("general.name"))
-        return named and tokenizer_part(one.gguf) == tokenizer_part(two.gguf)
+        same_name = strips(one.gguf.get("general.name")) == strips(two.gguf.get("general.name"))
+        return same_name and tokenizer_part(one.gguf) == tokenizer_part(two.gguf)
     names = {name for model in (one, two) for name in model.files if "token" in name or "template" in name}
     if "tokenizer.json" not in names or one.gguf is not None or two.gguf is not None:
         return False
@@ -162,8 +162,8 @@ def _same_files(one: Checkpoint, two: Checkpoint) -> bool:
 
 def _digest(model: Checkpoint) -> bytes:
     """A digest of all that `_facts` looks at: files or metadata, and what the config says of them."""
-    said = [model.config.get(key) for key in ("model_type", *SPECIAL)]
-    parts = [json.dumps([said, _rows(model)], default=repr).encode()]
+    config_values = [model.config.get(key) for key in ("model_type", *SPECIAL)]
+    parts = [json.dumps([config_values, _rows(model)], default=repr).encode()]
     if model.gguf is not None:
         parts += [metadata_bytes(tokenizer_part(model.gguf)), bytes([strips(model.gguf.get("general.name"))])]
     for name, path in sorted(model.files.items()):
@@ -193,10 +193,10 @@ def _facts(model: Checkpoint, tokenizer: Any, texts: Iterable[str]) -> _Facts:
     )
 
 
-def _templates(found: object) -> dict[str, str]:
+def _templates(value: object) -> dict[str, str]:
     """What transformers has as chat_template, by the names that GGUF knows; its lines as Jinja ends them."""
-    named = found if isinstance(found, dict) else {"default": found}
-    texts = {template_name(name): text for name, text in named.items() if isinstance(text, str)}
+    by_name = value if isinstance(value, dict) else {"default": value}
+    texts = {template_name(name): text for name, text in by_name.items() if isinstance(text, str)}
     return {name: with_line_ends(text).removesuffix("\n") for name, text in texts.items()}
 
 
@@ -217,15 +217,15 @@ def _vocabulary(model: Checkpoint, tokenizer: Any) -> dict[str, int]:
 def _special(model: Checkpoint, tokenizer: Any, key: str) -> int | None:
     """GGUF's own id; the tokenizer's, or the config's where the model has no such row: as `gguf_tokenizer` has it."""
     short = {"pad_token_id": "padding_token_id", "unk_token_id": "unknown_token_id"}.get(key, key)
-    found = getattr(tokenizer, key, None) if model.gguf is None else model.gguf.get(f"tokenizer.ggml.{short}")
+    token = getattr(tokenizer, key, None) if model.gguf is None else model.gguf.get(f"tokenizer.ggml.{short}")
     rows = _rows(model)
-    if model.gguf is None and not (isinstance(found, int) and found < rows):
-        found = model.config.get(key)
-    return found if isinstance(found, int) and found < rows else None
+    if model.gguf is None and not (isinstance(token, int) and token < rows):
+        token = model.config.get(key)
+    return token if isinstance(token, int) and token < rows else None
 
 
 def _differences(mine: _Facts, theirs: _Facts) -> list[str]:
-    found = [
+    sentences = [
         _of_vocabularies(mine.vocabulary, theirs.vocabulary),
         *_of_ends(mine.around, theirs.around),
     ]
@@ -234,10 +234,10 @@ def _differences(mine: _Facts, theirs: _Facts) -> list[str]:
             continue
         a, b = mine.special[key], theirs.special[key]
         optional = key in ("pad_token_id", "unk_token_id") and None in (a, b)
-        found.append("" if a == b or optional else f"{key} is {a} instead of {b}")
+        sentences.append("" if a == b or optional else f"{key} is {a} instead of {b}")
     names = sorted({*mine.templates, *theirs.templates}, key=lambda name: (name != "default", name))
-    found += [_of_templates(name, mine.templates.get(name), theirs.templates.get(name)) for name in names]
-    return [sentence for sentence in found if sentence]
+    sentences += [_of_templates(name, mine.templates.get(name), theirs.templates.get(name)) for name in names]
+    return [sentence for sentence in sentences if sentence]
 
 
 def _of_vocabularies(mine: Mapping[str, int], theirs: Mapping[str, int]) -> str:
@@ -256,8 +256,8 @@ _Ends = tuple[tuple[int, ...], tuple[int, ...]]
 def _of_ends(mine: _Ends, theirs: _Ends) -> tuple[str, ...]:
     if mine == theirs:
         return ()
-    said = [f"{list(before)} before it and {list(behind)} behind it" for before, behind in (mine, theirs)]
-    return (f"a text gets {said[0]} instead of {said[1]}",)
+    ends = [f"{list(before)} before it and {list(behind)} behind it" for before, behind in (mine, theirs)]
+    return (f"a text gets {ends[0]} instead of {ends[1]}",)
 
 
 def _of_text(part: Part, mine: tuple[int, ...], decode: Callable[[Sequence[int]], str]) -> str:

@@ -38,7 +38,7 @@ from qalora.parity.models import BESIDE, FOLDED, Contents, ReferenceModels, hold
 from qalora.parity.reference import Forward
 from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport
 from qalora.parity.running import Runner
-from qalora.parity.runtimes.kept import settings_kept
+from qalora.parity.runtimes.settings import keep_settings
 from qalora.parity.text import make_inputs
 from qalora.parity.weights import compare_weights
 
@@ -112,18 +112,18 @@ def verify(
         own: tuple[RunReport, ...] = ()
         if models.own is not None:
             share.stage("running the reference in its own runtime")
-            with _threads_kept():
+            with _keep_threads():
                 own = runner.of_reference()
         reports: list[ArtifactReport] = []
         for (artifact, checkpoint), report in zip(opened, weights, strict=True):
             share.stage(f"running {artifact.name}")
-            with _threads_kept(), settings_kept():
+            with _keep_threads(), keep_settings():
                 able = runner.for_integers(checkpoint, Path(folder) / str(len(reports)))
                 reports.append(replace(report, runs=able.runs(artifact, report.holds, report.weights)))
         comparison = None
         if dynamic_int8:
             share.stage("running dynamic INT8")
-            with _threads_kept(), settings_kept():
+            with _keep_threads(), keep_settings():
                 comparison = runner.dynamic_int8()
         return replace(_report(models, level, reports, gates, baseline), reference_runs=own, comparison=comparison)
 
@@ -139,7 +139,7 @@ def _check_options(level: str, minima: str | None, **numbers: int | None) -> Non
 
 
 @contextmanager
-def _threads_kept() -> Iterator[None]:
+def _keep_threads() -> Iterator[None]:
     """Give torch back its threads: a runtime in this process may set them for all."""
     before = torch.get_num_threads()
     try:

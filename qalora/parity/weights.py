@@ -68,7 +68,7 @@ def compare_weights(
     and the other writes out is compared with that embedding.
     """
     pairs, missing, extra = _pairs(artifact, reference)
-    shapes, found, family = [], [], FAMILIES.get(str(reference.config.get("model_type")))
+    shapes, tensor_differences, family = [], [], FAMILIES.get(str(reference.config.get("model_type")))
     for name, mine, theirs in pairs:
         if mine.shape != theirs.shape:
             shapes.append(f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{_turned(mine, theirs)}")
@@ -76,16 +76,18 @@ def compare_weights(
         if family is not None and family.adds_one(name):
             mine, theirs = _plus_one(mine), _plus_one(theirs)
         whole = name in reference.linears
-        found.append(_compare_lazy(name, mine, theirs, residual, whole=whole, floats=not reference.quantized))
+        tensor_differences.append(
+            _compare_lazy(name, mine, theirs, residual, whole=whole, floats=not reference.quantized)
+        )
         progress(name, 4 * math.prod(theirs.shape))
     return WeightMetrics(
-        tensors=len(found),
+        tensors=len(tensor_differences),
         missing=missing,
         extra=extra,
         shapes=tuple(shapes),
         config=differences(artifact.config, reference.config),
-        total=add_up("all", found),
-        different=tuple(difference for difference in found if not difference.same),
+        total=add_up("all", tensor_differences),
+        different=tuple(difference for difference in tensor_differences if not difference.same),
         notes=_notes(artifact.config, reference.config),
     )
 
@@ -127,14 +129,14 @@ def _compare_lazy(
 ) -> TensorDifference:
     if whole or not theirs.shape:
         return compare_tensors(name, mine.load(), theirs.load(), _dtypes(theirs), residual=residual, floats=floats)
-    found = []
+    parts = []
     for start, tile in theirs.tiles():
         other = mine.rows(start, start + tile.shape[0])
         part = compare_tensors(name, other, tile, _dtypes(theirs), residual=residual, floats=floats)
         if part.code_at is not None:
             part = replace(part, code_at=(part.code_at[0] + start, part.code_at[1]))
-        found.append(part)
-    return add_up(name, found)
+        parts.append(part)
+    return add_up(name, parts)
 
 
 def _dtypes(lazy: LazyTensor) -> tuple[torch.dtype, torch.dtype]:

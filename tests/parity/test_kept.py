@@ -21,7 +21,7 @@ from qalora.converters.exports import export
 from qalora.errors import FormatError
 from qalora.parity import verify
 from qalora.parity.runtimes import RUNTIMES, open_runtime
-from qalora.parity.runtimes.kept import quiet, settings_kept
+from qalora.parity.runtimes.settings import keep_settings, quiet
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_whatever_a_library_changes_is_undone(monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setenv("OURS", "1")
     before = state()
     try:
-        with settings_kept():
+        with keep_settings():
             os.environ["THEIRS"] = "1"
             del os.environ["OURS"]
             logging.basicConfig(level=logging.DEBUG, force=True)

@@ -143,13 +143,13 @@ def open_runtime(
     lora  a GGUF LoRA to apply; for llama.cpp alone
 
     Raises MissingLibraryError if it is not installed, FormatError if it does not take the artefact. What it changes of
-    the process while it is opened is undone, see `qalora.parity.runtimes.kept`.
+    the process while it is opened is undone, see `qalora.parity.runtimes.settings`.
     """
     if kind not in RUNTIMES:
         raise InputError("runtime", expected=f"one of {', '.join(RUNTIMES)}", got=shown(kind))
-    from qalora.parity.runtimes.kept import settings_kept
+    from qalora.parity.runtimes.settings import keep_settings
 
-    with settings_kept():
+    with keep_settings():
         module: Any = importlib.import_module(RUNTIMES[kind].module)
         runtime: Runtime = module.open_artifact(path, threads, **({} if lora is None else {"lora": lora}))
     return runtime

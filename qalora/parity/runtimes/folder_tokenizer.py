@@ -8,7 +8,7 @@ from typing import Any
 
 from qalora.converters.tokenizer import TOKENIZER_FILES
 from qalora.errors import FormatError, QaloraError
-from qalora.parity.runtimes.kept import quiet
+from qalora.parity.runtimes.settings import quiet
 
 __all__ = ["FolderTokenizer", "folder_tokenizer"]
 
@@ -36,14 +36,14 @@ def folder_tokenizer(folder: Path, load: Callable[[Path], Any] | None = None) ->
         return None
     try:
         with quiet():
-            made = _auto(folder) if load is None else load(folder)
+            tokenizer = _auto(folder) if load is None else load(folder)
     except QaloraError:
         raise
     except Exception as error:  # whatever damaged files make a foreign loader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
-    made.model_max_length = 1 << 30  # or it warns of a text that no model is to see
-    return FolderTokenizer(made)
+    tokenizer.model_max_length = 1 << 30  # or it warns of a text that no model is to see
+    return FolderTokenizer(tokenizer)
 
 
 def _auto(folder: Path) -> Any:

@@ -113,11 +113,11 @@ class GenaiRuntime:
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens; stops at an end token."""
         generator = self._generator(prompt, len(prompt) + max_tokens)
-        made: list[int] = []
-        while not generator.is_done() and len(made) < max_tokens:
+        tokens: list[int] = []
+        while not generator.is_done() and len(tokens) < max_tokens:
             generator.generate_next_token()
-            made.append(int(generator.get_next_tokens()[0]))
-        return made
+            tokens.append(int(generator.get_next_tokens()[0]))
+        return tokens
 
     def close(self) -> None:
         """Free the model."""

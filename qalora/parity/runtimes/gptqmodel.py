@@ -29,7 +29,7 @@ from qalora.errors import FormatError
 from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
-from qalora.parity.runtimes.kept import quiet
+from qalora.parity.runtimes.settings import quiet
 from qalora.parity.runtimes.torch import ModuleRuntime, runtime_ends
 
 __all__ = ["open_artifact"]
@@ -59,7 +59,7 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
 
 
 @contextmanager
-def _kept(keep: bool) -> Iterator[None]:
+def _keep_variable(keep: bool) -> Iterator[None]:
     """GPTQModel's switch, set while a model is loaded."""
     before = os.environ.get(KEEP)
     os.environ[KEEP] = "1" if keep else "0"
@@ -81,7 +81,13 @@ def _load(folder: Path) -> Any:
     bits = stored.get("bits")
     head = {"block_name_to_quantize": ""} if has_head_in_words(folder) else {}
     keep = _dequantized_bytes(folder, bits) < available_memory() // 2
-    with _kept(keep), quiet(), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    with (
+        _keep_variable(keep),
+        quiet(),
+        warnings.catch_warnings(),
+        redirect_stdout(StringIO()),
+        redirect_stderr(StringIO()),
+    ):
         warnings.simplefilter("ignore")  # and it prints banners
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)

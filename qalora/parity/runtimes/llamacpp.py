@@ -125,7 +125,7 @@ class LlamaCpp:
 
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
         """float32 [tokens, hidden] after each layer, from the tensors that llama.cpp's graphs call l_out-<layer>."""
-        found: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
         if not hasattr(self._library, "ggml_get_name"):  # llama-cpp-python's own declarations
             return []
 
@@ -138,7 +138,7 @@ class LlamaCpp:
             if not ask:
                 values = np.empty(self._library.ggml_nbytes(tensor) // 4, dtype=np.float32)
                 self._library.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
-                found[int(number)] = torch.from_numpy(values).view(len(tokens), -1)
+                outputs[int(number)] = torch.from_numpy(values).view(len(tokens), -1)
             return True
 
         context = self._context(len(tokens), callback=c.cast(keep, c.c_void_p))
@@ -146,21 +146,21 @@ class LlamaCpp:
             self._decode(context, tokens, 0, every=True)
         finally:
             self._library.llama_free(context)
-        return [found[n] for n in sorted(found)]
+        return [outputs[n] for n in sorted(outputs)]
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         context = self._context(len(prompt) + max_tokens)
-        made: list[int] = []
+        tokens: list[int] = []
         try:
-            ids, seen = list(prompt), 0
-            while len(made) < max_tokens:
-                made.append(int(self._decode(context, ids, seen, every=False)[-1].argmax()))
-                seen += len(ids)
-                ids = made[-1:]
+            ids, position = list(prompt), 0
+            while len(tokens) < max_tokens:
+                tokens.append(int(self._decode(context, ids, position, every=False)[-1].argmax()))
+                position += len(ids)
+                ids = tokens[-1:]
         finally:
             self._library.llama_free(context)
-        return made
+        return tokens
 
     def _context(self, length: int, *, sequences: int = 1, callback: Any = None) -> Any:
         """Room for sequences of at most `length` tokens."""
@@ -187,8 +187,8 @@ class LlamaCpp:
                 raise FormatError("llama.cpp: the LoRA is not applied")
         return context
 
-    def _decode(self, context: Any, tokens: Sequence[int], seen: int, *, every: bool) -> Tensor:
-        return self._decode_all(context, [(tokens, seen)], every=every)
+    def _decode(self, context: Any, tokens: Sequence[int], position: int, *, every: bool) -> Tensor:
+        return self._decode_all(context, [(tokens, position)], every=every)
 
     def _decode_all(self, context: Any, parts: Sequence[tuple[Sequence[int], int]], *, every: bool) -> Tensor:
         """Logits of all sequences' tokens, or of each one's last; a part is (tokens, how many came before)."""
@@ -196,10 +196,10 @@ class LlamaCpp:
         batch = self._library.llama_batch_init(count, 0, 1)
         rows = []
         try:
-            for sequence, (tokens, seen) in enumerate(parts):
+            for sequence, (tokens, position) in enumerate(parts):
                 for n, token in enumerate(tokens):
                     at = batch.n_tokens
-                    batch.token[at], batch.pos[at] = token, seen + n
+                    batch.token[at], batch.pos[at] = token, position + n
                     batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
                     batch.logits[at] = int(every or n == len(tokens) - 1)
                     rows += [at] if batch.logits[at] else []

@@ -172,11 +172,11 @@ def load_library() -> tuple[Any, str]:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    found, params = version("xllamacpp"), library.llama_context_default_params()
+    release, params = version("xllamacpp"), library.llama_context_default_params()
     differing = [name for name, value in _DEFAULTS.items() if getattr(params, name) != value]
     if differing:
         raise InputError(
-            f"xllamacpp {found}: llama.cpp's {differing[0]} is not where version {XLLAMACPP} has it",
+            f"xllamacpp {release}: llama.cpp's {differing[0]} is not where version {XLLAMACPP} has it",
             todo=f"pip install xllamacpp=={XLLAMACPP}",
         )
-    return library, f"xllamacpp {found}"
+    return library, f"xllamacpp {release}"

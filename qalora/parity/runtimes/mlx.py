@@ -111,25 +111,25 @@ class MlxRuntime:
 
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
         """float32 [tokens, hidden] after each layer."""
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
         decoder = self._model.model
         plain = decoder.layers
-        decoder.layers = [_Recorder(layer, found) for layer in plain]
+        decoder.layers = [_Recorder(layer, outputs) for layer in plain]
         try:
             self._run(tokens)
         finally:
             decoder.layers = plain
-        return found
+        return outputs
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         cache = self._cache()
-        made: list[int] = []
+        tokens: list[int] = []
         ids = list(prompt)
-        while len(made) < max_tokens:
-            made.append(int(self._run(ids, cache)[-1].argmax()))
-            ids = made[-1:]
-        return made
+        while len(tokens) < max_tokens:
+            tokens.append(int(self._run(ids, cache)[-1].argmax()))
+            ids = tokens[-1:]
+        return tokens
 
     def close(self) -> None:
         """Free the model."""
@@ -139,12 +139,12 @@ class MlxRuntime:
 class _Recorder:
     """A layer that keeps what it gives."""
 
-    def __init__(self, layer: Any, found: list[Tensor]) -> None:
-        self._layer, self._found = layer, found
+    def __init__(self, layer: Any, outputs: list[Tensor]) -> None:
+        self._layer, self._outputs = layer, outputs
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         out = self._layer(*args, **options)
-        self._found.append(torch.from_numpy(np.array(out[0])).float())
+        self._outputs.append(torch.from_numpy(np.array(out[0])).float())
         return out
 
     def __getattr__(self, name: str) -> Any:

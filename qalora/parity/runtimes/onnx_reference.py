@@ -58,16 +58,16 @@ class OnnxReference(DecoderRuntime):
         )
 
     def _evaluate(self, outputs: Sequence[str], feed: dict[str, Any]) -> list[Any]:
-        found: list[Any] = self._evaluator.run(list(outputs), feed)
-        return [np.asarray(value) for value in found]
+        values: list[Any] = self._evaluator.run(list(outputs), feed)
+        return [np.asarray(value) for value in values]
 
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
         """float32 [tokens, hidden] after each layer."""
         nodes = self._evaluator.proto_.graph.node
         names = [name for node in nodes for name in node.output if LAYER.fullmatch(name)]
         feed = self._feed(torch.tensor([list(tokens)]), torch.ones(1, len(tokens), dtype=torch.int64), {})
-        found: dict[str, Any] = self._evaluator.run(None, feed, intermediate=True)
-        return [torch.from_numpy(np.asarray(found[name])[0]).float() for name in names]
+        values: dict[str, Any] = self._evaluator.run(None, feed, intermediate=True)
+        return [torch.from_numpy(np.asarray(values[name])[0]).float() for name in names]
 
     def close(self) -> None:
         """Free the graph."""

@@ -47,20 +47,20 @@ _NUMPY = {
 
 def check_installed() -> str:
     """The installed distribution's name and version; InputError if there are two of them, or none."""
-    found = []
+    distributions = []
     for name in ("onnxruntime", "onnxruntime-gpu"):
         try:
-            found.append(f"{name} {version(name)}")
+            distributions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    if len(found) == 2:
+    if len(distributions) == 2:
         raise InputError(
-            f"{found[0]} and {found[1]} are both installed, and they overwrite each other",
+            f"{distributions[0]} and {distributions[1]} are both installed, and they overwrite each other",
             todo="pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them",
         )
-    if not found or importlib.util.find_spec("onnxruntime") is None:
+    if not distributions or importlib.util.find_spec("onnxruntime") is None:
         raise MissingLibraryError("onnxruntime", "running an ONNX artefact", "runtimes")
-    return found[0]
+    return distributions[0]
 
 
 class DecoderRuntime(ABC):
@@ -125,11 +125,11 @@ class DecoderRuntime(ABC):
             sizes[-1] = self._head_size
         return sizes
 
-    def _run(self, ids: Sequence[int], past: Mapping[str, Any], seen: int) -> tuple[Any, dict[str, Any]]:
+    def _run(self, ids: Sequence[int], past: Mapping[str, Any], position: int) -> tuple[Any, dict[str, Any]]:
         """Logits [tokens, vocabulary] of one sequence, and its cache."""
-        mask = torch.ones(1, seen + len(ids), dtype=torch.int64)
-        found = self._evaluate(self._outputs, self._feed(torch.tensor([list(ids)]), mask, past))
-        out = dict(zip(self._outputs, found, strict=True))
+        mask = torch.ones(1, position + len(ids), dtype=torch.int64)
+        values = self._evaluate(self._outputs, self._feed(torch.tensor([list(ids)]), mask, past))
+        out = dict(zip(self._outputs, values, strict=True))
         present = {name.replace("present", "past_key_values"): value for name, value in out.items() if name != "logits"}
         return out["logits"][0], present
 
@@ -140,26 +140,26 @@ class DecoderRuntime(ABC):
     def steps(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary], a token at a time."""
         rows, past = [], dict[str, Any]()
-        for seen, token in enumerate(tokens):
-            out, past = self._run([token], past, seen)
+        for position, token in enumerate(tokens):
+            out, past = self._run([token], past, position)
             rows.append(torch.from_numpy(out).float())
         return torch.cat(rows)
 
     def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """float32 [tokens, vocabulary] of each sequence, from one padded batch."""
-        (found,) = self._evaluate(["logits"], self._feed(*pad(sequences, self._padding), {}))
-        return unpad(torch.from_numpy(found).float(), sequences, self._padding)
+        (logits,) = self._evaluate(["logits"], self._feed(*pad(sequences, self._padding), {}))
+        return unpad(torch.from_numpy(logits).float(), sequences, self._padding)
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
-        made: list[int] = []
-        ids, past, seen = list(prompt), dict[str, Any](), 0
-        while len(made) < max_tokens:
-            out, past = self._run(ids, past, seen)
-            seen += len(ids)
-            made.append(int(out[-1].argmax()))
-            ids = made[-1:]
-        return made
+        tokens: list[int] = []
+        ids, past, position = list(prompt), dict[str, Any](), 0
+        while len(tokens) < max_tokens:
+            out, past = self._run(ids, past, position)
+            position += len(ids)
+            tokens.append(int(out[-1].argmax()))
+            ids = tokens[-1:]
+        return tokens
 
 
 class OnnxRuntime(DecoderRuntime):
@@ -207,10 +207,10 @@ class OnnxRuntime(DecoderRuntime):
 
     def _evaluate(self, outputs: Sequence[str], feed: dict[str, Any]) -> list[Any]:
         try:
-            found: list[Any] = self._session.run(outputs, feed)
+            values: list[Any] = self._session.run(outputs, feed)
         except Exception as error:  # as above
             raise _refused(self._file, "run", error) from error
-        return found
+        return values
 
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
         """float32 [tokens, hidden] after each layer: from a second session, whose graph has these outputs too."""
@@ -228,7 +228,7 @@ class OnnxRuntime(DecoderRuntime):
         options.add_session_config_entry(FOLDER, str(self._file.parent.resolve()))
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=self._providers)
         feed = self._feed(torch.tensor([list(tokens)]), torch.ones(1, len(tokens), dtype=torch.int64), {})
-        return [torch.from_numpy(found[0]).float() for found in session.run(names, feed)]
+        return [torch.from_numpy(output[0]).float() for output in session.run(names, feed)]
 
     def close(self) -> None:
         """Free the session."""

@@ -17,7 +17,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
-from qalora.parity.runtimes.kept import quiet
+from qalora.parity.runtimes.settings import quiet
 from qalora.parity.runtimes.torch import ModuleRuntime, runtime_ends
 
 __all__ = ["open_artifact"]

@@ -53,14 +53,14 @@ class ModuleRuntime:
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
-        made: list[int] = []
+        tokens: list[int] = []
         ids, cache = torch.tensor([list(prompt)]), None
-        while len(made) < max_tokens:
+        while len(tokens) < max_tokens:
             out = self._module(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            made.append(int(out.logits[0, -1].argmax()))
-            ids = torch.tensor([[made[-1]]])
-        return made
+            tokens.append(int(out.logits[0, -1].argmax()))
+            ids = torch.tensor([[tokens[-1]]])
+        return tokens
 
     @torch.inference_mode()
     def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -100,15 +100,15 @@ def ends_in_transformers(folder: Path) -> RuntimeEnds | None:
     if not (folder / "config.json").is_file():
         return None
     try:
-        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except OSError:
-        found = GenerationConfig.from_pretrained(
+        generation = GenerationConfig.from_pretrained(
             folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
         )
-    return runtime_ends(found.eos_token_id)
+    return runtime_ends(generation.eos_token_id)
 
 
-def runtime_ends(found: Any) -> RuntimeEnds:
+def runtime_ends(eos: Any) -> RuntimeEnds:
     """An eos_token_id as transformers has it: a number, a list, or nothing."""
-    listed = found if isinstance(found, list) else [] if found is None else [found]
+    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return RuntimeEnds(ids=frozenset(listed))

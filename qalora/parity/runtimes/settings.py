@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["quiet", "settings_kept"]
+__all__ = ["keep_settings", "quiet"]
 
 
 @contextmanager
-def settings_kept() -> Iterator[None]:
+def keep_settings() -> Iterator[None]:
     """Give back, also after an error: the environment, levels and handlers of all loggers, the filters of warnings, and
     the state of the random numbers of torch, numpy and Python.
 
     What was imported stays imported, and torch's threads are the caller's matter.
     """
     with ExitStack() as stack:
-        for kept in (_environment, _logging, _random_numbers):
-            stack.callback(kept())
+        for save in (_environment, _logging, _random_numbers):
+            stack.callback(save())
         stack.enter_context(warnings.catch_warnings())
         yield
 
