@@ -162,12 +162,12 @@ def quantize(
     """
     bits = bits if bits is not None else 4 if budget is None else "auto"
     calibration = None if calibration is None else str(calibration)
-    chosen = _record(Quantize, locals())
+    options = _record(Quantize, locals())
 
     from qalora.calibration import check_quantize, quantize_model
 
-    check_quantize(chosen)
-    return quantize_model(_opened(model), chosen, tick=progress)
+    check_quantize(options)
+    return quantize_model(_opened(model), options, tick=progress)
 
 
 def train(
@@ -211,13 +211,13 @@ def train(
     progress  called after each step
     """
     data, out = str(data), Path(out)
-    chosen = _record(TrainOptions, locals())
+    options = _record(TrainOptions, locals())
 
     from qalora.training import check_before
     from qalora.training import train as train_model
 
-    check_before(chosen)
-    return train_model(_opened(model), chosen, progress)
+    check_before(options)
+    return train_model(_opened(model), options, progress)
 
 
 def fold(
@@ -275,12 +275,12 @@ def export(
     Options are checked before the model is opened.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
-    chosen = _record(Export, locals())
+    record = _record(Export, locals())
 
     from qalora.converters.exports import check_fold, check_places, check_targets, writing
     from qalora.converters.exports import export as export_model
 
-    options = writing(chosen, lora_slots=lora_slots)
+    options = writing(record, lora_slots=lora_slots)
     check_targets(targets, options)
     check_fold(adapter, minima, convention)
     check_places(Path(out), targets, force=force)
@@ -446,9 +446,9 @@ def run(recipe: str | Path, *, force: bool = False, dry_run: bool = False, watch
     return run_recipe(recipe, force=force, dry_run=dry_run, watch=watch)
 
 
-def _record(record: type[_Record], given: Mapping[str, Any]) -> _Record:
+def _record(record: type[_Record], arguments: Mapping[str, Any]) -> _Record:
     """The record of those of a function's arguments that are its options."""
-    own, _ = _split(record, given)
+    own, _ = _split(record, arguments)
     return record(**own)
 
 

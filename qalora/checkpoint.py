@@ -178,11 +178,11 @@ def remembered(model: Checkpoint, budget: int) -> Checkpoint:
     """
     if kept_bytes(model) > budget:
         return model
-    kept = {name: _kept(model.tensors[name]) for name in model.linears if model.tensors[name].spec is not None}
-    return replace(model, tensors={**model.tensors, **kept})
+    linears = {name: _cache(model.tensors[name]) for name in model.linears if model.tensors[name].spec is not None}
+    return replace(model, tensors={**model.tensors, **linears})
 
 
-def _kept(lazy: LazyTensor) -> LazyTensor:
+def _cache(lazy: LazyTensor) -> LazyTensor:
     whole: list[GroupQuantTensor] = []
 
     def read(start: int, stop: int) -> GroupQuantTensor:

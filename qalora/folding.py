@@ -56,7 +56,7 @@ def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -
     model that holds floats, AdapterError for an adapter that does not fit or cannot be folded.
     """
     check_minima(minima)
-    chosen = minima or adapter.minima or "float16"
+    dtype = minima or adapter.minima or "float16"
     if not any(model.tensors[name].spec for name in model.linears):
         raise InputError(
             f"{model.path} holds no integers, and an adapter is folded into integer weights",
@@ -70,7 +70,7 @@ def fold(model: Checkpoint, adapter: Adapter, *, minima: Minima | None = None) -
             raise AdapterError(
                 f"the adapter has {name}, and {model.path} does not", todo="the adapter belongs to a different model"
             )
-        tensors[name] = _folded(tensors[name], layer, chosen)
+        tensors[name] = _folded(tensors[name], layer, dtype)
     return replace(model, tensors=tensors)
 
 
@@ -238,20 +238,20 @@ def prove_fold(
     pooled = middle // layer.pool_size
     a, b = layer.a.numpy().astype(np.float64), layer.b.numpy().astype(np.float64)
     minimum = base.min.numpy().astype(np.float64)[:, middle // base.group_size]
-    wanted = minimum + layer.factor * (b @ a)[:, pooled]
+    exact = minimum + layer.factor * (b @ a)[:, pooled]
     slack = (layer.rank + 2) * 2.0**-52 * (np.abs(minimum) + abs(layer.factor) * (np.abs(b) @ np.abs(a))[:, pooled])
-    got = folded.min.numpy()
-    held = got.astype(np.float16) if minima == "float16" else got
-    ulp = np.spacing(np.minimum(np.abs(held), np.nextafter(np.finfo(held.dtype).max, 0))).astype(np.float64)
-    error = np.abs(got.astype(np.float64) - wanted)
-    beyond = ~(error <= ulp / 2 + slack) | (held.astype(np.float32) != got)
+    actual = folded.min.numpy()
+    stored = actual.astype(np.float16) if minima == "float16" else actual
+    ulp = np.spacing(np.minimum(np.abs(stored), np.nextafter(np.finfo(stored.dtype).max, 0))).astype(np.float64)
+    error = np.abs(actual.astype(np.float64) - exact)
+    beyond = ~(error <= ulp / 2 + slack) | (stored.astype(np.float32) != actual)
     scale = base.scale.numpy()[:, middle // base.group_size]
     return FoldProof(
         codes_differ=_differing_codes(base, folded),
         scales_differ=int((scale != folded.scale.numpy()).sum()),
         max_ulp=float((error / ulp).max()),
         beyond=int(beyond.sum()),
-        groups=got.size,
+        groups=actual.size,
         minima=minima,
     )
 

@@ -114,11 +114,11 @@ def random_model(
     tensors = dict(source.tensors)
     for seed, name in enumerate(source.linears):
         out, columns = tensors[name].shape
-        made = random_tensor(out, columns, bits=bits, group_size=group_size or columns, seed=seed, zeros=kind)
+        random = random_tensor(out, columns, bits=bits, group_size=group_size or columns, seed=seed, zeros=kind)
         if zeros == "symmetric":
-            made = replace(made, min=-made.scale * (1 << (bits - 1)))
+            random = replace(random, min=-random.scale * (1 << (bits - 1)))
         promised = min_dtype or (torch.float16 if kind == "real" else torch.float32)
-        tensors[name] = lazily(name, change(made), zeros=kind, scale_dtype=scale_dtype, min_dtype=promised)
+        tensors[name] = lazily(name, change(random), zeros=kind, scale_dtype=scale_dtype, min_dtype=promised)
     return replace(source, tensors=tensors)
 
 
@@ -144,9 +144,9 @@ def random_adapter(
     """
     rng = torch.Generator().manual_seed(seed)
     ranks = (rank,) if isinstance(rank, int) else tuple(rank)
-    chosen = [name for name in model.linears if modules is None or module_of(name).rpartition(".")[2] in modules]
+    names = [name for name in model.linears if modules is None or module_of(name).rpartition(".")[2] in modules]
     layers = {}
-    for number, name in enumerate(chosen):
+    for number, name in enumerate(names):
         lazy, size, pool = model.tensors[name], ranks[number % len(ranks)], pool_size
         if pool is None:
             assert lazy.spec is not None, f"{name} is float: give a pool size"
@@ -197,10 +197,10 @@ def byte_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={char: n for n, char in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    backend = Tokenizer(models.BPE(vocab={char: n for n, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     return tokenizer
 
@@ -215,20 +215,20 @@ def small_tokenizer(*, size: int = 512) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    made = Tokenizer(models.BPE())
+    backend = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    made.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size - 1,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([demo_text()[:60_000]], trainer)
-    made.add_special_tokens(["<|tool|>"])
+    backend.train_from_iterator([demo_text()[:60_000]], trainer)
+    backend.add_special_tokens(["<|tool|>"])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     tokenizer.chat_template = (
         "{% for message in messages %}"
@@ -269,9 +269,9 @@ def tiny_model(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float()
     with torch.no_grad():
         for parameter in model.parameters():  # norms of 1 and small weights would hide mistakes
-            made = torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.2) + (parameter.ndim == 1)
+            value = torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.2) + (parameter.ndim == 1)
             parameter.copy_(
-                made.bfloat16() if parameter.ndim == 1 else made
+                value.bfloat16() if parameter.ndim == 1 else value
             )  # as checkpoints have them: 1 + w is exact
     torch.set_rng_state(state)
     model.save_pretrained(folder)
@@ -292,13 +292,13 @@ def chat_model(folder: Path, layout: ChatLayout | str, *, says: str | None = Non
     """
     from safetensors.torch import load_file, save_file
 
-    made = chat_layout(layout) if isinstance(layout, str) else layout
-    tiny_model(folder, made.family, seed=seed, tokenizer=made.tokenizer, config=made.config)
-    made.write(folder)
+    chat = chat_layout(layout) if isinstance(layout, str) else layout
+    tiny_model(folder, chat.family, seed=seed, tokenizer=chat.tokenizer, config=chat.config)
+    chat.write(folder)
     if says is not None:
         path = folder / "model.safetensors"
         tensors = load_file(path)
-        _always(tensors, made.token(says), plus_one=FAMILIES[made.family].adds_one("model.norm.weight"))
+        _always(tensors, chat.token(says), plus_one=FAMILIES[chat.family].adds_one("model.norm.weight"))
         save_file(tensors, path, {"format": "pt"})
     return folder
 

@@ -124,7 +124,7 @@ def sort_keys(names: Collection[str], where: str) -> Keys:
 
 
 def _refused(name: str, where: str, got: str = "") -> AdapterError:
-    kind = next((told for part, told in OTHER.items() if part in name), "")
+    kind = next((reason for part, reason in OTHER.items() if part in name), "")
     return AdapterError(
         f"{where}: tensor {name[:NAME_LENGTH]!r}",
         expected=f"{PEFT}<module>.lora_A.weight or lora_B.weight, once for each module",

@@ -215,22 +215,22 @@ def parse_config(config: Mapping[str, Any], where: str) -> PeftConfig:
 
 def _modules_to_save(value: object, where: str) -> tuple[str, ...]:
     """Ends of module paths."""
-    found = [value] if isinstance(value, str) else value or []
-    if not isinstance(found, list) or not all(isinstance(name, str) and name.isprintable() and name for name in found):
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() and name for name in names):
         raise AdapterError(where, expected="a list of names", got=shown(value))
-    return tuple(found)
+    return tuple(names)
 
 
 def _token_indices(value: object, where: str) -> dict[str, tuple[int, ...]]:
     """Rows of each embedding, by the end of its path; a list is of the input embedding."""
-    found = {"embed_tokens": value} if isinstance(value, list) else value or {}
-    if not isinstance(found, dict):
+    indices = {"embed_tokens": value} if isinstance(value, list) else value or {}
+    if not isinstance(indices, dict):
         raise AdapterError(where, expected="a list of token ids, or an object of them", got=shown(value))
-    for name, ids in found.items():
+    for name, ids in indices.items():
         whole = isinstance(ids, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in ids)
         if not whole or not ids or len(set(ids)) != len(ids):
             raise AdapterError(f"{where}: {name[:80]!r}", expected="token ids, each once", got=shown(ids))
-    return {name: tuple(ids) for name, ids in found.items()}
+    return {name: tuple(ids) for name, ids in indices.items()}
 
 
 def _carried(value: object, where: str) -> object:

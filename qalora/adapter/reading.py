@@ -74,7 +74,7 @@ def read_adapter(path: Path | str, model: Checkpoint | None = None, *, conventio
     if model is not None:
         _check_model(source, model)
     pools = {module: _pool_size(source, module, model) for module in source.pairs}
-    chosen = convention_of(source, pools, convention)
+    adapter_convention = convention_of(source, pools, convention)
     layers = {}
     weights = contained(source.folder, WEIGHTS)
     with InputFile(weights) as file:
@@ -82,10 +82,12 @@ def read_adapter(path: Path | str, model: Checkpoint | None = None, *, conventio
             a = _values(file, pair[0], f"{weights}: lora_A of {module}")
             b = _values(file, pair[1], f"{weights}: lora_B of {module}")
             scaling = source.config.scaling_of(module)
-            factor = _factor(source, module, chosen, pools[module])
+            factor = _factor(source, module, adapter_convention, pools[module])
             layers[module] = AdapterLayer(a=a, b=b, pool_size=pools[module], scaling=scaling, factor=factor)
     minima = source.record.minima if source.record is not None else None
-    return Adapter(layers=layers, convention=chosen, minima=minima, metadata=source.config.carried, saved=source.saved)
+    return Adapter(
+        layers=layers, convention=adapter_convention, minima=minima, metadata=source.config.carried, saved=source.saved
+    )
 
 
 def given_adapter(
@@ -207,26 +209,26 @@ def _check_model(source: AdapterSource, model: Checkpoint) -> None:
 def _pool_size(source: AdapterSource, module: str, model: Checkpoint | None) -> int:
     """in / (columns of A), checked against what the files say; what the files say where there is no model."""
     config, record = source.config, source.record
-    said = record.layers[module].pool_size if record is not None else config.group_size if config.use_qalora else None
+    pool = record.layers[module].pool_size if record is not None else config.group_size if config.use_qalora else None
     if model is None:
-        if said is None:
+        if pool is None:
             raise AdapterError(
                 f"{source.folder} does not say how many columns it pools", todo="give the model that it belongs to"
             )
-        return said
+        return pool
     pool_size = model.tensors[f"{module}.weight"].shape[1] // source.columns(module)
     ignored = record is None and pool_size == 1  # PEFT's flag on a layer that is not GPTQ's
-    if said is not None and said != pool_size and not ignored:
+    if pool is not None and pool != pool_size and not ignored:
         raise AdapterError(
             f"{source.folder}: lora_A of {module}",
-            expected=f"in/{said} = {model.tensors[f'{module}.weight'].shape[1] / said:g} columns, as its files say",
+            expected=f"in/{pool} = {model.tensors[f'{module}.weight'].shape[1] / pool:g} columns, as its files say",
             got=str(source.columns(module)),
             todo="the adapter belongs to a different model, or its config was changed",
         )
     return pool_size
 
 
-def convention_of(source: AdapterSource, pools: Mapping[str, int], asked: Convention | None) -> Convention:
+def convention_of(source: AdapterSource, pools: Mapping[str, int], convention: Convention | None) -> Convention:
     """What the files say, else what was asked for; AdapterError if neither, or both and they differ.
 
     pools  the pool size of each module
@@ -240,20 +242,23 @@ def convention_of(source: AdapterSource, pools: Mapping[str, int], asked: Conven
             todo="remove use_qalora if it is an ordinary LoRA",
         )
     if record is not None:
-        said, why = record.convention, RECORD
+        in_files, why = record.convention, RECORD
     elif not pooled:
         return "paper"  # an ordinary LoRA: the factor is s
     elif config.use_qalora:
-        said, why = "peft", "use_qalora"
-    elif asked is not None:
-        return asked
+        in_files, why = "peft", "use_qalora"
+    elif convention is not None:
+        return convention
     else:
         raise _unknown_convention(source, pooled[0], pools[pooled[0]])
-    if asked not in (None, said):
+    if convention not in (None, in_files):
         raise AdapterError(
-            f"{source.folder}: convention", expected=f"{said}, as {why} says", got=str(asked), todo="leave it out"
+            f"{source.folder}: convention",
+            expected=f"{in_files}, as {why} says",
+            got=str(convention),
+            todo="leave it out",
         )
-    return said
+    return in_files
 
 
 def _unknown_convention(source: AdapterSource, module: str, pool_size: int) -> AdapterError:
@@ -271,17 +276,17 @@ def _unknown_convention(source: AdapterSource, module: str, pool_size: int) -> A
 def _factor(source: AdapterSource, module: str, convention: Convention, pool_size: int) -> float:
     """The record's factor, after a check against what alpha gives; else what alpha gives."""
     scaling = source.config.scaling_of(module)
-    given = scaling
+    factor = scaling
     if pool_size > 1:
-        given = convention_factor(convention, scaling, source.columns(module) * pool_size, pool_size)
+        factor = convention_factor(convention, scaling, source.columns(module) * pool_size, pool_size)
     if source.record is None:
-        return given
+        return factor
     recorded = source.record.layers[module].factor
-    if abs(recorded - given) > SAME_FACTOR * abs(given):
+    if abs(recorded - factor) > SAME_FACTOR * abs(factor):
         raise AdapterError(
             f"{source.folder}: the factor of {module}",
             expected=f"{recorded!r}, as {RECORD} says",
-            got=f"{given!r} from {CONFIG}",
+            got=f"{factor!r} from {CONFIG}",
             todo=f"undo the change of {CONFIG}, or remove {RECORD}",
         )
     return recorded

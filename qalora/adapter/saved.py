@@ -97,8 +97,8 @@ def carry(model: Checkpoint, adapter: Adapter | None) -> Checkpoint:
     tied = model.tied and _stays_tied(saved)
     _check_shapes(model, tensors, saved, tied=tied)
     if tied:
-        kept = next((name for name in (EMBEDDING, HEAD) if name in saved.names), EMBEDDING)
-        tensors[EMBEDDING] = replace(tensors[kept], name=EMBEDDING)
+        source = next((name for name in (EMBEDDING, HEAD) if name in saved.names), EMBEDDING)
+        tensors[EMBEDDING] = replace(tensors[source], name=EMBEDDING)
         del tensors[HEAD]
     elif model.tied:
         tensors[HEAD] = replace(tensors[HEAD], name=HEAD)
@@ -172,9 +172,9 @@ def _with_rows(lazy: LazyTensor, rows: Rows) -> LazyTensor:
         if isinstance(base, GroupQuantTensor):
             raise TypeError(f"{lazy.name}: expected floats")
         here = (place >= start) & (place < stop)
-        made = base.to(dtype)
-        made[place[here] - start] = values.load_float().to(dtype)[here]
-        return made
+        rows = base.to(dtype)
+        rows[place[here] - start] = values.load_float().to(dtype)[here]
+        return rows
 
     return replace(lazy, dtype=dtype, read=read)
 
@@ -214,10 +214,10 @@ def _with_vocabulary(model: Checkpoint, carried: Checkpoint, saved: SavedTensors
     before, after = (one.tensors[EMBEDDING].shape[0] for one in (model, carried))
     trained = {EMBEDDING, HEAD} & set(saved.names)
     if trained and saved.files:
-        kept = {name: path for name, path in carried.files.items() if not _of_a_tokenizer(name)}
+        files = {name: path for name, path in carried.files.items() if not _of_a_tokenizer(name)}
         note = "the tokenizer is the adapter's, which brings embeddings of its own"
         notes = (*carried.notes, note)
-        carried = replace(carried, files={**kept, **saved.files}, gguf=None, notes=notes)
+        carried = replace(carried, files={**files, **saved.files}, gguf=None, notes=notes)
     elif (after > before and any(map(_of_a_tokenizer, model.files))) or (after != before and model.gguf is not None):
         raise AdapterError(
             f"the adapter's {EMBEDDING} has {after} rows and the base's has {before}, so the tokens differ",

@@ -52,7 +52,7 @@ def saved_tensors(
     if not keys.whole and not keys.rows:
         return None
     for name in keys.whole:
-        if not _said(name, config):
+        if not _is_saved(name, config):
             raise AdapterError(
                 f"{weights}: tensor {keys.whole[name]!r}",
                 expected="lora_A, lora_B, or what modules_to_save or bias says is trained",
@@ -73,8 +73,8 @@ def check_saved(config: PeftConfig, saved: SavedTensors, model: Checkpoint, wher
     """AdapterError for tensors that do not fit the model; and for modules that were trained whole and are not there."""
     carry(model, Adapter(layers={}, convention="paper", saved=saved))
     for module in config.modules_to_save:
-        named = [name for name in (*model.tensors, "lm_head.weight") if _matches(name, (module,))]
-        missing = [name for name in named if name not in saved.whole]
+        matches = [name for name in (*model.tensors, "lm_head.weight") if _matches(name, (module,))]
+        missing = [name for name in matches if name not in saved.whole]
         if missing:
             raise AdapterError(
                 f"{where}: modules_to_save {module!r}",
@@ -84,7 +84,7 @@ def check_saved(config: PeftConfig, saved: SavedTensors, model: Checkpoint, wher
             )
 
 
-def _said(name: str, config: PeftConfig) -> bool:
+def _is_saved(name: str, config: PeftConfig) -> bool:
     """Whether the config says that a tensor of the base is trained, or it is one that PEFT saves with a vocabulary."""
     module, _, part = name.rpartition(".")
     return module in EMBEDDINGS or (part == "bias" and config.bias != "none") or _matches(name, config.modules_to_save)
@@ -99,14 +99,14 @@ def _matches(name: str, ends: tuple[str, ...]) -> bool:
 
 def _indices(name: str, config: PeftConfig, weights: Path) -> tuple[int, ...]:
     module = module_of(name)
-    found = [ids for end, ids in config.token_indices.items() if module == end or module.endswith(f".{end}")]
-    if len(found) != 1:
+    entries = [ids for end, ids in config.token_indices.items() if module == end or module.endswith(f".{end}")]
+    if len(entries) != 1:
         raise AdapterError(
             f"{weights}: rows of {name}",
             expected="trainable_token_indices with their numbers",
-            got="none for it" if not found else f"{len(found)} entries for it",
+            got="none for it" if not entries else f"{len(entries)} entries for it",
         )
-    return found[0]
+    return entries[0]
 
 
 def _lazy(name: str, path: Path, entry: Entry) -> LazyTensor:
@@ -126,9 +126,9 @@ def _lazy(name: str, path: Path, entry: Entry) -> LazyTensor:
 def _tokenizer(folder: Path) -> dict[str, Path]:
     """The files of a tokenizer in an adapter's folder; none where there is no vocabulary among them."""
     templates = [f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja"))]
-    found = {name: contained(folder, name) for name in (*TOKENIZER, *templates) if (folder / name).exists()}
-    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & found.keys():
+    files = {name: contained(folder, name) for name in (*TOKENIZER, *templates) if (folder / name).exists()}
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & files.keys():
         return {}
-    for path in found.values():
+    for path in files.values():
         check_content(path)
-    return found
+    return files

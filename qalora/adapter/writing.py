@@ -79,7 +79,7 @@ def write_adapter(adapter: Adapter, folder: Path | str, *, convention: Conventio
             name_a, name_b = _names(module)
             weights.write(name_a, layer.a)
             weights.write(name_b, layer.b)
-        for name, lazy in _brought(adapter).items():
+        for name, lazy in _saved_tensors(adapter).items():
             for row, tile in lazy.float_tiles():
                 weights.write(name, tile, row)
     for name, path in ({} if adapter.saved is None else adapter.saved.files).items():
@@ -116,7 +116,7 @@ def _names(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
-def _brought(adapter: Adapter) -> dict[str, LazyTensor]:
+def _saved_tensors(adapter: Adapter) -> dict[str, LazyTensor]:
     """The tensors of the base that the adapter brings, and rows of them, by PEFT's names."""
     if adapter.saved is None:
         return {}
@@ -139,7 +139,7 @@ def _layout(adapter: Adapter) -> Layout:
     for module, layer in sorted(adapter.layers.items()):
         name_a, name_b = _names(module)
         parts += [(name_a, torch.float32, tuple(layer.a.shape)), (name_b, torch.float32, tuple(layer.b.shape))]
-    parts += [(name, lazy.dtype or torch.float32, lazy.shape) for name, lazy in _brought(adapter).items()]
+    parts += [(name, lazy.dtype or torch.float32, lazy.shape) for name, lazy in _saved_tensors(adapter).items()]
     return plan_layout(parts, {"format": "pt"})
 
 
@@ -178,8 +178,8 @@ def _record(adapter: Adapter) -> dict[str, Any]:
     layers = {
         module: LayerRecord(pool_size=layer.pool_size, factor=layer.factor) for module, layer in adapter.layers.items()
     }
-    found: dict[str, Any] = encode(AdapterRecord(convention=adapter.convention, minima=adapter.minima, layers=layers))
-    return found
+    content: dict[str, Any] = encode(AdapterRecord(convention=adapter.convention, minima=adapter.minima, layers=layers))
+    return content
 
 
 def _text(content: object) -> str:

@@ -67,7 +67,7 @@ class ChatLayout:
         self.tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
         settings = json.loads(path.read_text("utf-8")) | {"tokenizer_class": self.kind}
-        named = {key: value for key, value in settings.items() if key.endswith("_token") and value is not None}
+        special = {key: value for key, value in settings.items() if key.endswith("_token") and value is not None}
         flags = ("content", *_FLAGS, "special")
         settings["added_tokens_decoder"] = {
             str(number): {flag: getattr(token, flag) for flag in flags}
@@ -80,7 +80,7 @@ class ChatLayout:
             (folder / "chat_template.jinja").unlink()
             settings["chat_template"] = self.tokenizer.chat_template
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(named, indent=2), encoding="utf-8")
+        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
         path = folder / "generation_config.json"
         if self.generation is None:
             path.unlink(missing_ok=True)
@@ -94,17 +94,17 @@ def chat_layout(name: str) -> ChatLayout:
     from transformers import PreTrainedTokenizerFast
 
     facts = LAYOUTS[name]
-    made = Tokenizer.from_str(_tokenizer(name))
+    tokens = Tokenizer.from_str(_tokenizer(name))
     own = {
         f"{key}_token": token for key, token in (("bos", facts.bos), ("eos", facts.eos), ("pad", facts.pad)) if token
     }
     unknown = {"unk_token": "<unk>"} if "<unk>" in facts.first else {}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **own, **unknown)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, clean_up_tokenization_spaces=False, **own, **unknown)
     tokenizer.chat_template = facts.template
     rows = -(-len(tokenizer) // facts.rows) * facts.rows
     config: dict[str, Any] = {f"{key}_token_id": None for key in ("bos", "eos", "pad")}
-    config |= _ids(facts.config, made) | {"vocab_size": rows, **facts.settings}
-    generation = None if facts.generation is None else _ids(facts.generation, made)
+    config |= _ids(facts.config, tokens) | {"vocab_size": rows, **facts.settings}
+    generation = None if facts.generation is None else _ids(facts.generation, tokens)
     return ChatLayout(
         name=name,
         family=facts.family,
@@ -119,10 +119,12 @@ def chat_layout(name: str) -> ChatLayout:
     )
 
 
-def _ids(tokens: Mapping[str, Any], made: Any) -> dict[str, Any]:
+def _ids(tokens: Mapping[str, Any], vocabulary: Any) -> dict[str, Any]:
     """Texts by short names as ids by configs' keys."""
     return {
-        f"{key}_token_id": made.token_to_id(text) if isinstance(text, str) else [made.token_to_id(one) for one in text]
+        f"{key}_token_id": vocabulary.token_to_id(text)
+        if isinstance(text, str)
+        else [vocabulary.token_to_id(one) for one in text]
         for key, text in tokens.items()
     }
 
@@ -133,8 +135,8 @@ def _tokenizer(name: str) -> str:
     facts = LAYOUTS[name]
     pieces = facts.cut in ("gemma", "llama", "mistral")
     words, merges = _learned(pieces=pieces)
-    taken = set(facts.first)
-    vocabulary = {token: n for n, token in enumerate((*facts.first, *(word for word in words if word not in taken)))}
+    special = set(facts.first)
+    vocabulary = {token: n for n, token in enumerate((*facts.first, *(word for word in words if word not in special)))}
     start = len(vocabulary)
     listed = [(vocabulary[token], token) for token in facts.first]
     listed += [(start + n, token) for n, token in enumerate(facts.last)]
@@ -204,18 +206,18 @@ def _learned(*, pieces: bool) -> tuple[Sequence[str], Sequence[Any]]:
 
     text = demo_text()[:20_000]
     if not pieces:
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=WORDS, initial_alphabet=alphabet, show_progress=False)
     else:
-        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         words = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
         signs = pre_tokenizers.Split(Regex(rf"[^\p{{L}}{SPACE}]"), "isolated")  # no token joins letters and signs
-        made.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
         single = [f"<0x{n:02X}>" for n in range(256)]
         size = 256 + WORDS // 2
         trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=single, max_token_length=12, show_progress=False)
-    made.train_from_iterator(text.split("\n") if pieces else [text], trainer)
-    model = json.loads(made.to_str())["model"]
+    tokenizer.train_from_iterator(text.split("\n") if pieces else [text], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
     return sorted(model["vocab"], key=model["vocab"].__getitem__), model["merges"]

@@ -57,28 +57,28 @@ def convert(adapter: Path, form: str, model: str | None, out: Path, convention: 
     check_apart(out, adapter, *([] if model is None else [model]))
     check_output(out, force=force, names=ADAPTER_FILES)
     readable = {kind.suffix: kind for kind in loras().values() if kind.read is not None}
-    given = readable.get(adapter.suffix) if adapter.is_file() else None
-    wanted = loras().get(form)
-    for kind, where in ((given, f"{adapter}: "), (wanted, "")):
+    source_kind = readable.get(adapter.suffix) if adapter.is_file() else None
+    target_kind = loras().get(form)
+    for kind, where in ((source_kind, f"{adapter}: "), (target_kind, "")):
         if model is None and kind is not None and kind.by_base:
             what = f"{where}{kind.kind} needs the base model, for names and row order"
             raise InputError(what, todo="give --base MODEL")
-    if given is None:
+    if source_kind is None:
         open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     base = None if model is None else load(model)
     check_apart(out, *([] if base is None else [base.path]))
-    if given is not None and given.read is not None and base is not None:
-        read = given.read(adapter, base)
+    if source_kind is not None and source_kind.read is not None and base is not None:
+        read = source_kind.read(adapter, base)
     else:
         read = read_adapter(adapter, base, convention=convention)  # type: ignore[arg-type]
-    if wanted is not None:
-        click.echo(_write_file(wanted, read, base, out, force=force))
+    if target_kind is not None:
+        click.echo(_write_file(target_kind, read, base, out, force=force))
         _close(out, form, model)
         return
-    written = to_plain_lora(read) if form == "plain" else convert_adapter(read, form)  # type: ignore[arg-type]
+    converted = to_plain_lora(read) if form == "plain" else convert_adapter(read, form)  # type: ignore[arg-type]
     with new_folder(out, force=force, names=ADAPTER_FILES) as folder:
-        write_adapter(written, folder)
-    click.echo(_summary(read, written, form))
+        write_adapter(converted, folder)
+    click.echo(_summary(read, converted, form))
     _close(out, form, model)
 
 
@@ -107,14 +107,14 @@ def _exactness(rounded: int) -> str:
     return f"A of {rounded} layers times their scaling, rounded once to float32" if rounded else "exact"
 
 
-def _summary(read: Adapter, written: Adapter, form: str) -> str:
+def _summary(read: Adapter, result: Adapter, form: str) -> str:
     """What was written, in a sentence or two."""
-    ranks = Counter(layer.rank for layer in written.layers.values())
+    ranks = Counter(layer.rank for layer in result.layers.values())
     lines = [
-        f"{len(written.layers)} layers, rank {', '.join(map(str, sorted(ranks)))}: "
+        f"{len(result.layers)} layers, rank {', '.join(map(str, sorted(ranks)))}: "
         f"{read.convention} to {form}, dW the same in every bit"
     ]
-    scalings = {layer.scaling for layer in written.layers.values()}
+    scalings = {layer.scaling for layer in result.layers.values()}
     if form == "official" and len(scalings) > 1:
         lines.append("note: its layers differ in alpha (alpha_pattern), which the official PEFT 0.4 does not read")
     return "\n".join(lines)

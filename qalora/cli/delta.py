@@ -30,9 +30,9 @@ def make(base: Path, dist: Path, out: Path, force: bool) -> None:
 
     check_base(base, out, force=force)
     with progress_bar(nbytes_of(dist), "delta") as progress:
-        made = write_delta(base, dist, out, force=force, progress=progress)
-    print_made(made.folder, note=f"{100 * made.ratio:.1f} % of the release")
-    print_next(("qalora", "delta", "apply", made.folder, base, "-o", "OUT"))
+        delta = write_delta(base, dist, out, force=force, progress=progress)
+    print_made(delta.folder, note=f"{100 * delta.ratio:.1f} % of the release")
+    print_next(("qalora", "delta", "apply", delta.folder, base, "-o", "OUT"))
 
 
 @command.command("apply", cls=Command, example="qalora delta apply dist.delta base-dist -o dist")

@@ -80,15 +80,15 @@ def command(
     click.echo(f"   held-out loss {before:.3f} -> {after:.3f}, {perplexities}, on {log['held_out_tokens']} tokens")
     click.echo(f"2. Fold it, export to {', '.join(targets)}, and run each in its own runtime")
     export = ExportOptions(name=f"{base.path.name.partition('.')[0]}-QALoRA")
-    named = ReleaseOptions(targets=targets, export=export, text=text[cut:])
-    planned = plan_release(base, named, out / "dist", adapter=adapter, force=force)
+    release_options = ReleaseOptions(targets=targets, export=export, text=text[cut:])
+    planned = plan_release(base, release_options, out / "dist", adapter=adapter, force=force)
     with progress_bar(planned.nbytes, "writing") as progress, verification_bar() as stage:
         done = release(planned, out / "dist", force=force, progress=progress, stage=stage, judged=log_gates)
     print_release(done)
     for artifact in done.report.artifacts:
         for run in artifact.runs:
-            for made in run.generations:
-                click.echo(f"{run.kind:>18} continues: {made.text!r}")
+            for generation in run.generations:
+                click.echo(f"{run.kind:>18} continues: {generation.text!r}")
     click.echo(f"3. Look at it: {out / 'dist' / 'report.html'} is the proof as a page, with plots")
     click.echo("4. Check it, and make every byte of it again, whenever you like:")
     click.echo(f"   qalora check {out / 'dist'} --base {base.path} --text {out / HELD_OUT}")

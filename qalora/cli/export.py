@@ -11,7 +11,6 @@ from qalora.cli.closing import print_dry, print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
-    chosen,
     convention_option,
     dry_run_option,
     force_option,
@@ -21,6 +20,7 @@ from qalora.cli.options import (
     output_option,
     print_json,
     print_plans,
+    record_from,
 )
 from qalora.cli.progress import log_format_option, progress_bar
 from qalora.options.export import Export
@@ -66,7 +66,7 @@ def command(
     Everything is planned first. What a format cannot hold exactly is refused before anything is written, unless
     --allow-loss names the loss.
     """
-    export = chosen(Export, settings)
+    export = record_from(Export, settings)
 
     from qalora.adapter import open_adapter, read_adapter
     from qalora.converters.exports import check_fold, check_places, check_targets, export_jobs, run_jobs, writing

@@ -13,7 +13,6 @@ from qalora.cli.closing import print_dry, print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
-    chosen,
     convention_option,
     dry_run_option,
     force_option,
@@ -24,6 +23,7 @@ from qalora.cli.options import (
     output_option,
     print_json,
     print_plans,
+    record_from,
     table_console,
 )
 from qalora.cli.progress import log_format_option, watch
@@ -65,7 +65,7 @@ def command(
     Then the folder is read back and each layer is proven: no code changed, each minimum is the nearest to
     min + factor * B @ A. Tensors that ADAPTER has whole, such as embeddings, replace those of MODEL.
     """
-    size = chosen(Folded, settings).max_shard_size
+    size = record_from(Folded, settings).max_shard_size
 
     from qalora.adapter import carry, open_adapter, read_adapter
     from qalora.converters import native
@@ -80,18 +80,18 @@ def command(
     check_apart(out, base.path)
     read = read_adapter(adapter, base, convention=convention)
     rounded: Minima = minima or read.minima or "float16"
-    made = fold(base, read, minima=rounded)
-    plan = save(made, out, max_shard_size=size, force=force, dry_run=dry_run, watch=watch())
+    folded = fold(base, read, minima=rounded)
+    plan = save(folded, out, max_shard_size=size, force=force, dry_run=dry_run, watch=watch())
     proofs = {} if dry_run else _prove(base, read, native.read(out), rounded)
-    brought = () if read.saved is None else read.saved.names
+    saved = () if read.saved is None else read.saved.names
     if as_json:
-        print_json({"plan": plan.to_json(), "minima": rounded, "layers": _rows(read, proofs), "saved": list(brought)})
+        print_json({"plan": plan.to_json(), "minima": rounded, "layers": _rows(read, proofs), "saved": list(saved)})
     elif dry_run:
         print_plans([plan], details=True)
     else:
         _print(read, proofs, rounded)
     wrong = [module for module, proof in proofs.items() if not proof.exact]
-    wrong += [] if dry_run else _differing(carry(base, read), native.read(out), brought)
+    wrong += [] if dry_run else _differing(carry(base, read), native.read(out), saved)
     if wrong:
         raise ProofError(f"{out} is not the folded model: {len(wrong)} tensors differ, the first is {wrong[0]}")
     if not as_json:
@@ -106,18 +106,18 @@ def _close(out: Path, *, dry_run: bool) -> None:
     print_next(("qalora", "export", out, "--to", "gguf", "-o", "dist"))
 
 
-def _differing(wanted: Checkpoint, folded: Checkpoint, names: Sequence[str]) -> list[str]:
+def _differing(expected: Checkpoint, folded: Checkpoint, names: Sequence[str]) -> list[str]:
     """Those of the tensors that the adapter brings whole which are not what was written."""
     import torch
 
     def same(name: str) -> bool:
-        mine, theirs = folded.tensors.get(name), wanted.tensors[name]
+        mine, theirs = folded.tensors.get(name), expected.tensors[name]
         return mine is not None and all(
             torch.equal(tile, mine.rows(row, row + tile.shape[0]))  # type: ignore[arg-type]
             for row, tile in theirs.float_tiles()
         )
 
-    return [name for name in names if name in wanted.tensors and not same(name)]
+    return [name for name in names if name in expected.tensors and not same(name)]
 
 
 def _prove(base: Checkpoint, adapter: Adapter, folded: Checkpoint, minima: Minima) -> dict[str, FoldProof]:
@@ -157,15 +157,15 @@ def _print(adapter: Adapter, proofs: Mapping[str, FoldProof], minima: Minima) ->
     kinds: dict[tuple[str, int, int], list[FoldProof]] = {}
     for module, layer in adapter.layers.items():
         kinds.setdefault((module.rpartition(".")[2], layer.rank, layer.pool_size), []).append(proofs[module])
-    for (kind, rank, pool_size), found in kinds.items():
+    for (kind, rank, pool_size), group in kinds.items():
         table.add_row(
-            f"{len(found)} x {kind}",
+            f"{len(group)} x {kind}",
             str(rank),
             str(pool_size),
-            str(sum(proof.codes_differ for proof in found)),
-            f"{sum(proof.groups for proof in found):,}",
-            f"{max(proof.max_ulp for proof in found):.4f}",
-            str(sum(proof.beyond for proof in found)),
+            str(sum(proof.codes_differ for proof in group)),
+            f"{sum(proof.groups for proof in group):,}",
+            f"{max(proof.max_ulp for proof in group):.4f}",
+            str(sum(proof.beyond for proof in group)),
         )
     console.print(table)
     if adapter.saved is not None:

@@ -32,7 +32,6 @@ __all__ = [
     "Group",
     "WithExample",
     "checkpoint_format_option",
-    "chosen",
     "convention_option",
     "dry_run_option",
     "force_option",
@@ -43,6 +42,7 @@ __all__ = [
     "output_option",
     "print_json",
     "print_plans",
+    "record_from",
     "spelling",
     "table_console",
 ]
@@ -80,8 +80,8 @@ class WithExample(click.Command):
 
 def _first_sentence(text: str) -> tuple[str, str]:
     """(the first sentence, what follows it)."""
-    found = re.match(r"(.+?\.)(?:\s+|$)", text, re.DOTALL)
-    return (text, "") if found is None else (found[1], text[found.end() :])
+    match = re.match(r"(.+?\.)(?:\s+|$)", text, re.DOTALL)
+    return (text, "") if match is None else (match[1], text[match.end() :])
 
 
 class Command(WithExample):
@@ -148,7 +148,7 @@ class _Value(click.ParamType[Any]):
 
 
 def options_of(record: type, *, leave_out: Collection[str] = ()) -> Callable[[F], F]:
-    """The options of a record; `chosen` makes the record of what was given."""
+    """The options of a record; `record_from` makes the record of what the user gave."""
 
     def decorate(function: F) -> F:
         known = [one for one in fields_of(record) if one.name not in leave_out]
@@ -170,7 +170,7 @@ def _decorator(option: Option, record: type) -> Callable[[F], F]:
         names_of = f"{flag}/{off}" if off else flag
         return click.option(names_of, option.name, default=option.default, is_flag=True, **settings)
     if option.default not in (None, (), frozenset()) and not option.required:
-        settings |= {"default": _shown(option) if option.size else option.default, "show_default": True}
+        settings |= {"default": _size_text(option) if option.size else option.default, "show_default": True}
     return click.option(
         *(["-o"] if option.flag == "output" else []),
         flag,
@@ -182,15 +182,15 @@ def _decorator(option: Option, record: type) -> Callable[[F], F]:
     )
 
 
-def _shown(option: Option) -> str:
+def _size_text(option: Option) -> str:
     """A size as people write it."""
     return f"{option.default / 1e9:g}GB"
 
 
-def chosen(record: type[T], settings: dict[str, Any], **given: Any) -> T:
+def record_from(record: type[T], settings: dict[str, Any], **fixed: Any) -> T:
     """Take what `options_of` added out of a command's settings, and make the record of it.
 
-    given  fields that are set beside what the user gave
+    fixed  fields that are set beside what the user gave
     """
     context = click.get_current_context()
     own = {}
@@ -199,7 +199,7 @@ def chosen(record: type[T], settings: dict[str, Any], **given: Any) -> T:
             value = settings.pop(option.name)
             if context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
                 own[option.name] = value
-    return record(**own, **given)
+    return record(**own, **fixed)
 
 
 def output_option(what: str) -> Callable[[F], F]:
@@ -252,8 +252,8 @@ def checkpoint_format_option(function: F) -> F:
 
 
 def _words(kind: Any) -> tuple[str, ...]:
-    found: tuple[str, ...] = kind.__args__
-    return found
+    words: tuple[str, ...] = kind.__args__
+    return words
 
 
 def open_model(model: str, checkpoint_format: str | None = None) -> Checkpoint:

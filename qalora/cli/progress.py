@@ -63,7 +63,7 @@ _META = "qalora.log_format"
 def log_format_option(function: F) -> F:
     """--log-format, which the functions of this module find in the context."""
 
-    def chosen(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    def store(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
         if value is not None:
             ctx.meta[_META] = value
 
@@ -72,7 +72,7 @@ def log_format_option(function: F) -> F:
         type=click.Choice(["text", "json"]),
         is_eager=True,
         expose_value=False,
-        callback=chosen,
+        callback=store,
         help="Progress on stderr as bars and lines, the default, or as a JSON object on each line.",
     )(function)
 
@@ -90,10 +90,10 @@ def asks_for_json(arguments: Sequence[str]) -> bool:
 
 def log_event(event: str, **content: object) -> None:
     """A JSON line on stderr. What UTF-8 cannot hold, such as a byte of a path, stands as an escape in its text."""
-    held = {
+    fields = {
         key: text_bytes(value).decode("utf-8") if isinstance(value, str) else value for key, value in content.items()
     }
-    click.echo(json.dumps({"event": event, **held}), err=True)
+    click.echo(json.dumps({"event": event, **fields}), err=True)
 
 
 def say(message: str) -> None:
@@ -137,12 +137,12 @@ class _Percents:
     """A JSON line for each stage and each whole percent of it."""
 
     def __init__(self) -> None:
-        self._said: tuple[str, int] | None = None
+        self._latest: tuple[str, int] | None = None
 
     def show(self, stage: str, share: float, **more: object) -> None:
         now = (stage, int(100 * share))
-        if now != self._said:
-            self._said = now
+        if now != self._latest:
+            self._latest = now
             log_event("progress", stage=stage, share=round(share, 4), **more)
 
 
@@ -180,16 +180,16 @@ def verification_bar() -> Iterator[Callable[[str, float], None]]:
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    said = ""
+    latest = ""
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("verify", total=1.0)
 
         def show(stage: str, share: float) -> None:
-            nonlocal said
+            nonlocal latest
             bar.update(task, completed=share, description=stage)
-            if not console.is_terminal and stage != said:
+            if not console.is_terminal and stage != latest:
                 click.echo(f"{100 * share:3.0f} % {stage} ...", err=True)
-            said = stage
+            latest = stage
 
         yield show
 
@@ -233,8 +233,8 @@ def training_bar() -> Iterator[TrainingProgress]:
             if report.note:
                 say(report.note)
             keys = ("loss", "held_out", "tokens_per_second", "seconds_left")
-            shown = {key: _number(getattr(report, key)) for key in keys}
-            percents.show("training", report.step / report.steps, step=report.step, steps=report.steps, **shown)
+            figures = {key: _number(getattr(report, key)) for key in keys}
+            percents.show("training", report.step / report.steps, step=report.step, steps=report.steps, **figures)
 
         yield log
         return
@@ -261,16 +261,16 @@ def training_bar() -> Iterator[TrainingProgress]:
 
 
 def _of_training(report: StepReport) -> str:
-    shown = [
+    parts = [
         f"{words} {value:.3f}"
         for words, value in (("loss", report.loss), ("held-out", report.held_out))
         if math.isfinite(value)
     ]
     if report.tokens_per_second:
-        shown.append(f"{report.tokens_per_second:.0f} tokens/s")
+        parts.append(f"{report.tokens_per_second:.0f} tokens/s")
     if report.step < report.steps:
-        shown.append(f"{timedelta(seconds=round(report.seconds_left))} left")
-    return "  ".join(shown)
+        parts.append(f"{timedelta(seconds=round(report.seconds_left))} left")
+    return "  ".join(parts)
 
 
 def watch() -> Watch:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qalora.cli.options import Command, chosen, options_of
+from qalora.cli.options import Command, options_of, record_from
 from qalora.cli.progress import log_format_option
 from qalora.options import fields_of
 from qalora.options.recipe import Push
@@ -30,12 +30,12 @@ def command(dist: Path, repo: str, allow_unproven: bool, **settings: Any) -> Non
     The checksums are checked first, and every file of the repository is compared with the release afterwards. The
     token is the one of `hf auth login`, or HF_TOKEN.
     """
-    options = chosen(Push, settings, repo=repo)
+    options = record_from(Push, settings, repo=repo)
 
     from qalora.releasing.push import plan_push, push
 
-    given = {one.name: getattr(options, one.name) for one in fields_of(Push) if one.name != "upload"}
-    plan = plan_push(dist, **given, allow_unproven=allow_unproven)
+    settings_of_push = {one.name: getattr(options, one.name) for one in fields_of(Push) if one.name != "upload"}
+    plan = plan_push(dist, **settings_of_push, allow_unproven=allow_unproven)
     print_push(plan)
     print_sent(push(plan) if options.upload else None)
 

@@ -11,7 +11,6 @@ from qalora.cli.closing import print_dry, print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
-    chosen,
     dry_run_option,
     force_option,
     json_flag,
@@ -19,6 +18,7 @@ from qalora.cli.options import (
     output_option,
     print_json,
     print_plans,
+    record_from,
 )
 from qalora.cli.progress import log_format_option, watch
 from qalora.options.quantize import Quantize
@@ -52,7 +52,7 @@ def command(
     --calibration, a text like those that the model will see, each layer is quantized on the inputs that it gets from
     the quantized layers before it: use it at 3 bits and fewer.
     """
-    options = chosen(Quantize, settings)
+    options = record_from(Quantize, settings)
 
     from qalora.pipeline.making import make_base
 

@@ -11,7 +11,6 @@ from qalora.cli.closing import nbytes_of, print_dry, print_next, readable
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
-    chosen,
     convention_option,
     dry_run_option,
     force_option,
@@ -20,6 +19,7 @@ from qalora.cli.options import (
     options_of,
     print_json,
     print_plans,
+    record_from,
     table_console,
 )
 from qalora.cli.progress import log_format_option, watch
@@ -65,7 +65,11 @@ def command(
     report is written, beside the folder's place, and the exit status is 1. For a whole pipeline with training, see
     qalora run.
     """
-    export, package, verify = chosen(Export, settings), chosen(Package, settings), chosen(Verify, settings)
+    export, package, verify = (
+        record_from(Export, settings),
+        record_from(Package, settings),
+        record_from(Verify, settings),
+    )
 
     from qalora.pipeline.making import check_before_release, make_release, preview_release
     from qalora.pipeline.running import sign_password

@@ -36,10 +36,10 @@ def command(recipe: Path, force: bool, dry_run: bool, as_json: bool) -> None:
     from qalora.pipeline import run
     from qalora.pipeline.recipe import read_recipe
 
-    shown = replace(
+    progress = replace(
         watch(), done=(lambda done: None) if as_json else print_release, planned=print_push, sent=print_sent
     )
-    rows = run(recipe, force=force, dry_run=dry_run, watch=shown)
+    rows = run(recipe, force=force, dry_run=dry_run, watch=progress)
     if as_json:
         print_json(
             [{"step": row.label, "state": row.state, "bytes": row.nbytes, "seconds": row.seconds} for row in rows]

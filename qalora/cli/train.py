@@ -13,12 +13,12 @@ from qalora.cli.closing import print_dry, print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
-    chosen,
     dry_run_option,
     json_flag,
     open_model,
     options_of,
     print_json,
+    record_from,
 )
 from qalora.cli.progress import log_format_option, say, training_bar
 from qalora.errors import QaloraError
@@ -54,7 +54,7 @@ def command(model: str, checkpoint_format: str | None, dry_run: bool, as_json: b
     from qalora.training.distributed import joined
 
     with joined(settings["device"] or "auto") as processes, _one_voice(processes):
-        options = chosen(TrainOptions, settings)
+        options = record_from(TrainOptions, settings)
         check_before(options)
         if not processes.first:
             train(load(model, checkpoint_format=checkpoint_format), options)
@@ -65,18 +65,18 @@ def command(model: str, checkpoint_format: str | None, dry_run: bool, as_json: b
             return
         if slow := slowness(options.dtype, find_device(options.device)):
             say(slow)
-        seen: list[StepReport] = []
+        reports: list[StepReport] = []
         with training_bar() as show:
 
             def step(report: StepReport) -> None:
-                seen.append(report)
+                reports.append(report)
                 show(report)
 
             adapter = train(base, options, step, _tell)
-    last = seen[-1]
-    found = {"steps": last.steps, "loss": last.loss, "held_out_loss": last.held_out, "strength": last.strength}
+    last = reports[-1]
+    summary = {"steps": last.steps, "loss": last.loss, "held_out_loss": last.held_out, "strength": last.strength}
     if as_json:
-        print_json({**found, "layers": len(adapter.layers), "adapter": str(options.out)})
+        print_json({**summary, "layers": len(adapter.layers), "adapter": str(options.out)})
     else:
         loss, at = last.held_out, "" if last.strength == 1 else f" at strength {last.strength:g}"
         click.echo(f"held-out loss {loss:.4f} (perplexity {math.exp(loss):.2f}){at} after {last.steps} steps")

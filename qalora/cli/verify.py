@@ -11,7 +11,6 @@ from qalora.cli.closing import print_made, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
-    chosen,
     convention_option,
     force_option,
     json_flag,
@@ -19,6 +18,7 @@ from qalora.cli.options import (
     open_model,
     options_of,
     print_json,
+    record_from,
     table_console,
 )
 from qalora.cli.progress import log_format_option, log_gates, verification_bar
@@ -69,7 +69,7 @@ def command(
     Every bound is derived from a measurement on this model, and the report shows how. Exit status 1 if a gate fails
     or a runtime is missing.
     """
-    options = chosen(Verify, settings)
+    options = record_from(Verify, settings)
 
     from qalora.adapter import open_adapter
     from qalora.parity import verify

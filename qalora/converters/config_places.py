@@ -67,7 +67,7 @@ def tidied(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tupl
     unread = [key for key in SOME if key in config and key not in quiet and _is_lost(key, config[key], family)]
     if unread:
         kept = {key: value for key, value in kept.items() if key not in unread}
-        notes.append(f"{_said(config, unread)}: no {family.model_type} of transformers reads that")
+        notes.append(f"{_values_text(config, unread)}: no {family.model_type} of transformers reads that")
     joined = settings["rope_parameters"]
     over = list(_passed_over(config, joined, family))
     if over:
@@ -75,11 +75,11 @@ def tidied(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tupl
         notes.append(f"{', '.join(over)}, which is passed over: rotary positions are {_short(joined)}")
     if config.get("dtype") is not None and config.get("torch_dtype") not in (None, config["dtype"]):
         del kept["torch_dtype"]
-        notes.append(f"{_said(config, ['torch_dtype'])}: dtype counts, {config['dtype']!r:.60}")
+        notes.append(f"{_values_text(config, ['torch_dtype'])}: dtype counts, {config['dtype']!r:.60}")
     factors = [key for key in MULTIPLIERS if key not in SOME and _matters(config.get(key))]
     others = [*_other_names(config, settings, family), *factors]
     if others:
-        notes.append(f"{_said(config, others)}: no {family.model_type} of transformers reads that")
+        notes.append(f"{_values_text(config, others)}: no {family.model_type} of transformers reads that")
     return kept, tuple(f"{where.name}: config.json has {note}" for note in notes)
 
 
@@ -161,7 +161,7 @@ def _matters(value: object) -> bool:
     return value is not None and value is not False and value not in (0, 1)
 
 
-def _said(config: Mapping[str, Any], keys: list[str]) -> str:
+def _values_text(config: Mapping[str, Any], keys: list[str]) -> str:
     return ", ".join(f"{key} {config[key]!r:.60}" for key in keys)
 
 

@@ -82,11 +82,11 @@ def ends_of(model: Checkpoint) -> Ends:
         return _of_genai(model, path)
     if rule == "mlx-lm":
         return _of_mlx(model)
-    value, source = _said(model)
+    value, source = _end_setting(model)
     return Ends(ids=_ids(model, value, _where(model, source)), source=source)
 
 
-def _said(model: Checkpoint) -> tuple[Any, str]:
+def _end_setting(model: Checkpoint) -> tuple[Any, str]:
     """eos_token_id as transformers' generate finds it, and the file that has it."""
     if GENERATION in model.files:
         return _generation(model).get(KEY), GENERATION

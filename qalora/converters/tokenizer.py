@@ -220,7 +220,7 @@ def chat_templates(model: Checkpoint) -> dict[str, str]:
     found = settings.get("chat_template")
     if isinstance(found, str | None):
         return {} if found is None else {"default": found}
-    pairs = list(found.items()) if isinstance(found, dict) else [_named(entry) for entry in _listed(found)]
+    pairs = list(found.items()) if isinstance(found, dict) else [_template_entry(entry) for entry in _listed(found)]
     wrong = [part for pair in pairs for part in pair if not isinstance(part, str)]
     if wrong:
         raise FormatError(
@@ -235,7 +235,7 @@ def _listed(found: object) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def _named(entry: object) -> tuple[Any, Any]:
+def _template_entry(entry: object) -> tuple[Any, Any]:
     return (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (entry, entry)
 
 

@@ -63,9 +63,11 @@ def apply_delta(
     files, every = chosen_files(delta, targets), read_delta(delta)
     names = {file.path for file in files}
     check_output(out, force=force, names=names)
-    for kept in (base, delta):
-        if kept.resolve().is_relative_to(out.resolve()) and (kept is delta or kept.resolve() != out.resolve()):
-            raise OutputError(f"{out}", expected=f"a place that does not hold {kept}", todo="choose a different output")
+    for source in (base, delta):
+        if source.resolve().is_relative_to(out.resolve()) and (source is delta or source.resolve() != out.resolve()):
+            raise OutputError(
+                f"{out}", expected=f"a place that does not hold {source}", todo="choose a different output"
+            )
     _check_sums(delta)
     places = _bases(base, files)
     nbytes = sum(file.nbytes for file in files)
@@ -100,19 +102,19 @@ def _bases(base: Path, files: Sequence[DeltaFile]) -> dict[str, Path]:
     folders = {path.partition("/")[0] for path in needed}
     inside = len(folders) == 1 and all("/" in path for path in needed) and not (base / min(folders)).exists()
     places, digests = {}, dict[Path, str]()
-    for path, wanted in sorted(needed.items()):
+    for path, base_file in sorted(needed.items()):
         place = base if base.is_file() else contained(base, path.partition("/")[2] if inside else path)
         if not place.is_file():
-            expected = f"a file of the base with sha256 {wanted.sha256}"
+            expected = f"a file of the base with sha256 {base_file.sha256}"
             todo = "name the base release, or with `targets` the sub-folders that are there"
             raise InputError(f"{place}", expected=expected, got="no such file", todo=todo)
         if place not in digests:
             with InputFile(place) as file:
                 digests[place] = sha256(file)
-        if digests[place] != wanted.sha256:
+        if digests[place] != base_file.sha256:
             raise InputError(
                 f"{place}",
-                expected=f"{wanted.path} with sha256 {wanted.sha256}",
+                expected=f"{base_file.path} with sha256 {base_file.sha256}",
                 got=digests[place],
                 todo="this delta was made over another base",
             )
@@ -131,7 +133,7 @@ def _rebuild(
         old = None if file.base is None else stack.enter_context(InputFile(places[file.base.path]))
         out = stack.enter_context(OutputFile(place, file.nbytes))
         for op in file.ops:
-            for part in _made(op, old, data, at, f"{data.path}: at byte {at}, for {file.path}"):
+            for part in _bytes_of(op, old, data, at, f"{data.path}: at byte {at}, for {file.path}"):
                 digest.update(part)
                 done += out.write(done, part)
                 progress(file.path, len(part))
@@ -142,7 +144,7 @@ def _rebuild(
         )
 
 
-def _made(op: Op, old: InputFile | None, data: InputFile, at: int, where: str) -> Iterator[memoryview]:
+def _bytes_of(op: Op, old: InputFile | None, data: InputFile, at: int, where: str) -> Iterator[memoryview]:
     """The bytes that one operation makes, a tile at a time."""
     if isinstance(op, Data):
         yield memoryview(unpack(data.read(at, op.packed), op.nbytes, where))

@@ -46,9 +46,9 @@ def _rolling(data: Bytes) -> _Hashes:
 def _chunks(old: Bytes) -> tuple[_Hashes, NDArray[np.int64]]:
     """The hashes of the chunks of `old`, sorted, and where each stands; the first of equal ones first."""
     hashes = [_rolling(old[at : at + _WINDOW])[::CHUNK] for at in range(0, len(old), _WINDOW) if len(old) - at >= CHUNK]
-    found = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
-    order = np.argsort(found, kind="stable")
-    return found[order], order.astype(np.int64) * CHUNK
+    all_hashes = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+    order = np.argsort(all_hashes, kind="stable")
+    return all_hashes[order], order.astype(np.int64) * CHUNK
 
 
 def find_copies(old: Bytes, new: Bytes) -> Iterator[tuple[int, int, int]]:

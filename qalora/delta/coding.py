@@ -96,5 +96,5 @@ def _sums(old: Bytes, planes: Bytes) -> Bytes:
     word = _word(old.shape[1])
     folded = np.ascontiguousarray(planes.reshape(old.shape[1], len(old)).T).view(word)
     steps = (folded >> word.type(1)) ^ (word.type(0) - (folded & word.type(1)))
-    made: Bytes = (np.ascontiguousarray(old).view(word) + steps).view(np.uint8)
-    return made
+    column: Bytes = (np.ascontiguousarray(old).view(word) + steps).view(np.uint8)
+    return column

@@ -101,8 +101,8 @@ def write_delta(
         sums = "".join(f"{line}\n" for _, line in summed(folder))
         (folder / SUMS).write_text(sums, encoding="utf-8")
         nbytes = sum(path.stat().st_size for path in folder.iterdir())
-    made = sum(file.nbytes for file in files)
-    return WrittenDelta(folder=out, files=tuple(files), nbytes=nbytes, made_bytes=made)
+    made_bytes = sum(file.nbytes for file in files)
+    return WrittenDelta(folder=out, files=tuple(files), nbytes=nbytes, made_bytes=made_bytes)
 
 
 class _Maker:
@@ -117,18 +117,20 @@ class _Maker:
         checked_path(path, str(place))
         with ExitStack() as stack:
             new = stack.enter_context(InputFile(place))
-            digest, old, held = sha256(new), None, None
+            digest, old, base_file = sha256(new), None, None
             if base is not None and before is not None and new.size > SMALL:
                 old = stack.enter_context(InputFile(before))
-                held = BaseFile(path=checked_path(base, str(before)), nbytes=old.size, sha256=sha256(old))
-            if held is not None and held.sha256 == digest:
+                base_file = BaseFile(path=checked_path(base, str(before)), nbytes=old.size, sha256=sha256(old))
+            if base_file is not None and base_file.sha256 == digest:
                 self._copy(0, new.size)
             elif old is None:
                 self._ship(new, 0, new.size)
             else:
                 self._compare(old, new)
         used = any(not isinstance(op, Data) for op in self._ops)
-        return DeltaFile(path=path, nbytes=new.size, sha256=digest, base=held if used else None, ops=tuple(self._ops))
+        return DeltaFile(
+            path=path, nbytes=new.size, sha256=digest, base=base_file if used else None, ops=tuple(self._ops)
+        )
 
     def _compare(self, old: InputFile, new: InputFile) -> None:
         before, regions = tensor_regions(old.path), tensor_regions(new.path)

@@ -21,15 +21,15 @@ def match_files(base: Collection[str], new: Collection[str]) -> dict[str, str | 
 
 
 def _alike(path: str, base: Collection[str]) -> str | None:
-    wanted = PurePosixPath(path)
-    if wanted.suffix not in weight_suffixes():
+    target = PurePosixPath(path)
+    if target.suffix not in weight_suffixes():
         return None
-    found = [
+    candidates = [
         other
         for other in sorted(base)
-        if PurePosixPath(other).parent == wanted.parent and PurePosixPath(other).suffix == wanted.suffix
+        if PurePosixPath(other).parent == target.parent and PurePosixPath(other).suffix == target.suffix
     ]
-    return max(found, key=lambda other: _likeness(PurePosixPath(other).name, wanted.name), default=None)
+    return max(candidates, key=lambda other: _likeness(PurePosixPath(other).name, target.name), default=None)
 
 
 def _likeness(one: str, other: str) -> int:

@@ -158,9 +158,9 @@ class DeltaFile:
     ops: tuple[Op, ...]
 
     def __post_init__(self) -> None:
-        made = sum(op.nbytes for op in self.ops)
-        if made != self.nbytes:
-            raise FormatError("ops", expected=f"{self.nbytes} bytes together", got=str(made))
+        total = sum(op.nbytes for op in self.ops)
+        if total != self.nbytes:
+            raise FormatError("ops", expected=f"{self.nbytes} bytes together", got=str(total))
         there = 0 if self.base is None else self.base.nbytes
         for n, op in enumerate(self.ops):
             if not isinstance(op, Data) and op.at + op.nbytes > there:
@@ -187,14 +187,14 @@ class _Index:
             raise FormatError("files", expected=f"at most {MAX_FILES}", got=str(len(self.files)))
         if (count := sum(len(file.ops) for file in self.files)) > MAX_OPS:
             raise FormatError("files", expected=f"at most {MAX_OPS} operations", got=str(count))
-        seen: set[str] = set()
+        paths: set[str] = set()
         folders: set[str] = set()
         for path in (file.path.casefold() for file in self.files):
-            if path in seen:
+            if path in paths:
                 raise FormatError(f"the path {path!r} appears twice")
-            seen.add(path)
+            paths.add(path)
             folders |= {str(parent) for parent in PurePosixPath(path).parents}
-        for path in sorted(seen & folders):
+        for path in sorted(paths & folders):
             raise FormatError(f"the path {path!r} is a file and a folder")
 
 

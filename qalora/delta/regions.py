@@ -28,15 +28,15 @@ class Region:
 def tensor_regions(path: Path) -> list[Region]:
     """The tensors of a file, by offset, none overlapping another; empty where it is no file of tensors."""
     try:
-        found = _READERS[path.suffix](path) if path.suffix in _READERS else []
+        regions = _READERS[path.suffix](path) if path.suffix in _READERS else []
     except InputError:
         return []
-    kept: list[Region] = []
-    for region in sorted(found, key=lambda region: (region.offset, region.nbytes, region.name)):
-        at = kept[-1].offset + kept[-1].nbytes if kept else 0
+    separate: list[Region] = []
+    for region in sorted(regions, key=lambda region: (region.offset, region.nbytes, region.name)):
+        at = separate[-1].offset + separate[-1].nbytes if separate else 0
         if region.nbytes and region.offset >= at and region.nbytes % region.block == 0:
-            kept.append(region)
-    return kept
+            separate.append(region)
+    return separate
 
 
 def head_bytes(regions: list[Region], size: int) -> int:
@@ -62,15 +62,15 @@ def _safetensors(path: Path) -> list[Region]:
 def _onnx_data(path: Path) -> list[Region]:
     from qalora.formats.onnx import DTYPES, read_initializers
 
-    found = []
+    regions = []
     for model in sorted(path.parent.glob("*.onnx")):
         _, stored = read_initializers(model)
-        found += [
+        regions += [
             Region(name=name, offset=item.offset, nbytes=item.nbytes, block=max(1, DTYPES[item.dtype][1] // 8))
             for name, item in stored.items()
             if item.inline is None and item.path.name == path.name
         ]
-    return found
+    return regions
 
 
 _READERS = {".gguf": _gguf, ".safetensors": _safetensors, ".data": _onnx_data}

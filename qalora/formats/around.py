@@ -31,17 +31,17 @@ def instead_of_config(folder: Path) -> tuple[str, str]:
         return "an adapter", f"give its base as the model, and this with `adapter` {folder}"
     found = _ending(here, (".gguf",))
     if found:
-        return _shown(found), f"give the file: {folder / found[0]}"
+        return _list_names(found), f"give the file: {folder / found[0]}"
     inner = _folders(folder, CONFIG)
     if inner:
-        return f"models in {_shown(inner)}", f"give one of them, such as {folder / inner[-1]}"
+        return f"models in {_list_names(inner)}", f"give one of them, such as {folder / inner[-1]}"
     inner = _folders(folder, ADAPTER_CONFIG)
     if inner:
         told = f"give their base as the model, and one of them with `adapter` {folder / inner[-1]}"
-        return f"adapters in {_shown(inner)}", told
+        return f"adapters in {_list_names(inner)}", told
     found = _ending(here, (".safetensors", *PICKLES))
     if found:
-        return f"{_shown(found)} alone", "put the model's config.json and tokenizer beside it"
+        return f"{_list_names(found)} alone", "put the model's config.json and tokenizer beside it"
     return "none", ""
 
 
@@ -51,19 +51,22 @@ def instead_of_weights(folder: Path, stem: str = "model") -> tuple[str, str]:
     found = [name for name in _ending(here, (".safetensors",)) if not name.startswith("adapter_")]
     parts = [name for name in found if PART.fullmatch(name)]
     if parts:
-        return f"{_shown(parts)} without the index that says which tensor is where", f"put {wanted}.index.json there"
+        return (
+            f"{_list_names(parts)} without the index that says which tensor is where",
+            f"put {wanted}.index.json there",
+        )
     if len(found) == 1:
         return found[0], f"rename it to {wanted}, if it holds the whole model"
     if found:
-        return _shown(found), f"leave the one that holds the whole model, as {wanted}"
+        return _list_names(found), f"leave the one that holds the whole model, as {wanted}"
     if ADAPTER_WEIGHTS in here:
         return f"{ADAPTER_WEIGHTS}, an adapter", "give its base as the model, and this folder with `adapter`"
     ggufs = _ending(here, (".gguf",))
     if ggufs:
-        return _shown(ggufs), f"give the file: {folder / ggufs[0]}"
+        return _list_names(ggufs), f"give the file: {folder / ggufs[0]}"
     inner = _folders(folder, wanted, f"{wanted}.index.json")
     if inner:
-        return f"one in {_shown(inner)}", f"give the folder that is meant, such as {folder / inner[-1]}"
+        return f"one in {_list_names(inner)}", f"give the folder that is meant, such as {folder / inner[-1]}"
     return "neither", ""
 
 
@@ -76,14 +79,14 @@ def instead_of_adapter(folder: Path, name: str) -> tuple[str, str]:
         return _half_an_adapter(folder, here, name)
     inner = _folders(folder, ADAPTER_CONFIG)
     if inner:
-        return f"adapters in {_shown(inner)}", f"give the one that is meant, such as {folder / inner[-1]}"
+        return f"adapters in {_list_names(inner)}", f"give the one that is meant, such as {folder / inner[-1]}"
     ggufs = _ending(here, (".gguf",))
     if ggufs:
-        return _shown(ggufs), f"if it is a GGUF LoRA: qalora adapter convert {folder / ggufs[0]} --base MODEL"
+        return _list_names(ggufs), f"if it is a GGUF LoRA: qalora adapter convert {folder / ggufs[0]} --base MODEL"
     if CONFIG in here:
         return "a model", "give the folder of the adapter, which has adapter_config.json"
     found = _ending(here, (".safetensors", *PICKLES))
-    return (f"{_shown(found)} alone", "put adapter_config.json beside it") if found else ("none", "")
+    return (f"{_list_names(found)} alone", "put adapter_config.json beside it") if found else ("none", "")
 
 
 def instead_of_model(path: Path) -> str:
@@ -114,10 +117,10 @@ def _half_an_adapter(folder: Path, here: set[str], name: str) -> tuple[str, str]
         one = (adapters or found)[0]
         return one, f"rename it to {name}, if it is the adapter"
     if found:
-        return _shown(found), f"rename the one that is the adapter to {name}"
+        return _list_names(found), f"rename the one that is the adapter to {name}"
     inner = _folders(folder, ADAPTER_WEIGHTS)
     if inner:
-        return f"one in {_shown(inner)}", f"give the one that is meant, such as {folder / inner[-1]}"
+        return f"one in {_list_names(inner)}", f"give the one that is meant, such as {folder / inner[-1]}"
     return "none", ""
 
 
@@ -152,6 +155,6 @@ def _sorted(names: Iterable[str]) -> list[str]:
     return sorted(names, key=key)
 
 
-def _shown(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

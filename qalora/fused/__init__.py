@@ -46,8 +46,8 @@ def dequantize(packed: Tensor, scale: Tensor, minimum: Tensor, bits: int, *, out
             filled = _empty(packed, bits) if out is None else out
             kernel.fill(filled, packed, scale, minimum, bits)
             return filled
-    made = tensor.dequantize(packed, scale, minimum, bits)
-    return made if out is None else out.copy_(made)
+    weight = tensor.dequantize(packed, scale, minimum, bits)
+    return weight if out is None else out.copy_(weight)
 
 
 def _empty(packed: Tensor, bits: int) -> Tensor:
@@ -77,7 +77,7 @@ def _differing(kernel: ModuleType, device: torch.device, bits: int, dtype: torch
     rng = torch.Generator().manual_seed(bits)
     packed = torch.randint(0, 256, (16, 192 * bits), generator=rng, dtype=torch.uint8).to(device)
     scale, minimum = (torch.randn(16, 48, generator=rng).to(device) for _ in range(2))
-    wanted = tensor.dequantize(packed, scale, minimum, bits).to(dtype)
-    got = torch.empty_like(wanted)
-    kernel.fill(got, packed, scale, minimum, bits)
-    return int((got != wanted).sum())
+    expected = tensor.dequantize(packed, scale, minimum, bits).to(dtype)
+    actual = torch.empty_like(expected)
+    kernel.fill(actual, packed, scale, minimum, bits)
+    return int((actual != expected).sum())

@@ -65,12 +65,12 @@ def inspect_adapter(folder: Path, base: str | Path | None, convention: Conventio
         parameters=sum(int(torch.Size(entry.shape).numel()) for entry in entries),
         nbytes=weights.stat().st_size,
         layers=dict(kinds.most_common()),
-        notes=(*_brought(source), *(() if model is None else _split_groups(source, model, pools))),
+        notes=(*_saved_note(source), *(() if model is None else _split_groups(source, model, pools))),
         warnings=tuple(findings),
     )
 
 
-def _brought(source: AdapterSource) -> tuple[str, ...]:
+def _saved_note(source: AdapterSource) -> tuple[str, ...]:
     """What takes the place of the base's."""
     saved = source.saved
     if saved is None:

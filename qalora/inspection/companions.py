@@ -31,7 +31,7 @@ def companion_findings(model: Checkpoint) -> list[Finding]:
                 message="no tokenizer: runtimes that take text do not load it, or cannot read a prompt",
                 evidence=f"neither tokenizer.json nor tokenizer.model in {where}"
                 if not found.tokenizer
-                else f"tokenizer.ggml.model in {where} is {_said(model)}",
+                else f"tokenizer.ggml.model in {where} is {_tokenizer_model(model)}",
                 todo="put the base model's tokenizer there and write it again",
             )
         ]
@@ -61,7 +61,7 @@ def _is_portable_graph(model: Checkpoint) -> bool:
     return second and (folder.parent / "tokenizer.json").exists()
 
 
-def _said(model: Checkpoint) -> str:
+def _tokenizer_model(model: Checkpoint) -> str:
     return repr(None if model.gguf is None else model.gguf.get("tokenizer.ggml.model"))
 
 

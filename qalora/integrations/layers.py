@@ -25,7 +25,7 @@ from qalora.errors import InputError
 from qalora.fused import dequantize
 from qalora.tensor import unpack_codes
 
-__all__ = ["MadeWeight", "QuantizedEmbedding", "QuantizedLinear", "TiedHead", "float_weight"]
+__all__ = ["QuantizedEmbedding", "QuantizedLinear", "ReadOnlyWeight", "TiedHead", "float_weight"]
 
 Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """dtype and shape of each buffer."""
@@ -51,7 +51,7 @@ def float_weight(
     return (wide[:, index] * unpack_codes(codes, bits) + low[:, index]).to(dtype)
 
 
-class MadeWeight(Tensor):
+class ReadOnlyWeight(Tensor):
     """A dequantized weight in outsiders' hands. Operations give plain tensors; its `data` cannot be assigned."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -83,10 +83,10 @@ class _Packed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in ("scale", "min")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, kept in before.items():
+        for name, buffer in before.items():
             now = self._buffers[name]
-            if kept is not None and now is not None and now.dtype != kept.dtype:
-                self._buffers[name] = kept.to(now.device)
+            if buffer is not None and now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
         return self
 
 
@@ -111,9 +111,9 @@ class QuantizedLinear(_Packed, nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight in float32 [out, in], made anew."""
-        return self.made().as_subclass(MadeWeight)
+        return self.plain_weight().as_subclass(ReadOnlyWeight)
 
-    def made(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def plain_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight in float32 [out, in], rounded to `dtype`, as a plain tensor."""
         zero = self.zero if self.zero is not None else self.zero_point
         return float_weight(self.codes, self.scale, self.min, zero, self.bits, self.g_idx, dtype)
@@ -135,12 +135,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear | TiedHead) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x, layer.made(x.dtype))
+        return functional.linear(x, layer.plain_weight(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.layer.made(grad.dtype), None
+        return grad @ ctx.layer.plain_weight(grad.dtype), None
 
 
 class QuantizedEmbedding(_Packed, nn.Embedding):
@@ -176,9 +176,9 @@ class QuantizedEmbedding(_Packed, nn.Embedding):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The whole table in float32, made anew."""
-        return self.made().as_subclass(MadeWeight)
+        return self.plain_weight().as_subclass(ReadOnlyWeight)
 
-    def made(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def plain_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole table in float32, rounded to `dtype`, as a plain tensor."""
         zero = self.zero if self.zero is not None else self.zero_point
         return float_weight(self.codes, self.scale, self.min, zero, self.bits, None, dtype)
@@ -194,8 +194,8 @@ class QuantizedEmbedding(_Packed, nn.Embedding):
         minimum = None if self.min is None else self.min[ids]
         zero = self.zero[ids] if self.zero is not None else self.zero_point
         rows = float_weight(self.codes[ids], self.scale[ids], minimum, zero, self.bits, None, self.dtype)
-        found = rows.view(*input.shape, self.embedding_dim)
-        return found if self.factor is None else found * torch.tensor(self.factor).to(self.dtype)
+        embedded = rows.view(*input.shape, self.embedding_dim)
+        return embedded if self.factor is None else embedded * torch.tensor(self.factor).to(self.dtype)
 
     def extra_repr(self) -> str:
         """As nn.Embedding prints itself, with bits."""
@@ -217,9 +217,9 @@ class TiedHead(nn.Linear):
         """The embedding's table in float32, made anew."""
         return self._embedding[0].weight
 
-    def made(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def plain_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The embedding's table in float32, rounded to `dtype`, as a plain tensor."""
-        return self._embedding[0].made(dtype)
+        return self._embedding[0].plain_weight(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary], in the dtype of the input."""

@@ -107,9 +107,9 @@ class QaloraQuantizer(HfQuantizer):  # type: ignore[misc]
         if isinstance(embedding, QuantizedEmbedding):
             factor = () if embedding.factor is None else (embedding.factor,)
             sizes = embedding.num_embeddings, embedding.embedding_dim
-            made = embedding.float_class(*sizes, embedding.padding_idx, *factor)
-            made.weight = nn.Parameter(embedding.made().to(kind), requires_grad=False)
-            model.set_input_embeddings(made)
+            embedding_layer = embedding.float_class(*sizes, embedding.padding_idx, *factor)
+            embedding_layer.weight = nn.Parameter(embedding.plain_weight().to(kind), requires_grad=False)
+            model.set_input_embeddings(embedding_layer)
         for parameter in model.parameters():  # norms and biases too; buffers, such as the rotation's, stay
             parameter.data = parameter.data.to(kind)
         return model
@@ -117,10 +117,10 @@ class QaloraQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _float_linear(module: QuantizedLinear | TiedHead, dtype: torch.dtype) -> nn.Linear:
     with torch.device("meta"):
-        made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    made.weight = nn.Parameter(module.made().to(dtype), requires_grad=False)
-    made.bias = module.bias
-    return made
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    linear.weight = nn.Parameter(module.plain_weight().to(dtype), requires_grad=False)
+    linear.bias = module.bias
+    return linear
 
 
 def _replace(model: Any, path: str, module: StoredModule, dtype: torch.dtype, where: object) -> None:
@@ -137,9 +137,9 @@ def _replace(model: Any, path: str, module: StoredModule, dtype: torch.dtype, wh
         model.set_submodule(path, QuantizedLinear(parts, module.bits, module.zero, old.bias))
     elif type(old) is nn.Embedding or isinstance(getattr(old, "scalar_embed_scale", None), float):
         factor = getattr(old, "scalar_embed_scale", None)
-        made = QuantizedEmbedding(parts, module.bits, module.zero, old.padding_idx, dtype, factor)
-        made.float_class = type(old)
-        _replace_embedding(model, path, made)
+        replacement = QuantizedEmbedding(parts, module.bits, module.zero, old.padding_idx, dtype, factor)
+        replacement.float_class = type(old)
+        _replace_embedding(model, path, replacement)
     else:
         raise InputError(
             f"{where}: {path}: a quantized {type(old).__name__} cannot be held packed",

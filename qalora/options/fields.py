@@ -155,10 +155,10 @@ class Option:
         if self.many is not None:
             if not isinstance(value, list):
                 raise InputError(field=self.name, expected=f"a list, each {self.expected}", got=shown(value))
-            return self.many(self._taken(one) for one in value)
-        return self._taken(value)
+            return self.many(self._value_of(one) for one in value)
+        return self._value_of(value)
 
-    def _taken(self, value: Any) -> Any:
+    def _value_of(self, value: Any) -> Any:
         if self.empty and value == self.empty:
             return None
         if self.kind in (str, Path) and value == "":
@@ -209,8 +209,8 @@ def option(
     heading: str = "",
 ) -> Any:
     """A field with what `Option` says of it."""
-    said = {key: value for key, value in locals().items() if key != "default"}
-    return dataclasses.field(default=default, metadata={"option": said})
+    metadata = {key: value for key, value in locals().items() if key != "default"}
+    return dataclasses.field(default=default, metadata={"option": metadata})
 
 
 _KNOWN: dict[type, tuple[Option, ...]] = {}
@@ -224,10 +224,10 @@ def fields_of(cls: type) -> tuple[Option, ...]:
 
 
 def _fields(cls: type) -> tuple[Option, ...]:
-    found = [one for one in dataclasses.fields(cls) if "option" in one.metadata]
+    fields_with_options = [one for one in dataclasses.fields(cls) if "option" in one.metadata]
     return tuple(
         Option(name=one.name, default=one.default, **_form(_hint(cls, one.name)), **one.metadata["option"])
-        for one in found
+        for one in fields_with_options
     )
 
 
@@ -264,9 +264,9 @@ def _number(kind: type, text: str) -> Any:
 
 def parse_size(text: str, of: Option) -> int:
     """Bytes of 200MB, 5GB or 4GiB."""
-    found = _SIZE.fullmatch(text.strip())
-    power = 0 if found is None else " KMGT".index((found[2] or " ").upper())
-    size = 0 if found is None else int(Decimal(found[1]) * (1024 if found[3] else 1000) ** power)
+    match = _SIZE.fullmatch(text.strip())
+    power = 0 if match is None else " KMGT".index((match[2] or " ").upper())
+    size = 0 if match is None else int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
     if size < 1:
         raise of.wrong(text)
     return size

@@ -29,39 +29,41 @@ def allocate(
     errors  for each layer, its error at the same widths
     budget  the sizes' sum at most; InputError where the smallest sizes are larger than that
     """
-    favourite = {name: min(found, key=found.__getitem__) for name, found in errors.items()}
+    favourite = {name: min(by_width, key=by_width.__getitem__) for name, by_width in errors.items()}
     if sum(sizes[name][bits] for name, bits in favourite.items()) <= budget:
         return favourite
     least = {name: min(size.values()) for name, size in sizes.items()}
     spare = budget - sum(least.values())
     if spare < 0:
         raise InputError("the budget", expected=f"{sum(least.values()):,} bits or more", got=f"{budget:,}")
-    more = {name: {bits: size - least[name] for bits, size in found.items()} for name, found in sizes.items()}
-    unit = max(1, math.gcd(*(size for found in more.values() for size in found.values())), -(-spare // MOST_UNITS))
+    more = {name: {bits: size - least[name] for bits, size in by_width.items()} for name, by_width in sizes.items()}
+    unit = max(
+        1, math.gcd(*(size for by_width in more.values() for size in by_width.values())), -(-spare // MOST_UNITS)
+    )
     units = spare // unit
     best, choices = np.zeros(units + 1), []
     for name, larger in more.items():
         widths = sorted(larger)
         tried = np.full((len(widths), units + 1), np.inf)
         for n, bits in enumerate(widths):
-            taken = -(-larger[bits] // unit)
-            if taken <= units:
-                tried[n, taken:] = best[: units + 1 - taken] + errors[name][bits]
-        chosen = tried.argmin(axis=0)
-        choices.append((name, widths, chosen))
-        best = tried[chosen, np.arange(units + 1)]
+            cost = -(-larger[bits] // unit)
+            if cost <= units:
+                tried[n, cost:] = best[: units + 1 - cost] + errors[name][bits]
+        choice = tried.argmin(axis=0)
+        choices.append((name, widths, choice))
+        best = tried[choice, np.arange(units + 1)]
     at, widths_of = units, {}
-    for name, widths, chosen in reversed(choices):
-        bits = widths[chosen[at]]
+    for name, widths, choice in reversed(choices):
+        bits = widths[choice[at]]
         widths_of[name] = bits
         at -= -(-more[name][bits] // unit)
-    found = {name: widths_of[name] for name in sizes}
-    _spend(found, sizes, errors, budget - sum(sizes[name][bits] for name, bits in found.items()))
-    return found
+    chosen_widths = {name: widths_of[name] for name in sizes}
+    _spend(chosen_widths, sizes, errors, budget - sum(sizes[name][bits] for name, bits in chosen_widths.items()))
+    return chosen_widths
 
 
 def _spend(
-    found: dict[str, int],
+    widths: dict[str, int],
     sizes: Mapping[str, Mapping[int, int]],
     errors: Mapping[str, Mapping[int, float]],
     left: int,
@@ -70,12 +72,12 @@ def _spend(
     while True:
         steps = [
             ((errors[name][now] - errors[name][bits]) / (sizes[name][bits] - sizes[name][now]), name, bits)
-            for name, now in found.items()
+            for name, now in widths.items()
             for bits in sizes[name]
             if 0 < sizes[name][bits] - sizes[name][now] <= left and errors[name][bits] < errors[name][now]
         ]
         if not steps:
             return
         _, name, bits = max(steps)
-        left -= sizes[name][bits] - sizes[name][found[name]]
-        found[name] = bits
+        left -= sizes[name][bits] - sizes[name][widths[name]]
+        widths[name] = bits

@@ -49,10 +49,10 @@ class GptqOptions:
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """float64 [in, in]: H with a share of its mean diagonal added, positive definite even where an input is dead."""
-    found = hessian.to(torch.float64, copy=True)
-    mean = float(found.diagonal().mean())
-    found.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    return found
+    matrix = hessian.to(torch.float64, copy=True)
+    mean = float(matrix.diagonal().mean())
+    matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return matrix
 
 
 def output_error(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
@@ -74,15 +74,15 @@ def gptq_tensor(
 
     Raises InputError as `search_tensor` does.
     """
-    chosen = options or GptqOptions()
+    settings = options or GptqOptions()
     w = finite(weight)
     columns = w.shape[1]
     check_group_size(columns, group_size)
-    h = damped(hessian, chosen.damping)
+    h = damped(hessian, settings.damping)
     moments = h.diagonal().float()
-    kept = h.float() if chosen.passes else None
-    order = torch.argsort(h.diagonal(), descending=True, stable=True) if chosen.act_order else torch.arange(columns)
-    if chosen.act_order:
+    damped_hessian = h.float() if settings.passes else None
+    order = torch.argsort(h.diagonal(), descending=True, stable=True) if settings.act_order else torch.arange(columns)
+    if settings.act_order:
         h = h[order]
         h = h[:, order]  # in two statements, so that no third matrix is held
     try:
@@ -91,18 +91,18 @@ def gptq_tensor(
         raise InputError(
             "the moments of the layer's inputs",
             expected="a matrix that is positive definite once damped",
-            got=f"a matrix that is not, with damping {chosen.damping:g}",
+            got=f"a matrix that is not, with damping {settings.damping:g}",
             todo="give a larger `damping`, or more `calibration_tokens`",
         ) from error
     del h
     top = (1 << bits) - 1
-    run = _Columns(w, factor, order, group_size, top, zeros, chosen.grids)
-    if chosen.act_order:
-        run.grid = search(w.view(w.shape[0], -1, group_size), top, zeros, chosen.grids, moments.view(-1, group_size))
+    run = _Columns(w, factor, order, group_size, top, zeros, settings.grids)
+    if settings.act_order:
+        run.grid = search(w.view(w.shape[0], -1, group_size), top, zeros, settings.grids, moments.view(-1, group_size))
     run.all()
     codes, grid = run.codes.t().contiguous(), run.grid
-    if kept is not None:
-        codes, grid = refined(w, codes, grid, kept, top, zeros, chosen.passes)
+    if damped_hessian is not None:
+        codes, grid = refined(w, codes, grid, damped_hessian, top, zeros, settings.passes)
     return GroupQuantTensor.from_codes(codes.to(torch.uint8), grid.scale, grid.min, bits, group_size)
 
 
@@ -156,8 +156,8 @@ class _Columns:
         """Search the grid of the group that begins at column i, on the weights as they are now."""
         rows = slice(i, i + self._size)
         importance = self._factor.diagonal()[rows].square().reciprocal()[None]
-        found = search(self._left[rows].t().contiguous()[:, None], self._top, self._zeros, self._search, importance)
-        self.grid.scale[:, group], self.grid.min[:, group] = found.scale[:, 0], found.min[:, 0]
+        grid = search(self._left[rows].t().contiguous()[:, None], self._top, self._zeros, self._search, importance)
+        self.grid.scale[:, group], self.grid.min[:, group] = grid.scale[:, 0], grid.min[:, 0]
 
 
 def refined(
@@ -175,7 +175,7 @@ def _descended(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int) -> Ten
     out, columns = w.shape
     size = columns // grid.scale.shape[1]
     left = (w - grid.values(codes.view(out, -1, size)).view(out, columns)).t().contiguous()
-    found = codes.t().contiguous()
+    new_codes = codes.t().contiguous()
     step = min(size, BLOCK)
     for start in range(0, columns, step):
         stop = min(start + step, columns)
@@ -183,14 +183,14 @@ def _descended(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int) -> Ten
         for i in range(start, stop):
             group = i // size
             scale, minimum = grid.scale[:, group], grid.min[:, group]
-            now = torch.addcmul(minimum, scale, found[i])
-            wanted = now + pull[i - start] / h[i, i]
-            better = ((wanted - minimum) / torch.where(scale == 0, torch.inf, scale)).round_().clamp_(0, top)
-            moved = scale * (found[i] - better)
-            found[i] = better
+            now = torch.addcmul(minimum, scale, new_codes[i])
+            target = now + pull[i - start] / h[i, i]
+            better = ((target - minimum) / torch.where(scale == 0, torch.inf, scale)).round_().clamp_(0, top)
+            moved = scale * (new_codes[i] - better)
+            new_codes[i] = better
             left[i] += moved
             pull[i - start + 1 :].addr_(h[i + 1 : stop, i], moved)
-    return found.t().contiguous()
+    return new_codes.t().contiguous()
 
 
 def _fitted(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int, zeros: Zeros) -> Grid:
@@ -218,7 +218,7 @@ def _fitted(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int, zeros: Ze
             rest = right[:, groups:] - torch.einsum("ogk,ok->og", normal[:, groups:, :groups], new.double())
             exact = torch.linalg.solve(pooled, rest.t()).t() - new.double() * zero[rows]
             minimum[rows] = round_with_feedback(exact, pooled)
-    return _kept(w, codes, Grid(scale=scale, min=minimum), grid, h)
+    return _better_rows(w, codes, Grid(scale=scale, min=minimum), grid, h)
 
 
 def _normal(steps: Tensor, target: Tensor, h: Tensor, size: int, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -243,7 +243,7 @@ def _normal(steps: Tensor, target: Tensor, h: Tensor, size: int, pooled: Tensor 
     return wide, torch.cat(right, dim=1).double()
 
 
-def _kept(w: Tensor, codes: Tensor, new: Grid, old: Grid, h: Tensor) -> Grid:
+def _better_rows(w: Tensor, codes: Tensor, new: Grid, old: Grid, h: Tensor) -> Grid:
     """The new grid in the rows where it is better."""
     errors = []
     for grid in (new, old):

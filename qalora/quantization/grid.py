@@ -122,8 +122,8 @@ def _line(weight: Tensor, codes: Tensor, grid: Grid, top: int, zeros: Zeros, imp
 
 def _ratio(over: Tensor, under: Tensor, instead: Tensor) -> Tensor:
     """over / under; `instead` where that is no positive number."""
-    found = over / under.clamp(min=1e-12)
-    return torch.where((under > 1e-12) & (found > 0), found, instead)
+    quotient = over / under.clamp(min=1e-12)
+    return torch.where((under > 1e-12) & (quotient > 0), quotient, instead)
 
 
 def _mean(values: Tensor, importance: Tensor | None) -> Tensor:
@@ -136,8 +136,9 @@ def _mean(values: Tensor, importance: Tensor | None) -> Tensor:
 def _better(one: tuple[Tensor, Grid], other: tuple[Tensor, Grid] | None) -> tuple[Tensor, Grid]:
     if other is None:
         return one
-    chosen = one[0] < other[0]
+    first_is_better = one[0] < other[0]
     grid = Grid(
-        scale=torch.where(chosen, one[1].scale, other[1].scale), min=torch.where(chosen, one[1].min, other[1].min)
+        scale=torch.where(first_is_better, one[1].scale, other[1].scale),
+        min=torch.where(first_is_better, one[1].min, other[1].min),
     )
-    return torch.where(chosen, one[0], other[0]), grid
+    return torch.where(first_is_better, one[0], other[0]), grid

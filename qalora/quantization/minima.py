@@ -48,15 +48,15 @@ def fit_minima(tensor: GroupQuantTensor, weight: Tensor, hessian: Tensor, *, rid
     mean = float(covariance.diagonal().mean())
     covariance.diagonal().add_(ridge * mean if mean > 0 else 1.0)
     change = torch.linalg.solve(covariance, pulled.t()).t()
-    wanted = tensor.min.double() + change
-    if not bool((wanted.abs() <= FLOAT16_MAX).all()):
+    optimum = tensor.min.double() + change
+    if not bool((optimum.abs() <= FLOAT16_MAX).all()):
         raise InputError(
             "fitted minima",
             expected="values that float16 reaches",
-            got=f"{float(wanted.abs().max()):g}",
+            got=f"{float(optimum.abs().max()):g}",
             todo="leave out `fit_minima`",
         )
-    return replace(tensor, min=round_with_feedback(wanted, covariance))
+    return replace(tensor, min=round_with_feedback(optimum, covariance))
 
 
 def round_with_feedback(values: Tensor, covariance: Tensor) -> Tensor:
@@ -67,16 +67,16 @@ def round_with_feedback(values: Tensor, covariance: Tensor) -> Tensor:
     """
     below = _neighbour(values, up=False)
     above = _neighbour(values, up=True)
-    wanted = values.t().contiguous()
-    chosen = torch.empty_like(wanted)
+    targets = values.t().contiguous()
+    result = torch.empty_like(targets)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance.double()))
     factor = torch.linalg.cholesky(inverse, upper=True)
     low, high = below.t().contiguous(), above.t().contiguous()
-    for k in range(wanted.shape[0]):
-        chosen[k] = torch.where((wanted[k] - low[k]).abs() <= (high[k] - wanted[k]).abs(), low[k], high[k])
-        error = (wanted[k] - chosen[k]) / factor[k, k]
-        wanted[k + 1 :].addr_(factor[k, k + 1 :], error, alpha=-1)
-    return chosen.t().float().contiguous()
+    for k in range(targets.shape[0]):
+        result[k] = torch.where((targets[k] - low[k]).abs() <= (high[k] - targets[k]).abs(), low[k], high[k])
+        error = (targets[k] - result[k]) / factor[k, k]
+        targets[k + 1 :].addr_(factor[k, k + 1 :], error, alpha=-1)
+    return result.t().float().contiguous()
 
 
 def _neighbour(values: Tensor, *, up: bool) -> Tensor:

@@ -23,12 +23,12 @@ def quantize(model: Checkpoint, *, requantize: bool = False, **options: Any) -> 
     one that needs the layers' inputs (see `qalora.calibration`), for a layer that the group size does not divide, and
     for a model that holds integers already unless `requantize` is set (rounding what was rounded before loses more).
     """
-    chosen = QuantizeOptions(**options)
-    if chosen.needs_inputs:
-        what = "fitted minima" if chosen.fit_minima else chosen.method
+    settings = QuantizeOptions(**options)
+    if settings.needs_inputs:
+        what = "fitted minima" if settings.fit_minima else settings.method
         raise InputError(f"{what} needs the layers' inputs", todo="give a text: `calibration`")
-    specs = planned(model, dict.fromkeys(model.linears, chosen), requantize=requantize)
-    lazily = {name: _lazily(model.tensors[name], chosen, spec) for name, spec in specs.items()}
+    specs = planned(model, dict.fromkeys(model.linears, settings), requantize=requantize)
+    lazily = {name: _lazily(model.tensors[name], settings, spec) for name, spec in specs.items()}
     return replace(model, tensors={**model.tensors, **lazily})
 
 

@@ -32,10 +32,10 @@ class QuantizeOptions(RoundingOptions):
 
     def size(self, columns: int) -> int:
         """The group size in a layer of so many inputs; InputError where it does not fit."""
-        found = columns if self.group_size is None else self.group_size
+        group_size = columns if self.group_size is None else self.group_size
         with about("group_size"):
-            check_group_size(columns, found)
-        return found
+            check_group_size(columns, group_size)
+        return group_size
 
     def spec(self, columns: int) -> QuantSpec:
         """What is guaranteed of a quantized layer of so many inputs."""

@@ -58,10 +58,10 @@ def search_tensor(
 
 def finite(weight: Tensor) -> Tensor:
     """The weight in float32; InputError for NaN or Inf."""
-    found = weight.float()
-    if not bool(torch.isfinite(found).all()):
+    values = weight.float()
+    if not bool(torch.isfinite(values).all()):
         raise InputError("weight", expected="finite values in float32's range", got="NaN or Inf")
-    return found
+    return values
 
 
 def positive(moments: Tensor) -> Tensor:

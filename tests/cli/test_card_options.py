@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from qalora.cli.options import chosen, options_of
+from qalora.cli.options import options_of, record_from
 from qalora.formats.record_json import encode
 from qalora.options import fields_of
 from qalora.options.export import Export
@@ -20,7 +20,7 @@ from qalora.releasing.options import ReleaseOptions
 @click.command()
 @options_of(Package, leave_out=["out"])
 def command(**settings: Any) -> None:
-    package = chosen(Package, settings, out="dist")
+    package = record_from(Package, settings, out="dist")
     assert not settings
     made = ReleaseOptions.of(Export(targets=("gguf",)), Verify(), package, None)
     click.echo(json.dumps({"card": encode(made.card), "template": made.template}))

@@ -207,6 +207,6 @@ def test_a_layer_in_transformers_has_the_same_weights_on_a_gpu(dtype: torch.dtyp
     values = {"codes": made.packed, "scale": made.scale.half(), "min": made.min.half()}
     layer = QuantizedLinear({name: (value.dtype, tuple(value.shape)) for name, value in values.items()}, 5, None, None)
     layer.load_state_dict(values, assign=True)
-    wanted = layer.made(dtype)
+    wanted = layer.plain_weight(dtype)
     assert torch.equal(wanted, made.dequantize().to(dtype))
-    assert torch.equal(layer.cuda().made(dtype).cpu(), wanted)
+    assert torch.equal(layer.cuda().plain_weight(dtype).cpu(), wanted)
