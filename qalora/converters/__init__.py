@@ -35,8 +35,8 @@ def target(name: str) -> Format:
     """The record of a format that can be written; InputError names those there are."""
     if name not in TARGETS:
         raise InputError(field="targets", expected=f"one of {', '.join(TARGETS)}", got=shown(name))
-    found: Format = importlib.import_module(TARGETS[name]).FORMAT
-    return found
+    form: Format = importlib.import_module(TARGETS[name]).FORMAT
+    return form
 
 
 def layouts() -> tuple[Layout, ...]:
@@ -68,10 +68,10 @@ def packages() -> frozenset[str]:
 
 def recognise(path: Path) -> Layout:
     """What a file or folder is, by what is in it; FormatError for what is nothing that is read here."""
-    found = next((one for one in layouts() if one.by_files is not None and one.by_files(path)), None)
-    if found is None and path.is_file():
+    match = next((one for one in layouts() if one.by_files is not None and one.by_files(path)), None)
+    if match is None and path.is_file():
         raise _not_recognised(path)
-    return found or by_config(path)
+    return match or by_config(path)
 
 
 def by_config(folder: Path) -> Layout:
@@ -123,14 +123,16 @@ def load(
         from qalora.converters.huggingface import download
 
         path = download(str(model))
-    found = recognise(path)
+    model_layout = recognise(path)
     if checkpoint_format is None:
-        read = found.read(path)
+        read = model_layout.read(path)
         read = replace(read, stored=read)
-    elif found.read_as is not None:
-        read = found.read_as(path, checkpoint_format)  # its own label says something else: it is not as stored
+    elif model_layout.read_as is not None:
+        read = model_layout.read_as(path, checkpoint_format)  # its own label says something else: it is not as stored
     else:
-        raise InputError(f"`checkpoint_format` is for GPTQ folders, and {path} is {found.name}", todo="leave it out")
+        raise InputError(
+            f"`checkpoint_format` is for GPTQ folders, and {path} is {model_layout.name}", todo="leave it out"
+        )
     for text in read.notes:
         note(text)
     return read

@@ -35,44 +35,45 @@ _PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
 class OtherSpace:
     """Texts of added tokens beside which llama.cpp does otherwise with white space than the tokenizer.
 
-    where    the model, for a sentence
-    kept     the tokenizer drops it behind them, and llama.cpp does not; before: in front of them
-    dropped  llama.cpp drops it behind them, and the tokenizer does not
+    where           the model, for a sentence
+    rstrip_missing  the tokenizer drops it behind them, and llama.cpp does not
+    lstrip_missing  the tokenizer drops it in front of them, and llama.cpp does not
+    rstrip_extra    llama.cpp drops it behind them, and the tokenizer does not
     """
 
     where: str
-    kept: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
+    rstrip_missing: tuple[str, ...] = ()
+    lstrip_missing: tuple[str, ...] = ()
+    rstrip_extra: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.kept or self.before or self.dropped)
+        return bool(self.rstrip_missing or self.lstrip_missing or self.rstrip_extra)
 
     def in_chat(self, text: str) -> str:
         """The first token that has such white space beside it in a text; "" for none."""
-        sides = [(token, rf"{re.escape(token)}\s") for token in (*self.kept, *self.dropped)]
-        sides += [(token, rf"\s{re.escape(token)}") for token in self.before]
-        return next((token for token, wanted in sides if re.search(wanted, text)), "")
+        sides = [(token, rf"{re.escape(token)}\s") for token in (*self.rstrip_missing, *self.rstrip_extra)]
+        sides += [(token, rf"\s{re.escape(token)}") for token in self.lstrip_missing]
+        return next((token for token, pattern in sides if re.search(pattern, text)), "")
 
     def refusal(self, token: str = "") -> InputError:
         """What to raise where llama.cpp would have other tokens, because of this one."""
-        flag = "lstrip" if self.before and token not in (*self.kept, *self.dropped) else "rstrip"
-        return _refused(self.where, token or (*self.kept, *self.dropped, *self.before)[0], flag)
+        flag = "lstrip" if self.lstrip_missing and token not in (*self.rstrip_missing, *self.rstrip_extra) else "rstrip"
+        return _refused(self.where, token or (*self.rstrip_missing, *self.rstrip_extra, *self.lstrip_missing)[0], flag)
 
     def note(self) -> str:
         """What a user should know where chats are the same."""
         sides = (
-            (self.kept, "keeps white space that the tokenizer drops behind"),
-            (self.before, "keeps white space that the tokenizer drops before"),
-            (self.dropped, "drops white space that the tokenizer keeps behind"),
+            (self.rstrip_missing, "keeps white space that the tokenizer drops behind"),
+            (self.lstrip_missing, "keeps white space that the tokenizer drops before"),
+            (self.rstrip_extra, "drops white space that the tokenizer keeps behind"),
         )
-        said = [
+        parts = [
             f"{side} {', '.join(texts[:3])}" + (f" and {len(texts) - 3} more" * (len(texts) > 3))
             for texts, side in sides
             if texts
         ]
         return (
-            f"gguf: llama.cpp {', and '.join(said)}: the tokens of a chat are the same but for a message that begins "
+            f"gguf: llama.cpp {', and '.join(parts)}: the tokens of a chat are the same but for a message that begins "
             "or ends with it"
         )
 
@@ -108,14 +109,14 @@ def check_added(where: str, added: Iterable[Mapping[str, Any]], *, prefixed: boo
         tuple(text for text, token in zip(texts, tokens, strict=True) if token.get(flag))
         for flag in ("rstrip", "lstrip")
     )
-    plain = OtherSpace(where=where, kept=behind, before=before)
+    plain = OtherSpace(where=where, rstrip_missing=behind, lstrip_missing=before)
     if not behind or not {*texts} >= {*NEEDED}:
         return False, plain
-    kept = tuple(text for text in behind if text in STAYING)
-    dropped = tuple(text for text in texts if text not in (*behind, *STAYING))
-    if len(kept) + len(dropped) >= len(behind):
+    missing = tuple(text for text in behind if text in STAYING)
+    extra = tuple(text for text in texts if text not in (*behind, *STAYING))
+    if len(missing) + len(extra) >= len(behind):
         return False, plain
-    return True, OtherSpace(where=where, kept=kept, before=before, dropped=dropped)
+    return True, OtherSpace(where=where, rstrip_missing=missing, lstrip_missing=before, rstrip_extra=extra)
 
 
 def as_phi3(added: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -156,5 +157,5 @@ def listed_added(metadata: Metadata, known: Iterable[str], *, stripping: bool) -
 
 
 def _listed(metadata: Metadata, key: str) -> Sequence[Any]:
-    found = metadata.get(f"tokenizer.ggml.{key}")
-    return found if isinstance(found, list | tuple) else ()
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    return value if isinstance(value, list | tuple) else ()

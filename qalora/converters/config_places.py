@@ -61,26 +61,26 @@ def tidied(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tupl
     """
     check_config(config, where)
     family, settings = family_of(config, where), settings_of(config, where)
-    kept, notes = {key: value for key, value in config.items() if key != "head_dim" or value is not None}, []
+    tidy, notes = {key: value for key, value in config.items() if key != "head_dim" or value is not None}, []
     windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
     quiet = () if windowed else OF_WINDOWS
     unread = [key for key in SOME if key in config and key not in quiet and _is_lost(key, config[key], family)]
     if unread:
-        kept = {key: value for key, value in kept.items() if key not in unread}
+        tidy = {key: value for key, value in tidy.items() if key not in unread}
         notes.append(f"{_values_text(config, unread)}: no {family.model_type} of transformers reads that")
     joined = settings["rope_parameters"]
     over = list(_passed_over(config, joined, family))
     if over:
-        kept = _with_rope(kept, joined)
+        tidy = _with_rope(tidy, joined)
         notes.append(f"{', '.join(over)}, which is passed over: rotary positions are {_short(joined)}")
     if config.get("dtype") is not None and config.get("torch_dtype") not in (None, config["dtype"]):
-        del kept["torch_dtype"]
+        del tidy["torch_dtype"]
         notes.append(f"{_values_text(config, ['torch_dtype'])}: dtype counts, {config['dtype']!r:.60}")
     factors = [key for key in MULTIPLIERS if key not in SOME and _matters(config.get(key))]
     others = [*_other_names(config, settings, family), *factors]
     if others:
         notes.append(f"{_values_text(config, others)}: no {family.model_type} of transformers reads that")
-    return kept, tuple(f"{where.name}: config.json has {note}" for note in notes)
+    return tidy, tuple(f"{where.name}: config.json has {note}" for note in notes)
 
 
 def _is_lost(key: str, value: object, family: Family) -> bool:
@@ -103,8 +103,8 @@ def _passed_over(config: Mapping[str, Any], joined: Mapping[str, Any], family: F
         objects.append(("rope_parameters", {k: v for k, v in parameters.items() if k not in LAYER_KINDS}, {}))
     else:
         objects.append(("rope_parameters", parameters, full))
-    for place, found, counts in objects:
-        for key, value in _items(found):
+    for place, content, counts in objects:
+        for key, value in _items(content):
             key, value = ("rope_type", family.rope_aliases.get(str(value), value)) if key in _TYPE else (key, value)
             if value is None or key in quiet:
                 continue
@@ -121,8 +121,8 @@ def _passed_over(config: Mapping[str, Any], joined: Mapping[str, Any], family: F
             yield f"{key} {config[key]!r:.60}"
 
 
-def _items(found: object) -> Iterator[tuple[str, Any]]:
-    yield from found.items() if isinstance(found, Mapping) else ()
+def _items(content: object) -> Iterator[tuple[str, Any]]:
+    yield from content.items() if isinstance(content, Mapping) else ()
 
 
 _TYPE = ("type", "rope_type")
@@ -132,16 +132,16 @@ _NEUTRAL = {SHARE: 1.0, "rope_type": "default", "factor": 1.0}
 
 def _with_rope(config: Mapping[str, Any], joined: Mapping[str, Any]) -> dict[str, Any]:
     """The config with `joined` as rope_parameters; the keys beside it that were there say the same, for others."""
-    kept = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_parameters")}
+    changed = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_parameters")}
     full = joined.get(LAYER_KINDS[0], joined)
     says = {"rope_theta": full["rope_theta"], SHARE: full.get(SHARE), ORIGINAL: full.get(ORIGINAL)}
     says[LOCAL_THETA] = joined.get(LAYER_KINDS[1], {}).get("rope_theta")
     for key, value in says.items():
-        if key in kept and value is not None:
-            kept[key] = value
-        elif key in kept and key in PLACES:
-            del kept[key]
-    return {**kept, "rope_parameters": dict(joined)}
+        if key in changed and value is not None:
+            changed[key] = value
+        elif key in changed and key in PLACES:
+            del changed[key]
+    return {**changed, "rope_parameters": dict(joined)}
 
 
 def _other_names(config: Mapping[str, Any], settings: Mapping[str, Any], family: Family) -> Iterator[str]:

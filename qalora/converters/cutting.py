@@ -116,16 +116,16 @@ def name_of(pre_tokenizer: Mapping[str, Any] | None, *, ignore_merges: bool) -> 
     """llama.cpp's name for tokenizer.json's rule; None where it has none."""
     cutting = pre_tokenizer or {}
     steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
-    wanted = [_plain(step) for step in steps]
+    rule = [_plain(step) for step in steps]
     known = ((name, cut) for name, cut in CUTS.items() if cut.ignore_merges == ignore_merges)
-    return next((name for name, cut in known if [_plain(step) for step in cut.steps] == wanted), None)
+    return next((name for name, cut in known if [_plain(step) for step in cut.steps] == rule), None)
 
 
 def _plain(step: Mapping[str, Any]) -> dict[str, Any]:
     """A step without what does not change the tokens. An expression that matches all of a text may cut at its matches
     or remove what lies between them.
     """
-    found = {key: value for key, value in step.items() if key != "trim_offsets"}
-    if found.get("behavior") == "Removed" and found.get("invert"):
-        found |= {"behavior": "Isolated", "invert": False}
-    return found
+    plain = {key: value for key, value in step.items() if key != "trim_offsets"}
+    if plain.get("behavior") == "Removed" and plain.get("invert"):
+        plain |= {"behavior": "Isolated", "invert": False}
+    return plain

@@ -155,5 +155,5 @@ def _rotates(settings: Mapping[str, Any], family: Family, n: int) -> bool:
     """Whether layer n has rotary positions."""
     if not family.skips_rope:
         return True
-    given = settings.get("no_rope_layers")
-    return bool(given[n]) if given else bool((n + 1) % int(settings["no_rope_layer_interval"]))
+    flags = settings.get("no_rope_layers")
+    return bool(flags[n]) if flags else bool((n + 1) % int(settings["no_rope_layer_interval"]))

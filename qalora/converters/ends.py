@@ -107,23 +107,23 @@ def _of_gguf(model: Checkpoint) -> Ends:
     metadata = model.gguf
     if metadata is None:
         raise TypeError("a model without GGUF metadata")
-    found, eog = marked(metadata), eog_of(metadata)
-    if found is not None:
-        return Ends(ids=_ids(model, list(found), f"{model.path}: {MARK}"), source="the file's metadata")
+    mark, eog = marked(metadata), eog_of(metadata)
+    if mark is not None:
+        return Ends(ids=_ids(model, list(mark), f"{model.path}: {MARK}"), source="the file's metadata")
     if eog is None:
         return Ends(ids=(), source="the file's metadata")
     rows = _rows(model)
     ids = tuple(n for n in eog.ids if n < rows)
-    return Ends(ids=ids, source="the file's metadata, as llama.cpp reads it", added=frozenset(eog.named) & {*ids})
+    return Ends(ids=ids, source="the file's metadata, as llama.cpp reads it", added=frozenset(eog.from_texts) & {*ids})
 
 
 def _of_genai(model: Checkpoint, path: Path) -> Ends:
-    said = read_json_object(path, LIMIT).get("model")
-    if not isinstance(said, dict):
-        raise FormatError(f"{path}: model", expected="an object", got=json_kind(said))
-    value = said.get(KEY)
+    settings = read_json_object(path, LIMIT).get("model")
+    if not isinstance(settings, dict):
+        raise FormatError(f"{path}: model", expected="an object", got=json_kind(settings))
+    value = settings.get(KEY)
     if value is None or value == []:
-        value = said.get("pad_token_id", 0)  # as the library does
+        value = settings.get("pad_token_id", 0)  # as the library does
     return Ends(ids=_ids(model, value, f"{path}: model"), source=GENAI)
 
 
@@ -167,18 +167,18 @@ def _mark(model: Checkpoint) -> tuple[int, ...] | None:
     for path in sorted(set(shards(model.path).values())):
         text = read_header(path).metadata.get(MARK)
         if text is not None:
-            found = parse_json(text, f"{path}: {MARK}")
-            return tuple(found) if isinstance(found, list) else None
+            content = parse_json(text, f"{path}: {MARK}")
+            return tuple(content) if isinstance(content, list) else None
     return None
 
 
 def tokenizer_end(model: Checkpoint) -> int | None:
     """The tokenizer's own end token, None where it has none, or one that the model has no row for."""
     if model.gguf is not None:
-        found = model.gguf.get(f"tokenizer.ggml.{KEY}")
-        return found if type(found) is int and 0 <= found < _rows(model) else None
-    said = [_settings(model, name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    for settings in said[1:] if "added_tokens_decoder" in said[1] else said:  # beside that, no map is read
+        own = model.gguf.get(f"tokenizer.ggml.{KEY}")
+        return own if type(own) is int and 0 <= own < _rows(model) else None
+    maps = [_settings(model, name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    for settings in maps[1:] if "added_tokens_decoder" in maps[1] else maps:  # beside that, no map is read
         token = settings.get("eos_token")
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
@@ -202,11 +202,11 @@ def token_texts(model: Checkpoint) -> dict[int, str]:
         tokens = model.gguf.get("tokenizer.ggml.tokens")
         return dict(enumerate(tokens)) if isinstance(tokens, tuple) else {}
     names = ("tokenizer.json",) if "tokenizer.json" in model.files else ("vocab.json", "added_tokens.json")
-    found: dict[int, str] = {}
+    texts: dict[int, str] = {}
     for path in (model.files[name] for name in names if name in model.files):
         state = path.stat()
-        found |= _texts_in(path, state.st_size, state.st_mtime_ns)
-    return found
+        texts |= _texts_in(path, state.st_size, state.st_mtime_ns)
+    return texts
 
 
 @lru_cache(maxsize=2)
@@ -295,8 +295,8 @@ def generation_bytes(model: Checkpoint) -> bytes:
         known = {f"{kind}_token_id": model.config.get(f"{kind}_token_id") for kind in ("bos", "pad")}
         content = {"_from_model_config": True, **{key: value for key, value in known.items() if value is not None}}
     value = _as_value(ends)
-    kept = {key: part for key, part in content.items() if key != KEY}
-    return json_bytes(kept if value is None else {**kept, KEY: value})
+    others = {key: part for key, part in content.items() if key != KEY}
+    return json_bytes(others if value is None else {**others, KEY: value})
 
 
 def write_generation(model: Checkpoint, folder: Path) -> None:

@@ -23,7 +23,7 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str
 def essentials(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a transformers config changes the logits, in one form whatever version wrote it; reals as float32."""
     decoder, settings = decoder_of(config, "config.json"), settings_of(config, "config.json")
-    found = {
+    numbers = {
         "hidden_size": decoder.hidden,
         "intermediate_size": decoder.intermediate,
         "num_hidden_layers": len(decoder.layers),
@@ -43,8 +43,8 @@ def essentials(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     for kind, rope in decoder.ropes.items():
         where = "rope" if kind == FULL else f"rope.{kind}"
-        found |= {f"{where}.{key}": value for key, value in rope.parameters().items()}
-    return {key: _float32(value) for key, value in found.items()}
+        numbers |= {f"{where}.{key}": value for key, value in rope.parameters().items()}
+    return {key: _float32(value) for key, value in numbers.items()}
 
 
 def _runs(values: Iterable[Any]) -> str:

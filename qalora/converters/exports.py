@@ -64,9 +64,9 @@ def check_fold(adapter: object, minima: Minima | None, convention: Convention | 
             raise InputError(f"`{name}` needs an adapter to fold", todo="give `adapter`, or leave it out", field=name)
 
 
-def writing(chosen: Writing, *, lora_slots: str | Iterable[str] = ()) -> ExportOptions:
+def writing(options: Writing, *, lora_slots: str | Iterable[str] = ()) -> ExportOptions:
     """What writers are told, of what a user chose."""
-    own = {one.name: getattr(chosen, one.name) for one in fields_of(Writing)}
+    own = {one.name: getattr(options, one.name) for one in fields_of(Writing)}
     return ExportOptions(**own, lora_slots=frozenset([lora_slots] if isinstance(lora_slots, str) else lora_slots))
 
 

@@ -78,8 +78,8 @@ def quantized_by(method: str) -> Callable[[Path, Mapping[str, Any]], bool]:
     """Recognises a folder by quantization_config.quant_method in its config.json."""
 
     def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
-        found = config.get("quantization_config")
-        return isinstance(found, dict) and found.get("quant_method") == method
+        settings = config.get("quantization_config")
+        return isinstance(settings, dict) and settings.get("quant_method") == method
 
     return recognises
 

@@ -74,10 +74,10 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 def companion_files(folder: Path) -> dict[str, Path]:
     """The tokenizer and other small files that travel along, by name; FormatError for a Git LFS pointer among them."""
     templates = [f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja"))]
-    found = {name: contained(folder, name) for name in (*COMPANIONS, *templates) if (folder / name).exists()}
-    for path in found.values():
+    files = {name: contained(folder, name) for name in (*COMPANIONS, *templates) if (folder / name).exists()}
+    for path in files.values():
         check_content(path)
-    return found
+    return files
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
@@ -136,13 +136,13 @@ def _check_floats(folder: Path, stored: Stored) -> None:
 
     ours = {one.end: (one.kind, one.unannounced) for one in layouts() if one.end}
     for end, (kind, todo) in {**ours, **_INTEGERS}.items():
-        found = sorted(name for name in stored if name.endswith(end))
-        if not found:
+        names = sorted(name for name in stored if name.endswith(end))
+        if not names:
             continue
-        if kind == "GPTQ" and _is_awq(found[0], stored):
+        if kind == "GPTQ" and _is_awq(names[0], stored):
             kind, todo = "AWQ", "it is not read here: start from the float model, or from its GPTQ version"
         raise FormatError(
-            f"{folder} holds {kind} integers, {len(found)} tensors such as {found[0]}, and config.json has no "
+            f"{folder} holds {kind} integers, {len(names)} tensors such as {names[0]}, and config.json has no "
             "quantization_config",
             todo=todo,
         )
@@ -162,27 +162,29 @@ def _text_part(
 ) -> tuple[dict[str, Any], Stored, tuple[str, ...]]:
     """Config, tensors and a note of the decoder, of this family, in a model of text and images."""
     text = {**config["text_config"], "model_type": family.model_type}
-    kept = {key: config[key] for key in _SHARED_KEYS if key in config}
+    outer_keys = {key: config[key] for key in _SHARED_KEYS if key in config}
     sizes = {key: value for key, value in family.defaults.items() if key in _SIZE_KEYS}
-    outer = {key: kept[key] for key in _TOKEN_KEYS if kept.get(key) is not None}  # as in transformers' generation
+    outer = {
+        key: outer_keys[key] for key in _TOKEN_KEYS if outer_keys.get(key) is not None
+    }  # as in transformers' generation
     tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}  # the outer class's, and its default
     twice = [key for key in text if key != "model_type" and key in config and config[key] != text[key]]
-    text = {**sizes, **kept, **text, **outer, **tied, "architectures": [family.architecture]}
-    found = {}
+    text = {**sizes, **outer_keys, **text, **outer, **tied, "architectures": [family.architecture]}
+    text_tensors = {}
     for name, where in stored.items():
         for prefix, ours in _TEXT_PREFIXES:
             if name.startswith(prefix):
                 whole = ours + name.removeprefix(prefix)
-                if whole in found:
+                if whole in text_tensors:
                     raise FormatError(f"{folder}: tensor {name}: a second tensor with the name {whole}")
-                found[whole] = where
+                text_tensors[whole] = where
                 break
-    left = len(stored) - len(found)
+    left = len(stored) - len(text_tensors)
     notes = [f"{folder.name}: the text part of a {config['model_type']}; {left} tensors are left out"]
     if twice:
         listed = ", ".join(f"{key} {text[key]!r:.60}" for key in twice)
         notes.append(f"{folder.name}: text_config of config.json and what is outside differ; what counts: {listed}")
-    return text, found, tuple(notes)
+    return text, text_tensors, tuple(notes)
 
 
 _TEXT_PREFIXES = (
@@ -230,14 +232,14 @@ def check_shapes(
 
 def zero_biases(where: object, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The biases that the config announces and a file does not have, for owners that add those that are there."""
-    decoder, made = decoder_of(config, where), {}
+    decoder, biases = decoder_of(config, where), {}
     for name in bias_names(config, where):
         shape = tensor_shape(decoder, name)
         if name not in tensors and shape is not None:
-            made[name] = LazyTensor(
+            biases[name] = LazyTensor(
                 name=name, shape=shape, dtype=torch.float32, read=lambda start, stop: torch.zeros(stop - start)
             )
-    return made
+    return biases
 
 
 def model_of(
@@ -273,10 +275,10 @@ def model_of(
     model = Checkpoint(
         path=folder, layout=layout, config=config, tensors=tensors, linears=linears, files=files, notes=notes
     )
-    said = bool(settings_of(config, folder).get("tie_word_embeddings"))
-    if model.tied and not said:
+    ties = bool(settings_of(config, folder).get("tie_word_embeddings"))
+    if model.tied and not ties:
         raise FormatError(f"{folder}: missing tensor {HEAD}, which config.json requires")
-    if model.tied == said:
+    if model.tied == ties:
         return model
     note = "config.json ties the output to the embedding, and there is an output layer of its own: it is used"
     return replace(model, config={**config, "tie_word_embeddings": False}, notes=(*notes, f"{folder.name}: {note}"))

@@ -125,6 +125,6 @@ class ExportOptions(Writing):
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given: Collection[str] = self.lora_slots
-        object.__setattr__(self, "lora_slots", frozenset([given] if isinstance(given, str) else given))
+        slots: Collection[str] = self.lora_slots
+        object.__setattr__(self, "lora_slots", frozenset([slots] if isinstance(slots, str) else slots))
         super(ExportOptions, self).__post_init__()

@@ -89,9 +89,9 @@ class Rope:
 
     def attention_factor(self, positions: int) -> float:
         """What a longrope multiplies cos and sin with, in a model with this context."""
-        given, factor = self.numbers.get("attention_factor"), self.numbers.get("factor", positions / self.original)
-        if given is not None:
-            return float(given)
+        attention, factor = self.numbers.get("attention_factor"), self.numbers.get("factor", positions / self.original)
+        if attention is not None:
+            return float(attention)
         return math.sqrt(1 + math.log(factor) / math.log(self.original)) if factor > 1 else 1.0
 
     @property
@@ -120,54 +120,54 @@ def joined_parameters(settings: Mapping[str, Any], where: object, aliases: Mappi
     """
     if LOCAL_THETA in settings:
         return _by_layer(settings, where, aliases)
-    found = _object(settings, "rope_scaling", where) or _object(settings, "rope_parameters", where) or {}
-    parts = [key for key, value in found.items() if isinstance(value, Mapping)]
+    parameters = _object(settings, "rope_scaling", where) or _object(settings, "rope_parameters", where) or {}
+    parts = [key for key, value in parameters.items() if isinstance(value, Mapping)]
     if parts:
         expected = "one object, for layers that all have the same positions"
         raise InputError(f"{where}: rope_parameters", expected=expected, got=f"one for {parts[0]!r:.40}")
-    return _completed(found, settings, where, aliases, settings.get("rope_theta", 10000.0))
+    return _completed(parameters, settings, where, aliases, settings.get("rope_theta", 10000.0))
 
 
 def _by_layer(settings: Mapping[str, Any], where: object, aliases: Mapping[str, str]) -> dict[str, Any]:
-    given, scaling = _object(settings, "rope_parameters", where), settings.get("rope_scaling")
-    by_layer = {kind: {} for kind in LAYER_KINDS} if given is None else {kind: given.get(kind) for kind in LAYER_KINDS}
-    made = {}
+    outer, scaling = _object(settings, "rope_parameters", where), settings.get("rope_scaling")
+    by_layer = {kind: {} for kind in LAYER_KINDS} if outer is None else {kind: outer.get(kind) for kind in LAYER_KINDS}
+    parameters = {}
     for kind, key in zip(LAYER_KINDS, ("rope_theta", LOCAL_THETA), strict=True):
-        found = _object(by_layer, kind, where)
+        own = _object(by_layer, kind, where)
         if kind == LAYER_KINDS[0] and scaling is not None:
-            if found is None:
+            if own is None:
                 raise InputError(f"{where}: rope_parameters", expected=f"a {kind}, to which rope_scaling adds")
-            start = {"rope_type": "default"} if given is None else {}
-            found = {**start, **found, **(_object(settings, "rope_scaling", where) or {})}
+            start = {"rope_type": "default"} if outer is None else {}
+            own = {**start, **own, **(_object(settings, "rope_scaling", where) or {})}
         beside = {key: value for key, value in settings.items() if key != ORIGINAL}
-        made[kind] = _completed(found or {}, beside, where, aliases, settings[key])
-    return made
+        parameters[kind] = _completed(own or {}, beside, where, aliases, settings[key])
+    return parameters
 
 
 def _object(holder: Mapping[str, Any], key: str, where: object) -> dict[str, Any] | None:
-    found = holder.get(key)
-    if found is None or isinstance(found, Mapping):
-        return None if found is None else dict(found)
+    content = holder.get(key)
+    if content is None or isinstance(content, Mapping):
+        return None if content is None else dict(content)
     what = f"an object for {key}" if key in LAYER_KINDS else "an object with rope_type"
-    raise InputError(f"{where}: rope_parameters", expected=what, got=shown(found))
+    raise InputError(f"{where}: rope_parameters", expected=what, got=shown(content))
 
 
 def _completed(
-    found: Mapping[str, Any], settings: Mapping[str, Any], where: object, aliases: Mapping[str, str], theta: Any
+    parameters: Mapping[str, Any], settings: Mapping[str, Any], where: object, aliases: Mapping[str, str], theta: Any
 ) -> dict[str, Any]:
     """An object with its kind as rope_type, the numbers of that kind, and what stands beside it."""
-    kind = found.get("rope_type", found.get("type", "default"))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(kind, str):
-        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=shown(found))
+        raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=shown(parameters))
     kind = aliases.get(kind, kind)
-    known = (SHARE, *KINDS[kind], *OPTIONAL.get(kind, ())) if kind in KINDS else tuple(found)
-    told = {key: found[key] for key in known if found.get(key) is not None and key != "type"}
-    made = {"rope_type": kind, "rope_theta": found.get("rope_theta", theta), **told}
+    known = (SHARE, *KINDS[kind], *OPTIONAL.get(kind, ())) if kind in KINDS else tuple(parameters)
+    numbers = {key: parameters[key] for key in known if parameters.get(key) is not None and key != "type"}
+    result = {"rope_type": kind, "rope_theta": parameters.get("rope_theta", theta), **numbers}
     if settings.get(SHARE) is not None:
-        made.setdefault(SHARE, settings[SHARE])
+        result.setdefault(SHARE, settings[SHARE])
     if kind in WITH_ORIGINAL:
-        made[ORIGINAL] = settings.get(ORIGINAL) or found.get(ORIGINAL) or settings.get("max_position_embeddings")
-    return made
+        result[ORIGINAL] = settings.get(ORIGINAL) or parameters.get(ORIGINAL) or settings.get("max_position_embeddings")
+    return result
 
 
 def rope_of(settings: Mapping[str, Any], where: object, layer_type: str = "full_attention") -> Rope:
@@ -178,25 +178,25 @@ def rope_of(settings: Mapping[str, Any], where: object, layer_type: str = "full_
     A kind that is not in KINDS is given as it is: what needs to know it refuses it.
     """
     parameters = _object(settings, "rope_parameters", where) or {}
-    given = _object(parameters, layer_type, where) if layer_type in parameters else parameters
-    given = {"rope_type": "default", **(given or {})}
-    kind = given["rope_type"]
+    values = _object(parameters, layer_type, where) if layer_type in parameters else parameters
+    values = {"rope_type": "default", **(values or {})}
+    kind = values["rope_type"]
     if not isinstance(kind, str):
         raise InputError(f"{where}: rope_parameters", expected="an object with rope_type", got=shown(kind))
     numbers = {}
     for key in (*KINDS.get(kind, ()), *OPTIONAL.get(kind, ())):
-        value = given.get(key)
-        if value is None and kind == "yarn" and key == "factor" and given.get(ORIGINAL):
-            value = settings["max_position_embeddings"] / _number(where, ORIGINAL, given[ORIGINAL])
+        value = values.get(key)
+        if value is None and kind == "yarn" and key == "factor" and values.get(ORIGINAL):
+            value = settings["max_position_embeddings"] / _number(where, ORIGINAL, values[ORIGINAL])
         value = DEFAULTS.get(key) if value is None else value
         if value is None and key in KINDS[kind]:
             raise InputError(f"{where}: rope_parameters", expected=f"a {key} for {kind} scaling", got="none")
         if value is not None:
             numbers[key] = _number(where, key, value)
-    share = given.get(SHARE)
+    share = values.get(SHARE)
     rope = Rope(
         kind=kind,
-        theta=float(_number(where, "rope_theta", given.get("rope_theta", 10000.0))),
+        theta=float(_number(where, "rope_theta", values.get("rope_theta", 10000.0))),
         numbers=numbers,
         share=float(_number(where, SHARE, 1.0 if share is None else share)),
     )

@@ -22,8 +22,8 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     in `rope_parameters`, as `joined_parameters` makes it; keys of SOME that the family does not have are not there.
     """
     family = family_of(config, where)
-    said = {key: value for key, value in config.items() if value is not None or key not in _NEVER_NULL}
-    settings = {**family.defaults, **{key: said[key] for key in said if reads(family, key)}, **family.fixed}
+    filled = {key: value for key, value in config.items() if value is not None or key not in _NEVER_NULL}
+    settings = {**family.defaults, **{key: filled[key] for key in filled if reads(family, key)}, **family.fixed}
     joined = joined_parameters(settings, where, family.rope_aliases)
     return {**{key: value for key, value in settings.items() if key not in PLACES}, "rope_parameters": joined}
 

@@ -63,19 +63,19 @@ def specs_text(specs: Mapping[str, QuantSpec]) -> str:
 
 def parse_specs(text: str, where: str) -> dict[str, QuantSpec]:
     """{module: spec} of the JSON; FormatError for anything else. Nothing is said of the values."""
-    found = parse_json(text, f"{where}: {TENSORS}")
-    if not isinstance(found, dict):
-        raise FormatError(f"{where}: {TENSORS}", expected="a JSON object", got=json_kind(found))
-    return {module: _spec(f"{where}: {TENSORS}: {module}", entry) for module, entry in found.items()}
+    entries = parse_json(text, f"{where}: {TENSORS}")
+    if not isinstance(entries, dict):
+        raise FormatError(f"{where}: {TENSORS}", expected="a JSON object", got=json_kind(entries))
+    return {module: _spec(f"{where}: {TENSORS}: {module}", entry) for module, entry in entries.items()}
 
 
 def stored_specs(stored: Mapping[str, tuple[Path, Entry]]) -> dict[str, QuantSpec]:
     """{module: spec} of all the safetensors files that hold `stored`, {tensor: (file, entry)}."""
-    found: dict[str, QuantSpec] = {}
+    specs: dict[str, QuantSpec] = {}
     for path in sorted({path for path, _ in stored.values()}):
         text = read_header(path).metadata.get(TENSORS)
-        found |= {} if text is None else parse_specs(text, str(path))
-    return found
+        specs |= {} if text is None else parse_specs(text, str(path))
+    return specs
 
 
 def narrowed(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,8 +193,8 @@ def check_values(tensor: GroupQuantTensor, spec: QuantSpec) -> None:
     if spec.zeros == "integer":
         zero = integer_zeros(tensor)
         if zero is None or (spec.zero is not None and not bool((zero == spec.zero)[tensor.scale != 0].all())):
-            wanted = "integers" if spec.zero is None else f"{spec.zero}"
-            raise FormatError("zero points", expected=f"{wanted}, as {TENSORS} says", got="different values")
+            expected = "integers" if spec.zero is None else f"{spec.zero}"
+            raise FormatError("zero points", expected=f"{expected}, as {TENSORS} says", got="different values")
     for name, values, dtype in (("scale", tensor.scale, spec.scale_dtype), ("min", tensor.min, spec.min_dtype)):
         if dtype is torch.float16 and not holds_float16(values):
             raise FormatError(name, expected=f"float16 values, as {TENSORS} says", got="values that float16 rounds")

@@ -136,8 +136,8 @@ def _reason(error: Exception, place: str, model: Checkpoint) -> str:
     """The first line of what transformers says of a tokenizer that it read from `place`."""
     if "trust_remote_code" in str(error):
         return "it is made by code of its own, which is not run here"
-    said = str(error).replace(place, str(model.path)).strip().splitlines()
-    return ": ".join([type(error).__name__, *said[:1]])
+    lines = str(error).replace(place, str(model.path)).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def tokenizer_part(metadata: Metadata) -> Metadata:
@@ -192,12 +192,12 @@ def _conversion(model: Checkpoint, metadata: Metadata, source: bytes, *, strippi
 
 def _templates_of(metadata: Metadata) -> dict[str, str]:
     """The chat templates of a GGUF file by name, "default" that which is used unless another is asked for."""
-    start, found = f"{TEMPLATE_KEY}.", {"default": metadata.get(TEMPLATE_KEY)}
+    start, templates = f"{TEMPLATE_KEY}.", {"default": metadata.get(TEMPLATE_KEY)}
     for key in metadata.entries:
         name = key.removeprefix(start)
         if key.startswith(start) and name == template_name(name) != "default":
-            found[name] = metadata.get(key)
-    return {name: text for name, text in found.items() if name and isinstance(text, str)}
+            templates[name] = metadata.get(key)
+    return {name: text for name, text in templates.items() if name and isinstance(text, str)}
 
 
 def chat_templates(model: Checkpoint) -> dict[str, str]:
@@ -210,17 +210,17 @@ def chat_templates(model: Checkpoint) -> dict[str, str]:
         for name in model.files
         if name.startswith(f"{TEMPLATES}/")
     }
-    found: Any = {
+    value: Any = {
         name: with_line_ends(read_utf8(model.files[file], TOKENIZER_LIMIT, mark=True))
         for name, file in files.items()
         if file in model.files
     }
-    if found:
-        return dict(found)
-    found = settings.get("chat_template")
-    if isinstance(found, str | None):
-        return {} if found is None else {"default": found}
-    pairs = list(found.items()) if isinstance(found, dict) else [_template_entry(entry) for entry in _listed(found)]
+    if value:
+        return dict(value)
+    value = settings.get("chat_template")
+    if isinstance(value, str | None):
+        return {} if value is None else {"default": value}
+    pairs = list(value.items()) if isinstance(value, dict) else [_template_entry(entry) for entry in _listed(value)]
     wrong = [part for pair in pairs for part in pair if not isinstance(part, str)]
     if wrong:
         raise FormatError(
@@ -231,8 +231,8 @@ def chat_templates(model: Checkpoint) -> dict[str, str]:
     return dict(pairs)
 
 
-def _listed(found: object) -> list[Any]:
-    return found if isinstance(found, list) else [found]
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _template_entry(entry: object) -> tuple[Any, Any]:

@@ -69,15 +69,17 @@ def _around(metadata: Metadata, *, spm: bool, begins: bool, ends: bool) -> dict[
     """
     tokens = metadata.get("tokenizer.ggml.tokens")
     defaults = {"bos": 1, "eos": 2} if spm else {"bos": 11, "eos": 11}
-    named: dict[str, dict[str, Any]] = {}
+    special: dict[str, dict[str, Any]] = {}
     parts: dict[str, list[dict[str, Any]]] = {"bos": [], "eos": []}
-    for kind in [kind for kind, wanted in (("bos", begins), ("eos", ends)) if wanted]:
+    for kind in [kind for kind, present in (("bos", begins), ("eos", ends)) if present]:
         number = metadata.get(f"tokenizer.ggml.{kind}_token_id", defaults[kind])
         if isinstance(tokens, tuple) and type(number) is int and 0 <= number < len(tokens):
             text = str(tokens[number])
-            named[text] = {"id": text, "ids": [number], "tokens": [text]}
+            special[text] = {"id": text, "ids": [number], "tokens": [text]}
             parts[kind] = [{"SpecialToken": {"id": text, "type_id": 0}}]
     one, two = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
     single = [*parts["bos"], one, *parts["eos"]]
     pair = [*single, *parts["bos"], two, *parts["eos"]]
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": named} if named else None
+    return (
+        {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special} if special else None
+    )

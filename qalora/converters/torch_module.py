@@ -45,9 +45,9 @@ def build(model: Checkpoint, linear: LinearFactory = float_linear) -> Any:
         path = name.removesuffix(".weight")
         _check_shape(model, name, module.get_submodule(path).weight)
         bias = model.tensors.get(f"{path}.bias")
-        made = linear(path, model.tensors[name], None if bias is None else bias.load_float().float())
+        layer = linear(path, model.tensors[name], None if bias is None else bias.load_float().float())
         names.add(f"{path}.bias")
-        module.set_submodule(path, made)
+        module.set_submodule(path, layer)
     for name, parameter in list(module.named_parameters()):
         if name.rsplit(".", 1)[0] + ".weight" not in names and parameter.is_meta:
             _fill(model, module, name, parameter)
@@ -108,10 +108,10 @@ def _rebuild_buffers(module: Any) -> None:
 @torch.inference_mode()
 def layer_outputs(module: Any, tokens: Sequence[int]) -> list[Tensor]:
     """float32 [tokens, hidden] after each decoder layer of a transformers *ForCausalLM, for one sequence."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(layer: nn.Module, inputs: object, output: Any) -> None:
-        found.append((output[0] if isinstance(output, tuple) else output)[0].float().clone())
+        outputs.append((output[0] if isinstance(output, tuple) else output)[0].float().clone())
 
     hooks = [layer.register_forward_hook(keep) for layer in module.model.layers]
     try:
@@ -119,4 +119,4 @@ def layer_outputs(module: Any, tokens: Sequence[int]) -> list[Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return outputs

@@ -29,42 +29,42 @@ def instead_of_config(folder: Path) -> tuple[str, str]:
     here = _names(folder)
     if ADAPTER_CONFIG in here or ADAPTER_WEIGHTS in here:
         return "an adapter", f"give its base as the model, and this with `adapter` {folder}"
-    found = _ending(here, (".gguf",))
-    if found:
-        return _list_names(found), f"give the file: {folder / found[0]}"
+    names = _ending(here, (".gguf",))
+    if names:
+        return _list_names(names), f"give the file: {folder / names[0]}"
     inner = _folders(folder, CONFIG)
     if inner:
         return f"models in {_list_names(inner)}", f"give one of them, such as {folder / inner[-1]}"
     inner = _folders(folder, ADAPTER_CONFIG)
     if inner:
-        told = f"give their base as the model, and one of them with `adapter` {folder / inner[-1]}"
-        return f"adapters in {_list_names(inner)}", told
-    found = _ending(here, (".safetensors", *PICKLES))
-    if found:
-        return f"{_list_names(found)} alone", "put the model's config.json and tokenizer beside it"
+        todo = f"give their base as the model, and one of them with `adapter` {folder / inner[-1]}"
+        return f"adapters in {_list_names(inner)}", todo
+    names = _ending(here, (".safetensors", *PICKLES))
+    if names:
+        return f"{_list_names(names)} alone", "put the model's config.json and tokenizer beside it"
     return "none", ""
 
 
 def instead_of_weights(folder: Path, stem: str = "model") -> tuple[str, str]:
     """(what was got, what to do) for a model's folder without <stem>.safetensors or its index."""
-    here, wanted = _names(folder), f"{stem}.safetensors"
-    found = [name for name in _ending(here, (".safetensors",)) if not name.startswith("adapter_")]
-    parts = [name for name in found if PART.fullmatch(name)]
+    here, expected = _names(folder), f"{stem}.safetensors"
+    names = [name for name in _ending(here, (".safetensors",)) if not name.startswith("adapter_")]
+    parts = [name for name in names if PART.fullmatch(name)]
     if parts:
         return (
             f"{_list_names(parts)} without the index that says which tensor is where",
-            f"put {wanted}.index.json there",
+            f"put {expected}.index.json there",
         )
-    if len(found) == 1:
-        return found[0], f"rename it to {wanted}, if it holds the whole model"
-    if found:
-        return _list_names(found), f"leave the one that holds the whole model, as {wanted}"
+    if len(names) == 1:
+        return names[0], f"rename it to {expected}, if it holds the whole model"
+    if names:
+        return _list_names(names), f"leave the one that holds the whole model, as {expected}"
     if ADAPTER_WEIGHTS in here:
         return f"{ADAPTER_WEIGHTS}, an adapter", "give its base as the model, and this folder with `adapter`"
     ggufs = _ending(here, (".gguf",))
     if ggufs:
         return _list_names(ggufs), f"give the file: {folder / ggufs[0]}"
-    inner = _folders(folder, wanted, f"{wanted}.index.json")
+    inner = _folders(folder, expected, f"{expected}.index.json")
     if inner:
         return f"one in {_list_names(inner)}", f"give the folder that is meant, such as {folder / inner[-1]}"
     return "neither", ""
@@ -85,8 +85,8 @@ def instead_of_adapter(folder: Path, name: str) -> tuple[str, str]:
         return _list_names(ggufs), f"if it is a GGUF LoRA: qalora adapter convert {folder / ggufs[0]} --base MODEL"
     if CONFIG in here:
         return "a model", "give the folder of the adapter, which has adapter_config.json"
-    found = _ending(here, (".safetensors", *PICKLES))
-    return (f"{_list_names(found)} alone", "put adapter_config.json beside it") if found else ("none", "")
+    names = _ending(here, (".safetensors", *PICKLES))
+    return (f"{_list_names(names)} alone", "put adapter_config.json beside it") if names else ("none", "")
 
 
 def instead_of_model(path: Path) -> str:
@@ -111,13 +111,13 @@ def _half_an_adapter(folder: Path, here: set[str], name: str) -> tuple[str, str]
     """Of a folder that has one of the two files."""
     if name == ADAPTER_CONFIG:
         return f"{ADAPTER_WEIGHTS} alone", f"fetch {ADAPTER_CONFIG} too: rank and alpha are in it"
-    found = [one for one in _ending(here, (".safetensors",)) if one != name]
-    adapters = [one for one in found if "adapter" in one or "lora" in one.lower()]
-    if len(found) == 1 or len(adapters) == 1:
-        one = (adapters or found)[0]
+    names = [one for one in _ending(here, (".safetensors",)) if one != name]
+    adapters = [one for one in names if "adapter" in one or "lora" in one.lower()]
+    if len(names) == 1 or len(adapters) == 1:
+        one = (adapters or names)[0]
         return one, f"rename it to {name}, if it is the adapter"
-    if found:
-        return _list_names(found), f"rename the one that is the adapter to {name}"
+    if names:
+        return _list_names(names), f"rename the one that is the adapter to {name}"
     inner = _folders(folder, ADAPTER_WEIGHTS)
     if inner:
         return f"one in {_list_names(inner)}", f"give the one that is meant, such as {folder / inner[-1]}"
@@ -136,10 +136,10 @@ def _folders(folder: Path, *names: str) -> list[str]:
     """The folders in a folder that hold a file of one of the names; checkpoint-10 behind checkpoint-9."""
     try:
         inner = [path for _, path in zip(range(LOOKED_AT), folder.iterdir(), strict=False) if path.is_dir()]
-        found = [path.name for path in inner if any((path / name).is_file() for name in names)]
+        folders = [path.name for path in inner if any((path / name).is_file() for name in names)]
     except OSError:
         return []
-    return _sorted(name for name in found if name[:1] != ".")
+    return _sorted(name for name in folders if name[:1] != ".")
 
 
 def _ending(names: Iterable[str], ends: tuple[str, ...]) -> list[str]:

@@ -68,15 +68,15 @@ DEFAULT_EOS = {"llama": 2, "gpt2": 11}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eog:
-    """llama.cpp's set of end tokens: those that the file's keys name, eos first, and those that it knows by name."""
+    """llama.cpp's set of end tokens: those that the file's keys name, eos first, and those whose texts it knows."""
 
-    keyed: tuple[int, ...]
-    named: tuple[int, ...]
+    from_keys: tuple[int, ...]
+    from_texts: tuple[int, ...]
 
     @property
     def ids(self) -> tuple[int, ...]:
         """All of them, each once."""
-        return tuple(dict.fromkeys((*self.keyed, *self.named)))
+        return tuple(dict.fromkeys((*self.from_keys, *self.from_texts)))
 
 
 def eog_of(metadata: Metadata) -> Eog | None:
@@ -90,13 +90,13 @@ def eog_of(metadata: Metadata) -> Eog | None:
         default = DEFAULT_EOS.get(str(kind))
         keys["eos"] = default if default is not None and default < len(tokens) else None
     place = {text: n for n, text in enumerate(tokens) if text in KNOWN}
-    named = [place[text] for text in place if text in NAMES]
+    by_text = [place[text] for text in place if text in NAMES]
     for key, texts in FILLING.items():
         there = [place[text] for text in texts if text in place]
-        named += there[:1] if keys[key] is None else []
-    left = _taken_back({tokens[n] for n in (*named, *(key for key in keys.values() if key is not None))})
+        by_text += there[:1] if keys[key] is None else []
+    left = _taken_back({tokens[n] for n in (*by_text, *(key for key in keys.values() if key is not None))})
     keyed = dict.fromkeys(n for n in keys.values() if n is not None and tokens[n] not in left)
-    return Eog(keyed=tuple(keyed), named=tuple(sorted(n for n in set(named) if tokens[n] not in left)))
+    return Eog(from_keys=tuple(keyed), from_texts=tuple(sorted(n for n in set(by_text) if tokens[n] not in left)))
 
 
 def _taken_back(texts: set[str]) -> set[str]:
@@ -108,13 +108,13 @@ def _taken_back(texts: set[str]) -> set[str]:
 
 def marked(metadata: Metadata) -> tuple[int, ...] | None:
     """What our key says, where the others bear it out: a part of llama.cpp's set with all that keys name."""
-    found, eog = metadata.get(MARK), eog_of(metadata)
-    if not isinstance(found, tuple) or not all(type(n) is int for n in found):
+    mark, eog = metadata.get(MARK), eog_of(metadata)
+    if not isinstance(mark, tuple) or not all(type(n) is int for n in mark):
         return None
     if eog is None:
-        return found
-    inside = set(found) <= set(eog.ids)
-    return found if inside and set(eog.keyed) - set(eog.named) <= set(found) else None
+        return mark
+    inside = set(mark) <= set(eog.ids)
+    return mark if inside and set(eog.from_keys) - set(eog.from_texts) <= set(mark) else None
 
 
 def with_ends(metadata: Metadata, ends: Sequence[int], own: int | None, where: object) -> Metadata:
@@ -136,11 +136,11 @@ def with_ends(metadata: Metadata, ends: Sequence[int], own: int | None, where: o
             expected="one, which llama.cpp requires",
             todo="name it as eos_token_id in generation_config.json",
         )
-    said = _keys_for(plain, ends, own, where)
-    dropped = {_name(key) for key in _SPARE} - set(said)
-    made = _without(plain, dropped).with_entries({key: Value.uint32(n) for key, n in said.items()})
-    found, tokens = eog_of(made), _tokens(made)
-    missing = sorted(set(ends) - set(() if found is None else found.ids))
+    key_values = _keys_for(plain, ends, own, where)
+    dropped = {_name(key) for key in _SPARE} - set(key_values)
+    changed = _without(plain, dropped).with_entries({key: Value.uint32(n) for key, n in key_values.items()})
+    result, tokens = eog_of(changed), _tokens(changed)
+    missing = sorted(set(ends) - set(() if result is None else result.ids))
     if missing:
         raise InputError(
             f"gguf: {where}: end token {missing[0]} {tokens[missing[0]]!r}",
@@ -148,7 +148,9 @@ def with_ends(metadata: Metadata, ends: Sequence[int], own: int | None, where: o
             got="one that it takes back beside the other special tokens of this vocabulary",
             todo="export it to another format",
         )
-    return made if found is not None and set(found.ids) == set(ends) else made.with_entries({MARK: _listed(ends)})
+    return (
+        changed if result is not None and set(result.ids) == set(ends) else changed.with_entries({MARK: _listed(ends)})
+    )
 
 
 _SPARE = ("eot", "eom")
@@ -158,7 +160,7 @@ def _keys_for(metadata: Metadata, ends: Sequence[int], own: int | None, where: o
     """eos, and eot and eom where they are needed, by their keys."""
     bare = _without(metadata, {_name(key) for key in ("eos", *_SPARE)})
     known = eog_of(bare.with_entries({_name("eos"): Value.uint32(ends[0])}))
-    covered = set() if known is None else {*known.named, *(n for n in known.keyed if n != ends[0])}
+    covered = set() if known is None else {*known.from_texts, *(n for n in known.from_keys if n != ends[0])}
     needed = [n for n in ends if n not in covered]
     fits = own is not None and (own in ends or (own in covered and len(needed) <= len(_SPARE)))
     eos = own if own is not None and fits else next(iter(needed), ends[0])
@@ -187,11 +189,11 @@ def _listed(ends: Sequence[int]) -> Value:
 
 
 def _tokens(metadata: Metadata) -> tuple[str, ...]:
-    found = metadata.get("tokenizer.ggml.tokens")
-    return found if isinstance(found, tuple) else ()
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return tokens if isinstance(tokens, tuple) else ()
 
 
 def _key(metadata: Metadata, key: str, count: int) -> int | None:
     """What a key names; None where there is none, or no such token, which llama.cpp passes over."""
-    found = metadata.get(_name(key))
-    return found if type(found) is int and 0 <= found < count else None
+    token = metadata.get(_name(key))
+    return token if type(token) is int and 0 <= token < count else None

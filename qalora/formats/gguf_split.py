@@ -38,16 +38,16 @@ _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 def part_number(path: Path) -> int:
     """Which file of a split model it is by its name, from 1; 1 for any other name."""
-    found = _NAME.fullmatch(path.name)
-    return 1 if found is None else int(found["number"])
+    match = _NAME.fullmatch(path.name)
+    return 1 if match is None else int(match["number"])
 
 
 def split_files(path: Path) -> list[Path]:
     """The files that the name of a split model's first one stands for; the file itself for any other name."""
-    found = _NAME.fullmatch(path.name)
-    if found is None or not 1 <= int(found["count"]) <= MAX_PARTS:
+    match = _NAME.fullmatch(path.name)
+    if match is None or not 1 <= int(match["count"]) <= MAX_PARTS:
         return [path]
-    return [path.parent / _part(found["stem"], number, int(found["count"])) for number in range(int(found["count"]))]
+    return [path.parent / _part(match["stem"], number, int(match["count"])) for number in range(int(match["count"]))]
 
 
 def _part(stem: str, number: int, count: int) -> str:
@@ -78,9 +78,9 @@ def read_parts(path: Path) -> GgufFile:
             got=f"{len(missing)} missing, the first is {missing[0]}",
             todo="fetch them too",
         )
-    found = _joined(first, files)
-    entries = {key: value for key, value in found.metadata.entries.items() if key not in SPLIT_KEYS}
-    return replace(found, metadata=Metadata(entries=entries))
+    whole = _joined(first, files)
+    entries = {key: value for key, value in whole.metadata.entries.items() if key not in SPLIT_KEYS}
+    return replace(whole, metadata=Metadata(entries=entries))
 
 
 def _joined(first: GgufFile, files: Sequence[Path]) -> GgufFile:
@@ -88,9 +88,9 @@ def _joined(first: GgufFile, files: Sequence[Path]) -> GgufFile:
     parts: dict[str, Path] = {}
     for number, file in enumerate(files[1:], 1):
         part = read_header(contained(file.parent, file.name))
-        said = {key: part.metadata.get(key) for key in SPLIT_KEYS[:2]}
-        if said != {"split.no": number, "split.count": len(files)}:
-            raise FormatError(f"{file}: split", expected=f"no {number} of {len(files)}", got=str(said)[:100])
+        split = {key: part.metadata.get(key) for key in SPLIT_KEYS[:2]}
+        if split != {"split.no": number, "split.count": len(files)}:
+            raise FormatError(f"{file}: split", expected=f"no {number} of {len(files)}", got=str(split)[:100])
         twice = sorted(set(part.tensors) & set(tensors))
         if twice:
             raise FormatError(f"{file}: tensor {twice[0]!r} stands in two parts")
@@ -107,14 +107,14 @@ def plan_split(
 ) -> dict[str, GgufLayout]:
     """The layout of each file by its name: `name`, or parts of at most `max_size` bytes of tensors, in their order."""
     groups: list[list[tuple[str, tuple[int, ...], str]]] = [[]]
-    held = 0
+    filled = 0
     for tensor in tensors:
         size = tensor_bytes(tensor[1], tensor[2])
-        if max_size is not None and groups[-1] and held + size > max_size:
+        if max_size is not None and groups[-1] and filled + size > max_size:
             groups.append([])
-            held = 0
+            filled = 0
         groups[-1].append(tensor)
-        held += size
+        filled += size
     count = len(groups)
     if count == 1:
         return {name: plan_layout(metadata, tensors)}

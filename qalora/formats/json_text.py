@@ -22,10 +22,10 @@ def parse_json(
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        content = dict(pairs)
+        if len(content) != len(pairs):
             raise FormatError(f"{where}: a key appears twice", todo=todo)
-        return found
+        return content
 
     try:
         text = content if isinstance(content, str) else content.decode("utf-8" if strict else "utf-8-sig")

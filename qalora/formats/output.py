@@ -81,13 +81,13 @@ def check_apart(path: Path, *sources: str | Path) -> None:
 
 def check_writable(path: Path) -> None:
     """OutputError where `new_folder` could not make a folder `path`: to know it before long work. Nothing stays."""
-    made = _make_parents(path)
+    parents = _make_parents(path)
     try:
         Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).rmdir()
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror or error}") from error
     finally:
-        for folder in made:
+        for folder in parents:
             _remove_if_empty(folder)
 
 
@@ -98,7 +98,7 @@ def new_folder(path: Path, *, force: bool = False, names: Collection[str] = ()) 
     OutputError while another run writes the same output. What a killed run left is removed.
     """
     check_output(path, force=force, names=names)
-    made = _make_parents(path)
+    parents = _make_parents(path)
     work = path.parent / f".{path.name}{PARTIAL}"
     try:
         with _claimed(path, wait=False):
@@ -110,7 +110,7 @@ def new_folder(path: Path, *, force: bool = False, names: Collection[str] = ()) 
             finally:
                 _remove(work)
     except BaseException as error:
-        for folder in made:
+        for folder in parents:
             _remove_if_empty(folder)
         if isinstance(error, OSError):
             raise OutputError(f"{path}: {error.strerror or error}") from error
@@ -126,7 +126,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     check_output(path, force=force)
     if path.is_dir():
         raise OutputError(f"{path}", expected="a file name", got="a folder")
-    made = _make_parents(path)
+    parents = _make_parents(path)
     work = path.parent / f".{path.name}{PARTIAL}"
     try:
         with _claimed(path, wait=True):
@@ -138,7 +138,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
             finally:
                 _remove(work)
     except BaseException as error:
-        for folder in made:
+        for folder in parents:
             _remove_if_empty(folder)
         if isinstance(error, OSError):
             raise OutputError(f"{path}: {error.strerror or error}") from error

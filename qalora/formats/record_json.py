@@ -84,8 +84,8 @@ def encode(value: Any, real: Callable[[float], Any] = lambda number: number) -> 
     """What JSON has for a record, or for what its fields hold; `real` gives what is written for a float."""
     if is_dataclass(value):
         kind: Any = type(value)
-        found, sparse = [(part, getattr(value, part.name)) for part in _parts(kind)], getattr(kind, "SPARSE", False)
-        return {part.key: encode(item, real) for part, item in found if not sparse or item != part.default}
+        pairs, sparse = [(part, getattr(value, part.name)) for part in _parts(kind)], getattr(kind, "SPARSE", False)
+        return {part.key: encode(item, real) for part, item in pairs if not sparse or item != part.default}
     if isinstance(value, Mapping):
         return {key: encode(item, real) for key, item in value.items()}
     if isinstance(value, frozenset):
@@ -222,13 +222,13 @@ def _one_of(kinds: list[Any]) -> Reader:
 
     def one_of(content: Any) -> Any:
         there = _object(content)
-        named = [kind for kind in kinds if all(there.get(part.key) == part.word for part in words[kind])]
-        if not named:
+        matches = [kind for kind in kinds if all(there.get(part.key) == part.word for part in words[kind])]
+        if not matches:
             key = words[kinds[0]][0].key
-            told = " or ".join(str(part.word) for kind in kinds for part in words[kind])
-            raise _Wrong(told, shown(there.get(key)), _step(key), todo=_LATER)
-        whole = (kind for kind in named if all(part.key in there for part in _parts(kind) if part.needed))
-        return _reader(next(whole, named[0]))(content)
+            choices = " or ".join(str(part.word) for kind in kinds for part in words[kind])
+            raise _Wrong(choices, shown(there.get(key)), _step(key), todo=_LATER)
+        whole = (kind for kind in matches if all(part.key in there for part in _parts(kind) if part.needed))
+        return _reader(next(whole, matches[0]))(content)
 
     words = {kind: [part for part in _parts(kind) if part.word is not None] for kind in kinds}
     return one_of

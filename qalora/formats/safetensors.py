@@ -311,14 +311,14 @@ def _split(groups: Sequence[Sequence[Part]], max_size: int) -> list[list[Part]]:
     if max_size < 1:
         raise InputError(field="max_shard_size", expected="at least a byte", got=str(max_size))
     files: list[list[Part]] = [[]]
-    held = 0
+    filled = 0
     for group in groups:
         size = sum(_part_bytes(part) for part in group)
-        if files[-1] and held + size > max_size:
+        if files[-1] and filled + size > max_size:
             files.append([])
-            held = 0
+            filled = 0
         files[-1].extend(group)
-        held += size
+        filled += size
     return files
 
 

@@ -44,13 +44,13 @@ def check_text(value: object, where: str) -> None:
     """FormatError for a text that UTF-8 cannot hold, also where it is in a list, or is a value or key of an object."""
     left = [value]
     while left:
-        held = left.pop()
-        if isinstance(held, str):
-            _check(held, where)
-        elif isinstance(held, Mapping):
-            left += [*held, *held.values()]
-        elif isinstance(held, list | tuple):
-            left += held
+        part = left.pop()
+        if isinstance(part, str):
+            _check(part, where)
+        elif isinstance(part, Mapping):
+            left += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            left += part
 
 
 def _check(text: str, where: str) -> None:

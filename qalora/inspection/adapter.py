@@ -49,7 +49,7 @@ def inspect_adapter(folder: Path, base: str | Path | None, convention: Conventio
     if model is not None:
         findings += _against(source, model, pools)
     known = {module: pool for module, pool in pools.items() if pool is not None}
-    chosen, more = _convention(source, known, convention)
+    convention_name, more = _convention(source, known, convention)
     weights = contained(folder, WEIGHTS)
     findings += [*_unknown_pools(source, pools), *more, *_values(source, weights)]
     kinds = Counter((source.pairs[module][0].shape[0], pool) for module, pool in pools.items())
@@ -58,7 +58,7 @@ def inspect_adapter(folder: Path, base: str | Path | None, convention: Conventio
     return AdapterReport(
         path=folder,
         layout="peft",
-        convention=chosen,
+        convention=convention_name,
         minima=None if source.record is None else source.record.minima,
         use_qalora=source.config.use_qalora,
         base=None if carried is None else str(carried),
@@ -76,9 +76,9 @@ def _saved_note(source: AdapterSource) -> tuple[str, ...]:
     if saved is None:
         return ()
     rows = {name: len(rows.indices) for name, rows in saved.rows.items()}
-    told = [*saved.whole, *(f"{count} rows of {name}" for name, count in rows.items())]
+    parts = [*saved.whole, *(f"{count} rows of {name}" for name, count in rows.items())]
     files = "; with a tokenizer of its own" if saved.files else ""
-    return (f"it brings {len(told)} tensors of the base: {', '.join(told[:4])}{files}",)
+    return (f"it brings {len(parts)} tensors of the base: {', '.join(parts[:4])}{files}",)
 
 
 def _split_groups(source: AdapterSource, model: Checkpoint, pools: Mapping[str, int | None]) -> tuple[str, ...]:
@@ -105,12 +105,12 @@ def _opened(base: str | Path) -> Checkpoint:
 def _widths(source: AdapterSource, model: Checkpoint | None) -> tuple[dict[str, int], str]:
     """`in` of each module, where it is known, and where it is known from."""
     if model is not None:
-        found = {}
+        by_module = {}
         for module in source.pairs:
             lazy = model.tensors.get(f"{module}.weight")
             if lazy is not None and len(lazy.shape) == 2:
-                found[module] = lazy.shape[1]
-        return found, f"the weight in {model.path}"
+                by_module[module] = lazy.shape[1]
+        return by_module, f"the weight in {model.path}"
     rows = {module: b.shape[0] for module, (_, b) in source.pairs.items()}
     widths = {}
     for module in source.pairs:
@@ -194,7 +194,7 @@ def _against(source: AdapterSource, model: Checkpoint, pools: Mapping[str, int |
             )
         )
     for code in dict.fromkeys(code for code, _ in refused):
-        sentences = [sentence for found, sentence in refused if found == code]
+        sentences = [sentence for refusal, sentence in refused if refusal == code]
         what = "the pooling of its modules does not match the groups of the base"
         findings.append(
             Finding(
@@ -223,12 +223,12 @@ def _unknown_pools(source: AdapterSource, pools: Mapping[str, int | None]) -> li
 
 
 def _convention(
-    source: AdapterSource, pools: Mapping[str, int], asked: Convention | None
+    source: AdapterSource, pools: Mapping[str, int], convention: Convention | None
 ) -> tuple[str | None, list[Finding]]:
-    if source.record is None and not pools and asked is None:
+    if source.record is None and not pools and convention is None:
         return None, []
     try:
-        return convention_of(source, pools, asked), []
+        return convention_of(source, pools, convention), []
     except AdapterError as error:
         finding = Finding(
             code="convention-unknown",
@@ -282,17 +282,17 @@ def _value_findings(matrices: Iterable[tuple[str, Tensor]]) -> list[Finding]:
 
 def inspect_lora(path: Path, kind: LoraFile) -> AdapterReport:
     """Inspect a file of an adapter, of a kind that a format has; FormatError for what is none."""
-    found = kind.content(path)
+    content = kind.content(path)
     return AdapterReport(
         path=path,
         layout=kind.name,
         convention=None,
         minima=None,
         use_qalora=False,
-        base=found.base,
-        parameters=found.parameters,
+        base=content.base,
+        parameters=content.parameters,
         nbytes=path.stat().st_size,
-        layers=dict(Counter((rank, 1) for rank in found.ranks).most_common()),
-        notes=found.notes,
-        warnings=tuple(_value_findings(found.matrices)),
+        layers=dict(Counter((rank, 1) for rank in content.ranks).most_common()),
+        notes=content.notes,
+        warnings=tuple(_value_findings(content.matrices)),
     )

@@ -20,8 +20,8 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 def companion_findings(model: Checkpoint) -> list[Finding]:
     """The warnings of a model's companions."""
-    found = layout(model.layout)
-    where = f"its {found.kind} metadata" if found.tokenizer else "its folder"
+    model_layout = layout(model.layout)
+    where = f"its {model_layout.kind} metadata" if model_layout.tokenizer else "its folder"
     if not has_tokenizer(model) and _is_portable_graph(model):
         return []
     if not has_tokenizer(model):
@@ -30,7 +30,7 @@ def companion_findings(model: Checkpoint) -> list[Finding]:
                 code="no-tokenizer",
                 message="no tokenizer: runtimes that take text do not load it, or cannot read a prompt",
                 evidence=f"neither tokenizer.json nor tokenizer.model in {where}"
-                if not found.tokenizer
+                if not model_layout.tokenizer
                 else f"tokenizer.ggml.model in {where} is {_tokenizer_model(model)}",
                 todo="put the base model's tokenizer there and write it again",
             )
@@ -41,7 +41,7 @@ def companion_findings(model: Checkpoint) -> list[Finding]:
 def end_tokens(model: Checkpoint) -> tuple[EndTokens | None, tuple[str, ...], list[Finding]]:
     """What ends a generation, notes where files disagree about it, and a warning where it is no token."""
     try:
-        found, texts = ends_of(model), token_texts(model)
+        ends, texts = ends_of(model), token_texts(model)
     except InputError as error:
         warning = Finding(
             code="end-token",
@@ -50,8 +50,8 @@ def end_tokens(model: Checkpoint) -> tuple[EndTokens | None, tuple[str, ...], li
             todo="name the end tokens by their ids in generation_config.json",
         )
         return None, (), [warning]
-    tokens = tuple(EndToken(id=n, text=texts.get(n)) for n in found.ids)
-    return EndTokens(tokens=tokens, source=found.source), end_notes(model), []
+    tokens = tuple(EndToken(id=n, text=texts.get(n)) for n in ends.ids)
+    return EndTokens(tokens=tokens, source=ends.source), end_notes(model), []
 
 
 def _is_portable_graph(model: Checkpoint) -> bool:

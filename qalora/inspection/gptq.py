@@ -54,7 +54,7 @@ def _settings(model: Checkpoint) -> Mapping[str, Any]:
 
 
 def _stored_zeros(model: Checkpoint) -> dict[str, _Zeros]:
-    found = {}
+    zeros = {}
     for name, (path, entry) in stored_tensors(model.path).items():
         lazy = model.tensors.get(f"{name.removesuffix('.qzeros')}.weight")
         if not name.endswith(".qzeros") or lazy is None or lazy.spec is None:
@@ -62,17 +62,17 @@ def _stored_zeros(model: Checkpoint) -> dict[str, _Zeros]:
         stored = unpack_qzeros(load_tensor(path, entry), lazy.spec.bits, "gptq_v2")
         first = int(stored[0, 0])
         alike = bool((stored == first).all())
-        found[name.removesuffix(".qzeros")] = _Zeros(
+        zeros[name.removesuffix(".qzeros")] = _Zeros(
             bits=lazy.spec.bits,
             offset=first - (1 << (lazy.spec.bits - 1)) if alike else None,
             highest=int(stored.max()),
         )
-    return found
+    return zeros
 
 
 def _label(zeros: Mapping[str, _Zeros], offsets: set[int | None], label: str) -> list[Finding]:
-    said = {"gptq": -1, "gptq_v2": 0}.get(label)
-    if len(offsets) != 1 or offsets == {said} or offsets not in ({0}, {-1}):
+    label_offset = {"gptq": -1, "gptq_v2": 0}.get(label)
+    if len(offsets) != 1 or offsets == {label_offset} or offsets not in ({0}, {-1}):
         return []
     layer = next(iter(zeros.values()))
     middle = 1 << (layer.bits - 1)

@@ -62,8 +62,8 @@ def _folder(path: Path, quick: bool, progress: Callable[[int], Progress] | None)
     """What lies in a folder that is no model itself."""
     from qalora.parity.artifacts import recognize
 
-    found = recognize([path])
-    places = [place for artifact in found for place in (artifact.path, artifact.lora) if place is not None]
+    artifacts = recognize([path])
+    places = [place for artifact in artifacts for place in (artifact.path, artifact.lora) if place is not None]
     reports = [_one(place, quick, progress) for place in places]
     return reports[0] if len(reports) == 1 else FolderReport(path=path, artifacts=tuple(reports))
 
