@@ -96,9 +96,9 @@ def __getattr__(name: str) -> Any:
 
 
 def load(path: str | Path, *, checkpoint_format: CheckpointFormat | None = None) -> Checkpoint:
-    """Open a model, lazily: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, or a Hub id.
+    """Open a model, lazily: a qalora, GPTQ, MLX, HQQ or float folder, a GGUF or ONNX file, or a Hub id.
 
-    checkpoint_format  what a GPTQ folder's zeros are stored as, where its label is wrong; refused for any other model
+    checkpoint_format  how a GPTQ folder stores its zero points, if its label is wrong; refused for any other model
     """
     from qalora.converters import load as load_model
 
@@ -113,10 +113,10 @@ def save(
     force: bool = False,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Plan:
-    """Write a model as a folder of ours, which `load` opens again; gives the plan of what was written.
+    """Write a model as a qalora folder, which `load` opens again. Returns the plan of what was written.
 
-    max_shard_size  bytes of tensors in a file
-    force           whether an earlier output is replaced
+    max_shard_size  bytes of tensors per file, at most
+    force           replace an earlier output
     progress        called with each tensor's name and bytes
     """
     from qalora.converters.exports import save as save_model
@@ -145,18 +145,18 @@ def quantize(
 ) -> Checkpoint:
     """Quantize a float model, lazily.
 
-    bits         of a weight, 4 by default; "auto" chooses each layer's, which a budget means
-    group_size   columns that share a scale; None makes one group of each row
-    zeros        real zero points, whole ones, or the middle one everywhere
-    method       rounding to nearest; searched clipping; searched scale and min; GPTQ
-    fit_minima   whether minima are fitted to the layers' inputs afterwards
-    act_order, damping, passes   of gptq: see `qalora.options.quantize`
-    calibration  a text to compute the layers' inputs on, which gptq and fit_minima need
-    calibration_tokens, calibration_length   tokens of it, and of each of its sequences
-    budget       bits per weight at most, scale and min counted
-    widths       those to choose from
-    requantize   whether a model that holds integers already is rounded again
-    progress     called after each decoder layer, where inputs are computed
+    bits         bits per weight, 4 by default; "auto" chooses a width for each layer, within `budget`
+    group_size   columns that share a scale and a minimum; None: the whole row
+    zeros        zero points: "real" numbers, "integer", or the middle code everywhere ("symmetric")
+    method       "rtn": round to nearest; "clip": search the range; "hqq": search scale and minimum; "gptq": GPTQ
+    fit_minima   fit the minima to the layers' inputs afterwards
+    act_order, damping, passes   for gptq, see `qalora.options.quantize`
+    calibration  text for computing the layers' inputs, which gptq and fit_minima need
+    calibration_tokens, calibration_length   tokens of the text, and tokens per sequence
+    budget       mean bits per weight at most, scales and minima included
+    widths       the widths that "auto" chooses from
+    requantize   quantize a model that holds integers already
+    progress     called after each decoder layer, if inputs are computed
 
     Options are checked before the model is opened.
     """
@@ -204,7 +204,7 @@ def train(
     gradient_checkpointing: bool = False,
     progress: Callable[[StepReport], None] = lambda report: None,
 ) -> Adapter:
-    """Train a QA-LoRA adapter on text, write it to the folder `out` and give it.
+    """Train a QA-LoRA adapter on text, write it to the folder `out` and return it.
 
     `TrainOptions` says what each option means. Options are checked before the model is opened.
 
@@ -227,10 +227,10 @@ def fold(
     minima: Minima | None = None,
     convention: Convention | None = None,
 ) -> Checkpoint:
-    """Fold an adapter into the model's minima, lazily; the codes stay.
+    """Fold an adapter into the model's minima, lazily; no code changes.
 
-    minima      what the new minima are rounded to: what the adapter was trained with, or float16, by default
-    convention  what the scaling means, where an adapter's folder does not say
+    minima      data type that the new minima are rounded to; as in the adapter's training, or float16, by default
+    convention  how the adapter is scaled, if its files do not say
     """
     from qalora.folding import check_minima
     from qalora.folding import fold as fold_model
@@ -263,13 +263,13 @@ def export(
 ) -> list[Plan]:
     """Write a model to `out/<target>/` for each target.
 
-    adapter     what is folded into the model first; GPTQ may get it beside the base, see `qalora.converters.exports`
+    adapter     folded into the model first; GPTQ can keep it beside the base, see `qalora.converters.exports`
     minima, convention   as in `fold`
-    name        the model's name in file names and metadata
+    name        model name in file names and metadata
     allow_loss  losses that are accepted, by name: see `qalora.options.words.LOSSES`
     gptq_form, gguf_form, accuracy_level, onnx_graphs, onnx_embedding, max_shard_size, split_max_size   see `Export`
     lora_slots  ONNX: modules that take a LoRA at run time
-    force       whether an earlier output is replaced
+    force       replace an earlier output
     progress    called with each tensor's name and bytes
 
     Options are checked before the model is opened.
@@ -310,9 +310,9 @@ def verify(
 ) -> ParityReport:
     """Run artefacts in their own runtimes and compare; see `qalora.parity.verify` for the options.
 
-    adapter     what the artefacts hold beside the reference, which is the base
+    adapter     the adapter in the artefacts; the reference is then the base
     convention  as in `fold`
-    text        what to compute on, itself and not a file
+    text        the text to compute on, not the name of a file
     """
     from qalora.parity import verify as verify_artifacts
 
@@ -353,13 +353,13 @@ def release(
 
     export    the formats and how they are written; package: the folder, the card, the signature
     adapter, convention   as in `fold`
-    verify    what the gates are judged on
-    force     whether an earlier release is replaced
+    verify    what the artefacts are compared on
+    force     replace an earlier release
     password  of an encrypted private key
-    watch     what is called while it goes on
+    watch     callbacks for progress
 
-    Options are checked before the model is opened. Raises ProofError, after leaving the report beside the folder's
-    place, when a gate fails, or when an artefact is not proven and `verify` does not allow it.
+    Options are checked before the model is opened. If a gate fails, or an artefact is not proven and `verify` does not
+    allow it, the report stays beside the folder's place, as DIST.report.json, and ProofError is raised.
     """
     from qalora.pipeline.making import check_before_release, make_release
 
@@ -389,16 +389,16 @@ def check(
     allow_unproven: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Checked:
-    """Check a release: whether it is whole, agrees with itself and opens; with the base, every byte and every figure.
+    """Check a release: whether its files are whole, agree and open; with the base, also every byte and every figure.
 
-    adapter         what it was made with; else the release's own copy
-    public_key      to check its signature with
-    text, template  what the report was measured on and the card made with, where they are not those of qalora
-    open_artifacts  whether each artefact is opened in its runtime
-    allow_unproven  whether a runtime that is not installed is no finding
-    progress        called with each question
+    adapter         the adapter of the release; by default the release's own copy
+    public_key      checks the signature
+    text, template  the text of the report and the template of the card, if they are not qalora's own
+    open_artifacts  open each artefact in its runtime
+    allow_unproven  a runtime that is not installed is no finding
+    progress        called with the name of each check
 
-    What is wrong is no error but a finding of what is given.
+    A fault in the release is not raised; it is one of the findings in the result.
     """
     from qalora.releasing.check import check_release
 
@@ -423,9 +423,9 @@ def inspect(
     quick: bool = False,
     checkpoint_format: CheckpointFormat | None = None,
 ) -> Report:
-    """Say what a model, an adapter or an artefact is, and what is wrong with it.
+    """Report what a model, an adapter or an artefact is, and what is wrong with it.
 
-    base   the model that an adapter belongs to: shapes, pools and groups are held against it
+    base   the model that an adapter belongs to; shapes, pools and groups are compared with it
     quick  read headers, labels and zero points only
     convention, checkpoint_format   as in `fold` and `load`
     """
@@ -435,11 +435,11 @@ def inspect(
 
 
 def run(recipe: str | Path, *, force: bool = False, dry_run: bool = False, watch: Watch | None = None) -> list[Row]:
-    """Do what a recipe says, each step once: see docs/recipe.md. Gives each step with its state before the run.
+    """Run a recipe; finished steps are reused, see docs/recipe.md. Returns each step with its state before the run.
 
-    force    replaces an earlier release; steps are reused all the same
-    dry_run  does nothing, and fetches nothing
-    watch    what is called while it goes on
+    force    replace an earlier release; finished steps are still reused
+    dry_run  do nothing and download nothing
+    watch    callbacks for progress
     """
     from qalora.pipeline import run as run_recipe
 

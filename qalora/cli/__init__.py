@@ -25,20 +25,20 @@ __all__ = ["main"]
 _ARGUMENTS = "qalora.arguments"
 
 COMMANDS = {
-    "quantize": "Round a float model to integer groups.",
-    "train": "Train a QA-LoRA adapter on an integer model.",
+    "quantize": "Quantize a float model to integers in groups.",
+    "train": "Train a QA-LoRA adapter on a quantized model.",
     "fold": "Fold an adapter into a quantized model; no code changes.",
     "export": "Write a model as GPTQ, ONNX, GGUF, MLX or HQQ.",
     "adapter": "Convert adapters between conventions and formats.",
     "verify": "Run artefacts in their own runtimes and compare them.",
     "inspect": "Show what a model, adapter or artefact is, and what is wrong with it.",
     "release": "Fold, export, verify and package, in one command.",
-    "init": "Write a commented recipe of a whole pipeline.",
+    "init": "Write a commented recipe for a whole pipeline.",
     "run": "Run a recipe; finished steps are reused.",
-    "check": "Check a release; with its base, byte for byte.",
+    "check": "Check a release; with the base model, byte for byte.",
     "delta": "Make and apply deltas between releases.",
     "push": "Upload a release to the Hub.",
-    "demo": "The whole story on a real model.",
+    "demo": "Run the whole pipeline on a real model.",
 }
 """Each command and its line in the overview; the module of the same name in this package holds it as `command`."""
 
@@ -110,7 +110,7 @@ def _fail(ctx: click.Context, message: str, status: int) -> NoReturn:
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     example="qalora release base --adapter adapter --to gguf -o dist",
-    epilog="MODEL is any readable thing: a Hugging Face, GPTQ or qalora folder, a GGUF file, a Hub id. "
+    epilog="MODEL is a model folder (Hugging Face, GPTQ, MLX, HQQ or qalora), a GGUF or ONNX file, or a Hub id. "
     "Exit status: 0 done, 1 not proven, 2 bad usage or input. "
     'For shell completion in bash put eval "$(_QALORA_COMPLETE=bash_source qalora)" into ~/.bashrc; zsh_source and '
     "fish_source are for zsh and fish.",

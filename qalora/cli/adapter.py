@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.group("adapter", cls=Group, example="qalora adapter convert adapter --to plain -o lora")
 def command() -> None:
-    """Rewrite adapters from one convention or format into another, exactly."""
+    """Convert adapters between conventions and formats, exactly."""
 
 
 @command.command("convert", cls=Command, example="qalora adapter convert adapter --to plain -o lora")
@@ -30,23 +30,24 @@ def command() -> None:
     "form",
     type=click.Choice([*get_args(Convention), "plain", *LORA_FILES]),
     required=True,
-    help="A QA-LoRA convention, an ordinary LoRA that every runtime reads, or llama.cpp's or ONNX Runtime's file.",
+    help="A QA-LoRA convention, plain (an ordinary LoRA), or the LoRA file of llama.cpp or ONNX Runtime.",
 )
 @click.option(
     "--model",
     "--base",
     "model",
-    help="The base model: needed for gguf-lora, and if the adapter does not record its pool size; checked otherwise.",
+    help="The base model. Needed for gguf-lora, and if the adapter does not record its pool size.",
 )
-@output_option("The folder to write; for gguf-lora and onnx-adapter the file.")
+@output_option("The folder to write, or for gguf-lora and onnx-adapter the file.")
 @convention_option
 @force_option
 def convert(adapter: Path, form: str, model: str | None, out: Path, convention: str | None, force: bool) -> None:
-    """Write ADAPTER, a folder or a GGUF LoRA, in a different form that changes the weights in exactly the same way.
+    """Convert ADAPTER, a folder or a GGUF LoRA, into a form that changes the weights in exactly the same way.
 
-    The constant between conventions goes into alpha, layer by layer. A plain LoRA repeats the columns of A. A GGUF LoRA
-    is the plain LoRA as llama.cpp's file, for llama-cli -m BASE.gguf --lora FILE. An ONNX adapter fills the slots of a
-    graph made by qalora export --to onnx --lora-slots ADAPTER.
+    paper, official and peft differ in the adapter scale; the difference goes into alpha, layer by layer. plain is an
+    ordinary LoRA that every runtime reads; it repeats the columns of A. gguf-lora is the plain LoRA as a file for
+    llama-cli -m BASE.gguf --lora FILE. onnx-adapter is for a graph that was made by qalora export --to onnx
+    --lora-slots ADAPTER.
     """
     from qalora.adapter import ADAPTER_FILES, open_adapter, read_adapter, to_plain_lora, write_adapter
     from qalora.adapter import convert as convert_adapter

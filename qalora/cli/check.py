@@ -20,7 +20,7 @@ __all__ = ["command"]
 
 @click.command("check", cls=Command, example="qalora check dist --base base")
 @click.argument("dist", type=click.Path(path_type=Path))
-@click.option("--base", help="The model that it was made from; every byte is computed again.")
+@click.option("--base", help="The base model. With it, every byte is computed again.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter. Default: the copy in the release.")
 @click.option(
     "--public-key", type=click.Path(path_type=Path), metavar="KEY", help="Check model.sig with this public key."
@@ -33,7 +33,7 @@ __all__ = ["command"]
     type=click.Path(path_type=Path),
     help="The template that the card was made with, if one was given.",
 )
-@click.option("--open/--no-open", "opens", default=True, help="Open each artefact in its runtime, the default, or not.")
+@click.option("--open/--no-open", "opens", default=True, help="Open each artefact in its runtime (default), or do not.")
 @click.option("--allow-unproven", is_flag=True, help="Exit 0 even if a runtime is not installed.")
 @checkpoint_format_option
 @json_flag
@@ -50,9 +50,9 @@ def command(
     checkpoint_format: str | None,
     as_json: bool,
 ) -> None:
-    """Check the release DIST: checksums, signature, whether its parts agree, and whether every artefact opens.
+    """Check the release DIST: checksums, signature, whether its files agree, and whether every artefact opens.
 
-    With --base every byte and every figure of the report is computed again. All checks run even if one fails; checks
+    With --base every byte and every figure of the report is computed again. All checks run even if one fails. Checks
     that cannot run are shown as skipped, with the reason. Exit status 1 if anything is wrong.
     """
     from qalora.errors import InputError, ProofError

@@ -25,7 +25,7 @@ def command() -> None:
 @force_option
 @log_format_option
 def make(base: Path, dist: Path, out: Path, force: bool) -> None:
-    """Write a delta, with which the release BASE becomes the release DIST, byte for byte."""
+    """Write a delta that turns the release BASE into the release DIST, byte for byte."""
     from qalora.delta import check_base, write_delta
 
     check_base(base, out, force=force)
@@ -38,20 +38,20 @@ def make(base: Path, dist: Path, out: Path, force: bool) -> None:
 @command.command("apply", cls=Command, example="qalora delta apply dist.delta base-dist -o dist")
 @click.argument("delta", type=click.Path(path_type=Path))
 @click.argument("base", type=click.Path(path_type=Path))
-@output_option("The folder to write; it appears only when every file has the digest that the delta promises.")
+@output_option("The folder to write. It appears only if every file has the digest that the delta lists.")
 @click.option(
     "--to",
     "targets",
     multiple=True,
     metavar="FORMAT",
-    help="Only this sub-folder of the release: gguf, mlx, ... Repeatable. BASE may then be that part alone.",
+    help="Rebuild only this sub-folder of the release, such as gguf. Repeatable.",
 )
 @force_option
 @log_format_option
 def apply(delta: Path, base: Path, out: Path, targets: tuple[str, ...], force: bool) -> None:
-    """Rebuild a release, byte for byte, from DELTA and the release BASE that it was made over.
+    """Rebuild a release, byte for byte, from DELTA and the release BASE that it was made from.
 
-    With --to, BASE may be that sub-folder itself, or its one file of weights. A wrong base, or a damaged delta, is
+    With --to, BASE can be that sub-folder itself, or its one file of weights. A wrong base or a damaged delta is
     refused before anything is written.
     """
     from qalora.delta import apply_delta, chosen_files

@@ -29,8 +29,8 @@ HELD_OUT = "held-out.txt"
     metavar="FORMAT",
     help=f"{', '.join(FORMATS)}. Repeatable; {', '.join(TARGETS)} by default.",
 )
-@click.option("--quick", is_flag=True, help="GGUF alone, after a few training steps: a minute or two.")
-@click.option("--model", help="Another model of integers, instead of SmolLM2-135M-Instruct.")
+@click.option("--quick", is_flag=True, help="Only GGUF, with few training steps. Takes a minute or two.")
+@click.option("--model", help="Use this quantized model instead of SmolLM2-135M-Instruct.")
 @click.option(
     "--max-steps", type=click.IntRange(1), help=f"Training steps of 4 x 128 tokens; {STEPS}, or {FEW} with --quick."
 )
@@ -39,10 +39,10 @@ HELD_OUT = "held-out.txt"
 def command(
     out: Path, targets: tuple[str, ...], quick: bool, model: str | None, max_steps: int | None, force: bool
 ) -> None:
-    """The whole story on a real model: train on a text, fold, export to several formats, run each, prove.
+    """Run the whole pipeline on a real model: train on a text, fold, export to several formats, and verify each.
 
-    DIR gets text.txt (the language reference that every Python carries), held-out.txt (its end, which is not trained
-    on), adapter/ and dist/.
+    DIR gets text.txt (Python's language reference, which comes with Python), held-out.txt (its end, which is not
+    trained on), adapter/ and dist/.
     """
     from qalora.converters import load
     from qalora.converters.exports import check_targets

@@ -34,14 +34,16 @@ from qalora.options.export import Export
 @click.argument("model")
 @output_option("Each format is written to DIR/<format>/.")
 @click.option(
-    "--adapter", type=click.Path(path_type=Path), help="Fold this adapter first; GPTQ may hold it beside the base."
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Fold this adapter first. GPTQ can keep it beside the base instead.",
 )
 @options_of(Export)
 @click.option(
     "--lora-slots",
     type=click.Path(path_type=Path),
     metavar="ADAPTER",
-    help="ONNX: the layers of this adapter accept a LoRA at run time; see adapter convert --to onnx-adapter.",
+    help="ONNX: let the layers of this adapter take a LoRA at run time, see adapter convert --to onnx-adapter.",
 )
 @convention_option
 @checkpoint_format_option
@@ -63,8 +65,8 @@ def command(
 ) -> None:
     """Write MODEL to DIR/<format>/ in one or more formats, with the same integer codes.
 
-    Everything is planned first. What a format cannot hold exactly is refused before anything is written, unless
-    --allow-loss names the loss.
+    If a format cannot hold the model exactly, the export is refused before anything is written, unless --allow-loss
+    names the loss.
     """
     export = record_from(Export, settings)
 

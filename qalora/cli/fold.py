@@ -60,10 +60,10 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Fold ADAPTER into the minima of MODEL and write a qalora folder; no integer code changes.
+    """Fold ADAPTER into the minima of MODEL and write a qalora folder. No integer code changes.
 
-    Then the folder is read back and each layer is proven: no code changed, each minimum is the nearest to
-    min + factor * B @ A. Tensors that ADAPTER has whole, such as embeddings, replace those of MODEL.
+    The folder is then read back and each layer is checked: no code has changed, and each minimum is the nearest value
+    to min + factor * B @ A. Whole tensors in ADAPTER, such as embeddings, replace those of MODEL.
     """
     size = record_from(Folded, settings).max_shard_size
 

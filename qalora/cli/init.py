@@ -18,7 +18,7 @@ __all__ = ["command"]
 @force_option
 @log_format_option
 def command(file: Path, force: bool) -> None:
-    """Write a commented recipe to FILE, recipe.toml by default: every key with its help, type and default."""
+    """Write a commented recipe to FILE (default: recipe.toml), with every key, its help, type and default."""
     from qalora.formats.output import new_file
     from qalora.pipeline.recipe_text import commented_recipe
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @click.command("inspect", cls=Command, example="qalora inspect dist/gguf/model.gguf")
 @click.argument("path")
-@click.option("--base", metavar="MODEL", help="The base of an adapter: shapes and groups are compared.")
-@click.option("--quick", is_flag=True, help="Read only headers, labels and zero points, not every value.")
+@click.option("--base", metavar="MODEL", help="The base of an adapter. Shapes and groups are compared with it.")
+@click.option("--quick", is_flag=True, help="Read headers, labels and zero points only, not every value.")
 @convention_option
 @checkpoint_format_option
 @json_flag
@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """Show what a model, adapter or artefact is, and what is wrong with it, with the evidence.
 
-    It prints layout, family, bits, groups, zero points, convention, sizes and a histogram of the scales. It warns of
-    labels that the values contradict, zero points off by one, NaN, layers of zeros, act-order, what a runtime misreads,
+    It prints layout, family, bits, groups, zero points, convention, sizes and a histogram of the scales. It warns about
+    labels that contradict the values, zero points off by one, NaN, layers of zeros, act-order, what a runtime misreads,
     and adapters that PEFT or the base take differently. Exit status 0 with warnings, 2 if the file cannot be read.
     """
     from qalora.inspection import inspect

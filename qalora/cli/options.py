@@ -229,7 +229,7 @@ def minima_option(function: F) -> F:
     return click.option(
         "--minima",
         type=click.Choice(list(_words(Minima))),
-        help="What the folded minima are rounded to. Default: what the adapter was trained with, or float16.",
+        help="Data type that the folded minima are rounded to. Default: as in the adapter's training, or float16.",
     )(function)
 
 

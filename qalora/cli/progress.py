@@ -73,7 +73,7 @@ def log_format_option(function: F) -> F:
         is_eager=True,
         expose_value=False,
         callback=store,
-        help="Progress on stderr as bars and lines, the default, or as a JSON object on each line.",
+        help="Progress on stderr: text (bars and lines, the default) or json (one object per line).",
     )(function)
 
 

@@ -22,7 +22,7 @@ __all__ = ["command", "print_push"]
 @click.argument("dist", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
 @options_of(Push, leave_out=["repo"])
-@click.option("--allow-unproven", is_flag=True, help="Upload it even if report.json has not passed.")
+@click.option("--allow-unproven", is_flag=True, help="Upload even if the report has not passed.")
 @log_format_option
 def command(dist: Path, repo: str, allow_unproven: bool, **settings: Any) -> None:
     """Upload the release DIST to the Hub. Without --upload, print what would be sent and how it is opened.

@@ -46,11 +46,11 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Round the linear weights of MODEL to integer groups and write a qalora folder.
+    """Quantize the linear weights of MODEL to integers in groups and write a qalora folder.
 
-    Scale and minimum are values that float16 holds, so every later export is exact if its format has the width. With
-    --calibration, a text like those that the model will see, each layer is quantized on the inputs that it gets from
-    the quantized layers before it: use it at 3 bits and fewer.
+    Scales and minima are float16 values, so a later export is exact if its format has the width. With --calibration,
+    a text like those that the model will see, each layer is quantized on the inputs that it gets from the quantized
+    layers before it. Use it at 3 bits and fewer.
     """
     options = record_from(Quantize, settings)
 

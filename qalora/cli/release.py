@@ -62,7 +62,7 @@ def command(
     """Fold an adapter into MODEL, export it, verify every artefact in its own runtime, and package the result.
 
     The folder holds the artefacts, the report, a manifest, a model card and SHA256SUMS. If a gate fails, only the
-    report is written, beside the folder's place, and the exit status is 1. For a whole pipeline with training, see
+    report is written, as DIR.report.json, and the exit status is 1. For a whole pipeline with training, see
     qalora run.
     """
     export, package, verify = (

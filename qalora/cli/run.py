@@ -27,11 +27,11 @@ __all__ = ["command"]
 @json_flag
 @log_format_option
 def command(recipe: Path, force: bool, dry_run: bool, as_json: bool) -> None:
-    """Run a recipe: quantize, train or take an adapter, export, verify, package.
+    """Run a recipe: quantize, train (or use an adapter that you have), export, verify, package.
 
     Steps whose inputs and options have not changed are reused, and an interrupted training continues. --dry-run prints
-    what would be done, with sizes and the time that it took last time. --force replaces an earlier release; steps are
-    still reused.
+    what would be done, with sizes and the time that each step took last time. --force replaces an earlier release;
+    finished steps are still reused.
     """
     from qalora.pipeline import run
     from qalora.pipeline.recipe import read_recipe

@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 def command(model: str, checkpoint_format: str | None, dry_run: bool, as_json: bool, **settings: Any) -> None:
     """Train a QA-LoRA adapter on MODEL, a quantized model, and write it to DIR.
 
-    Training computes with the folded and rounded minima: the trained model is the folded model, bit for bit. With
+    Training computes with the folded and rounded minima, so the trained model is the folded model, bit for bit. With
     --dtype bfloat16 the steps also round the base's weights to bfloat16; held-out losses are those of the folded model
     in float32.
 
-    Before the first step the command says how it read the data and how many tokens are learned. --dry-run shows the
-    first documents as they are learned, and writes nothing. After Ctrl-C, --resume continues.
+    Before the first step the command prints how it reads the data and how many tokens are learned. --dry-run also shows
+    the first documents and what is learned of them, and writes nothing. After Ctrl-C, continue with --resume.
     """
     from qalora.converters import load
     from qalora.training import check_before, train

@@ -34,7 +34,7 @@ from qalora.options.verify import Verify
 @click.argument("reference")
 @click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--adapter", type=click.Path(path_type=Path), help="The adapter that the artefacts hold; REFERENCE is the base."
+    "--adapter", type=click.Path(path_type=Path), help="The adapter in the artefacts. REFERENCE is then the base."
 )
 @convention_option
 @minima_option
@@ -66,7 +66,7 @@ def command(
     """Prove that each ARTIFACT computes what REFERENCE and the adapter compute, each in its own runtime.
 
     Weights are read back and compared bit for bit, then logits over the same tokens, then greedy tokens from a prompt.
-    Every bound is derived from a measurement on this model, and the report shows how. Exit status 1 if a gate fails
+    Every bound is derived from a measurement on this model; the report shows how. Exit status 1 if a gate fails
     or a runtime is missing.
     """
     options = record_from(Verify, settings)

@@ -15,7 +15,7 @@ def shard_size() -> Any:
     """The option that every record of safetensors has."""
     return option(
         SHARD_SIZE,
-        "safetensors: split a model that holds more into files of at most this, such as 200MB.",
+        "safetensors: split the weights into files of at most this size, such as 200MB.",
         size=True,
         low=1,
         metavar="SIZE",
@@ -34,23 +34,27 @@ class Folded(Options):
 class Writing(Options):
     """How weights are written; each format reads what concerns it."""
 
-    name: str | None = option(None, "The model's name in file names and metadata; the source's own by default.")
+    name: str | None = option(None, "Model name in file names and metadata. Default: the name of the source.")
     allow_loss: frozenset[str] = option(
         frozenset(),
-        f"Accept a loss by name: {', '.join(LOSSES)}.",
+        f"Accept that the export loses this: {', '.join(LOSSES)}.",
         metavar="LOSS",
         example="minima",
         known=LOSSES.keys,
     )
     gptq_form: Literal["auto", "nearest", "eight-bit", "round"] = option(
-        "auto", "How GPTQ holds real zero points.", target="gptq", expert=True
+        "auto",
+        "GPTQ: how to store real zero points. nearest: rounded, with the rest in a LoRA beside. eight-bit: in finer "
+        "codes. round: rounded, the rest is lost.",
+        target="gptq",
+        expert=True,
     )
     gguf_form: Literal["auto", "wide"] = option(
-        "auto", "wide: integer zero points exactly, in Q8_0.", target="gguf", expert=True
+        "auto", "wide: store integer zero points exactly, in Q8_0 blocks.", target="gguf", expert=True
     )
     accuracy_level: int = option(
         0,
-        "ONNX Runtime's MatMulNBits: 4 computes with int8 activations, faster and less exact.",
+        "accuracy_level of ONNX Runtime's MatMulNBits. 4: int8 activations, which are faster and less exact.",
         low=0,
         high=4,
         target="onnx",
@@ -58,20 +62,20 @@ class Writing(Options):
     )
     onnx_graphs: Literal["both", "fast", "portable"] = option(
         "both",
-        "fast: for ONNX Runtime. portable: of standard operators. Both read the same data file.",
+        "Graphs to write. fast: for ONNX Runtime. portable: standard operators only. Both use the same data file.",
         target="onnx",
         expert=True,
     )
     onnx_embedding: Literal["auto", "float32", "quantized"] = option(
         "auto",
-        "auto: the codes of a tied embedding, where the base has them; float32: larger, faster prompts, slower steps.",
+        "auto: store a tied embedding as codes, if the base has them. float32: larger, faster prompts, slower steps.",
         target="onnx",
         expert=True,
     )
     max_shard_size: int = shard_size()
     split_max_size: int | None = option(
         None,
-        "GGUF: split it into files of at most this, as gguf-split does; llama.cpp is given the first.",
+        "GGUF: split the model into files of at most this size, as gguf-split does. llama.cpp opens the first one.",
         size=True,
         low=1,
         metavar="SIZE",
@@ -86,13 +90,13 @@ class Export(Writing):
     """The formats, and how the weights are folded and written in them."""
 
     targets: tuple[str, ...] = option(
-        help=f"{', '.join(TARGETS)} (our own folder).",
+        help=f"Format to write: {', '.join(TARGETS)} (a qalora folder).",
         spelled="to",
         metavar="FORMAT",
         example="gguf",
     )
     minima: Minima | None = option(
         None,
-        "What the folded minima are rounded to; what the adapter was trained with, or float16, by default.",
+        "Data type that the folded minima are rounded to. Default: as in the adapter's training, or float16.",
         expert=True,
     )

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Verify(Options):
-        max_tokens: int = option(256, "Tokens of the text.", low=1)
+        max_tokens: int = option(256, "Tokens of the text to use.", low=1)
 
 The type says what a value is: bool, int, float, str, Path, words (`Literal`) or one of these beside words, optional
 (`| None`), or many of them (tuple, frozenset). Checks, the flags of the command line, the keys of recipes, their tables

@@ -17,26 +17,28 @@ __all__ = ["Quantize", "RoundingOptions"]
 class RoundingOptions(Options):
     """How linear weights become integers, but for their width; raises InputError for an option out of range."""
 
-    group_size: int | None = option(32, "Columns that share a scale, or row.", low=1, empty="row")
-    zeros: Zeros = option("real", "Real zero points, whole ones, or the middle one everywhere.")
+    group_size: int | None = option(
+        32, "Columns that share a scale and a minimum. row: the whole row.", low=1, empty="row"
+    )
+    zeros: Zeros = option("real", "Zero points: real numbers, integers, or the middle code everywhere.")
     method: Literal["rtn", "clip", "hqq", "gptq"] = option(
         "rtn",
-        "Rounding to nearest; searched clipping; searched scale and min; GPTQ, which wants `calibration`.",
+        "rtn: round to nearest. clip: search the range. hqq: search scale and minimum. gptq: needs `calibration`.",
     )
-    fit_minima: bool = option(False, "Fit the minima to the layers' inputs; wants `calibration`.")
+    fit_minima: bool = option(False, "Fit the minima to the layers' inputs. Needs `calibration`.")
     act_order: bool = option(
-        False, "gptq: the columns that matter most first; groups stay runs of columns.", expert=True
+        False, "gptq: quantize the most important columns first. Groups stay runs of columns.", expert=True
     )
     damping: float = option(
         0.01,
-        "gptq: share of the mean diagonal of the inputs' moments that is added to it.",
+        "gptq: add this share of the Hessian's mean diagonal to its diagonal.",
         above=0,
         high=1,
         expert=True,
     )
     passes: int = option(
         2,
-        "gptq: passes of coordinate descent over all codes after GPTQ's own; 0 is GPTQ as published.",
+        "gptq: passes of coordinate descent over all codes after GPTQ. 0: GPTQ as published.",
         low=0,
         high=100,
         expert=True,
@@ -56,26 +58,28 @@ class RoundingOptions(Options):
 class Quantize(RoundingOptions):
     """How a model is quantized; raises InputError for options out of range or that do not go together."""
 
-    bits: int | Literal["auto"] = option(4, "Bits of a weight; auto for widths by `budget`.", known=lambda: BITS)
+    bits: int | Literal["auto"] = option(
+        4, "Bits per weight. auto chooses a width for each layer, within `budget`.", known=lambda: BITS
+    )
     calibration: str | None = option(
         None,
-        "A text to compute the layers' inputs on; a text file, or rows as `train` takes them.",
+        "Text for computing the layers' inputs: a text file, or data as qalora train takes it.",
         place="hub",
         metavar="FILE",
         example="text.jsonl",
     )
     budget: float | None = option(
         None,
-        "Bits auto: bits per weight of the linear layers at most, scale and min counted.",
+        "With `bits` auto: mean bits per weight of the linear layers, at most, with scales and minima.",
         above=0,
         metavar="BITS",
     )
-    requantize: bool = option(False, "Round a model that holds integers already.")
+    requantize: bool = option(False, "Quantize a model that holds integers already.")
     widths: tuple[int, ...] = option(
-        (), "Bits auto: one to choose from.", known=lambda: BITS, metavar="BITS", example=4, expert=True
+        (), "With `bits` auto: a width to choose from.", known=lambda: BITS, metavar="BITS", example=4, expert=True
     )
-    calibration_tokens: int = option(8192, "Tokens of the calibration text.", low=1, expert=True)
-    calibration_length: int = option(256, "Tokens of a sequence of it.", low=2, expert=True)
+    calibration_tokens: int = option(8192, "Tokens of the calibration text to use.", low=1, expert=True)
+    calibration_length: int = option(256, "Tokens per calibration sequence.", low=2, expert=True)
     max_shard_size: int = shard_size()
 
     @property

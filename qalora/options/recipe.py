@@ -22,13 +22,13 @@ class Top(Options):
 
     work: Path = option(
         Path(".qalora"),
-        "The folder for results of steps, made where it is absent. It may be removed at any time.",
+        "Folder for the results of steps, made if it is missing. You can remove it at any time.",
         place="output",
         matters=False,
     )
     keep: bool = option(
         False,
-        "Keep results that the last run of no recipe used; otherwise they are removed at the end of a run.",
+        "Keep results that no recipe used in its last run. Otherwise they are removed at the end of a run.",
         matters=False,
     )
 
@@ -38,10 +38,12 @@ class Base(Options):
     """The model that everything starts from."""
 
     model: str = option(
-        help="A Hugging Face, GPTQ or qalora folder, a GGUF file, or a Hub id.", place="hub", example="base"
+        help="A model folder (Hugging Face, GPTQ, MLX, HQQ or qalora), a GGUF or ONNX file, or a Hub id.",
+        place="hub",
+        example="base",
     )
     checkpoint_format: CheckpointFormat | None = option(
-        None, "What a GPTQ folder's zeros are stored as, where its label is wrong."
+        None, "How a GPTQ folder stores its zero points, if its label is wrong."
     )
 
 
@@ -50,14 +52,14 @@ class GivenAdapter(Options):
     """An adapter that is there already."""
 
     path: Path = option(help="The adapter to fold.", place="input", example="adapter")
-    convention: Convention | None = option(None, "What the adapter's scaling means, where its file does not say.")
+    convention: Convention | None = option(None, "How the adapter is scaled, if its files do not say.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta(Options):
     """What makes the release of another one."""
 
-    base: Path = option(help="The release that is there already.", place="input", example="base-dist")
+    base: Path = option(help="The earlier release that the delta starts from.", place="input", example="base-dist")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +67,12 @@ class Push(Options):
     """The Hub repository that the release goes to."""
 
     repo: str = option(help="The repository on the Hub.", metavar="OWNER/NAME", example="owner/name")
-    upload: bool = option(False, "Do it. Without this, what would be done is printed, and nothing is sent.")
-    private: bool = option(False, "Make the repository a private one, where it is made.")
+    upload: bool = option(False, "Upload. Without this, print what would be done and send nothing.")
+    private: bool = option(False, "Make the repository private, if it does not exist yet.")
     revision: str | None = option(
-        None, "The branch, made if it is not there; main by default.", metavar="BRANCH", example="main"
+        None, "Branch to upload to, made if it is missing. Default: main.", metavar="BRANCH", example="main"
     )
-    replace: bool = option(False, "Delete files of the repository that the release has not.")
+    replace: bool = option(False, "Delete files of the repository that are not in the release.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,28 +92,26 @@ SECTIONS = (
     Section(
         name="quantize",
         record=Quantize,
-        help="Round a float base to integers. Leave it out where the base holds integers.",
+        help="Quantize a float base. Leave this out if the base holds integers.",
         acts=True,
     ),
     Section(
         name="train",
         record=TrainOptions,
-        help="Train an adapter. Leave it out where there is one, or none is wanted.",
+        help="Train an adapter. Leave this out if you have one, or want none.",
         acts=True,
     ),
-    Section(
-        name="adapter", record=GivenAdapter, help="An adapter that is there already, instead of [train].", acts=True
-    ),
+    Section(name="adapter", record=GivenAdapter, help="An adapter that you have, instead of [train].", acts=True),
     Section(name="export", record=Export, help="The formats, and how the weights are written in them.", required=True),
-    Section(name="verify", record=Verify, help="What the gates are judged on."),
-    Section(name="release", record=Package, help="The folder that is released.", required=True),
+    Section(name="verify", record=Verify, help="What the artefacts are compared on."),
+    Section(name="release", record=Package, help="The release folder.", required=True),
     Section(
         name="delta",
         record=Delta,
-        help="Write DIST.delta too: what makes this release of another one.",
+        help="Also write DIST.delta, which turns another release into this one.",
         acts=True,
     ),
-    Section(name="push", record=Push, help="Say what would be uploaded to the Hub, or upload it.", acts=True),
+    Section(name="push", record=Push, help="Show what would be uploaded to the Hub, or upload it.", acts=True),
 )
 
 

@@ -18,15 +18,22 @@ class Card(Options):
     SPARSE: ClassVar[bool] = True
 
     base_model: str | None = option(
-        None, "Card: the base on the Hub, where the model does not say.", metavar="HUB_ID", expert=True
+        None, "Card: Hub id of the base, if the model does not say.", metavar="HUB_ID", expert=True
     )
-    license: str | None = option(None, "Card: the licence, where the model does not say.", metavar="NAME", expert=True)
+    license: str | None = option(None, "Card: the licence, if the model does not say.", metavar="NAME", expert=True)
     license_link: str | None = option(
-        None, "Card: where a licence is that the Hub has no word for.", metavar="URL", expert=True
+        None, "Card: link to a licence that the Hub has no name for.", metavar="URL", expert=True
     )
-    language: tuple[str, ...] = option((), "Card: such as en.", metavar="CODE", example="en", expert=True)
+    language: tuple[str, ...] = option(
+        (), "Card: language code, such as en.", metavar="CODE", example="en", expert=True
+    )
     datasets: tuple[str, ...] = option(
-        (), "Card: trained on.", spelled="dataset", metavar="HUB_ID", example="owner/name", expert=True
+        (),
+        "Card: dataset that the model was trained on.",
+        spelled="dataset",
+        metavar="HUB_ID",
+        example="owner/name",
+        expert=True,
     )
     quantized_by: str | None = option(None, "Card: who quantized it.", metavar="WHO", expert=True)
 
@@ -36,23 +43,23 @@ class Package(Card):
     """The folder that is released."""
 
     out: Path = option(
-        help="The folder to write; it appears only when every gate has passed.",
+        help="The folder to write. It appears only if every gate passes.",
         spelled="output",
         place="output",
         metavar="DIR",
         example="dist",
         matters=False,
     )
-    with_adapter: bool = option(True, "Whether the adapter lies beside it all.")
+    with_adapter: bool = option(True, "Include the adapter in the release, the default, or not.")
     sign: Path | None = option(
         None,
-        "Write model.sig with this private key; the password of an encrypted one is in QALORA_SIGN_PASSWORD.",
+        "Sign with this private key (model.sig). QALORA_SIGN_PASSWORD: the password of an encrypted key.",
         place="input",
         metavar="KEY",
     )
     card_template: Path | None = option(
         None,
-        "Card: Markdown with {{ card_data }}, {{ artifacts }} and so on, see docs/card.md.",
+        "Card: Markdown template with {{ card_data }}, {{ artifacts }} and so on, see docs/card.md.",
         place="input",
         metavar="FILE",
         expert=True,

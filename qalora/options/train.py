@@ -33,41 +33,49 @@ class TrainOptions(Options):
     """
 
     data: str = option(
-        help="A text file; rows in JSON with text, prompt and completion, instruction and output, messages or "
-        "conversations; or a dataset of the Hub.",
+        help="Data to train on: a text file; JSON rows with text, prompt and completion, instruction and output, "
+        "messages or conversations; or a Hub dataset.",
         place="hub",
         metavar="FILE",
         example="text.jsonl",
     )
     out: Path = option(
-        help="The folder of the adapter; PEFT's files and qalora's record.",
+        help="The adapter folder to write. PEFT can read it.",
         spelled="output",
         metavar="DIR",
         place="output",
         call=True,
         matters=False,
     )
-    rank: int | Literal["auto"] = option(16, "Rank of the adapter; auto finds each layer's own, by `budget`.", low=1)
-    max_steps: int | None = option(None, "Optimizer steps; one pass over the data by default.", low=1)
-    batch_size: int = option(4, "Sequences of a forward, at most.", low=1)
-    gradient_accumulation_steps: int = option(1, "Forwards that make a step.", low=1)
-    max_length: int = option(128, "Tokens of a sequence.", low=2)
-    learning_rate: float = option(3e-3, "AdamW's highest.", above=0, high=1)
-    target_modules: tuple[str, ...] = option(
-        (), "q_proj, mlp.up_proj, ...; every linear layer by default.", metavar="NAME", example="q_proj"
+    rank: int | Literal["auto"] = option(
+        16, "Rank of the adapter. auto chooses a rank for each layer, within `budget`.", low=1
     )
-    seed: int = option(0, "Decides the adapter's start and the order of the data.", low=0, high=SEEDS)
-    device: str = option("auto", "Where to compute: cpu, cuda; auto takes a GPU.")
+    max_steps: int | None = option(None, "Optimizer steps. Default: one pass over the data.", low=1)
+    batch_size: int = option(4, "Sequences in one forward pass, at most.", low=1)
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.", low=1)
+    max_length: int = option(128, "Tokens per sequence.", low=2)
+    learning_rate: float = option(3e-3, "Peak learning rate of AdamW.", above=0, high=1)
+    target_modules: tuple[str, ...] = option(
+        (),
+        "Train only linear layers of this name, such as q_proj or mlp.up_proj. Default: all.",
+        metavar="NAME",
+        example="q_proj",
+    )
+    seed: int = option(0, "Seed of the adapter's initialisation and the order of the data.", low=0, high=SEEDS)
+    device: str = option("auto", "Device to compute on: cpu or cuda. auto: cuda if there is one.")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "float32", "What layers multiply; auto is bfloat16 where the device is faster with it."
+        "float32", "Data type of the matrix products. auto: bfloat16 if the device is faster with it."
     )
     resume: bool = option(
-        False, "Continue from the checkpoint beside the output, to the same weights.", call=True, matters=False
+        False,
+        "Continue from the checkpoint beside the output. The final weights are the same.",
+        call=True,
+        matters=False,
     )
     force: bool = option(False, "Replace an earlier output.", call=True, matters=False)
     alpha: float | None = option(
         None,
-        "alpha/rank scales the adapter, in the paper's sense; rank by default.",
+        "The adapter scale is alpha/rank, as in the paper. Default: the rank, so that the scale is 1.",
         above=0,
         high=1e6,
         example=16.0,
@@ -75,47 +83,53 @@ class TrainOptions(Options):
     )
     budget: int | None = option(
         None,
-        "Rank auto: numbers in A and B of all layers at most; what a rank of 16 takes by default.",
+        "With `rank` auto: parameters of A and B in all layers, at most. Default: as many as rank 16 has.",
         low=1,
         metavar="N",
         expert=True,
     )
     start: Literal["gradient", "uniform"] = option(
-        "gradient", "A's first rows: main directions of the first sequences' gradient, or LoRA's.", expert=True
+        "gradient", "Initialisation of A: from the gradient of the first sequences, or uniform as in LoRA.", expert=True
     )
-    convention: Convention = option("paper", "What the files are written in; the training is the same.", expert=True)
-    pool_size: int | None = option(None, "Columns that share an input; the group size by default.", low=1, expert=True)
+    convention: Convention = option(
+        "paper", "Convention of the adapter files. It does not change the training.", expert=True
+    )
+    pool_size: int | None = option(
+        None, "Input columns that the adapter pools into one. Default: the group size.", low=1, expert=True
+    )
     minima: Minima = option(
-        "float16", "What the folded minima are rounded to, in training and in the fold.", expert=True
+        "float16", "Data type that the folded minima are rounded to, in training and in the fold.", expert=True
     )
-    warmup: float = option(0.05, "Share of the steps over which the rate rises.", low=0, high=0.999, expert=True)
-    weight_decay: float = option(0.0, "AdamW's.", low=0, high=0.999, expert=True)
-    max_gradient_norm: float = option(1.0, "A longer gradient is cut to it.", above=0, high=1e9, expert=True)
-    held_out: float = option(0.05, "Share of the data, its end, kept for evaluation.", above=0, high=0.9, expert=True)
+    warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", low=0, high=0.999, expert=True)
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", low=0, high=0.999, expert=True)
+    max_gradient_norm: float = option(1.0, "Clip gradients to this norm.", above=0, high=1e9, expert=True)
+    held_out: float = option(
+        0.05, "Share of the data, from its end, that is held out for evaluation.", above=0, high=0.9, expert=True
+    )
     strength: float | Literal["auto"] = option(
         1.0,
-        "A factor of what was learned, applied at the end; auto takes 1, 0.85, 0.7 or 0.55 by the held-out loss.",
+        "Factor for the trained adapter, applied at the end. auto: 1, 0.85, 0.7 or 0.55, by the held-out loss.",
         above=0,
         high=1,
         metavar="FACTOR|auto",
         expert=True,
     )
     evaluate_every: int = option(
-        0, "Steps between held-out losses, beside the first and last; 0 is never.", low=0, expert=True
+        0, "Steps between evaluations. 0: only before the first step and after the last.", low=0, expert=True
     )
     save_every: int = option(
-        100, "Steps between checkpoints, in <output>.checkpoint; 0 is never.", low=0, matters=False, expert=True
+        100, "Steps between checkpoints (in <output>.checkpoint). 0: no checkpoints.", low=0, matters=False, expert=True
     )
     weights: Literal["kept", "packed"] = option(
         "kept",
-        "The base's weights kept in what layers multiply, or unpacked at each use: slower, in less memory. In float32 "
-        "packed multiplies the folded weights themselves.",
+        "kept: hold the base's weights unpacked in memory. packed: unpack them at each use, which is slower and needs "
+        "less memory.",
         matters=False,
         expert=True,
     )
     gradient_checkpointing: bool = option(
         False,
-        "Keep only what goes into each layer: less memory, a third more work, the same adapter.",
+        "Compute activations again in the backward pass: less memory, about a third more time, the same adapter.",
         matters=False,
         expert=True,
     )

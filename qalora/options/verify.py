@@ -15,27 +15,29 @@ __all__ = ["Verify"]
 class Verify(Options):
     """What artefacts are compared on, and how far; raises InputError for an option out of range."""
 
-    text: Path | None = option(None, "A text file to compute on; else a built-in one.", place="input", metavar="FILE")
-    max_tokens: int = option(256, "Tokens of the text.", low=1)
-    prompt: tuple[str, ...] = option((), "What to continue greedily.", example="Once upon a time")
+    text: Path | None = option(
+        None, "Text file to compute on. Default: a built-in text.", place="input", metavar="FILE"
+    )
+    max_tokens: int = option(256, "Tokens of the text to use.", low=1)
+    prompt: tuple[str, ...] = option((), "Prompt to continue with greedy decoding.", example="Once upon a time")
     threads: int | None = option(
-        None, "Threads of each runtime; those of torch (OMP_NUM_THREADS) otherwise.", low=1, expert=True
+        None, "Threads of each runtime. Default: as many as torch uses (OMP_NUM_THREADS).", low=1, expert=True
     )
     memory: float | None = option(
         None,
-        "What a runtime may take, in GB; by default what the system has to give.",
+        "Memory that a runtime may use, in GB. Default: what is available.",
         above=0,
         metavar="GB",
         expert=True,
     )
-    allow_unproven: bool = option(False, "Exit 0 even where a runtime is not installed.")
-    level: Level = option("generation", "How far to go; each level includes those before it.", expert=True)
+    allow_unproven: bool = option(False, "Exit 0 even if a runtime is not installed.")
+    level: Level = option("generation", "What to compare. Each level includes those before it.", expert=True)
     prompts: Path | None = option(
-        None, "A text file with a prompt on each line.", place="input", metavar="FILE", expert=True
+        None, "Text file with one prompt per line.", place="input", metavar="FILE", expert=True
     )
-    generate: int = option(24, "Tokens to continue by.", low=1, expert=True)
+    generate: int = option(24, "Tokens to generate per prompt.", low=1, expert=True)
     dynamic_int8: bool = option(
-        False, "Compare with PyTorch's dynamic INT8 of the same model too, unjudged.", expert=True
+        False, "Also measure PyTorch's dynamic INT8 of the same model. No gate applies to it.", expert=True
     )
 
     @property

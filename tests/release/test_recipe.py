@@ -172,8 +172,8 @@ def test_lines_that_end_in_carriage_returns(tmp_path: Path) -> None:
 def test_the_tables_have_what_the_record_says() -> None:
     tables = schema_tables()
     assert (
-        "| `rank` | an integer >= 1, or auto | `16` | Rank of the adapter; auto finds each layer's own, by budget. |"
-        in tables
+        "| `rank` | an integer >= 1, or auto | `16` "
+        "| Rank of the adapter. auto chooses a rank for each layer, within budget. |" in tables
     )
     assert "| `output` | a path | required |" in tables
     assert "\n#save-every = 100\n" in commented_recipe()
