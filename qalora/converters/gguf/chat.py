@@ -79,10 +79,10 @@ class Turns:
         elif self.place == "own":
             parts.append(f"{before}{system}{after}")
         users = [n for n, message in enumerate(turns) if message["role"] == "user"]
-        chosen = {"own": None, "first": users[0], "last": users[-1]}[self.place] if system else None
+        index = {"own": None, "first": users[0], "last": users[-1]}[self.place] if system else None
         for n, message in enumerate(turns):
             start, end = self.user if message["role"] == "user" else self.assistant
-            inside = f"{before}{system}{after}" if n == chosen else ""
+            inside = f"{before}{system}{after}" if n == index else ""
             parts.append(f"{start}{inside}{message['content']}{end}")
         return "".join([*parts, self.generation])
 
@@ -128,11 +128,11 @@ def _rendered(
     template: str, chats: Sequence[Mapping[str, Any]], bos: str, eos: str, unasked: str | None = None
 ) -> list[str | None]:
     """What the template makes of the chats, all None where it takes too long; `unasked` is EOS where no answer is."""
-    asked = [{**chat, "bos_token": bos, "eos_token": eos} for chat in chats]
-    for chat in asked:
+    inputs = [{**chat, "bos_token": bos, "eos_token": eos} for chat in chats]
+    for chat in inputs:
         if not chat["add_generation_prompt"] and unasked is not None:
             chat["eos_token"] = unasked
-    job = json.dumps({"template": template, "tokens": {}, "chats": asked})
+    job = json.dumps({"template": template, "tokens": {}, "chats": inputs})
     command = [sys.executable, "-P", str(Path(rendering.__file__))]
     try:
         done = subprocess.run(command, input=job.encode(), capture_output=True, timeout=15 * rendering.SECONDS)
@@ -140,8 +140,8 @@ def _rendered(
         return [None] * len(chats)
     if done.returncode:
         return [None] * len(chats)
-    found: list[str | None] = json.loads(done.stdout)
-    return found
+    texts: list[str | None] = json.loads(done.stdout)
+    return texts
 
 
 def _read(rendered: Sequence[str | None], prefix: str, bos: str) -> Iterator[Turns]:
@@ -201,8 +201,8 @@ def _cut(text: str | None, *contents: str) -> list[str] | None:
         return None
     parts = []
     for content in contents:
-        before, found, text = text.partition(content)
-        if not found:
+        before, mark, text = text.partition(content)
+        if not mark:
             return None
         parts.append(before)
     return [*parts, text]
@@ -222,10 +222,10 @@ def _agree(template: str, turns: Turns, *, bos: str, eos: str, adds_bos: bool) -
     long = ("u", "uau", "uauau", "su", "suau", "suauau")
     contents = (_NEXT, _ODD, _SYSTEM, _USER, _ANSWER, _NEXT)
     chats = [_chat(roles, *contents[: len(roles)]) for roles in long]
-    asked = [{"messages": chat, "add_generation_prompt": True} for chat in chats]
-    found = _rendered(template, asked, bos, eos)
+    inputs = [{"messages": chat, "add_generation_prompt": True} for chat in chats]
+    texts = _rendered(template, inputs, bos, eos)
     expected = [turns.render(chat) for chat in chats]
     if adds_bos:
-        found = [_without(text, bos) for text in found]
-    refused = turns.system is None and found[3:] == [None] * 3
-    return found[:3] == expected[:3] and (refused or found[3:] == expected[3:])
+        texts = [_without(text, bos) for text in texts]
+    refused = turns.system is None and texts[3:] == [None] * 3
+    return texts[:3] == expected[:3] and (refused or texts[3:] == expected[3:])

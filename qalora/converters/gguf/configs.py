@@ -88,17 +88,19 @@ def config_of(
 
 def config_notes(metadata: Metadata, family: Family, where: Path) -> tuple[str, ...]:
     """What a file says that llama.cpp passes over, for what it says elsewhere or for good."""
-    said = {key: metadata.get(f"{family.gguf.architecture}.{key}") for key in (*OVERRULED, "attention.sliding_window")}
+    values = {
+        key: metadata.get(f"{family.gguf.architecture}.{key}") for key in (*OVERRULED, "attention.sliding_window")
+    }
     notes = []
-    if None not in (said["rope.scaling.factor"], said["rope.scale_linear"]):
-        both = f"rope.scale_linear {said['rope.scale_linear']!r:.40}"
-        notes.append(f"{both}: rope.scaling.factor counts, {said['rope.scaling.factor']!r:.40}")
-    factor = said["rope.scaling.factor"] or said["rope.scale_linear"]
-    if said["rope.scaling.type"] is None and factor not in (None, 0.0, 1.0):
+    if None not in (values["rope.scaling.factor"], values["rope.scale_linear"]):
+        both = f"rope.scale_linear {values['rope.scale_linear']!r:.40}"
+        notes.append(f"{both}: rope.scaling.factor counts, {values['rope.scaling.factor']!r:.40}")
+    factor = values["rope.scaling.factor"] or values["rope.scale_linear"]
+    if values["rope.scaling.type"] is None and factor not in (None, 0.0, 1.0):
         notes.append(f"a rotary factor {factor!r:.40} and no type of it: linear counts")
-    if said["rope.scaling.type"] == "none" and factor not in (None, 0.0, 1.0):
+    if values["rope.scaling.type"] == "none" and factor not in (None, 0.0, 1.0):
         notes.append(f"a rotary factor {factor!r:.40} that its rope.scaling.type, none, switches off")
-    window = said["attention.sliding_window"]
+    window = values["attention.sliding_window"]
     if family.gguf.window is None and window and CONFIG not in metadata.entries:
         notes.append(f"a sliding window of {window!r:.40}, which its {family.gguf.architecture} has not")
     return tuple(f"{where.name}: llama.cpp's reading of it counts: it has {note}" for note in notes)
@@ -117,9 +119,9 @@ def _check_sizes(read: _Numbers, family: Family, config: Mapping[str, Any]) -> N
     expected = {"attention.value_length": (size, max(1, config["hidden_size"] // heads), "the head size")}
     if SHARE not in family.defaults:
         expected["rope.dimension_count"] = (size, size, "the head size")
-    for key, (wanted, default, what) in expected.items():
-        if read(key, default) != wanted:
-            raise FormatError(f"{read.where}: {key}", expected=f"{wanted}, {what}", got=str(read(key, default)))
+    for key, (value, default, what) in expected.items():
+        if read(key, default) != value:
+            raise FormatError(f"{read.where}: {key}", expected=f"{value}, {what}", got=str(read(key, default)))
     tokens, rows = read.metadata.get("tokenizer.ggml.tokens"), config["vocab_size"]
     count = len(tokens) if isinstance(tokens, list) else int(read("vocab_size", rows))
     if count != rows:
@@ -150,47 +152,47 @@ class _Numbers:
 
 def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """What only some families have, and what llama.cpp takes for granted of them."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     loader = family.gguf
     if family.windows != "none":
-        found["sliding_window"] = None
+        settings["sliding_window"] = None
     if loader.window is not None:
-        found["sliding_window"] = int(read("attention.sliding_window", loader.default))
+        settings["sliding_window"] = int(read("attention.sliding_window", loader.default))
         period = int(read("attention.sliding_window_pattern", loader.window))
         if period < 2:
             raise InputError(f"{read.where}: attention.sliding_window_pattern", expected="2 or more", got=str(period))
         count = range(1, config["num_hidden_layers"] + 1)
-        found["layer_types"] = [LAYER_KINDS[bool(n % period)] for n in count]
+        settings["layer_types"] = [LAYER_KINDS[bool(n % period)] for n in count]
     if "query_pre_attn_scalar" in family.defaults:
         big = config["num_hidden_layers"] == loader.big
         hidden_share = config["hidden_size"] // config["num_attention_heads"]
-        found["query_pre_attn_scalar"] = hidden_share if big else config["head_dim"]
+        settings["query_pre_attn_scalar"] = hidden_share if big else config["head_dim"]
     for key, capped in (("attn_logit_softcapping", loader.capped), ("final_logit_softcapping", loader.logits)):
         default = family.defaults.get(key)
         if key in family.defaults:
-            said = capped and (read.has(key) or default is not None)
-            found[key] = float(read(key, default)) if said else None
+            has_cap = capped and (read.has(key) or default is not None)
+            settings[key] = float(read(key, default)) if has_cap else None
     if SHARE in family.defaults:
         rotated = int(read("rope.dimension_count", config["head_dim"]))
-        found[SHARE] = rotated / config["head_dim"]
-        found[ORIGINAL] = config["rope_parameters"].get(ORIGINAL, config["max_position_embeddings"])
+        settings[SHARE] = rotated / config["head_dim"]
+        settings[ORIGINAL] = config["rope_parameters"].get(ORIGINAL, config["max_position_embeddings"])
     if family.local_rope:
         local = {"rope_type": "default", "rope_theta": float(read("rope.freq_base_swa", 10000.0))}
-        found["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
-    return found
+        settings["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+    return settings
 
 
 def _carried_by(metadata: Metadata, where: object) -> dict[str, Any]:
-    given = metadata.get(CONFIG)
-    if given is None:
+    text = metadata.get(CONFIG)
+    if text is None:
         return {}
     try:
-        kept = json.loads(given) if isinstance(given, str) and len(given) < 1 << 20 else None
+        content = json.loads(text) if isinstance(text, str) and len(text) < 1 << 20 else None
     except (ValueError, RecursionError):
-        kept = None
-    if not isinstance(kept, dict) or set(kept) - set(CARRIED):
-        raise FormatError(f"{where}: {CONFIG}", expected=f"a JSON object of {', '.join(CARRIED)}", got=shown(given))
-    return kept
+        content = None
+    if not isinstance(content, dict) or set(content) - set(CARRIED):
+        raise FormatError(f"{where}: {CONFIG}", expected=f"a JSON object of {', '.join(CARRIED)}", got=shown(text))
+    return content
 
 
 def _rope_of(read: _Numbers, known: tuple[str, ...], factors: Mapping[str, Tensor], size: int) -> dict[str, Any]:
@@ -237,48 +239,48 @@ SCALINGS = ("none", "linear", "yarn", "longrope")
 """What llama.cpp knows as rope.scaling.type; longrope divides positions as linear does, beside its lists."""
 
 
-def _as_carried(read: _Numbers, found: dict[str, Any]) -> dict[str, Any]:
+def _as_carried(read: _Numbers, rope: dict[str, Any]) -> dict[str, Any]:
     """The numbers that the file carries in full, if float32 makes of them what its keys say."""
     carried = _carried_by(read.metadata, read.where).get("rope_parameters")
     if carried is None:
-        return found
-    given = rope_of({"rope_parameters": carried}, read.where).parameters()
-    same = given.keys() == found.keys() and all(
-        math.isclose(value, found[key], rel_tol=1e-6) if isinstance(value, float) else value == found[key]
-        for key, value in given.items()
+        return rope
+    full = rope_of({"rope_parameters": carried}, read.where).parameters()
+    same = full.keys() == rope.keys() and all(
+        math.isclose(value, rope[key], rel_tol=1e-6) if isinstance(value, float) else value == rope[key]
+        for key, value in full.items()
     )
     if not same:
-        raise FormatError(f"{read.where}: {CONFIG}: rope_parameters", expected=str(found), got=str(given))
-    return given
+        raise FormatError(f"{read.where}: {CONFIG}: rope_parameters", expected=str(rope), got=str(full))
+    return full
 
 
 def _yarn_of(read: _Numbers, factor: float) -> dict[str, Any]:
     original = int(read("rope.scaling.original_context_length", read("context_length")))
-    found: dict[str, Any] = {"factor": factor, ORIGINAL: original}
+    numbers: dict[str, Any] = {"factor": factor, ORIGINAL: original}
     for key in ("beta_fast", "beta_slow"):
         if read.has(f"rope.scaling.yarn_{key}"):
-            found[key] = float(read(f"rope.scaling.yarn_{key}"))
+            numbers[key] = float(read(f"rope.scaling.yarn_{key}"))
     if read.has("rope.scaling.attn_factor"):
-        found["attention_factor"] = float(read("rope.scaling.attn_factor")) * yarn_attention(factor)
-    return found
+        numbers["attention_factor"] = float(read("rope.scaling.attn_factor")) * yarn_attention(factor)
+    return numbers
 
 
 def _longrope_of(read: _Numbers, plain: dict[str, Any], factors: Mapping[str, Tensor]) -> dict[str, Any]:
     lists = {key: factors[name].tolist() for key, name in LONGROPE.items()}
     original = int(read("rope.scaling.original_context_length", read("context_length")))
     positions = _carried_by(read.metadata, read.where).get("max_position_embeddings", read("context_length"))
-    found = {**plain, "rope_type": "longrope", ORIGINAL: original, **lists}
-    given = float(read("rope.scaling.attn_factor", 1.0))
-    usual = rope_of({"rope_parameters": found}, read.where).attention_factor(positions)
-    return found if math.isclose(given, usual, rel_tol=1e-6) else {**found, "attention_factor": given}
+    numbers = {**plain, "rope_type": "longrope", ORIGINAL: original, **lists}
+    attention = float(read("rope.scaling.attn_factor", 1.0))
+    usual = rope_of({"rope_parameters": numbers}, read.where).attention_factor(positions)
+    return numbers if math.isclose(attention, usual, rel_tol=1e-6) else {**numbers, "attention_factor": attention}
 
 
 def _llama3_of(read: _Numbers, plain: dict[str, Any], factors: Tensor, size: int) -> dict[str, Any]:
     """The numbers that give these factors: those the file carries, or those of Llama 3.1 and later."""
     carried = _carried_by(read.metadata, read.where).get("rope_parameters")
     published = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192}
-    given = carried if isinstance(carried, dict) else {**plain, "rope_type": "llama3", **published}
-    rope = rope_of({"rope_parameters": given}, read.where)
+    parameters = carried if isinstance(carried, dict) else {**plain, "rope_type": "llama3", **published}
+    rope = rope_of({"rope_parameters": parameters}, read.where)
     if rope.kind == "llama3" and factors.numel() == size // 2:
         expected = llama3_factors(rope, size)
         if bool(((factors.double() - expected).abs() <= 1e-5 * expected).all()):

@@ -110,17 +110,17 @@ def yarn_attention(factor: float) -> float:
 
 def _carried(decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Value]:
     """Our own keys, where GGUF's do not say all."""
-    kept: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     if clipped_window(decoder) is not None:
-        kept = {key: settings[key] for key in CARRIED if key in settings and key != "rope_parameters"}
+        content = {key: settings[key] for key in CARRIED if key in settings and key != "rope_parameters"}
     rope = decoder.ropes[FULL]
     if rope.kind == "llama3" or (rope.kind == "yarn" and "attention_factor" in rope.numbers):
-        kept["rope_parameters"] = rope.parameters()
+        content["rope_parameters"] = rope.parameters()
     entries = {}
     if decoder.family.model_type != decoder.family.gguf.architecture:
         entries[MODEL_TYPE] = Value.text(decoder.family.model_type)
-    if kept:
-        entries[CONFIG] = Value.text(json.dumps(kept, sort_keys=True))
+    if content:
+        entries[CONFIG] = Value.text(json.dumps(content, sort_keys=True))
     return entries
 
 

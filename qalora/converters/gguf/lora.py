@@ -179,16 +179,16 @@ def _values(file: GgufFile) -> Iterator[tuple[str, Tensor]]:
 def _opened(path: Path) -> GgufFile:
     """Read a LoRA's header; FormatError for a file that holds something else."""
     file = read_header(path)
-    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
-        if file.metadata.get(key) != wanted:
-            raise FormatError(f"{path}: {key}", expected=wanted, got=shown(file.metadata.get(key)))
+    for key, word in (("general.type", "adapter"), ("adapter.type", "lora")):
+        if file.metadata.get(key) != word:
+            raise FormatError(f"{path}: {key}", expected=word, got=shown(file.metadata.get(key)))
     return file
 
 
 def _pairs(file: GgufFile) -> dict[str, tuple[TensorInfo, TensorInfo]]:
     """A and B by the GGUF name of the weight; FormatError for a tensor that is neither, or has no partner."""
     names = {name[: -len(".lora_a")] for name in file.tensors if name.endswith((".lora_a", ".lora_b"))}
-    found = {}
+    pairs = {}
     for name in sorted(names):
         a, b = (file.tensors.get(f"{name}.lora_{part}") for part in "ab")
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
@@ -198,11 +198,11 @@ def _pairs(file: GgufFile) -> dict[str, tuple[TensorInfo, TensorInfo]]:
                 expected="lora_a [rank, in] and lora_b [out, rank]",
                 got=f"{shapes[0]} and {shapes[1]}",
             )
-        found[name] = (a, b)
-    if not found or len(file.tensors) != 2 * len(found):
-        others = sorted(set(file.tensors) - {info.name for pair in found.values() for info in pair})
+        pairs[name] = (a, b)
+    if not pairs or len(file.tensors) != 2 * len(pairs):
+        others = sorted(set(file.tensors) - {info.name for pair in pairs.values() for info in pair})
         raise FormatError(f"{file.path}", expected="pairs of lora_a and lora_b", got=(others or ["none"])[0])
-    return found
+    return pairs
 
 
 def read_lora(path: Path, model: Checkpoint) -> Adapter:

@@ -36,9 +36,13 @@ def file_metadata(
     decoder: Decoder,
     name: str | None,
     carrier: str,
-    kept: Callable[[OtherSpace, Metadata], None] | None = None,
+    on_other_space: Callable[[OtherSpace, Metadata], None] | None = None,
 ) -> Metadata:
-    """All metadata of the file; `carrier` is the type that most linear weights have, kept: see `gguf_tokenizer`."""
+    """All metadata of the file.
+
+    carrier         the type that most linear weights have
+    on_other_space  see `gguf_tokenizer`
+    """
     numbers = hyperparameters(decoder, settings_of(model.config, model.path), model.path)
     changes = {"general.file_type": Value.uint32(FILE_TYPES[carrier])}
     ends = ends_of(model).ids
@@ -46,10 +50,10 @@ def file_metadata(
         if name is not None:
             called = name_in_gguf(name, stripping=strips(model.gguf.get("general.name")))
             changes["general.name"] = Value.text(called)
-        said = _says(model.gguf, model, decoder, numbers)
-        carried = model.gguf if said else _renumbered(model.gguf, decoder, numbers)
+        same_numbers = _says(model.gguf, model, decoder, numbers)
+        carried = model.gguf if same_numbers else _renumbered(model.gguf, decoder, numbers)
         return with_ends(carried.with_entries(changes), ends, tokenizer_end(model), model.path)
-    tokenizer = gguf_tokenizer(model, name or model.path.name, kept=kept)
+    tokenizer = gguf_tokenizer(model, name or model.path.name, on_other_space=on_other_space)
     general = {
         "general.architecture": Value.text(decoder.family.gguf.architecture),
         "general.type": Value.text("model"),
@@ -66,8 +70,8 @@ def _renumbered(metadata: Metadata, decoder: Decoder, numbers: Mapping[str, Valu
     """Metadata with other numbers of the architecture, and none of those that it had."""
     name = decoder.family.gguf.architecture
     own = (f"{metadata.get('general.architecture')}.", f"{name}.", MODEL_TYPE, CONFIG)
-    kept = {key: value for key, value in metadata.entries.items() if not key.startswith(own)}
-    return Metadata(entries={**kept, "general.architecture": Value.text(name), **numbers})
+    others = {key: value for key, value in metadata.entries.items() if not key.startswith(own)}
+    return Metadata(entries={**others, "general.architecture": Value.text(name), **numbers})
 
 
 def _says(metadata: Metadata, model: Checkpoint, decoder: Decoder, numbers: Mapping[str, Value]) -> bool:
@@ -78,10 +82,10 @@ def _says(metadata: Metadata, model: Checkpoint, decoder: Decoder, numbers: Mapp
     try:
         family = family_of_metadata(metadata, model.path)
         config = config_of(metadata, family, model.path, shapes=shapes, factors=factor_tensors(decoder))
-        said = hyperparameters(decoder_of(config, model.path), settings_of(config, model.path), model.path)
+        own_numbers = hyperparameters(decoder_of(config, model.path), settings_of(config, model.path), model.path)
     except InputError:
         return False
-    return _rounded(said) == _rounded(numbers)
+    return _rounded(own_numbers) == _rounded(numbers)
 
 
 def _rounded(numbers: Mapping[str, Value]) -> dict[str, Any]:
@@ -99,9 +103,9 @@ def file_name(model: Checkpoint, metadata: Metadata, name: str | None, carrier: 
     def known(key: str) -> Any:
         return metadata.get(f"general.{key}")
 
-    given = name or (None if known("basename") else known("name") or model.path.stem)
+    base = name or (None if known("basename") else known("name") or model.path.stem)
     label = naming_convention(
-        _plain(given),
+        _plain(base),
         None if name else _plain(known("basename")),
         None if name else _plain(known("finetune")),
         _plain(known("version")),

@@ -113,9 +113,9 @@ def _is_stop(text: str) -> bool:
 def _end_texts(metadata: Metadata) -> list[str]:
     """The texts of the model's end tokens, but for those that llama.cpp takes from the vocabulary for ends of a file
     that is filled in."""
-    found, eog, tokens = marked(metadata), eog_of(metadata), _listed(metadata, "tokens")
-    ids = found if found is not None else () if eog is None else (*eog.from_keys, *eog.from_texts)
-    filling = {text for texts in FILLING.values() for text in texts} if found is None else set()
+    mark, eog, tokens = marked(metadata), eog_of(metadata), _listed(metadata, "tokens")
+    ids = mark if mark is not None else () if eog is None else (*eog.from_keys, *eog.from_texts)
+    filling = {text for texts in FILLING.values() for text in texts} if mark is None else set()
     return [str(tokens[n]) for n in ids if n < len(tokens) and tokens[n] not in filling]
 
 

@@ -51,15 +51,15 @@ def render(job: dict[str, Any]) -> list[str | None]:
         template = environment.from_string(job["template"])
     except Exception:  # whatever jinja2 makes of it
         return [None] * len(job["chats"])
-    found: list[str | None] = []
+    texts: list[str | None] = []
     for chat in job["chats"]:
         try:
             text = template.render(**job["tokens"], **chat)
         except Exception:  # a template may raise anything, and refuses a chat by raising
-            found.append(None)
+            texts.append(None)
         else:
-            found.append(text if len(text) <= LONGEST else None)
-    return found
+            texts.append(text if len(text) <= LONGEST else None)
+    return texts
 
 
 def _limit() -> None:

@@ -35,14 +35,14 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def gguf_tokenizer(
-    model: Checkpoint, name: str | None = None, *, kept: Callable[[OtherSpace, Metadata], None] | None = None
+    model: Checkpoint, name: str | None = None, *, on_other_space: Callable[[OtherSpace, Metadata], None] | None = None
 ) -> dict[str, Value]:
     """GGUF's tokenizer metadata of a model, from what transformers makes of its files; without a tokenizer, model
     "none". general.name is among it: `name`, the model's own by default, or one by which llama.cpp does with white
     space what the tokenizer does.
 
-    kept  is called where llama.cpp does otherwise with white space beside added tokens, with all the metadata, and
-          raises where that matters; without it any is refused
+    on_other_space  called with all the metadata where llama.cpp does otherwise with white space beside added tokens;
+                    raises where that matters. Without it any is refused
 
     Raises InputError for a tokenizer that is no BPE, whose cutting rule llama.cpp has no name for, or that does to a
     text what llama.cpp does not.
@@ -63,10 +63,10 @@ def gguf_tokenizer(
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FormatError(f"{model.path}: its tokenizer", expected="a BPE", got=shown(error)) from error
     entries |= templates
-    if space and kept is None:
+    if space and on_other_space is None:
         raise space.refusal()
-    if space and kept is not None:
-        kept(space, Metadata(entries=entries))
+    if space and on_other_space is not None:
+        on_other_space(space, Metadata(entries=entries))
     return entries
 
 
@@ -103,8 +103,8 @@ def _entries(
         entries[f"add_{key}_token"] = Value(type=ValueType.BOOL, value=adds)
     entries["add_space_prefix"] = Value(type=ValueType.BOOL, value=_prefix(tokenizer, spaces))
     result = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
-    named = {"general.name": Value.text(name_in_gguf(name, stripping=stripping))}
-    return {**named, **result}, space
+    name_entry = {"general.name": Value.text(name_in_gguf(name, stripping=stripping))}
+    return {**name_entry, **result}, space
 
 
 def _prefix(tokenizer: Any, spaces: Spaces | None) -> bool:
@@ -120,8 +120,8 @@ def _added(model: Checkpoint, content: Mapping[str, Any]) -> list[Mapping[str, A
     """
     rows = int(model.config["vocab_size"])
     own = read_json(model, "tokenizer.json") if "tokenizer.json" in model.files else {}
-    named = {token["content"] for token in own.get("added_tokens") or []}
-    return [token for token in content.get("added_tokens") or [] if token["id"] < rows or token["content"] in named]
+    own_texts = {token["content"] for token in own.get("added_tokens") or []}
+    return [token for token in content.get("added_tokens") or [] if token["id"] < rows or token["content"] in own_texts]
 
 
 def _around(model: Checkpoint, tokenizer: Any, entries: Mapping[str, Value]) -> tuple[bool, bool]:

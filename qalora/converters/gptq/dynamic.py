@@ -69,14 +69,14 @@ def parse_rules(content: object, where: str) -> tuple[Rule, ...]:
 
 def _rule(text: str, content: object, where: str) -> Rule:
     out = text.startswith("-:")
-    told = {} if content is None else content
-    if not isinstance(told, dict):
+    rule = {} if content is None else content
+    if not isinstance(rule, dict):
         raise FormatError(where, expected="an object", got=json_kind(content))
     pattern = _compiled(text[2:] if text[:2] in ("-:", "+:") else text, where)
     if out:
         return Rule(text=text, pattern=pattern, out=True, bits=None, group_size=None)
-    _check_keys(told, where)
-    bits, group_size = told.get("bits"), told.get("group_size")
+    _check_keys(rule, where)
+    bits, group_size = rule.get("bits"), rule.get("group_size")
     if bits is not None and (type(bits) is not int or bits not in BITS):
         raise FormatError(f"{where}: bits", expected=f"one of {', '.join(map(str, BITS))}", got=shown(bits))
     if group_size is not None and (type(group_size) is not int or (group_size != -1 and group_size < 1)):
@@ -84,8 +84,8 @@ def _rule(text: str, content: object, where: str) -> Rule:
     return Rule(text=text, pattern=pattern, out=False, bits=bits, group_size=group_size)
 
 
-def _check_keys(told: Mapping[str, Any], where: str) -> None:
-    for key, value in told.items():
+def _check_keys(rule: Mapping[str, Any], where: str) -> None:
+    for key, value in rule.items():
         if key in ("bits", "group_size") or key in OF_MAKING or (key in SAME and value == SAME[key]):
             continue
         raise FormatError(

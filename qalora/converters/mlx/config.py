@@ -44,41 +44,41 @@ def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any]
     """
     decoder, settings = decoder_of(config, "config.json"), settings_of(config, "config.json")
     _check(decoder, settings, tied=tied)
-    said, rope = settings["rope_parameters"], decoder.ropes[FULL]
-    full, local = said.get(LAYER_KINDS[0], said), said.get(LAYER_KINDS[1])
+    rope_parameters, rope = settings["rope_parameters"], decoder.ropes[FULL]
+    full, local = rope_parameters.get(LAYER_KINDS[0], rope_parameters), rope_parameters.get(LAYER_KINDS[1])
     if not config.get("rope_scaling"):
-        said = config.get("rope_parameters") or said
+        rope_parameters = config.get("rope_parameters") or rope_parameters
     beside = {key: value for key, value in config.items() if key not in PLACES}
     missing = {key: value for key, value in _numbers(decoder, settings).items() if beside.get(key) is None}
-    found = {**beside, **missing, **_lists(decoder), "rope_parameters": said, "tie_word_embeddings": tied}
-    found |= _rope(full, decoder)
+    result = {**beside, **missing, **_lists(decoder), "rope_parameters": rope_parameters, "tie_word_embeddings": tied}
+    result |= _rope(full, decoder)
     notes: list[str] = []
     ends: list[int] = []
     if two_tables(rope, decoder.positions):
         ends.append(rope.original)
         notes.append(f"mlx-lm has one list of rope factors: it is right up to {rope.original} tokens")
     if local is not None:
-        found[LOCAL_THETA] = local["rope_theta"]
+        result[LOCAL_THETA] = local["rope_theta"]
     if "layer_types" in decoder.family.mlx.unread:
-        found["sliding_window_pattern"] = _pattern(decoder, settings)
+        result["sliding_window_pattern"] = _pattern(decoder, settings)
     if decoder.family.mlx.rounded:
         notes += _scale_note(decoder)
     window = window_beyond(decoder)
     if window is not None:
         ends.append(window)
         notes.append(no_window(decoder, window))
-    return found, tuple(notes), min(ends, default=None)
+    return result, tuple(notes), min(ends, default=None)
 
 
 def _numbers(decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a config may leave out, and mlx-lm has no default for, or another one than transformers."""
-    found: dict[str, Any] = {"num_key_value_heads": decoder.kv_heads, "rms_norm_eps": decoder.epsilon}
+    numbers: dict[str, Any] = {"num_key_value_heads": decoder.kv_heads, "rms_norm_eps": decoder.epsilon}
     if "head_dim" in decoder.family.defaults:
-        found["head_dim"] = decoder.head_size
+        numbers["head_dim"] = decoder.head_size
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
         if decoder.family.defaults.get(key) is not None:
-            found[key] = settings[key]
-    return found
+            numbers[key] = settings[key]
+    return numbers
 
 
 def _lists(decoder: Decoder) -> dict[str, Any]:
@@ -118,25 +118,25 @@ def _check(decoder: Decoder, settings: Mapping[str, Any], *, tied: bool) -> None
             raise _refuse(key, f"a {name} with it", "None")
 
 
-def _rope(said: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
-    """The keys of the rotary positions; `said` is what the config says of those of layers that attend to everything."""
+def _rope(parameters: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """The keys of the rotary positions; `parameters`: those in the config of layers that attend to everything."""
     rope, mlx = decoder.ropes[FULL], decoder.family.mlx
     known = ("default",) if "rope_scaling" in mlx.unread else decoder.family.ropes or (rope.kind,)
     if rope.kind not in known:
         raise _refuse("rope_type", f"{' or '.join(known)} for {decoder.family.model_type}", rope.kind)
-    found: dict[str, Any] = {"rope_theta": said["rope_theta"], "rope_scaling": None}
-    if said.get(SHARE) is not None:
-        found[SHARE] = said[SHARE]
+    keys: dict[str, Any] = {"rope_theta": parameters["rope_theta"], "rope_scaling": None}
+    if parameters.get(SHARE) is not None:
+        keys[SHARE] = parameters[SHARE]
     if rope.kind == "default":
-        return found
-    scaling = {**said, "type": rope.kind}
+        return keys
+    scaling = {**parameters, "type": rope.kind}
     if rope.kind == "yarn":
         scaling |= _yarn(rope)
     elif rope.kind == "longrope":
         _check_longrope(rope, decoder.positions)
-        found[ORIGINAL] = rope.original
-        scaling |= {"long_factor": said["short_factor"], ORIGINAL: rope.original}
-    return {**found, "rope_scaling": scaling}
+        keys[ORIGINAL] = rope.original
+        scaling |= {"long_factor": parameters["short_factor"], ORIGINAL: rope.original}
+    return {**keys, "rope_scaling": scaling}
 
 
 def _yarn(rope: Rope) -> dict[str, Any]:
@@ -165,9 +165,9 @@ def _check_longrope(rope: Rope, positions: int) -> None:
     factor, attention = rope.numbers.get("factor"), rope.numbers.get("attention_factor")
     if factor is not None and not math.isclose(factor, ratio):
         raise _refuse("longrope factor", f"{ratio:g}, of the context lengths", factor)
-    wanted = math.sqrt(1 + math.log(ratio) / math.log(rope.original)) if ratio > 1 else 1.0
-    if attention is not None and not math.isclose(attention, wanted):
-        raise _refuse("longrope attention_factor", f"{wanted:g}, of the context lengths", attention)
+    expected = math.sqrt(1 + math.log(ratio) / math.log(rope.original)) if ratio > 1 else 1.0
+    if attention is not None and not math.isclose(attention, expected):
+        raise _refuse("longrope attention_factor", f"{expected:g}, of the context lengths", attention)
 
 
 def no_window(decoder: Decoder, window: int) -> str:

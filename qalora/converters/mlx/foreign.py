@@ -36,12 +36,12 @@ def as_it_was(config: Mapping[str, Any], where: str, *, tied: bool) -> tuple[dic
 
     tied  whether the output layer is the embedding
     """
-    kept = {key: value for key, value in config.items() if key not in PLACES or key == "rope_parameters"}
-    check_config(kept, where)
-    written, _, _ = mlx_config(kept, tied=tied)
-    if decoder_of(_read(written, where), where) == decoder_of(_read(config, where), where):
-        return kept, ()
-    return as_mlx_reads(config, where, meant=kept)
+    original = {key: value for key, value in config.items() if key not in PLACES or key == "rope_parameters"}
+    check_config(original, where)
+    again, _, _ = mlx_config(original, tied=tied)
+    if decoder_of(_read(again, where), where) == decoder_of(_read(config, where), where):
+        return original, ()
+    return as_mlx_reads(config, where, meant=original)
 
 
 def as_mlx_reads(
@@ -71,9 +71,9 @@ def _differ(read: Mapping[str, Any], meant: Mapping[str, Any], where: str) -> tu
         theirs = decoder_of(meant, where)
     except InputError as error:
         return (f"transformers has none ({error})",)
-    found = differences(read, meant)
-    if found or ours.positions == theirs.positions:
-        return found
+    notes = differences(read, meant)
+    if notes or ours.positions == theirs.positions:
+        return notes
     return (f"max_position_embeddings: {ours.positions} instead of {theirs.positions}",)
 
 
@@ -89,8 +89,8 @@ def _read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where}: layer_types", expected=expected, got=LAYER_KINDS[1])
     defaults = {key: value for key, value in mlx.defaults.items() if key != "tie_word_embeddings"}
     passed = (*PLACES, *mlx.unread, *(() if ORIGINAL in mlx.defaults else (ORIGINAL,)))
-    said = {key: value for key, value in config.items() if key not in passed}
-    read = {**defaults, **said, family.activation_key: family.activation, **_rope(config, family)}
+    own = {key: value for key, value in config.items() if key not in passed}
+    read = {**defaults, **own, family.activation_key: family.activation, **_rope(config, family)}
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if key in mlx.unread:
             read[key] = None
@@ -117,22 +117,22 @@ def _rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return {"rope_parameters": {**full, **share}}
 
 
-def _scaled(kind: object, said: Mapping[str, Any]) -> dict[str, Any]:
+def _scaled(kind: object, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a kind of scaling, with mlx-lm's defaults, and without those that it does not read."""
     if kind in YARNS:
-        kept = {key: said[key] for key in ("factor", ORIGINAL, "beta_fast", "beta_slow") if key in said}
-        sizes = {key: said.get(key, default) for key, default in (("mscale", 1), ("mscale_all_dim", 0))}
-        step = 0.1 * math.log(max(1.0, _number(said, "factor")))
+        own = {key: numbers[key] for key in ("factor", ORIGINAL, "beta_fast", "beta_slow") if key in numbers}
+        sizes = {key: numbers.get(key, default) for key, default in (("mscale", 1), ("mscale_all_dim", 0))}
+        step = 0.1 * math.log(max(1.0, _number(numbers, "factor")))
         top, bottom = (1 + step * _or_none(sizes, key) for key in sizes)
         usual = sizes["mscale"] == 1 and sizes["mscale_all_dim"] == 0
         attention = {} if usual else {"attention_factor": top / bottom}
-        return {"rope_type": "yarn", ORIGINAL: 4096, **kept, **attention}
+        return {"rope_type": "yarn", ORIGINAL: 4096, **own, **attention}
     if kind == "llama3":
-        return {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192, **said, "rope_type": kind}
+        return {"low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 8192, **numbers, "rope_type": kind}
     if kind == "longrope":  # it has one list, and takes the size of cos and sin from the two contexts
-        kept = {key: value for key, value in said.items() if key not in ("factor", "attention_factor")}
-        return {**kept, "rope_type": kind, "short_factor": said.get("long_factor")}
-    return {**said, "rope_type": kind}
+        own = {key: value for key, value in numbers.items() if key not in ("factor", "attention_factor")}
+        return {**own, "rope_type": kind, "short_factor": numbers.get("long_factor")}
+    return {**numbers, "rope_type": kind}
 
 
 def _or_none(sizes: Mapping[str, Any], key: str) -> float:
