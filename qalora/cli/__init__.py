@@ -117,4 +117,4 @@ def _fail(ctx: click.Context, message: str, status: int) -> NoReturn:
 )
 @click.version_option(__version__, prog_name="qalora")
 def main() -> None:
-    """QA-LoRA adapters folded exactly into integer weights, exported to every runtime, proven the same."""
+    """Fold QA-LoRA adapters exactly into integer weights, export the model, and prove that it behaves the same."""

@@ -44,7 +44,7 @@ class Writing(Options):
     )
     gptq_form: Literal["auto", "nearest", "eight-bit", "round"] = option(
         "auto",
-        "GPTQ: how to store real zero points. nearest: rounded, with the rest in a LoRA beside. eight-bit: in finer "
+        "GPTQ: how to store real zero points. nearest: rounded, the rest in a LoRA beside it. eight-bit: in finer "
         "codes. round: rounded, the rest is lost.",
         target="gptq",
         expert=True,

@@ -68,7 +68,7 @@ class TrainOptions(Options):
     )
     resume: bool = option(
         False,
-        "Continue from the checkpoint beside the output. The final weights are the same.",
+        "Continue from the checkpoint beside the output. The result is as without the interruption.",
         call=True,
         matters=False,
     )
