@@ -75,7 +75,7 @@ class TokenizerCheck:
         self._facts: _Facts | None = None
         self._parts: tuple[Part, ...] = ()
         self._untried = ""
-        self._said: dict[bytes, TokenizerFindings] = {}
+        self._cache: dict[bytes, TokenizerFindings] = {}
 
     def opened(self) -> Any:
         """The reference's tokenizer as transformers' class, always the same one; None where it has none, or one whose
@@ -95,13 +95,13 @@ class TokenizerCheck:
         if _same_files(artifact, self._reference):
             return TokenizerFindings()
         key = _digest(artifact)
-        if key not in self._said:
+        if key not in self._cache:
             known = self._known()
             mine = _facts(artifact, _opened(artifact), known.ids)
             follows = FILES if artifact.gguf is None else FILES - {"spaces"}
             texts = self._differing(lambda part: mine.ids[part.text], known.decode, follows)
-            self._said[key] = TokenizerFindings(wrong=(*_differences(mine, known), *texts.wrong), limits=texts.limits)
-        return self._said[key]
+            self._cache[key] = TokenizerFindings(wrong=(*_differences(mine, known), *texts.wrong), limits=texts.limits)
+        return self._cache[key]
 
     def compare_runtime(self, runtime: Tokenizing | None) -> TokenizerFindings | None:
         """What a runtime's own tokenizer makes of the texts otherwise; None where it or the reference has none."""
