@@ -25,7 +25,7 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 if TYPE_CHECKING:
     from qalora.formats.gguf import Metadata
 
-__all__ = ["Checkpoint", "LazyTensor", "kept_bytes", "module_of", "remembered"]
+__all__ = ["Checkpoint", "LazyTensor", "cache_bytes", "module_of", "with_cached_weights"]
 
 TILE_BYTES = 32 << 20
 """Float32 bytes of a tile where a tensor is streamed by rows."""
@@ -161,7 +161,7 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def kept_bytes(model: Checkpoint) -> int:
+def cache_bytes(model: Checkpoint) -> int:
     """Bytes of the linear weights as they are kept in memory: packed codes with float32 scale and min, or float32."""
     total = 0
     for name in model.linears:
@@ -172,11 +172,11 @@ def kept_bytes(model: Checkpoint) -> int:
     return total
 
 
-def remembered(model: Checkpoint, budget: int) -> Checkpoint:
+def with_cached_weights(model: Checkpoint, budget: int) -> Checkpoint:
     """The model with each quantized linear weight kept once it has been read; the model itself where all of them take
     more than `budget` bytes.
     """
-    if kept_bytes(model) > budget:
+    if cache_bytes(model) > budget:
         return model
     linears = {name: _cache(model.tensors[name]) for name in model.linears if model.tensors[name].spec is not None}
     return replace(model, tensors={**model.tensors, **linears})

@@ -11,7 +11,7 @@ from qalora.calibration.streaming import LinearLayer, stream
 from qalora.calibration.tensor_file import TensorFile
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import InputError
-from qalora.quantization.model import planned
+from qalora.quantization.model import plan_specs
 from qalora.quantization.options import QuantizeOptions, quantize_weight
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
@@ -37,7 +37,7 @@ def quantize_calibrated(
     threads.
     """
     options_by_name = dict.fromkeys(model.linears, options) if isinstance(options, QuantizeOptions) else dict(options)
-    specs = planned(model, options_by_name, requantize=requantize)
+    specs = plan_specs(model, options_by_name, requantize=requantize)
     file: list[TensorFile] = []
 
     def computed() -> TensorFile:

@@ -14,7 +14,7 @@ from qalora.calibration.widths import WIDTHS, choose_widths
 from qalora.checkpoint import Checkpoint
 from qalora.converters.first_tokens import first_tokens
 from qalora.errors import InputError, about
-from qalora.quantization.model import planned
+from qalora.quantization.model import plan_specs
 from qalora.quantization.options import QuantizeOptions
 from qalora.training.data import cut_tokens, join_documents, read_documents
 from qalora.training.documents import Account
@@ -82,7 +82,7 @@ def quantize_on_text(
 
     The widths are chosen here and now; the rest is done when the first weight is read: see `quantize_calibrated`.
     """
-    planned(model, dict.fromkeys(model.linears, options), requantize=requantize)
+    plan_specs(model, dict.fromkeys(model.linears, options), requantize=requantize)
     account = Account()
     windows = calibration_windows(model, text, account)
     notes = (*model.notes, *account.note_lines())

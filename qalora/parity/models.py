@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qalora.adapter import Adapter, carry
-from qalora.checkpoint import Checkpoint, remembered
+from qalora.checkpoint import Checkpoint, with_cached_weights
 from qalora.errors import InputError
 from qalora.parity.artifacts import Artifact, reference_artifact
 from qalora.parity.ends import EndsCheck
@@ -65,13 +65,13 @@ class ReferenceModels:
         memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once
         """
         carried = carry(base, adapter)
-        base, own = remembered(carried, memory // 4), reference_artifact(carried)
+        base, own = with_cached_weights(carried, memory // 4), reference_artifact(carried)
         dtype = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
         if adapter is not None and FOLDED in contents:
             from qalora.folding import fold
 
-            folded = remembered(fold(base, adapter, minima=dtype), memory // 4)
+            folded = with_cached_weights(fold(base, adapter, minima=dtype), memory // 4)
         return cls(
             base=base,
             own=own,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora.adapter import Adapter, AdapterLayer
-from qalora.checkpoint import Checkpoint, LazyTensor, kept_bytes
+from qalora.checkpoint import Checkpoint, LazyTensor, cache_bytes
 from qalora.options.words import Minima
 from qalora.parity.memory import available_memory
 from qalora.parity.roundings import EXACT, Rounding, product, q8_input, side_branch
@@ -134,7 +134,7 @@ class Reference:
         self._setting = _Setting()
         layers = {} if adapter is None else adapter.layers
 
-        self.streamed = 2 * kept_bytes(model) > (available_memory() if memory is None else memory)
+        self.streamed = 2 * cache_bytes(model) > (available_memory() if memory is None else memory)
 
         def linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Module:
             def read() -> GroupQuantTensor | Tensor:

@@ -13,7 +13,7 @@ from qalora.errors import InputError
 from qalora.quantization.options import QuantizeOptions, quantize_weight
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
-__all__ = ["planned", "quantize"]
+__all__ = ["plan_specs", "quantize"]
 
 
 def quantize(model: Checkpoint, *, requantize: bool = False, **options: Any) -> Checkpoint:
@@ -27,12 +27,12 @@ def quantize(model: Checkpoint, *, requantize: bool = False, **options: Any) -> 
     if settings.needs_inputs:
         what = "fitted minima" if settings.fit_minima else settings.method
         raise InputError(f"{what} needs the layers' inputs", todo="give a text: `calibration`")
-    specs = planned(model, dict.fromkeys(model.linears, settings), requantize=requantize)
+    specs = plan_specs(model, dict.fromkeys(model.linears, settings), requantize=requantize)
     lazily = {name: _lazily(model.tensors[name], settings, spec) for name, spec in specs.items()}
     return replace(model, tensors={**model.tensors, **lazily})
 
 
-def planned(model: Checkpoint, options: Mapping[str, QuantizeOptions], *, requantize: bool) -> dict[str, QuantSpec]:
+def plan_specs(model: Checkpoint, options: Mapping[str, QuantizeOptions], *, requantize: bool) -> dict[str, QuantSpec]:
     """What each linear weight will be. Raises InputError for a group size that does not divide a layer, and for a model
     that holds integers already unless `requantize` is set.
     """

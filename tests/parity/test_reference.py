@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qalora.adapter import AdapterLayer
-from qalora.checkpoint import kept_bytes, remembered
+from qalora.checkpoint import cache_bytes, with_cached_weights
 from qalora.folding import fold
 from qalora.parity.foldcheck import check_fold, compare_adapters
 from qalora.parity.logit_cache import LogitCache
@@ -115,12 +115,12 @@ def test_weights_are_read_once_where_they_fit(base) -> None:
         return lazy.read(start, stop)
 
     counted = replace(base, tensors={**base.tensors, name: replace(lazy, read=read)})
-    kept = remembered(counted, kept_bytes(base))
+    kept = with_cached_weights(counted, cache_bytes(base))
     part, whole = kept.tensors[name].rows(8, 24), kept.tensors[name].load()
     assert_same_tensor(part, lazy.load_quantized().rows(8, 24))
     assert_same_tensor(whole, lazy.load_quantized())
     assert reads == [(0, lazy.shape[0])]
-    assert remembered(counted, kept_bytes(base) - 1) is counted
+    assert with_cached_weights(counted, cache_bytes(base) - 1) is counted
 
 
 def test_the_fold_passes_its_check_and_a_wrong_one_does_not(base, adapter, folded) -> None:
