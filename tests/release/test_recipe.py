@@ -114,7 +114,7 @@ def test_what_a_recipe_says(tmp_path: Path) -> None:
         ),
         ("[trian]\nrank = 1", "7", "[trian]: expected one of the sections base, quantize, train, adapter, export, ver"),
         ("# a\n[[train]]\nrank = 1", "8", "train: expected a section"),
-        ("[verify]\n\n[train]\nsave-every = 1", "9", "[train] data: expected text, got none; a text file"),
+        ("[verify]\n\n[train]\nsave-every = 1", "9", "[train] data: expected text, got none; data to train on"),
         ("[train]\nrank = 1\nsave-every = 1\nsave_every = 2", "10", "save_every: expected the key once, got it twice"),
         ("[train]\nrank = 1979-05-27", "8", "expected an integer >= 1, or auto, got '1979-05-27'"),
         ("[train]\nrank = {a = 1}", "8", 'expected an integer >= 1, or auto, got {"a": 1}'),
