@@ -20,6 +20,7 @@ from types import ModuleType
 __all__ = ["install"]
 
 REGISTRY = "transformers.quantizers.auto"
+OURS = "qalora.integrations.transformers"
 
 
 def install() -> None:
@@ -33,7 +34,8 @@ def install() -> None:
 def _register() -> None:
     """Import our quantizer, which registers itself. A transformers without the registry is a warning, not an error."""
     try:
-        importlib.import_module("qalora.integrations.transformers").register()
+        if OURS not in sys.modules:  # else it is being imported, and registers itself at its end
+            importlib.import_module(OURS).register()
     except (ImportError, AttributeError) as error:
         warnings.warn(f"this transformers does not open qalora folders ({error})", RuntimeWarning, stacklevel=2)
 

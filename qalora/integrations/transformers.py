@@ -155,3 +155,6 @@ def _replace_embedding(model: Any, path: str, embedding: QuantizedEmbedding) -> 
         if source == f"{path}.weight":
             model.set_submodule(target.removesuffix(".weight"), TiedHead(embedding))
             del model.all_tied_weights_keys[target]
+
+
+register()  # where this module is imported first, the registry cannot call it yet

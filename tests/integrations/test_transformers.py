@@ -76,6 +76,7 @@ def with_quantized_embedding(model: Checkpoint) -> Checkpoint:
         "import transformers, qalora",
         "import transformers.quantizers.auto, qalora",
         "import qalora, transformers.quantizers.auto; import qalora.integrations.hook as h; h.install()",
+        "import warnings; warnings.simplefilter('error', RuntimeWarning); import qalora.integrations.transformers",
     ],
 )
 def test_either_may_be_imported_first(light_forks: Forks, imports: str) -> None:
