@@ -99,6 +99,7 @@ def prepare(root: Path) -> list[Command]:
     tiny_llama(root / "float", tokenizer=byte_tokenizer())
     (root / "text.txt").write_text(TEXT, encoding="utf-8")
     quantize = ("quantize", root / "float")
+    calibration = ("--calibration", root / "text.txt", "--calibration-tokens", 1024, "--calibration-length", 64)
     train = ("--max-steps", 6, "--rank", 2, "--max-length", 32, "--save-every", 2)
     training = ("train", root / "base", "--data", root / "text.txt", *train)
     release = ("release", root / "base", "--adapter", root / "adapter", "--to", "gguf", "--to", "gptq", "--level")
@@ -115,6 +116,7 @@ def prepare(root: Path) -> list[Command]:
     export = ("export", root / "base", "--adapter", root / "adapter")
     return [
         Command(name="quantize", words=quantize),
+        Command(name="quantize gptq", words=(*quantize, "--method", "gptq", *calibration)),
         Command(name="train", words=training, again=("--resume",), beside=("out.checkpoint",), forced=False),
         Command(name="fold", words=("fold", root / "base", root / "adapter")),
         *(Command(name=f"export {one}", words=(*export, "--to", one), out=f"out/{one}") for one in FORMATS),

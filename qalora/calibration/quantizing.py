@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from qalora._version import __version__
 from qalora.calibration.streaming import LinearLayer, stream
 from qalora.calibration.tensor_file import TensorFile
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import InputError
+from qalora.formats.output import json_bytes
 from qalora.quantization.model import plan_specs
 from qalora.quantization.options import QuantizeOptions, quantize_weight
 from qalora.tensor import GroupQuantTensor, QuantSpec
@@ -24,15 +30,18 @@ def quantize_calibrated(
     options: QuantizeOptions | Mapping[str, QuantizeOptions],
     *,
     requantize: bool = False,
+    keep: Path | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """The model with its linear weights quantized, each on the inputs that the quantized layers before it give.
 
     windows  int64 [windows, tokens], see `calibration_windows`
     options  for all linear weights, or for each by name
+    keep     a file for what comes out: a later call with the same model, windows and options goes on from the decoder
+             layers that are whole there; None for a temporary file without a name
     tick     called after each decoder layer
 
-    All the work is done when the first linear weight is read; what comes out waits in a temporary file. Raises
+    All the work is done when the first linear weight is read; what comes out waits in the file. Raises
     InputError, before anything is read, as `qalora.quantization.quantize` does. Deterministic with the same number of
     threads.
     """
@@ -42,7 +51,8 @@ def quantize_calibrated(
 
     def computed() -> TensorFile:
         if not file:
-            file.append(_quantized(model, windows, options_by_name, tick))
+            kept = TensorFile() if keep is None else TensorFile(keep, _key(model, windows, options_by_name))
+            file.append(_quantized(model, windows, options_by_name, tick, kept))
         return file[0]
 
     lazily = {name: _lazily(model.tensors[name], spec, computed) for name, spec in specs.items()}
@@ -50,9 +60,14 @@ def quantize_calibrated(
 
 
 def _quantized(
-    model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions], tick: Callable[[], None]
+    model: Checkpoint,
+    windows: Tensor,
+    options: Mapping[str, QuantizeOptions],
+    tick: Callable[[], None],
+    file: TensorFile,
 ) -> TensorFile:
-    file = TensorFile()
+    def known(name: str) -> Tensor | None:
+        return file.tensor(name).dequantize() if name in file else None
 
     def visit(layer: LinearLayer) -> Tensor:
         try:
@@ -62,8 +77,23 @@ def _quantized(
         file.put(layer.name, tensor)
         return tensor.dequantize()
 
-    stream(model, windows, visit, tick)
+    stream(model, windows, visit, tick, known)
     return file
+
+
+def _key(model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions]) -> str:
+    """A digest of all that the codes depend on: the model's files by size and time, and the libraries' sums."""
+    folder = model.path if model.path.is_dir() else model.path.parent
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    parts = {
+        "versions": [__version__, torch.__version__, torch.get_num_threads()],
+        "path": str(model.path.resolve()),
+        "files": [[os.fsencode(name).hex(), stat.st_size, stat.st_mtime_ns] for name, stat in files],
+        "config": model.config,
+        "options": {name: asdict(each) for name, each in options.items()},
+        "windows": [list(windows.shape), hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()],
+    }
+    return hashlib.sha256(json_bytes(parts)).hexdigest()
 
 
 def _lazily(source: LazyTensor, spec: QuantSpec, computed: Callable[[], TensorFile]) -> LazyTensor:

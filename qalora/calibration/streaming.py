@@ -69,11 +69,19 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def stream(model: Checkpoint, windows: Tensor, visitor: Visitor, tick: Callable[[], None] = lambda: None) -> None:
+def stream(
+    model: Checkpoint,
+    windows: Tensor,
+    visitor: Visitor,
+    tick: Callable[[], None] = lambda: None,
+    known: Callable[[str], Tensor | None] = lambda name: None,
+) -> None:
     """Visit the decoder's linear layers in the order of computation.
 
     windows  int64 [windows, tokens], token ids, each a sequence of its own
     tick     called after each decoder layer
+    known    gives the changed weight of a name where it is there already: a decoder layer whose weights are all known
+             is computed and not visited
 
     Raises NotFiniteError, an InputError, where the inputs of a layer are no numbers.
     """
@@ -83,14 +91,16 @@ def stream(model: Checkpoint, windows: Tensor, visitor: Visitor, tick: Callable[
     hidden, settings = _entry(module, layers, windows)
     for n, layer in enumerate(layers):
         inside = [part for part in layer.modules() if isinstance(part, _Streamed)]
-        for part in inside:
-            part.loaded = part.source.load_float().float()
+        changed_before = [known(names[part]) for part in inside]
+        visited = any(weight is None for weight in changed_before)
+        for part, weight in zip(inside, changed_before, strict=True):
+            part.loaded = part.source.load_float().float() if visited else weight
 
         def run(x: Tensor, layer: nn.Module = layer, n: int = n) -> Tensor:
             output: Tensor | tuple[Tensor, ...] = layer(x, **settings[n])
             return output[0] if isinstance(output, tuple) else output
 
-        for stage in _stages(inside, run, hidden[0]):
+        for stage in _stages(inside, run, hidden[0]) if visited else ():
             moments = _moments(stage[0], run, hidden)
             check_finite(f"the inputs of {names[stage[0]]}", moments)
             for part in stage:

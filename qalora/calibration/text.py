@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -73,11 +74,13 @@ def quantize_on_text(
     budget: float | None = None,
     widths: Sequence[int] = WIDTHS,
     requantize: bool = False,
+    keep: Path | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """The model with its linear weights quantized on the inputs that its layers see on a text.
 
     budget  None for options.bits everywhere; else bits per weight at most, the width of each layer one of `widths`
+    keep    as in `quantize_calibrated`
     tick    called after each decoder layer, of both rounds where widths are chosen
 
     The widths are chosen here and now; the rest is done when the first weight is read: see `quantize_calibrated`.
@@ -87,9 +90,11 @@ def quantize_on_text(
     windows = calibration_windows(model, text, account)
     notes = (*model.notes, *account.note_lines())
     if budget is None:
-        return replace(quantize_calibrated(model, windows, options, requantize=requantize, tick=tick), notes=notes)
+        return replace(
+            quantize_calibrated(model, windows, options, requantize=requantize, keep=keep, tick=tick), notes=notes
+        )
     choice = choose_widths(model, windows, options, budget, widths=widths, tick=tick)
     counts = sorted(Counter(each.bits for each in choice.options.values()).items())
     layer_counts = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts)
-    quantized = quantize_calibrated(model, windows, choice.options, requantize=requantize, tick=tick)
+    quantized = quantize_calibrated(model, windows, choice.options, requantize=requantize, keep=keep, tick=tick)
     return replace(quantized, notes=(*notes, f"{layer_counts}: {choice.bits_per_weight:.4g} bits per weight"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qalora.calibration.text import Calibration, quantize_on_text
@@ -25,9 +26,12 @@ def check_quantize(options: Quantize) -> None:
             check_data(options.calibration)
 
 
-def quantize_model(model: Checkpoint, options: Quantize, *, tick: Callable[[], None] = lambda: None) -> Checkpoint:
+def quantize_model(
+    model: Checkpoint, options: Quantize, *, keep: Path | None = None, tick: Callable[[], None] = lambda: None
+) -> Checkpoint:
     """The model with its linear weights quantized; nothing is read yet, unless widths are to be chosen.
 
+    keep  where inputs are computed: a file for the layers that are done, from which a later call goes on
     tick  called after each decoder layer, where inputs are computed
     """
     shared: dict[str, Any] = {one.name: getattr(options, one.name) for one in fields_of(RoundingOptions)}
@@ -43,5 +47,6 @@ def quantize_model(model: Checkpoint, options: Quantize, *, tick: Callable[[], N
         budget=options.budget,
         widths=sorted(options.widths) or WIDTHS,
         requantize=options.requantize,
+        keep=keep,
         tick=tick,
     )

@@ -2,6 +2,7 @@
 
     .<name>.partial    what is being written; the next run removes what a killed one left
     .<name>.lock       held by the run that writes it
+    .<name>.layers     what a long run has done, see `left_beside`
 
 `--force` replaces an earlier output, and nothing else: a folder is only replaced if it holds at least one of the files
 that are about to be written, so that a mistyped `-o ~` costs nothing.
@@ -31,6 +32,7 @@ __all__ = [
     "check_output",
     "check_writable",
     "json_bytes",
+    "left_beside",
     "new_file",
     "new_folder",
     "text_bytes",
@@ -146,12 +148,33 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def left_beside(path: Path, suffix: str) -> Iterator[Path]:
+    """A file beside an output, for work that a later run goes on from: it stays where the process is killed or
+    interrupted, and goes when the block ends or fails.
+
+    OutputError while another run has it.
+    """
+    parents = _make_parents(path)
+    file = path.parent / f".{path.name}{suffix}"
+    try:
+        with _claimed(file, wait=False):
+            yield file
+            file.unlink(missing_ok=True)
+    except Exception:
+        file.unlink(missing_ok=True)
+        raise
+    finally:
+        for folder in parents:
+            _remove_if_empty(folder)
+
+
+@contextmanager
 def _claimed(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold `.<name>.lock` beside an output. The system lets go of it when the process dies, however that happens.
 
     OutputError where another run holds it, unless `wait`. Where files cannot be locked, nothing is.
     """
-    place = path.parent / f".{path.name}.lock"
+    place = path.parent / f".{path.name.lstrip('.')}.lock"
     file = _locked(place, path, wait=wait)
     try:
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from qalora.calibration import check_quantize, quantize_model
 from qalora.checkpoint import Checkpoint
 from qalora.converters import exports, load, native
 from qalora.converters.plan import ExportOptions, Plan
-from qalora.formats.output import check_apart, check_output, check_writable
+from qalora.formats.output import check_apart, check_output, check_writable, left_beside
 from qalora.options.export import Export
 from qalora.options.quantize import Quantize
 from qalora.options.release import Package
@@ -23,6 +25,7 @@ from qalora.releasing.options import ReleaseOptions
 from qalora.releasing.package import Release, Steps, plan_release, preview, release
 from qalora.training import check_before, train
 from qalora.training.documents import Account
+from qalora.training.interrupt import Interrupted
 
 __all__ = [
     "check_release",
@@ -55,7 +58,11 @@ def make_base(
     dry_run: bool = False,
     watch: Watch,
 ) -> Plan:
-    """Quantize a model and write it as a folder of ours; gives the plan of what is written."""
+    """Quantize a model and write it as a folder of ours; gives the plan of what is written.
+
+    Decoder layers that are quantized on a text are kept beside the output until it is there: where the process is
+    killed or interrupted, the same call goes on from them.
+    """
     check_apart(out, model)
     check_output(out, force=force, names=["config.json"])
     check_quantize(options)
@@ -63,12 +70,30 @@ def make_base(
     check_apart(out, source.path)
     if not dry_run:
         check_writable(out)
-    with watch.layers(int(source.config.get("num_hidden_layers") or 1)) as tick:
-        quantized = quantize_model(source, options, tick=tick)
-        if options.calibration is not None and not dry_run:
-            # this does the work; `rows` would name this tensor where another is at fault
-            quantized.tensors[quantized.linears[0]].read(0, 1)
-    return save(quantized, out, max_shard_size=options.max_shard_size, force=force, dry_run=dry_run, watch=watch)
+    layers = int(source.config.get("num_hidden_layers") or 1)
+    slow = options.calibration is not None and not dry_run
+    with ExitStack() as stack:
+        keep = stack.enter_context(_kept_layers(out)) if slow else None
+        with watch.layers(layers) as tick:
+            quantized = quantize_model(source, options, keep=keep, tick=tick)
+            if slow:
+                # this does the work; `rows` would name this tensor where another is at fault
+                quantized.tensors[quantized.linears[0]].read(0, 1)
+        return save(quantized, out, max_shard_size=options.max_shard_size, force=force, dry_run=dry_run, watch=watch)
+
+
+@contextmanager
+def _kept_layers(out: Path) -> Iterator[Path]:
+    """The file of the layers that are done, see `left_beside`; Interrupted says how to go on."""
+    with left_beside(out, ".layers") as file:
+        try:
+            yield file
+        except KeyboardInterrupt as error:
+            if not file.exists():
+                raise
+            raise Interrupted(
+                f"interrupted; the layers that are done are in {file}, and the same command goes on from them"
+            ) from error
 
 
 def train_adapter(

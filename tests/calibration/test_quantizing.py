@@ -22,6 +22,7 @@ from qalora.demo import demo_text
 from qalora.errors import InputError
 from qalora.parity import verify
 from qalora.quantization import QuantizeOptions, quantize
+from qalora.quantization.options import quantize_weight
 from qalora.testing import assert_same_model, byte_tokenizer, tiny_llama
 
 
@@ -79,6 +80,69 @@ def test_the_layer_at_fault_is_named(place: Path, tmp_path: Path, one_sentence: 
     said = one_sentence(run("quantize", tmp_path / "float", *words))
     assert said.startswith(f"qalora: {name}: ")
     assert "layers.0" not in said
+
+
+class _Left(Exception):
+    """A run ended here."""
+
+
+def test_a_run_that_was_left_goes_on_from_its_layers(
+    model: Checkpoint, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, keep = QuantizeOptions(bits=3, method="gptq", group_size=16), tmp_path / "layers"
+    whole, visited = quantize_calibrated(model, windows, chosen), list[int]()
+    whole.tensors[model.linears[0]].load()
+
+    def counted(*given: Any) -> Any:
+        visited.append(1)
+        return quantize_weight(*given)
+
+    monkeypatch.setattr("qalora.calibration.quantizing.quantize_weight", counted)
+
+    def tick() -> None:
+        raise _Left
+
+    def read(options: QuantizeOptions, tick: Callable[[], None] = lambda: None) -> Checkpoint:
+        visited.clear()
+        found = quantize_calibrated(model, windows, options, keep=keep, tick=tick)
+        found.tensors[model.linears[0]].load()
+        return found
+
+    with pytest.raises(_Left):
+        read(chosen, tick)
+    assert len(visited) == 7  # the linear layers of the first of two decoder layers
+    assert_same_model(read(chosen), whole)
+    assert len(visited) == 7
+    read(chosen)
+    assert not visited
+    data = bytearray(keep.read_bytes())
+    data[-1] ^= 1  # in the last layer of all
+    keep.write_bytes(data)
+    assert_same_model(read(chosen), whole)
+    assert len(visited) == 7
+    read(QuantizeOptions(bits=4, method="gptq", group_size=16))
+    assert len(visited) == 14
+
+
+def test_an_interrupt_says_how_to_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (place / "float", "--method", "gptq", "--calibration", place / "text.txt", "--calibration-tokens", 1024)
+    assert run("quantize", *words, "-o", tmp_path / "whole").exit_code == 0
+
+    def interrupted(layer: Any, *given: Any) -> Any:
+        if len([*tmp_path.glob(".out.layers")]) and (tmp_path / ".out.layers").stat().st_size > 30_000:
+            raise KeyboardInterrupt
+        return quantize_weight(layer, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qalora.calibration.quantizing.quantize_weight", interrupted)
+        left = run("quantize", *words, "-o", tmp_path / "out")
+    assert left.exit_code == 1
+    assert f"the layers that are done are in {tmp_path / '.out.layers'}, and the same command goes on" in left.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", ".out.layers"}
+    assert run("quantize", *words, "-o", tmp_path / "out").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
 @pytest.mark.parametrize("bits", [2, 3])
