@@ -38,6 +38,7 @@ class LazyTensor:
     shape   (out, in), or whatever the float tensor has
     dtype   the float dtype it is stored in; None if quantized
     spec    what is known of it if quantized; None if float
+    nbytes  bytes that hold it in the files it was read from; None where its reader does not tell
     read    rows start..stop-1, a torch tensor of `dtype` or a GroupQuantTensor of `spec`
     """
 
@@ -45,6 +46,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
     spec: QuantSpec | None = None
+    nbytes: int | None = None
     read: Callable[[int, int], Tensor | GroupQuantTensor] = field(repr=False)
 
     def load(self) -> Tensor | GroupQuantTensor:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qalora.cli.closing import nbytes_of, print_next, readable
+from qalora.cli.closing import nbytes_of, print_next
 from qalora.cli.options import Command, checkpoint_format_option, json_flag, open_model, print_json, spelling
 from qalora.cli.progress import log_format_option, say_stage
 from qalora.errors import with_options
+from qalora.options.fields import readable
 
 if TYPE_CHECKING:
     from qalora.releasing.check import Checked

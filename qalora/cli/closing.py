@@ -14,7 +14,9 @@ from pathlib import Path
 
 import click
 
-__all__ = ["REMAINS", "nbytes_of", "print_dry", "print_made", "print_next", "readable"]
+from qalora.options.fields import readable
+
+__all__ = ["REMAINS", "nbytes_of", "print_dry", "print_made", "print_next"]
 
 REMAINS = {
     "train": "if there is a checkpoint beside the output, `resume` continues from it",
@@ -23,13 +25,6 @@ REMAINS = {
     "demo": "run it again with --force",
 }
 """What is left of each command after Ctrl-C, where it is more than nothing."""
-
-_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-
-
-def readable(nbytes: int) -> str:
-    """A size as people write it, such as 76.3 MB."""
-    return next((f"{nbytes / size:.1f} {unit}" for size, unit in _UNITS if nbytes >= size), f"{nbytes} bytes")
 
 
 def nbytes_of(path: Path) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qalora.cli.closing import nbytes_of, print_dry, print_next, readable
+from qalora.cli.closing import nbytes_of, print_dry, print_next
 from qalora.cli.options import (
     Command,
     checkpoint_format_option,
@@ -24,6 +24,7 @@ from qalora.cli.options import (
 )
 from qalora.cli.progress import log_format_option, watch
 from qalora.options.export import Export
+from qalora.options.fields import readable
 from qalora.options.release import Package
 from qalora.options.verify import Verify
 

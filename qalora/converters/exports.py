@@ -15,6 +15,7 @@ from pathlib import Path
 from qalora.adapter import Adapter, carry
 from qalora.checkpoint import Checkpoint
 from qalora.converters import TARGETS, native, target
+from qalora.converters.loaded import counted
 from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.errors import InputError, about
 from qalora.folding import check_minima, fold
@@ -30,6 +31,7 @@ __all__ = [
     "check_targets",
     "export",
     "export_jobs",
+    "plan_folder",
     "run_job",
     "run_jobs",
     "save",
@@ -104,6 +106,7 @@ def export_jobs(
         with about("targets"):
             plan = writer.plan(source, replace(options, adapter=adapter if name in beside else None))
             plan.check(options.allow_loss)
+            plan = counted(plan, source)
         jobs.append(ExportJob(plan=plan, model=source))
     return jobs
 
@@ -122,6 +125,11 @@ def run_jobs(
             target(job.plan.target).write(job.plan, job.model, folder, progress)
 
 
+def plan_folder(model: Checkpoint, *, max_shard_size: int) -> Plan:
+    """Plan our own folder."""
+    return counted(native.plan(model, ExportOptions(max_shard_size=max_shard_size)), model)
+
+
 def save(
     model: Checkpoint,
     out: Path,
@@ -131,7 +139,7 @@ def save(
     progress: Progress = lambda name, nbytes: None,
 ) -> Plan:
     """Plan our own folder and write it to `out`; gives the plan."""
-    plan = native.plan(model, ExportOptions(max_shard_size=max_shard_size))
+    plan = plan_folder(model, max_shard_size=max_shard_size)
     run_job(ExportJob(plan=plan, model=model), out, force=force, progress=progress)
     return plan
 

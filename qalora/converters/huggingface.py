@@ -104,7 +104,7 @@ def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:
         check_finite(name, tensor)
         return tensor
 
-    return LazyTensor(name=name, shape=entry.shape, dtype=entry.dtype, read=read_rows)
+    return LazyTensor(name=name, shape=entry.shape, dtype=entry.dtype, nbytes=entry.nbytes, read=read_rows)
 
 
 def read(folder: Path) -> Checkpoint:
@@ -237,7 +237,11 @@ def zero_biases(where: object, config: Mapping[str, Any], tensors: Mapping[str, 
         shape = tensor_shape(decoder, name)
         if name not in tensors and shape is not None:
             biases[name] = LazyTensor(
-                name=name, shape=shape, dtype=torch.float32, read=lambda start, stop: torch.zeros(stop - start)
+                name=name,
+                shape=shape,
+                dtype=torch.float32,
+                nbytes=0,
+                read=lambda start, stop: torch.zeros(stop - start),
             )
     return biases
 

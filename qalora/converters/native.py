@@ -142,7 +142,8 @@ def _quantized(name: str, module: StoredModule) -> LazyTensor:
             g_idx=load_tensor(*entries["g_idx"]) if "g_idx" in entries else None,
         )
 
-    return LazyTensor(name=f"{name}.weight", shape=module.shape, spec=spec, read=read_rows)
+    size = sum(entry.nbytes for _, entry in entries.values())
+    return LazyTensor(name=f"{name}.weight", shape=module.shape, spec=spec, nbytes=size, read=read_rows)
 
 
 def _min_dtype(scale: torch.dtype, zero: int | None) -> torch.dtype:

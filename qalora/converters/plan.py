@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from qalora.errors import ExactnessError
 from qalora.formats.output import Progress
+from qalora.formats.record_json import encode
 from qalora.options.export import Writing
 from qalora.options.words import LOSSES
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
+    from qalora.converters.loaded import Loaded
 
 __all__ = ["LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress"]
 
@@ -53,6 +55,7 @@ class Plan:
     files    every file of the folder with its exact size, or None where only writing it tells
     notes    what the user should know
     longest  tokens up to which the format's runtime computes what the model does; None: as far as the model reaches
+    loaded   what a device loads of it; None in a plan that nobody counted (`qalora.converters.loaded`)
     """
 
     target: str
@@ -60,6 +63,7 @@ class Plan:
     files: Mapping[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     longest: int | None = None
+    loaded: Loaded | None = None
 
     def __repr__(self) -> str:
         """In a line: what is written, and how much."""
@@ -84,13 +88,14 @@ class Plan:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON: target, bytes, files, notes, and a row for each tensor."""
+        """The plan as JSON: target, bytes, files, notes, what a device loads, and a row for each tensor."""
         return {
             "target": self.target,
             "bytes": self.nbytes,
             "files": dict(self.files),
             "notes": list(self.notes),
             "longest": self.longest,
+            "loaded": encode(self.loaded),
             "tensors": [
                 {
                     "name": tensor.name,

@@ -25,10 +25,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qalora.errors import InputError, shown
 
-__all__ = ["Option", "Options", "fields_of", "option", "parse_size", "plain", "split"]
+__all__ = ["Option", "Options", "fields_of", "option", "parse_size", "plain", "readable", "split"]
 
 Place = Literal["", "input", "output", "hub"]
 _NAMES: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?))?B?", re.IGNORECASE)
 
 
@@ -270,6 +271,11 @@ def parse_size(text: str, of: Option) -> int:
     if size < 1:
         raise of.wrong(text)
     return size
+
+
+def readable(nbytes: int) -> str:
+    """A size as people write it, such as 76.3 MB."""
+    return next((f"{nbytes / size:.1f} {unit}" for size, unit in _UNITS if nbytes >= size), f"{nbytes} bytes")
 
 
 def _form(hint: Any) -> dict[str, Any]:

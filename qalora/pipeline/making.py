@@ -10,8 +10,8 @@ from pathlib import Path
 from qalora.adapter import Adapter, given_adapter, open_adapter
 from qalora.calibration import check_quantize, quantize_model
 from qalora.checkpoint import Checkpoint
-from qalora.converters import exports, load, native
-from qalora.converters.plan import ExportOptions, Plan
+from qalora.converters import exports, load
+from qalora.converters.plan import Plan
 from qalora.formats.output import check_apart, check_output, check_writable, left_beside
 from qalora.options.export import Export
 from qalora.options.quantize import Quantize
@@ -40,7 +40,7 @@ __all__ = [
 
 def save(model: Checkpoint, out: Path, *, max_shard_size: int, force: bool, dry_run: bool, watch: Watch) -> Plan:
     """Plan our own folder and, unless it is a dry run, write it to `out`; gives the plan."""
-    plan = native.plan(model, ExportOptions(max_shard_size=max_shard_size))
+    plan = exports.plan_folder(model, max_shard_size=max_shard_size)
     check_output(out, force=force, names=list(plan.files))
     if not dry_run:
         with watch.writing(sum(tensor.nbytes for tensor in plan.tensors), "writing") as progress:

@@ -17,9 +17,9 @@ from typing import Any
 from qalora.adapter import Adapter, read_adapter
 from qalora.calibration import quantize_model
 from qalora.checkpoint import Checkpoint
-from qalora.converters import load, native, recognise
+from qalora.converters import load, recognise
+from qalora.converters.exports import plan_folder
 from qalora.converters.huggingface import download
-from qalora.converters.plan import ExportOptions
 from qalora.errors import InputError, about
 from qalora.formats.output import check_output
 from qalora.options import Options, fields_of, plain
@@ -192,7 +192,7 @@ class Pipeline:
             options = replace(options, bits=width, budget=None, widths=(), **usual)
         with self.source.lines_of("quantize", "base"), about("model"):
             model = quantize_model(base, options)
-            plan = native.plan(model, ExportOptions(max_shard_size=options.max_shard_size))
+            plan = plan_folder(model, max_shard_size=options.max_shard_size)
         row.nbytes = row.nbytes if row.nbytes is not None else plan.nbytes
         return model
 

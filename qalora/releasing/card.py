@@ -24,7 +24,7 @@ from qalora.parity.gates import worst
 from qalora.parity.report import ParityReport, RunReport
 from qalora.releasing.digests import content_digest
 from qalora.releasing.licences import HUB_LICENCES
-from qalora.releasing.records import Manifest, TensorEntry
+from qalora.releasing.records import ArtifactEntry, Manifest, TensorEntry
 from qalora.releasing.usage import adapter_usage, check_usage, usage
 
 __all__ = ["PARTS", "card_text", "check_template", "default_template"]
@@ -183,13 +183,21 @@ def _artifacts(manifest: Manifest, report: ParityReport) -> str:
         cells = [
             _code(f"{artifact.folder}/"),
             _size(artifact.nbytes),
-            f"{artifact.bits_per_weight:.2f}",
+            _bits(artifact),
             _carriers(artifact.tensors),
             _exact(artifact.tensors),
             "<br>".join(_words(kind) for kind in runs) or "not run",
         ]
         rows.append(_row(cells + (["<br>".join(_percent(lost_most) for lost_most in runs.values())] if lost else [])))
     return "\n".join(rows)
+
+
+def _bits(artifact: ArtifactEntry) -> str:
+    """Bits per weight of what a device loads; of all files where the manifest does not say what that is."""
+    loaded = artifact.loaded
+    if loaded is None:
+        return f"{artifact.bits_per_weight:.2f}"
+    return f"{loaded.linear.bits:.2f}, embedding {loaded.embedding.bits:.2f} ({_size(loaded.embedding.nbytes)})"
 
 
 def _runs(report: ParityReport, folder: str) -> dict[str, float | None]:

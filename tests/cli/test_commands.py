@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qalora.cli import COMMANDS, main
-from qalora.cli.closing import readable
 from qalora.converters import TARGETS, loras
 from qalora.formats import output
+from qalora.options.fields import readable
 from qalora.options.words import LORA_FILES, LOSSES
 from qalora.testing import byte_tokenizer, tiny_llama
 

@@ -67,6 +67,10 @@ def test_sizes_are_those_on_disk(artefacts: Path) -> None:
     elements = sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
     assert (report.weights, report.nbytes) == (elements, path.stat().st_size)
     assert report.bits_per_weight == 8 * path.stat().st_size / elements
+    assert report.loaded is not None
+    assert report.loaded.nbytes == sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
+    said = CliRunner().invoke(main, ["inspect", str(path), "--quick"]).stdout
+    assert "a device loads  linear layers 5.00 bits per weight, embedding 32.00 (" in said
 
 
 def test_the_histogram_counts_every_scale(artefacts: Path) -> None:
@@ -124,7 +128,19 @@ def test_what_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_the_json_is_what_the_docstring_says(artefacts: Path, gptq: Path) -> None:
-    keys = {"kind", "path", "layout", "family", "layers", "tied", "weights", "bytes", "bits_per_weight", "tensors"}
+    keys = {
+        "kind",
+        "path",
+        "layout",
+        "family",
+        "layers",
+        "tied",
+        "weights",
+        "bytes",
+        "bits_per_weight",
+        "tensors",
+        "loaded",
+    }
     rezero(gptq, lambda stored, name: torch.full_like(stored, 7))
     result = CliRunner().invoke(main, ["inspect", str(gptq), "--json"])
     assert result.exit_code == 0

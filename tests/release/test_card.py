@@ -17,7 +17,7 @@ from forks import Forks
 from qalora.converters import TARGETS, load
 from qalora.converters.plan import ExportOptions
 from qalora.errors import FormatError, InputError
-from qalora.formats.record_json import decode
+from qalora.formats.record_json import decode, encode
 from qalora.parity.reading import report_from_json
 from qalora.quantization import quantize
 from qalora.releasing.card import PARTS, card_text, check_template, default_template
@@ -25,6 +25,7 @@ from qalora.releasing.licences import HUB_LICENCES
 from qalora.releasing.options import ReleaseOptions
 from qalora.releasing.package import plan_release, release
 from qalora.releasing.records import ArtifactEntry, Manifest
+from qalora.releasing.sbom import sbom_bytes
 from qalora.releasing.usage import usage
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
@@ -80,6 +81,34 @@ def test_it_is_a_function_of_manifest_and_report(light: Path) -> None:
     assert made(manifest, report) == (light / "README.md").read_text("utf-8")
     report["artifacts"][0]["weights"]["codes_differ"] = 7
     assert "| 7 |" in made(manifest, report)
+
+
+def test_the_table_counts_what_a_device_loads(light: Path) -> None:
+    """By hand: Q4_1's blocks, a float32 embedding; of ONNX's two graphs the first."""
+    manifest, report = parts(light)
+    gguf, onnx = (manifest["artifacts"][n] for n in (0, 1))
+    shape = manifest["base"]["tensors"]["model.embed_tokens.weight"]["shape"]
+    size = f"{4 * shape[0] * shape[1] / 1000:.3g} kB"
+    rows = [row for row in onnx["tensors"] if row["file"] == "model.onnx.data" and "_proj" in row["name"]]
+    weights = sum(row["bytes"] for row in gguf["tensors"] if "_proj" in row["name"]) * 8 / 5
+    bits = sum(row["bytes"] for row in rows) * 8 / weights
+    for folder, linear in (("gguf", 5.0), ("onnx", bits)):
+        row = next(line for line in made(manifest, report).splitlines() if line.startswith(f"| `{folder}/`"))
+        assert f"| {linear:.2f}, embedding 32.00 ({size}) |" in row
+
+
+def test_a_release_of_an_earlier_version_reads_as_it_was(light: Path) -> None:
+    """Its manifest does not say what a device loads: the same JSON again, and the card's table counts all files."""
+    manifest, report = parts(light)
+    for artifact in manifest["artifacts"]:
+        del artifact["loaded"]
+    assert encode(decode(Manifest, manifest, "manifest.json")) == manifest
+    rows = [line for line in made(manifest, report).splitlines() if re.match(r"\| `(gguf|onnx|qalora)/`", line)]
+    for row, artifact in zip(rows, manifest["artifacts"], strict=True):
+        assert f"| {artifact['bits_per_weight']:.2f} |" in row
+    bom = json.loads(sbom_bytes(decode(Manifest, manifest, "manifest.json")))
+    metrics = bom["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert {row["type"] for row in metrics if "bits" in row["type"]} == {"bits per weight"}
 
 
 def test_front_matter(light: Path) -> None:

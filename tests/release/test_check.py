@@ -370,6 +370,19 @@ def test_an_untouched_copy_is_right(place: Path, dist: Path) -> None:
     assert not any(check.notes for check in found.checks)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_release_of_an_earlier_version_is_right(place: Path, dist: Path) -> None:
+    """Its manifest does not say what a device loads: that alone is no finding, made again or not."""
+
+    def as_before(manifest: Any) -> None:
+        for artifact in manifest["artifacts"]:
+            del artifact["loaded"]
+
+    edit(dist, "manifest.json", as_before)
+    render(dist)
+    assert check(dist, place, again=True).findings == ()
+
+
 def test_another_adapter_or_base_is_named(place: Path, dist: Path) -> None:
     swapped = check(dist, place, again=True, adapter=place / "other").findings
     assert [str(one) for one in swapped] == [

@@ -76,6 +76,11 @@ class _Layer:
     group_size: int
     g_idx: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(entry.nbytes for _, entry in self.stored.values())
+
     def part(self, part: str) -> Tensor:
         """A whole tensor of the layer."""
         return load_tensor(*self.stored[part])
@@ -331,7 +336,9 @@ def _lazy(
             g_idx=layer.g_idx,
         )
 
-    return LazyTensor(name=f"{layer.module}.weight", shape=(layer.rows, layer.columns), spec=spec, read=read_rows)
+    size = layer.nbytes + (0 if residual is None else residual.a.nbytes + residual.b.nbytes)
+    shape = (layer.rows, layer.columns)
+    return LazyTensor(name=f"{layer.module}.weight", shape=shape, spec=spec, nbytes=size, read=read_rows)
 
 
 def _zero_biases(tensors: Mapping[str, LazyTensor], modules: list[str]) -> set[str]:

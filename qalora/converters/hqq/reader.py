@@ -92,7 +92,9 @@ def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) 
             check_values(tensor, known)
         return tensor
 
-    return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, read=read_rows)
+    own = (name for name in stored if name.startswith(f"{module}.") and name != f"{module}.bias")
+    size = sum(stored[name][1].nbytes for name in own)
+    return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, nbytes=size, read=read_rows)
 
 
 def _joined(packed: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> GroupQuantTensor:

@@ -105,7 +105,8 @@ def _quantized(folder: Path, module: str, stored: _Stored, settings: Mapping[str
             group_size=group_size,
         )
 
-    return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, read=read_rows)
+    size = sum(entry.nbytes for _, entry in parts.values())
+    return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, nbytes=size, read=read_rows)
 
 
 def _narrowest(dtype: torch.dtype) -> torch.dtype:

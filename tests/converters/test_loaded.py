@@ -1,0 +1,53 @@
+"""What a device loads of an artefact: by hand, and the plan's figures against those of the files read back."""
+
+from pathlib import Path
+
+import pytest
+
+from qalora.checkpoint import Checkpoint
+from qalora.converters import huggingface, load
+from qalora.converters.exports import export, export_jobs, plan_folder
+from qalora.converters.loaded import loaded_of
+from qalora.converters.plan import ExportOptions
+from qalora.quantization import quantize
+from qalora.testing import random_model, tiny_model
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "biases"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A tiny model with its output tied to the embedding, with one of its own, and one with biases."""
+    family = "qwen2" if request.param == "biases" else "llama"
+    config = {"tie_word_embeddings": request.param != "untied", "eos_token_id": 2}
+    return quantize(load(tiny_model(tmp_path_factory.mktemp(request.param), family, config=config)), group_size=32)
+
+
+@pytest.mark.parametrize("target", ["gptq", "gguf", "mlx", "hqq", "qalora"])
+def test_files_read_back_take_what_was_planned(model: Checkpoint, tmp_path: Path, target: str) -> None:
+    (plan,) = export(model, [target], tmp_path)
+    assert plan.loaded is not None
+    (place,) = (tmp_path / target).glob("*.gguf") if target == "gguf" else [tmp_path / target]
+    assert loaded_of(load(place)) == plan.loaded
+    assert plan.loaded.nbytes == sum(row.nbytes for row in plan.tensors)
+
+
+def test_bits_of_a_format_by_hand(tmp_path: Path) -> None:
+    """4-bit codes, and 4 bytes for a group of 32; a float32 embedding."""
+    model = random_model(huggingface.read(tiny_model(tmp_path / "tiny", "llama")), bits=4, group_size=32)
+    plan = plan_folder(model, max_shard_size=1 << 40)
+    assert plan.loaded is not None
+    assert (plan.loaded.linear.bits, plan.loaded.embedding.bits) == (4 + 8 * 4 / 32, 32)
+    rows, columns = model.tensors["model.embed_tokens.weight"].shape
+    assert (plan.loaded.embedding.weights, plan.loaded.embedding.nbytes) == (rows * columns, 4 * rows * columns)
+    text = f"linear layers 5.00 bits per weight, embedding 32.00 ({4 * rows * columns / 1000:.1f} kB)"
+    assert str(plan.loaded) == text
+    assert plan.to_json()["loaded"]["embedding"] == {"weights": rows * columns, "bytes": 4 * rows * columns}
+
+
+def test_of_two_graphs_a_device_loads_one(model: Checkpoint) -> None:
+    (job,) = export_jobs(model, ["onnx"], ExportOptions())
+    assert job.plan.loaded is not None
+    one = {(row.file, row.offset): row.nbytes for row in job.plan.tensors if "/" not in row.file}
+    assert job.plan.loaded.nbytes == sum(one.values())
+    assert job.plan.loaded.linear.weights == sum(
+        rows * columns for rows, columns in (model.tensors[name].shape for name in model.linears)
+    )
