@@ -12,7 +12,7 @@ believed no further than the values bear it out: `restored` checks them when the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "check_values",
     "fits",
     "narrowed",
+    "narrowest",
     "parse_specs",
     "refuse_act_order",
     "restored",
@@ -84,6 +85,17 @@ def narrowed(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.equal(narrow.float(), values):
         raise ValueError(f"{name}: its spec promises values that {dtype} holds, and it has others")
     return narrow
+
+
+def narrowest(parts: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest of float16, bfloat16 and float32 that holds every value of float32 tensors; reads no further than
+    to the first one that only float32 holds."""
+    able = [torch.float16, torch.bfloat16]
+    for part in parts:
+        able = [dtype for dtype in able if torch.equal(part.to(dtype).float(), part)]
+        if not able:
+            return torch.float32
+    return able[0]
 
 
 def refuse_act_order(lazy: LazyTensor, target: str) -> None:

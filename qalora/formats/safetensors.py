@@ -330,13 +330,13 @@ class SafetensorsWriter:
     """Write a planned file a tensor at a time, or a tile of rows at a time, in any order. A context manager."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
-        self._layout = layout
+        self.layout = layout
         self._file = OutputFile(path, layout.size)
         self._file.write(0, layout.prefix)
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Write `tensor` as the rows of `name` from `row` on; ValueError if dtype or shape is not as planned."""
-        entry = self._layout.entries[name]
+        entry = self.layout.entries[name]
         whole = tuple(tensor.shape) == entry.shape
         fits = tensor.ndim == len(entry.shape) and tuple(tensor.shape[1:]) == entry.shape[1:] and tensor.ndim > 0
         if tensor.dtype != entry.dtype or not (whole or fits) or (fits and row + tensor.shape[0] > entry.shape[0]):

@@ -57,5 +57,6 @@ LOSSES: dict[str, str] = {
     "eight-bit": "re-encoded in 8 bits with the best multiplier per group; about 3 % of the adapter is lost",
     "residual": "what integer zero points leave over rounded to float32, half an ULP of it",
     "narrowing": "a float tensor stored in a narrower float type",
+    "embedding": "codes of an embedding decoded to float16, half an ULP",
 }
 """The losses that a user can allow by name, and what each means."""

@@ -369,7 +369,7 @@ WRONG: list[tuple[Callable[[str], str], str, str]] = [
     (
         lambda text: text.replace('["gguf", "qalora"]', '["gguf", "qalora"]\nallow-loss = ["no"]'),
         "allow-loss",
-        "expected one of zeros, minima, scales, eight-bit, residual, narrowing, got 'no'",
+        "expected one of zeros, minima, scales, eight-bit, residual, narrowing, embedding, got 'no'",
     ),
     (lambda text: text.replace('["gguf", "qalora"]', '"gguf"'), "to =", "expected a list, each text, got 'gguf'"),
     (lambda text: text.replace("bits = 4", "bits = 5").replace("qalora", "gptq"), "to =", "gptq at 5 bits"),

@@ -1,6 +1,7 @@
 """GPTQ folders: what is written is what is read, labels that lie, and what lies beside."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qalora.converters.exports import export_jobs, run_jobs
 from qalora.converters.gptq.forms import encode
 from qalora.converters.gptq.planner import GptqPlan
 from qalora.converters.plan import ExportOptions
-from qalora.errors import AdapterError, FormatError, InputError
+from qalora.errors import AdapterError, ExactnessError, FormatError, InputError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.parity.runtimes.gptqmodel import open_artifact
 from qalora.tensor import GroupQuantTensor
@@ -132,16 +133,122 @@ def test_the_same_model_gives_the_same_bytes(tiny_untied: Path, tmp_path: Path) 
 
 
 def test_a_quantized_embedding_is_decoded(tiny_untied: Path, tmp_path: Path) -> None:
+    """In float32; in float16, which is a loss, where that was allowed."""
     model = quantized(tiny_untied)
     name = "model.embed_tokens.weight"
     made = random_tensor(256, 64, bits=8, group_size=32, zeros="integer")
     model = replace(
         model, tensors={**model.tensors, name: lazily(name, made, zeros="integer", min_dtype=torch.float32)}
     )
-    written(model, tmp_path / "gptq")
+    plan = written(model, tmp_path / "gptq")
     again = gptq.read(tmp_path / "gptq").tensors[name]
     assert again.dtype == torch.float32
     assert torch.equal(again.load_float(), made.dequantize())
+    assert f"{name}: GPTQ has no codes for it, and its 8-bit ones become float32" in plan.notes[-1]
+    half = written(model, tmp_path / "half", ExportOptions(allow_loss=frozenset({"embedding"})))
+    (row,) = [row for row in half.tensors if row.loss is not None]
+    assert (row.name, row.carrier, row.nbytes) == (name, "float16, decoded from 8 bits", 2 * 256 * 64)
+    narrow = gptq.read(tmp_path / "half").tensors[name]
+    assert narrow.dtype == torch.float16
+    assert torch.equal(narrow.load_float(), made.dequantize().half())
+    with pytest.raises(ExactnessError, match=r"float16, decoded from 8 bits.*`allow_loss` embedding"):
+        half.check(())
+
+
+def test_a_decoded_value_beyond_float16_is_refused(tiny_untied: Path, tmp_path: Path) -> None:
+    name, made = "model.embed_tokens.weight", random_tensor(256, 64, bits=8, group_size=32, zeros="integer")
+    wide = replace(made, scale=made.scale * 2.0**20, min=made.min * 2.0**20)
+    lazy = lazily(name, wide, zeros="integer", scale_dtype=torch.float32, min_dtype=torch.float32)
+    model = quantized(tiny_untied)
+    with pytest.raises(InputError, match=rf"{name}: expected values within float16's 65504, got .*keep it in float32"):
+        written(
+            replace(model, tensors={**model.tensors, name: lazy}),
+            tmp_path / "gptq",
+            ExportOptions(allow_loss=frozenset({"embedding"})),
+        )
+
+
+# ---- no wider than what is held
+
+
+def near_the_middle(tensor: GroupQuantTensor) -> GroupQuantTensor:
+    """Zero points from half to twice the middle: min + scale * middle is then exact in float16 (Sterbenz's lemma)."""
+    middle = 1 << (tensor.bits - 1)
+    zero = torch.rand(tensor.scale.shape, generator=torch.Generator().manual_seed(3)) * middle + 0.55 * middle
+    return replace(tensor, min=(-tensor.scale * zero).half().float())
+
+
+@pytest.mark.parametrize("form", ["auto", "nearest"])
+def test_a_residual_that_float16_holds_is_float16(tiny_untied: Path, tmp_path: Path, form: str) -> None:
+    model = quantized(tiny_untied, change=near_the_middle)
+    plan = written(model, tmp_path / "gptq", ExportOptions(gptq_form=form))
+    assert plan.beside is not None
+    dtypes = {name.rpartition("lora_")[2]: entry.dtype for name, entry in plan.beside.entries.items()}
+    assert dtypes == {"A.weight": torch.float8_e4m3fn, "B.weight": torch.float16}
+    assert "LoRA of rank 2 in float16" in {row.carrier for row in plan.tensors}
+    assert_same_model(gptq.read(tmp_path / "gptq"), model)
+
+
+def test_one_value_that_float16_rounds_makes_the_residual_float32(tiny_untied: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    model = quantized(tiny_untied, change=near_the_middle)
+    last = model.tensors[name].load_quantized()
+    last.min[5, 1] = -last.scale[5, 1] * 0.3  # far below half of the middle
+    last.min[5, 1] = last.min[5, 1].half().float()
+    model = replace(model, tensors={**model.tensors, name: replace(model.tensors[name], read=last.rows)})
+    plan = written(model, tmp_path / "gptq")
+    assert plan.beside is not None
+    assert {entry.dtype for entry in plan.beside.entries.values()} == {torch.float8_e4m3fn, torch.float32}
+    assert_same_model(gptq.read(tmp_path / "gptq"), model)
+
+
+def test_a_residual_of_an_earlier_version_is_read(tiny_untied: Path, tmp_path: Path) -> None:
+    """A in float16, B in float32."""
+    folder, model = tmp_path / "gptq", quantized(tiny_untied, change=near_the_middle)
+    written(model, folder)
+
+    def as_before(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(torch.float16 if "lora_A" in name else torch.float32)
+
+    edit(folder, as_before, "adapter_model.safetensors")
+    assert_same_model(gptq.read(folder), model)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1.0, torch.float16), (2.0**-20, torch.bfloat16)])
+def test_an_adapter_of_bfloat16_ships_in_16_bits(
+    tiny_untied: Path, tmp_path: Path, size: float, dtype: torch.dtype
+) -> None:
+    """float16 holds these values too, unless they are below its range."""
+    model = quantized(tiny_untied, zeros="integer")
+    wide = adapter_for(model)
+    layers = {
+        module: replace(layer, a=layer.a.bfloat16().float(), b=layer.b.bfloat16().float() * size)
+        for module, layer in wide.layers.items()
+    }
+    plan = written(model, tmp_path / "gptq", ExportOptions(adapter=replace(wide, layers=layers)))
+    assert plan.beside is not None
+    assert {entry.dtype for entry in plan.beside.entries.values()} == {dtype}
+    stored = load_file(tmp_path / "gptq" / "adapter_model.safetensors")
+    for module, layer in layers.items():
+        a, b = (stored[f"base_model.model.{module}.lora_{part}.weight"].float() for part in "AB")
+        assert torch.equal(a, layer.a.repeat_interleave(32, dim=1)) and torch.equal(b, layer.b)
+
+
+def test_the_plan_says_first_what_integer_zero_points_would_save(tiny_untied: Path) -> None:
+    real, integer = (gptq.plan(quantized(tiny_untied, zeros=zeros), ExportOptions()) for zeros in ("real", "integer"))
+    saved = real.files["adapter_model.safetensors"]
+    assert saved is not None and integer.files.keys() == real.files.keys() - {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+    model = huggingface.read(tiny_untied)
+    weights = sum(math.prod(model.tensors[name].shape) for name in model.linears)
+    assert real.notes[0].startswith(
+        f"smaller: a base made with `zeros` integer needs no residual, {saved / 1000:.1f} kB less here, "
+        f"{8 * saved / weights:.2f} bits per weight"
+    )
+    assert not any("smaller" in note for note in integer.notes)
 
 
 def test_shards_and_a_quantized_output_layer_are_read(tiny_untied: Path, tmp_path: Path) -> None:

@@ -132,6 +132,23 @@ def test_one_transformers_call_loads_words_and_residual(
     assert (got - bare).norm() > 100 * (got - reference(tiny_untied, weights, torch.float64)).norm()
 
 
+def test_gptqmodels_own_loader_takes_the_residual(tiny_untied: Path, tmp_path: Path) -> None:
+    """GPTQModel reads A and B by itself and adds (x @ A) @ B in float16: pool(x), C and the sum are each rounded."""
+    from gptqmodel.adapter.adapter import Lora
+
+    model = quantized(tiny_untied)
+    folder = written(model, tmp_path / "gptq")
+    name = "model.layers.0.mlp.down_proj"
+    lora = Lora(rank=None, path=str(folder))
+    lora.post_init(name, device=torch.device("cpu"))
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).half()
+    c = to_residual(model.tensors[f"{name}.weight"].load_quantized(), "symmetric").c.double()
+    pooled = x.double().view(3, -1, 32).sum(dim=2)
+    got = lora.apply(x=x, out=torch.zeros(3, c.shape[0], dtype=torch.float16)).double()
+    bound = 2.0**-11 * 3 * (pooled.abs() @ c.abs().T)  # of pool(x), of C, of the sum
+    assert bool(((got - pooled @ c.T).abs() <= bound).all()) and bool((got != 0).any())
+
+
 def test_one_transformers_call_keeps_the_residual_in_float16(tiny_untied: Path, tmp_path: Path) -> None:
     """x, pool(x), C and the product are each rounded to float16: four times 2^-11 of what the residual adds."""
     model = quantized(tiny_untied)

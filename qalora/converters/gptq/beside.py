@@ -2,9 +2,14 @@
 
 Two kinds are written:
 
-* the residual of integer zero points: y = Q(x) + C @ pool(x), with A the 0/1 pooling matrix [groups, in] in float16,
-  which holds 0 and 1, B = C [out, groups] in float32, and rank = alpha = groups, so that the scaling is 1;
+* the residual of integer zero points: y = Q(x) + C @ pool(x), with A the 0/1 pooling matrix [groups, in] in float8,
+  which holds 0 and 1 (earlier versions wrote float16), B = C [out, groups], and rank = alpha = groups, so that the
+  scaling is 1;
 * an adapter over a base with integer zero points, exactly as a plain LoRA of its own rank.
+
+B of the first kind, A and B of the second, are in the narrowest of float16, bfloat16 and float32 that holds all of them
+in the file. Of a folded model that is float32: C = min + scale * 2**(bits-1) has more bits than float16 wherever a zero
+point is below half or above twice the middle, one group in a thousand of SmolLM2.
 
 transformers' call holds the LoRA in float16, the dtype of the words' scales, and so pool(x) too, which then must stay
 below 65504; PEFT's own loader, called after it, puts the same LoRA in its place in float32.
@@ -35,6 +40,7 @@ from qalora.formats.safetensors import Entry, read_header, read_tensor
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "POOLING",
     "StoredResidual",
     "find_residual",
     "lora_names",
@@ -42,6 +48,9 @@ __all__ = [
     "plain_lora",
     "pooling_matrix",
 ]
+
+POOLING = torch.float8_e4m3fn
+"""What A is stored in. PEFT (0.21) and GPTQModel (7.6) widen it; numbers that are no floats they do not."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -56,12 +65,12 @@ def lora_names(module: str) -> tuple[str, str]:
 
 
 def pooling_matrix(columns: int, group_size: int, g_idx: Tensor | None) -> Tensor:
-    """A: float16 [in/group_size, in], 1 where the column belongs to the group."""
+    """A: float32 [in/group_size, in], 1 where the column belongs to the group, else 0."""
     index = torch.arange(columns) // group_size if g_idx is None else g_idx.long()
     if index.shape[0] != columns or int(index.min()) < 0 or int(index.max()) >= columns // group_size:
         got = f"{index.shape[0]} values in {int(index.min())}..{int(index.max())}"
         raise FormatError("g_idx", expected=f"{columns} values in 0..{columns // group_size - 1}", got=got)
-    matrix = torch.zeros(columns // group_size, columns, dtype=torch.float16)
+    matrix = torch.zeros(columns // group_size, columns)
     matrix[index, torch.arange(columns)] = 1
     return matrix
 
@@ -124,7 +133,7 @@ class StoredResidual:
                     expected="the pooling matrix, as in the other layers",
                     got="different values",
                 )
-            return read_tensor(file, self.b, start, stop)
+            return read_tensor(file, self.b, start, stop).float()
 
 
 def find_residual(
@@ -161,12 +170,8 @@ def find_residual(
 
 
 def _is_residual(a: Entry, b: Entry, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> bool:
-    return (
-        a.shape == a_shape
-        and b.shape == b_shape
-        and a.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and b.dtype == torch.float32
-    )
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    return a.shape == a_shape and b.shape == b_shape and a.dtype in (POOLING, *floats) and b.dtype in floats
 
 
 def _is_plain(config: Mapping[str, Any], module: str, rank: int) -> bool:

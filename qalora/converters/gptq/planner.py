@@ -7,13 +7,15 @@ then loud, where with the nearest zero points it would be plausible and wrong.
 The label is "gptq" (v1) where all zero points are symmetric, which every loader reads alike, and "gptq_v2" elsewhere,
 because GPTQModel refuses asymmetric v1.
 
-Values are read for a plan only where specs do not tell: scales and minima beyond float16, and whether a model's own
-zero points are all symmetric.
+Values are read for a plan only where specs do not tell: scales and minima beyond float16, whether a model's own
+zero points are all symmetric, and, up to the first layer for which it does not, whether float16 holds what they leave
+over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +25,20 @@ from qalora._version import __version__
 from qalora.adapter import Adapter
 from qalora.adapter.rewriting import alpha_for
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part
 from qalora.converters.ends import config_with_ends, end_notes
 from qalora.converters.families import family_of
 from qalora.converters.folder import FolderPlan, folder_files
-from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
+from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, POOLING, lora_names, peft_config
 from qalora.converters.gptq.forms import Form, encode
 from qalora.converters.gptq.head import HEAD, head_fits, head_settings
 from qalora.converters.gptq.reader import MAKER
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, PlannedTensor
+from qalora.converters.specs import narrowest
 from qalora.errors import AdapterError, InputError, shown
 from qalora.formats.gptq import BITS
 from qalora.formats.safetensors import Layout, Part, ShardedLayout, plan_layout, plan_shards
+from qalora.options.fields import readable
 from qalora.tensor import QuantSpec, holds_float16
 
 __all__ = ["GROUP_SIZES", "GptqPlan", "plan", "ships_adapter"]
@@ -88,13 +93,14 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     words = dict.fromkeys(specs, bits)
     if head_fits(model, bits, _group_size(model, specs)) and (not symmetric or _symmetric(model.tensors[HEAD])):
         words[HEAD] = bits
-    parts = {name: _parts(lazy, words.get(name)) for name, lazy in model.tensors.items()}
+    allowed = options.allow_loss
+    parts = {name: _parts(lazy, words.get(name), allowed) for name, lazy in model.tensors.items()}
     metadata = {"format": "pt", **options.provenance}
     main = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
     ranks = _ranks(model, specs, form, options.adapter)
-    rounds = "residual" in options.allow_loss
-    beside = plan_layout(_lora_parts(model, ranks, options.adapter), metadata) if ranks else None
-    rows = _rows(model, words, form, main, beside)
+    rounds = "residual" in allowed
+    beside = plan_layout(_lora_parts(model, ranks, form, options.adapter), metadata) if ranks else None
+    rows = _rows(model, words, form, main, beside, allowed)
     files = {**folder_files(model, main), "quantize_config.json": None, "README.md": None}
     if beside is not None:
         files |= {ADAPTER_WEIGHTS: beside.size, ADAPTER_CONFIG: None}
@@ -102,7 +108,13 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
         target="gptq",
         tensors=tuple(rows),
         files=files,
-        notes=(*model.notes, *end_notes(model), *_notes(ranks, beside, main, form, options.adapter)),
+        notes=(
+            *_cheaper(model, specs, beside, options.adapter),
+            *model.notes,
+            *end_notes(model),
+            *_notes(ranks, beside, main, form, options.adapter),
+            *decoded_note(model, words, "GPTQ", allowed),
+        ),
         form=form,
         words=words,
         symmetric=symmetric,
@@ -195,10 +207,10 @@ def _symmetric(lazy: LazyTensor) -> bool:
     return bool((encode(tensor, "own").zero == 1 << (tensor.bits - 1)).all())
 
 
-def _parts(lazy: LazyTensor, bits: int | None) -> list[Part]:
+def _parts(lazy: LazyTensor, bits: int | None, allowed: Collection[str]) -> list[Part]:
     """What a tensor becomes, beside its LoRA: words of `bits`, or floats."""
     if lazy.spec is None or bits is None:
-        return [(lazy.name, lazy.dtype or torch.float32, lazy.shape)]
+        return [decoded_part(lazy, allowed)]
     (rows, columns), module = lazy.shape, module_of(lazy.name)
     groups = columns // lazy.spec.group_size
     return [
@@ -221,22 +233,36 @@ def _ranks(
     return {module_of(name): (rank, rank) for name, rank in groups.items()}
 
 
-def _lora_parts(model: Checkpoint, ranks: Mapping[str, tuple[int, float]], adapter: Adapter | None) -> list[Part]:
+def _lora_parts(
+    model: Checkpoint, ranks: Mapping[str, tuple[int, float]], form: Form, adapter: Adapter | None
+) -> list[Part]:
+    if adapter is None:
+        residuals = (encode(model.tensors[f"{module}.weight"].load_quantized(), form).c for module in ranks)
+        dtype = narrowest(c for c in residuals if c is not None)
+    else:
+        dtype = narrowest(part for layer in adapter.layers.values() for part in (layer.a, layer.b))
     parts: list[Part] = []
     for module, (rank, _) in ranks.items():
         (rows, columns), (a, b) = model.tensors[f"{module}.weight"].shape, lora_names(module)
-        parts.append((a, torch.float16 if adapter is None else torch.float32, (rank, columns)))
-        parts.append((b, torch.float32, (rows, rank)))
+        parts.append((a, POOLING if adapter is None else dtype, (rank, columns)))
+        parts.append((b, dtype, (rows, rank)))
     return parts
 
 
 def _rows(
-    model: Checkpoint, words: Mapping[str, int], form: Form, main: ShardedLayout, beside: Layout | None
+    model: Checkpoint,
+    words: Mapping[str, int],
+    form: Form,
+    main: ShardedLayout,
+    beside: Layout | None,
+    allowed: Collection[str],
 ) -> list[PlannedTensor]:
     rows = []
     for lazy in model.tensors.values():
-        file, offset, size = main.place(part for part, _, _ in _parts(lazy, words.get(lazy.name)))
-        carrier, loss, rounded = _carrier(lazy, words.get(lazy.name), form if lazy.name in model.linears else "own")
+        bits = words.get(lazy.name)
+        file, offset, size = main.place(part for part, _, _ in _parts(lazy, bits, allowed))
+        own = form if lazy.name in model.linears else "own"
+        carrier, loss, rounded = _carrier(lazy, bits, own, allowed)
         rows.append(PlannedTensor(name=lazy.name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
         names = lora_names(module_of(lazy.name))
         if beside is None or names[0] not in beside.entries:
@@ -245,7 +271,7 @@ def _rows(
         rows.append(
             PlannedTensor(
                 name=lazy.name,
-                carrier=f"LoRA of rank {a.shape[0]}",
+                carrier=f"LoRA of rank {a.shape[0]} in {str(b.dtype).removeprefix('torch.')}",
                 file=ADAPTER_WEIGHTS,
                 offset=a.offset,
                 nbytes=a.nbytes + b.nbytes,
@@ -255,13 +281,13 @@ def _rows(
     return rows
 
 
-def _carrier(lazy: LazyTensor, bits: int | None, form: Form) -> tuple[str, Loss | None, Loss | None]:
+def _carrier(
+    lazy: LazyTensor, bits: int | None, form: Form, allowed: Collection[str]
+) -> tuple[str, Loss | None, Loss | None]:
     """Carrier, loss of the words, and loss of the residual."""
     spec = lazy.spec
-    if spec is None:
-        return str(lazy.dtype).removeprefix("torch."), None, None
-    if bits is None:
-        return f"float32, decoded from {spec.bits} bits", None, None
+    if spec is None or bits is None:
+        return *decoded_carrier(lazy, allowed), None
     carrier = f"{bits}-bit words, {form} zero points"
     if form == "round":
         return carrier, Loss(name="zeros", size=LOSSES["zeros"]), None
@@ -275,6 +301,19 @@ def _carrier(lazy: LazyTensor, bits: int | None, form: Form) -> tuple[str, Loss 
     loss = Loss(name="scales", size=LOSSES["scales"]) if unsure_scale and not holds_float16(tensor.scale) else None
     rounded = unsure_min and not encode(tensor, form).exact
     return carrier, loss, Loss(name="residual", size=LOSSES["residual"]) if rounded else None
+
+
+def _cheaper(
+    model: Checkpoint, specs: Mapping[str, QuantSpec], beside: Layout | None, adapter: Adapter | None
+) -> list[str]:
+    """What a base with integer zero points would save: it leaves nothing over."""
+    if beside is None or adapter is not None:
+        return []
+    weights = sum(math.prod(model.tensors[name].shape) for name in specs)
+    return [
+        f"smaller: a base made with `zeros` integer needs no residual, {readable(beside.size)} less here, "
+        f"{8 * beside.size / weights:.2f} bits per weight; an adapter then lies beside it as a small LoRA"
+    ]
 
 
 def _notes(
@@ -292,8 +331,8 @@ def _notes(
         return [f"the adapter lies beside the base as a plain LoRA of rank {largest} ({size}); transformers loads both"]
     notes = [
         f"real zero points: what {form} integer ones leave over lies beside the base as a LoRA of rank {largest} "
-        f"({size}); transformers with peft loads both, GPTQModel alone loads the bare base. Smaller: a base with "
-        "integer zero points and the adapter beside it, larger groups, or `gptq_form` eight-bit"
+        f"({size}); transformers with peft loads both, GPTQModel alone loads the bare base. Also smaller: larger "
+        "groups, or `gptq_form` eight-bit"
     ]
     if largest > ENGINE_RANK:
         notes.append(f"engines that serve LoRA stop at rank {ENGINE_RANK}; this one has {largest}")

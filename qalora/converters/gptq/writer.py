@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.decoded import decoded_tiles
 from qalora.converters.folder import write_beside
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
 from qalora.converters.gptq.forms import Encoded, encode
@@ -16,6 +17,7 @@ from qalora.converters.gptq.head import HEAD
 from qalora.converters.gptq.planner import GptqPlan
 from qalora.converters.gptq.readme import readme
 from qalora.converters.plan import LOSSES, Plan, Progress
+from qalora.converters.specs import narrowed
 from qalora.errors import ExactnessError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.formats.output import write_json
@@ -55,7 +57,7 @@ def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
 
 
 def _write_float(weights: ShardedWriter, lazy: LazyTensor) -> None:
-    for row, tile in lazy.float_tiles():
+    for row, tile in decoded_tiles(lazy, weights.layout.entry(lazy.name).dtype):
         weights.write(lazy.name, tile, row)
 
 
@@ -73,11 +75,13 @@ def _write_linear(plan: GptqPlan, lazy: LazyTensor, weights: ShardedWriter, besi
     if beside is None or lazy.name == HEAD:
         return
     if plan.adapter is None:
-        beside.write(a, pooling_matrix(lazy.shape[1], tensor.group_size, tensor.g_idx))
-        beside.write(b, _residual(plan, lazy.name, layer))
+        parts = pooling_matrix(lazy.shape[1], tensor.group_size, tensor.g_idx), _residual(plan, lazy.name, layer)
     elif module in plan.adapter.layers:
-        for name, part in zip((a, b), plain_lora(plan.adapter.layers[module]), strict=True):
-            beside.write(name, part)
+        parts = plain_lora(plan.adapter.layers[module])
+    else:
+        return
+    for name, part in zip((a, b), parts, strict=True):
+        beside.write(name, narrowed(name, part, beside.layout.entries[name].dtype))
 
 
 def _residual(plan: GptqPlan, name: str, layer: Encoded) -> torch.Tensor:

@@ -8,12 +8,13 @@ ones are rounded once more, and that is a loss by name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part
 from qalora.converters.ends import config_with_ends, end_notes
 from qalora.converters.families import family_of
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
@@ -50,15 +51,21 @@ def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:
     specs = {n: spec for n in model.linears if (spec := model.tensors[n].spec) is not None}
     if not specs:
         raise InputError(f"hqq: {model.path} holds floats", todo="quantize the model first: qalora quantize")
-    parts = {name: _parts(lazy, model) for name, lazy in model.tensors.items()}
-    carriers = {name: _carrier(lazy, model) for name, lazy in model.tensors.items()}
+    allowed = options.allow_loss
+    parts = {name: _parts(lazy, model, allowed) for name, lazy in model.tensors.items()}
+    carriers = {name: _carrier(lazy, model, allowed) for name, lazy in model.tensors.items()}
     metadata = {"format": "pt", TENSORS: specs_text({module_of(name): spec for name, spec in specs.items()})}
     layout, tensors = lay_out(parts, carriers, metadata, options)
     return FolderPlan(
         target="hqq",
         tensors=tensors,
         files=folder_files(model, layout),
-        notes=(*model.notes, *end_notes(model), *_notes(specs)),
+        notes=(
+            *model.notes,
+            *end_notes(model),
+            *_notes(specs),
+            *decoded_note(model, model.linears, "HQQ", allowed),
+        ),
         layout=layout,
         config=_config(model, specs),
     )
@@ -82,11 +89,11 @@ def descriptors(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, torch.Tens
     return {**found, "shape": torch.tensor(shape, dtype=torch.int64)}
 
 
-def _parts(lazy: LazyTensor, model: Checkpoint) -> list[Part]:
+def _parts(lazy: LazyTensor, model: Checkpoint, allowed: Collection[str]) -> list[Part]:
     """What a tensor becomes in the file."""
     spec = lazy.spec
     if spec is None or not is_quantized(lazy, model):
-        return [(lazy.name, lazy.dtype or torch.float32, lazy.shape)]
+        return [decoded_part(lazy, allowed)]
     refuse_act_order(lazy, "hqq")
     module, groups = module_of(lazy.name), lazy.shape[0] * lazy.shape[1] // spec.group_size
     try:
@@ -103,12 +110,10 @@ def _parts(lazy: LazyTensor, model: Checkpoint) -> list[Part]:
     ]
 
 
-def _carrier(lazy: LazyTensor, model: Checkpoint) -> tuple[str, Loss | None]:
+def _carrier(lazy: LazyTensor, model: Checkpoint, allowed: Collection[str]) -> tuple[str, Loss | None]:
     spec = lazy.spec
-    if spec is None:
-        return str(lazy.dtype).removeprefix("torch."), None
-    if not is_quantized(lazy, model):
-        return f"float32, decoded from {spec.bits} bits", None
+    if spec is None or not is_quantized(lazy, model):
+        return decoded_carrier(lazy, allowed)
     dtype = str(parameter_type(spec)).removeprefix("torch.")
     carrier = f"{spec.bits} bits as {PACKINGS[spec.bits]}, {dtype} scales and zero points"
     if spec.zeros == "real" and spec.min_dtype is not torch.float16:

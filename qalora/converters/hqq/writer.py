@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.decoded import decoded_tiles
 from qalora.converters.folder import write_folder
 from qalora.converters.hqq.planner import descriptors, is_quantized, parameter_type
 from qalora.converters.plan import Plan, Progress
@@ -23,7 +24,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         if lazy.spec is not None and is_quantized(lazy, model):
             _write_layer(weights, lazy, lazy.spec)
             return
-        for row, tile in lazy.float_tiles():
+        for row, tile in decoded_tiles(lazy, weights.layout.entry(lazy.name).dtype):
             weights.write(lazy.name, tile, row)
 
     write_folder(plan, model, folder, progress, write_tensor)
