@@ -139,6 +139,13 @@ class QuantSpec:
     act_order: bool = False
     zero: int | None = None
 
+    @property
+    def held_min(self) -> torch.dtype:
+        """The narrowest type that holds every min: `min_dtype`, or float16 where min is a float16 scale times 0 or a
+        power of two, which changes no significant bit."""
+        plain = self.zero is not None and self.zero & (self.zero - 1) == 0
+        return torch.float16 if plain and self.scale_dtype is torch.float16 else self.min_dtype
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupQuantTensor:

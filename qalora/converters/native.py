@@ -125,10 +125,11 @@ def _quantized(name: str, module: StoredModule) -> LazyTensor:
         group_size=module.group_size,
         zeros=zeros,
         scale_dtype=entries["scale"][1].dtype,
-        min_dtype=entries["min"][1].dtype if zeros == "real" else _min_dtype(entries["scale"][1].dtype, zero),
+        min_dtype=entries["min"][1].dtype if zeros == "real" else torch.float32,
         act_order="g_idx" in entries,
         zero=zero,
     )
+    spec = replace(spec, min_dtype=spec.held_min)
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
         part = {key: load_tensor(*place, start, stop) for key, place in entries.items() if key != "g_idx"}
@@ -144,11 +145,6 @@ def _quantized(name: str, module: StoredModule) -> LazyTensor:
 
     size = sum(entry.nbytes for _, entry in entries.values())
     return LazyTensor(name=f"{name}.weight", shape=module.shape, spec=spec, nbytes=size, read=read_rows)
-
-
-def _min_dtype(scale: torch.dtype, zero: int | None) -> torch.dtype:
-    """Of -scale * zero: a power of two changes no significant bit."""
-    return scale if zero is not None and zero & (zero - 1) == 0 else torch.float32
 
 
 def _sizes(where: str, module: str, layout: Mapping[str, Any]) -> tuple[int, int, int | None]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import LazyTensor
-from qalora.errors import ExactnessError, FormatError, json_kind, shown
+from qalora.errors import ExactnessError, FormatError, InputError, json_kind, shown
 from qalora.formats.json_text import parse_json
 from qalora.formats.safetensors import Entry, read_header
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, holds_float16, integer_zeros, pack_codes
@@ -80,8 +80,11 @@ def stored_specs(stored: Mapping[str, tuple[Path, Entry]]) -> dict[str, QuantSpe
 
 
 def narrowed(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values in the dtype that a spec promises for them; ValueError where it does not hold them."""
+    """The values in the dtype that a spec promises for them; ValueError where it does not hold them, InputError for
+    what lies beyond float16's range."""
     narrow = values.to(dtype)
+    if dtype is torch.float16 and not bool(torch.isfinite(narrow).all()):
+        raise InputError(name, expected="values within float16's 65504", got=f"{float(values.abs().max()):.6g}")
     if not torch.equal(narrow.float(), values):
         raise ValueError(f"{name}: its spec promises values that {dtype} holds, and it has others")
     return narrow

@@ -1,6 +1,7 @@
 """MLX folders: every cell comes back bit for bit, mlx-lm opens them, and mlx-lm's own are read."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qalora.converters.plan import ExportOptions
 from qalora.converters.specs import TENSORS
 from qalora.errors import ExactnessError, FormatError, InputError
 from qalora.formats.safetensors import read_header
+from qalora.parity.runtimes import open_runtime
 from qalora.quantization import quantize
 from qalora.tensor import BITS
 from qalora.testing import (
@@ -176,6 +178,30 @@ def test_metadata_that_the_values_contradict(wide: Checkpoint, tmp_path: Path) -
     safetensors.torch.save_file(tensors, file, metadata=dict(metadata))
     with pytest.raises(FormatError, match=rf"{name}: min: expected one value for 256 columns, as {TENSORS} says"):
         load(tmp_path / "mlx").tensors[name].load()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_minima_of_the_middle_zero_point_are_float16(wide: Checkpoint, tmp_path: Path) -> None:
+    """Those of a GGUF file's Q4_0: 8 times a float16 scale; mlx-lm computes the same bits as with float32 biases."""
+    export(quantize(wide, bits=4, group_size=32, zeros="symmetric"), ["gguf"], tmp_path)
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    model = load(file)
+    folder = written(model, tmp_path)
+    path = folder / "model.safetensors"
+    layout = read_header(path)
+    biases = [name for name in layout.entries if name.endswith(".biases")]
+    assert len(biases) == 7 and {layout.entries[name].dtype for name in biases} == {torch.float16}
+    assert_same_model(load(folder), model)
+    tokens = [token % 64 for token in TOKENS]
+    narrow = open_runtime("mlx", folder).logits(tokens)
+    tensors = safetensors.torch.load_file(path)
+    for name in biases:
+        tensors[name] = tensors[name].float()
+    earlier = Path(shutil.copytree(folder, tmp_path / "earlier"))
+    safetensors.torch.save_file(tensors, earlier / path.name, dict(layout.metadata))
+    assert_same_model(load(earlier), model)
+    assert torch.equal(open_runtime("mlx", earlier).logits(tokens), narrow)
 
 
 @pytest.mark.slow

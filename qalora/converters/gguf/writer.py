@@ -171,7 +171,7 @@ def _quantized_carrier(lazy: LazyTensor, spec: QuantSpec, options: ExportOptions
     if middle and spec.bits in (4, 5):
         return f"Q{spec.bits}_0", _scale_loss(spec)
     kind = "Q5_1" if spec.bits == 5 else "Q4_1"
-    if spec.min_dtype is not torch.float16 and not _exact_minima(spec):
+    if spec.held_min is not torch.float16:
         wide = ", or keep integer zeros exactly with `gguf_form` wide (Q8_0)" if spec.zeros == "integer" else ""
         return kind, Loss(name="minima", size=f"float32 minima rounded to float16, at most half an ULP{wide}")
     return kind, _scale_loss(spec)
@@ -185,11 +185,6 @@ def _eight_bit_carrier(lazy: LazyTensor, spec: QuantSpec, middle: bool) -> tuple
             todo="use onnx, or quantize to 4 or 5 bits",
         )
     return "Q8_0", _scale_loss(spec)
-
-
-def _exact_minima(spec: QuantSpec) -> bool:
-    """Whether min = -scale * zero has no more significant bits than a float16 scale: zero is 0 or a power of two."""
-    return spec.zero is not None and spec.zero & (spec.zero - 1) == 0 and spec.scale_dtype is torch.float16
 
 
 def _kept(lazy: LazyTensor, kind: str, loss: Loss | None) -> QuantSpec | None:

@@ -3,7 +3,8 @@
 Every real zero point has its place in `biases`, so that nothing is lost: scale and min are stored in the narrowest of
 float16 and float32 that their spec guarantees, and larger groups are repeated. MLX computes in the widest type that
 takes part. The lookup of a quantized embedding is where the activations begin, and it has no input that could be wider
-than scales and biases; so those of the embedding are float32, as the model's computation is to be.
+than scales and biases; so those of the embedding are float32, as the model's computation is to be. Both: MLX 0.32
+looks up in the type of the scales, and a GPU's kernel reads the biases as that type too.
 
 mlx-lm reads config.json in its own way: see `qalora.converters.mlx.config`.
 """
@@ -73,7 +74,7 @@ def mlx_group_size(lazy: LazyTensor) -> int:
 
 def _dtypes(lazy: LazyTensor, spec: QuantSpec) -> tuple[torch.dtype, torch.dtype]:
     """The types of scales and biases."""
-    return (torch.float32, torch.float32) if lazy.name == EMBEDDING else (spec.scale_dtype, spec.min_dtype)
+    return (torch.float32, torch.float32) if lazy.name == EMBEDDING else (spec.scale_dtype, spec.held_min)
 
 
 def _parts(lazy: LazyTensor) -> list[Part]:
