@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,15 +54,24 @@ def _shape(name: str, config: dict[str, Any]) -> tuple[int, int]:
     return rows, wide if module == "down_proj" else hidden
 
 
-def _quantized(name: str, shape: tuple[int, int], bits: int, group_size: int) -> LazyTensor:
-    spec = QuantSpec(bits=bits, group_size=group_size, zeros="real", scale_dtype=torch.float16, min_dtype=torch.float16)
+def _quantized(
+    name: str, shape: tuple[int, int], bits: int, group_size: int, zeros: Literal["real", "integer"]
+) -> LazyTensor:
+    spec = QuantSpec(
+        bits=bits,
+        group_size=group_size,
+        zeros=zeros,
+        scale_dtype=torch.float16,
+        min_dtype=torch.float16 if zeros == "real" else torch.float32,
+    )
 
     def read(start: int, stop: int) -> GroupQuantTensor:
         rng = torch.Generator().manual_seed(hash((name, start)) % (1 << 31))
         rows = stop - start
         packed = torch.randint(0, 256, (rows, packed_row_bytes(shape[1], bits)), generator=rng, dtype=torch.uint8)
         scale = (torch.rand(rows, shape[1] // group_size, generator=rng) * 0.01 + 1e-3).half().float()
-        minimum = (-scale * (1 << (bits - 1))).half().float()
+        zero = torch.rand(scale.shape, generator=rng) * ((1 << bits) - 1)  # anywhere among the codes
+        minimum = (-scale * zero).half().float() if zeros == "real" else -scale * zero.round()
         return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=bits, group_size=group_size)
 
     return LazyTensor(name=name, shape=shape, spec=spec, read=read)
@@ -77,12 +86,19 @@ def _float(name: str, shape: tuple[int, ...], make: Callable[..., torch.Tensor])
     )
 
 
-def synthetic(shape: str, *, layers: int | None = None, bits: int = 4, group_size: int = 32) -> Checkpoint:
+def synthetic(
+    shape: str,
+    *,
+    layers: int | None = None,
+    bits: int = 4,
+    group_size: int = 32,
+    zeros: Literal["real", "integer"] = "real",
+) -> Checkpoint:
     """The model, lazily: each layer is made when it is read."""
     config = config_of(shape, layers)
     linears = linear_names(config, shape)
     hidden = config["hidden_size"]
-    tensors = {name: _quantized(name, _shape(name, config), bits, group_size) for name in linears}
+    tensors = {name: _quantized(name, _shape(name, config), bits, group_size, zeros) for name in linears}
     tensors["model.embed_tokens.weight"] = _float(
         "model.embed_tokens.weight", (config["vocab_size"], hidden), torch.randn
     )

@@ -1,7 +1,6 @@
 """GPTQ folders: what is written is what is read, labels that lie, and what lies beside."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,10 +242,12 @@ def test_the_plan_says_first_what_integer_zero_points_would_save(tiny_untied: Pa
         "adapter_config.json",
     }
     model = huggingface.read(tiny_untied)
-    weights = sum(math.prod(model.tensors[name].shape) for name in model.linears)
-    assert real.notes[0].startswith(
-        f"smaller: a base made with `zeros` integer needs no residual, {saved / 1000:.1f} kB less here, "
-        f"{8 * saved / weights:.2f} bits per weight"
+    shapes = [model.tensors[name].shape for name in model.linears]
+    bits = 8 * saved / sum(rows * columns for rows, columns in shapes)
+    rank = 4 * sum(rows + columns for rows, columns in shapes)
+    assert real.notes[0] == (
+        f"smaller: a base made with `zeros` integer needs no residual, {saved / 1000:.1f} kB less here "
+        f"({bits:.2f} bits per weight); an adapter then lies beside it, {rank / 1000:.1f} kB for each of its ranks"
     )
     assert not any("smaller" in note for note in integer.notes)
 

@@ -309,10 +309,12 @@ def _cheaper(
     """What a base with integer zero points would save: it leaves nothing over."""
     if beside is None or adapter is not None:
         return []
-    weights = sum(math.prod(model.tensors[name].shape) for name in specs)
+    shapes = [model.tensors[name].shape for name in specs]
+    bits = 8 * beside.size / sum(map(math.prod, shapes))
+    rank = 4 * sum(map(sum, shapes))
     return [
-        f"smaller: a base made with `zeros` integer needs no residual, {readable(beside.size)} less here, "
-        f"{8 * beside.size / weights:.2f} bits per weight; an adapter then lies beside it as a small LoRA"
+        f"smaller: a base made with `zeros` integer needs no residual, {readable(beside.size)} less here "
+        f"({bits:.2f} bits per weight); an adapter then lies beside it, {readable(rank)} for each of its ranks"
     ]
 
 
