@@ -50,7 +50,7 @@ LOSSY = frozenset({"embedding"})
 ROWS = (
     Row(name="GGUF", target="gguf"),
     Row(name="ONNX", target="onnx"),
-    Row(name="ONNX, `--onnx-embedding quantized`", target="onnx", options={"onnx_embedding": "quantized"}),
+    Row(name="ONNX, `--onnx-embedding float32`", target="onnx", options={"onnx_embedding": "float32"}),
     Row(name="MLX", target="mlx"),
     Row(name="GPTQ", target="gptq"),
     Row(name="GPTQ, base with `--zeros integer`", target="gptq", zeros="integer"),

@@ -1,5 +1,6 @@
 """What a device loads of an artefact: by hand, and the plan's figures against those of the files read back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from qalora.checkpoint import Checkpoint
 from qalora.converters import huggingface, load
 from qalora.converters.exports import export, export_jobs, plan_folder
-from qalora.converters.loaded import loaded_of
+from qalora.converters.loaded import counted, loaded_of
 from qalora.converters.plan import ExportOptions
 from qalora.quantization import quantize
 from qalora.testing import random_model, tiny_model
@@ -44,10 +45,13 @@ def test_bits_of_a_format_by_hand(tmp_path: Path) -> None:
 
 
 def test_of_two_graphs_a_device_loads_one(model: Checkpoint) -> None:
-    (job,) = export_jobs(model, ["onnx"], ExportOptions())
-    assert job.plan.loaded is not None
-    one = {(row.file, row.offset): row.nbytes for row in job.plan.tensors if "/" not in row.file}
-    assert job.plan.loaded.nbytes == sum(one.values())
-    assert job.plan.loaded.linear.weights == sum(
-        rows * columns for rows, columns in (model.tensors[name].shape for name in model.linears)
-    )
+    """Both graphs read one data file, which counts once; and so it is where a folder holds a model twice."""
+    (both,), (fast,) = (export_jobs(model, ["onnx"], ExportOptions(onnx_graphs=graphs)) for graphs in ("both", "fast"))
+    assert both.plan.loaded is not None and both.plan.loaded == fast.plan.loaded
+    if not any(name.endswith(".bias") for name in model.tensors):  # a weight's row has the bytes of its bias too
+        assert both.plan.loaded.nbytes == sum(row.nbytes for row in fast.plan.tensors)
+    shapes = [model.tensors[name].shape for name in model.linears]
+    assert both.plan.loaded.linear.weights == sum(rows * columns for rows, columns in shapes)
+    elsewhere = tuple(replace(row, file=f"other/{row.file}", nbytes=7) for row in fast.plan.tensors)
+    twice = replace(fast.plan, tensors=(*fast.plan.tensors, *elsewhere, *fast.plan.tensors))
+    assert counted(twice, model).loaded == fast.plan.loaded
