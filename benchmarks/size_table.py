@@ -21,8 +21,8 @@ from synthetic import synthetic
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
+from qalora.converters.device_load import DeviceLoad
 from qalora.converters.exports import export_jobs
-from qalora.converters.loaded import Loaded
 from qalora.converters.plan import ExportOptions
 from qalora.demo import smollm2_file
 from qalora.formats.gguf_blocks import BLOCK_TYPES
@@ -64,7 +64,7 @@ ROWS = (
 class Size:
     """What a plan says: what a device loads, and bytes of all files whose size is known."""
 
-    loaded: Loaded
+    device_load: DeviceLoad
     folder: int
 
 
@@ -98,9 +98,9 @@ def sizes(make: Callable[[int, Zeros], Checkpoint]) -> dict[tuple[str, int], Siz
             model = models[row.zeros]
             adapter = random_adapter(model, rank=16, seed=1)
             (job,) = export_jobs(model, [row.target], ExportOptions(**row.options), adapter=adapter)
-            if job.plan.loaded is None:
+            if job.plan.device_load is None:
                 raise TypeError(f"{row.name}: the plan was not counted")
-            found[row.name, bits] = Size(loaded=job.plan.loaded, folder=job.plan.nbytes)
+            found[row.name, bits] = Size(device_load=job.plan.device_load, folder=job.plan.nbytes)
     return found
 
 
@@ -118,13 +118,13 @@ def table(found: dict[tuple[str, int], Size]) -> list[str]:
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     for row in ROWS:
         mine = [found[row.name, bits] for bits in BITS]
-        embedding = mine[0].loaded.embedding
+        embedding = mine[0].device_load.embedding
         cells = [
             row.name,
-            " / ".join(f"{one.loaded.linear.bits:.2f}" for one in mine),
+            " / ".join(f"{one.device_load.linear.bits:.2f}" for one in mine),
             f"{embedding.bits:.2f} ({embedding.nbytes / 1e6:.1f} MB)",
-            " / ".join(f"{one.loaded.nbytes / 1e6:.1f}" for one in mine),
-            f"{mine[0].loaded.nbytes / found['GGUF', BITS[0]].loaded.nbytes:.2f}",
+            " / ".join(f"{one.device_load.nbytes / 1e6:.1f}" for one in mine),
+            f"{mine[0].device_load.nbytes / found['GGUF', BITS[0]].device_load.nbytes:.2f}",
             f"{mine[0].folder / 1e6:.1f}",
         ]
         lines.append(_line(cells))

@@ -140,7 +140,7 @@ class QuantSpec:
     zero: int | None = None
 
     @property
-    def held_min(self) -> torch.dtype:
+    def narrowest_min(self) -> torch.dtype:
         """The narrowest type that holds every min: `min_dtype`, or float16 where min is a float16 scale times 0 or a
         power of two, which changes no significant bit."""
         plain = self.zero is not None and self.zero & (self.zero - 1) == 0

@@ -115,7 +115,7 @@ def _model(report: ModelReport) -> dict[str, Any]:
         "family": f"{report.family}, {report.layers} layers",
         "weights": f"{report.weights:,}",
         "size": f"{report.nbytes:,} bytes, {report.bits_per_weight:.2f} bits per weight",
-        **({} if report.loaded is None else {"a device loads": str(report.loaded)}),
+        **({} if report.device_load is None else {"a device loads": str(report.device_load)}),
         "tensors": [str(kind) for kind in report.tensors],
         "output": "tied to the embedding" if report.tied else "a layer of its own",
         "ends at": "not known" if report.ends is None else str(report.ends),

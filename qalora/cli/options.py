@@ -288,8 +288,8 @@ def print_plans(plans: Sequence[Plan], *, details: bool) -> None:
         for row in _plan_rows(plan, details):
             table.add_row(*row)
         console.print(table)
-        if plan.loaded is not None:
-            console.print(f"  a device loads: {plan.loaded}", markup=False)
+        if plan.device_load is not None:
+            console.print(f"  a device loads: {plan.device_load}", markup=False)
         for note in plan.notes:
             console.print(f"  note: {note}", markup=False)
 

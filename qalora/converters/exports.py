@@ -15,7 +15,7 @@ from pathlib import Path
 from qalora.adapter import Adapter, carry
 from qalora.checkpoint import Checkpoint
 from qalora.converters import TARGETS, native, target
-from qalora.converters.loaded import counted
+from qalora.converters.device_load import with_device_load
 from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.errors import InputError, about
 from qalora.folding import check_minima, fold
@@ -106,7 +106,7 @@ def export_jobs(
         with about("targets"):
             plan = writer.plan(source, replace(options, adapter=adapter if name in beside else None))
             plan.check(options.allow_loss)
-            plan = counted(plan, source)
+            plan = with_device_load(plan, source)
         jobs.append(ExportJob(plan=plan, model=source))
     return jobs
 
@@ -127,7 +127,7 @@ def run_jobs(
 
 def plan_folder(model: Checkpoint, *, max_shard_size: int) -> Plan:
     """Plan our own folder."""
-    return counted(native.plan(model, ExportOptions(max_shard_size=max_shard_size)), model)
+    return with_device_load(native.plan(model, ExportOptions(max_shard_size=max_shard_size)), model)
 
 
 def save(

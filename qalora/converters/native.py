@@ -129,7 +129,7 @@ def _quantized(name: str, module: StoredModule) -> LazyTensor:
         act_order="g_idx" in entries,
         zero=zero,
     )
-    spec = replace(spec, min_dtype=spec.held_min)
+    spec = replace(spec, min_dtype=spec.narrowest_min)
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
         part = {key: load_tensor(*place, start, stop) for key, place in entries.items() if key != "g_idx"}

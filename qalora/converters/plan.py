@@ -18,7 +18,7 @@ from qalora.options.words import LOSSES
 
 if TYPE_CHECKING:
     from qalora.adapter import Adapter
-    from qalora.converters.loaded import Loaded
+    from qalora.converters.device_load import DeviceLoad
 
 __all__ = ["LOSSES", "PROVENANCE", "ExportOptions", "Loss", "Plan", "PlannedTensor", "Progress"]
 
@@ -55,7 +55,7 @@ class Plan:
     files    every file of the folder with its exact size, or None where only writing it tells
     notes    what the user should know
     longest  tokens up to which the format's runtime computes what the model does; None: as far as the model reaches
-    loaded   what a device loads of it; None in a plan that nobody counted (`qalora.converters.loaded`)
+    device_load   what a device loads of it; None in a plan that was made for no model (`qalora.converters.device_load`)
     """
 
     target: str
@@ -63,7 +63,7 @@ class Plan:
     files: Mapping[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     longest: int | None = None
-    loaded: Loaded | None = None
+    device_load: DeviceLoad | None = None
 
     def __repr__(self) -> str:
         """In a line: what is written, and how much."""
@@ -95,7 +95,7 @@ class Plan:
             "files": dict(self.files),
             "notes": list(self.notes),
             "longest": self.longest,
-            "loaded": encode(self.loaded),
+            "device_load": encode(self.device_load),
             "tensors": [
                 {
                     "name": tensor.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import layout
-from qalora.converters.loaded import loaded_of
+from qalora.converters.device_load import device_load_of
 from qalora.inspection.companions import companion_findings, end_tokens
 from qalora.inspection.records import Finding, ModelReport, TensorKind
 from qalora.inspection.values import read_values
@@ -40,7 +40,7 @@ def inspect_model(
         tied=model.tied,
         weights=sum(math.prod(lazy.shape) for lazy in model.tensors.values()),
         nbytes=sum(file.stat().st_size for file in files),
-        loaded=loaded_of(model),
+        device_load=device_load_of(model),
         tensors=_kinds(model.tensors.values()),
         histogram=histogram,
         ends=ends,

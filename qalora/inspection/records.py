@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from qalora.converters.loaded import Loaded
+from qalora.converters.device_load import DeviceLoad
 from qalora.formats.record_json import Key, encode
 
 __all__ = [
@@ -132,7 +132,7 @@ class EndTokens:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReport:
     """A model or an artefact. `histogram` is None without integers, and where values were not read; `ends` where what
-    ends a generation is no token; `loaded` where the reader of its layout does not tell what its tensors take.
+    ends a generation is no token; `device_load` where the reader of its layout does not tell what its tensors take.
     """
 
     kind: Literal["model"] = "model"
@@ -143,7 +143,7 @@ class ModelReport:
     tied: bool
     weights: int
     nbytes: Annotated[int, Key("bytes")]
-    loaded: Loaded | None
+    device_load: DeviceLoad | None
     tensors: tuple[TensorKind, ...]
     histogram: Annotated[ScaleHistogram | None, Key("codes")]
     ends: EndTokens | None

@@ -194,10 +194,11 @@ def _artifacts(manifest: Manifest, report: ParityReport) -> str:
 
 def _bits(artifact: ArtifactEntry) -> str:
     """Bits per weight of what a device loads; of all files where the manifest does not say what that is."""
-    loaded = artifact.loaded
-    if loaded is None:
+    device_load = artifact.device_load
+    if device_load is None:
         return f"{artifact.bits_per_weight:.2f}"
-    return f"{loaded.linear.bits:.2f}, embedding {loaded.embedding.bits:.2f} ({_size(loaded.embedding.nbytes)})"
+    embedding = device_load.embedding
+    return f"{device_load.linear.bits:.2f}, embedding {embedding.bits:.2f} ({_size(embedding.nbytes)})"
 
 
 def _runs(report: ParityReport, folder: str) -> dict[str, float | None]:

@@ -116,7 +116,7 @@ def artifact_part(plan: Plan, folder: Path, parameters: int) -> ArtifactEntry:
         notes=plan.notes,
         files={f"{plan.target}/{name}": file for name, file in files.items()},
         tensors=tuple(_tensor_entry(tensor, root / tensor.file) for tensor in plan.tensors),
-        loaded=plan.loaded,
+        device_load=plan.device_load,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from qalora.converters.loaded import Loaded
+from qalora.converters.device_load import DeviceLoad
 from qalora.converters.plan import PlannedTensor
 from qalora.formats.record_json import Finite, Key, like
 from qalora.options.export import Writing
@@ -172,7 +172,7 @@ class ArtifactEntry:
     nbytes   of all its files, which are named as in the release; a tensor's `file` is named as in the folder
     bits_per_weight  of all its files, whatever a device loads of them
     longest  tokens up to which its runtime computes what the model does; None: as far as the model reaches
-    loaded   what a device loads; None in a release of an earlier version
+    device_load   what a device loads; None in a release of an earlier version
     """
 
     SPARSE: ClassVar[bool] = True
@@ -185,7 +185,7 @@ class ArtifactEntry:
     notes: tuple[str, ...]
     files: Mapping[str, FileEntry]
     tensors: tuple[TensorEntry, ...]
-    loaded: Loaded | None = None
+    device_load: DeviceLoad | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,9 +206,9 @@ def _measure(
     findings, notes = compare_reports(report, second_report.to_json(speed=False))
     again.findings += findings
     again.notes += notes
-    earlier = {artifact.target for artifact in manifest.artifacts if artifact.loaded is None}
+    earlier = {artifact.target for artifact in manifest.artifacts if artifact.device_load is None}
     parts = [artifact_part(job.plan, folder, planned.base.parameters) for job in planned.jobs]
-    parts = [replace(part, loaded=None) if part.target in earlier else part for part in parts]
+    parts = [replace(part, device_load=None) if part.target in earlier else part for part in parts]
     second_manifest = make_manifest(
         base=planned.base,
         adapter=planned.adapter_entry,

@@ -118,8 +118,11 @@ def _metrics(manifest: Manifest) -> Iterator[dict[str, str]]:
     """Sizes, and the gates with their verdict; the figures behind them are in report.json."""
     for artifact in manifest.artifacts:
         yield {"type": "bits per weight", "value": str(artifact.bits_per_weight), "slice": artifact.folder}
-        if artifact.loaded is not None:
-            for name, share in (("linear layers", artifact.loaded.linear), ("embedding", artifact.loaded.embedding)):
+        if artifact.device_load is not None:
+            for name, share in (
+                ("linear layers", artifact.device_load.linear),
+                ("embedding", artifact.device_load.embedding),
+            ):
                 value = str(round(share.bits, 3))
                 yield {"type": f"bits per weight, {name}", "value": value, "slice": artifact.folder}
     for gate in manifest.gates:

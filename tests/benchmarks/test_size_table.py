@@ -37,4 +37,4 @@ def test_every_row_is_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert own.startswith(f"| qalora | 5.00 / 4.00 / 3.00 | 8.50 ({size}) |") and " | 1.00 | " in own
     model = make(3, "real")
     (job,) = export_jobs(model, ["mlx"], ExportOptions(), adapter=random_adapter(model, rank=16, seed=1))
-    assert job.plan.loaded == found["MLX", 3].loaded and job.plan.nbytes == found["MLX", 3].folder
+    assert job.plan.device_load == found["MLX", 3].device_load and job.plan.nbytes == found["MLX", 3].folder

@@ -67,8 +67,8 @@ def test_sizes_are_those_on_disk(artefacts: Path) -> None:
     elements = sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
     assert (report.weights, report.nbytes) == (elements, path.stat().st_size)
     assert report.bits_per_weight == 8 * path.stat().st_size / elements
-    assert report.loaded is not None
-    assert report.loaded.nbytes == sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
+    assert report.device_load is not None
+    assert report.device_load.nbytes == sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
     said = CliRunner().invoke(main, ["inspect", str(path), "--quick"]).stdout
     assert "a device loads  linear layers 5.00 bits per weight, embedding 32.00 (" in said
 
@@ -139,7 +139,7 @@ def test_the_json_is_what_the_docstring_says(artefacts: Path, gptq: Path) -> Non
         "bytes",
         "bits_per_weight",
         "tensors",
-        "loaded",
+        "device_load",
     }
     rezero(gptq, lambda stored, name: torch.full_like(stored, 7))
     result = CliRunner().invoke(main, ["inspect", str(gptq), "--json"])

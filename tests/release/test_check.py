@@ -376,7 +376,7 @@ def test_a_release_of_an_earlier_version_is_right(place: Path, dist: Path) -> No
 
     def as_before(manifest: Any) -> None:
         for artifact in manifest["artifacts"]:
-            del artifact["loaded"]
+            del artifact["device_load"]
 
     edit(dist, "manifest.json", as_before)
     render(dist)

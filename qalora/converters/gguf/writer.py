@@ -171,7 +171,7 @@ def _quantized_carrier(lazy: LazyTensor, spec: QuantSpec, options: ExportOptions
     if middle and spec.bits in (4, 5):
         return f"Q{spec.bits}_0", _scale_loss(spec)
     kind = "Q5_1" if spec.bits == 5 else "Q4_1"
-    if spec.held_min is not torch.float16:
+    if spec.narrowest_min is not torch.float16:
         wide = ", or keep integer zeros exactly with `gguf_form` wide (Q8_0)" if spec.zeros == "integer" else ""
         return kind, Loss(name="minima", size=f"float32 minima rounded to float16, at most half an ULP{wide}")
     return kind, _scale_loss(spec)

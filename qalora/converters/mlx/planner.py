@@ -74,7 +74,7 @@ def mlx_group_size(lazy: LazyTensor) -> int:
 
 def _dtypes(lazy: LazyTensor, spec: QuantSpec) -> tuple[torch.dtype, torch.dtype]:
     """The types of scales and biases."""
-    return (torch.float32, torch.float32) if lazy.name == EMBEDDING else (spec.scale_dtype, spec.held_min)
+    return (torch.float32, torch.float32) if lazy.name == EMBEDDING else (spec.scale_dtype, spec.narrowest_min)
 
 
 def _parts(lazy: LazyTensor) -> list[Part]:

@@ -23,7 +23,7 @@ from qalora.converters.plan import Plan, PlannedTensor
 from qalora.formats.record_json import Key
 from qalora.options.fields import readable
 
-__all__ = ["Loaded", "Share", "counted", "loaded_of"]
+__all__ = ["DeviceLoad", "Share", "device_load_of", "with_device_load"]
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
@@ -42,7 +42,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class DeviceLoad:
     """What a device loads.
 
     linear     the weights of the decoder's linear layers
@@ -65,15 +65,15 @@ class Loaded:
         return f"linear layers {self.linear.bits:.2f} bits per weight, embedding {embedding}"
 
 
-def counted(plan: AnyPlan, model: Checkpoint) -> AnyPlan:
+def with_device_load(plan: AnyPlan, model: Checkpoint) -> AnyPlan:
     """The plan with what a device loads of it; `model` is what it was made for."""
-    return replace(plan, loaded=_loaded(_sizes(plan.tensors), model))
+    return replace(plan, device_load=_device_load(_sizes(plan.tensors), model))
 
 
-def loaded_of(model: Checkpoint) -> Loaded | None:
+def device_load_of(model: Checkpoint) -> DeviceLoad | None:
     """What a device loads of the files that a model was read from; None where its reader does not tell."""
     sizes = {name: lazy.nbytes for name, lazy in model.tensors.items() if lazy.nbytes is not None}
-    return _loaded(sizes, model) if len(sizes) == len(model.tensors) else None
+    return _device_load(sizes, model) if len(sizes) == len(model.tensors) else None
 
 
 def _sizes(rows: Collection[PlannedTensor]) -> dict[str, int]:
@@ -87,7 +87,7 @@ def _sizes(rows: Collection[PlannedTensor]) -> dict[str, int]:
     return dict(sizes)
 
 
-def _loaded(sizes: Mapping[str, int], model: Checkpoint) -> Loaded:
+def _device_load(sizes: Mapping[str, int], model: Checkpoint) -> DeviceLoad:
     linears = {*model.linears}
     outer = {EMBEDDING, HEAD}
 
@@ -95,7 +95,7 @@ def _loaded(sizes: Mapping[str, int], model: Checkpoint) -> Loaded:
         weights = sum(math.prod(model.tensors[name].shape) for name in names)
         return Share(weights=weights, nbytes=sum(sizes[name] for name in names))
 
-    return Loaded(
+    return DeviceLoad(
         linear=share([name for name in sizes if name in linears]),
         embedding=share([name for name in sizes if name in outer]),
         other=share([name for name in sizes if name not in linears | outer]),

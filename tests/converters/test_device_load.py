@@ -7,8 +7,8 @@ import pytest
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import huggingface, load
+from qalora.converters.device_load import device_load_of, with_device_load
 from qalora.converters.exports import export, export_jobs, plan_folder
-from qalora.converters.loaded import counted, loaded_of
 from qalora.converters.plan import ExportOptions
 from qalora.quantization import quantize
 from qalora.testing import random_model, tiny_model
@@ -25,33 +25,36 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("target", ["gptq", "gguf", "mlx", "hqq", "qalora"])
 def test_files_read_back_take_what_was_planned(model: Checkpoint, tmp_path: Path, target: str) -> None:
     (plan,) = export(model, [target], tmp_path)
-    assert plan.loaded is not None
+    assert plan.device_load is not None
     (place,) = (tmp_path / target).glob("*.gguf") if target == "gguf" else [tmp_path / target]
-    assert loaded_of(load(place)) == plan.loaded
-    assert plan.loaded.nbytes == sum(row.nbytes for row in plan.tensors)
+    assert device_load_of(load(place)) == plan.device_load
+    assert plan.device_load.nbytes == sum(row.nbytes for row in plan.tensors)
 
 
 def test_bits_of_a_format_by_hand(tmp_path: Path) -> None:
     """4-bit codes, and 4 bytes for a group of 32; a float32 embedding."""
     model = random_model(huggingface.read(tiny_model(tmp_path / "tiny", "llama")), bits=4, group_size=32)
     plan = plan_folder(model, max_shard_size=1 << 40)
-    assert plan.loaded is not None
-    assert (plan.loaded.linear.bits, plan.loaded.embedding.bits) == (4 + 8 * 4 / 32, 32)
+    assert plan.device_load is not None
+    assert (plan.device_load.linear.bits, plan.device_load.embedding.bits) == (4 + 8 * 4 / 32, 32)
     rows, columns = model.tensors["model.embed_tokens.weight"].shape
-    assert (plan.loaded.embedding.weights, plan.loaded.embedding.nbytes) == (rows * columns, 4 * rows * columns)
+    assert (plan.device_load.embedding.weights, plan.device_load.embedding.nbytes) == (
+        rows * columns,
+        4 * rows * columns,
+    )
     text = f"linear layers 5.00 bits per weight, embedding 32.00 ({4 * rows * columns / 1000:.1f} kB)"
-    assert str(plan.loaded) == text
-    assert plan.to_json()["loaded"]["embedding"] == {"weights": rows * columns, "bytes": 4 * rows * columns}
+    assert str(plan.device_load) == text
+    assert plan.to_json()["device_load"]["embedding"] == {"weights": rows * columns, "bytes": 4 * rows * columns}
 
 
 def test_of_two_graphs_a_device_loads_one(model: Checkpoint) -> None:
     """Both graphs read one data file, which counts once; and so it is where a folder holds a model twice."""
     (both,), (fast,) = (export_jobs(model, ["onnx"], ExportOptions(onnx_graphs=graphs)) for graphs in ("both", "fast"))
-    assert both.plan.loaded is not None and both.plan.loaded == fast.plan.loaded
+    assert both.plan.device_load is not None and both.plan.device_load == fast.plan.device_load
     if not any(name.endswith(".bias") for name in model.tensors):  # a weight's row has the bytes of its bias too
-        assert both.plan.loaded.nbytes == sum(row.nbytes for row in fast.plan.tensors)
+        assert both.plan.device_load.nbytes == sum(row.nbytes for row in fast.plan.tensors)
     shapes = [model.tensors[name].shape for name in model.linears]
-    assert both.plan.loaded.linear.weights == sum(rows * columns for rows, columns in shapes)
+    assert both.plan.device_load.linear.weights == sum(rows * columns for rows, columns in shapes)
     elsewhere = tuple(replace(row, file=f"other/{row.file}", nbytes=7) for row in fast.plan.tensors)
     twice = replace(fast.plan, tensors=(*fast.plan.tensors, *elsewhere, *fast.plan.tensors))
-    assert counted(twice, model).loaded == fast.plan.loaded
+    assert with_device_load(twice, model).device_load == fast.plan.device_load
