@@ -8,7 +8,7 @@ The pool size is in / (columns of A). PEFT ignores `use_qalora` silently on laye
 shape decides: a column of A for each column of the weight is an ordinary LoRA, whose factor is s whatever the flag
 says. `read_adapter` reads such an adapter; `qalora.folding` refuses it.
 
-Tensors are float32, float16, bfloat16 or float8 (e4m3), and are widened exactly. Nothing is unpickled.
+Tensors are float32, float16 or bfloat16, and are widened exactly. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterSource", "convention_of", "given_adapter", "open_adapter", "read_adapter"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAME_FACTOR = 2.0**-48
 """How far, relatively, a recorded factor may be from what alpha gives, which is rounded at each of five steps."""
 
@@ -155,7 +155,7 @@ def _pair(parts: Mapping[str, Entry], where: str) -> tuple[Entry, Entry]:
         if entry.dtype not in DTYPES or len(entry.shape) != 2 or 0 in entry.shape:
             raise AdapterError(
                 f"{where}: lora_{part}",
-                expected="a float32, float16, bfloat16 or float8 matrix",
+                expected="a float32, float16 or bfloat16 matrix",
                 got=f"{entry.dtype} {list(entry.shape)}",
             )
     if a.shape[0] != b.shape[1]:
