@@ -2,8 +2,8 @@
 
 Two kinds are written:
 
-* the residual of integer zero points: y = Q(x) + C @ pool(x), with A the 0/1 pooling matrix [groups, in] in float8,
-  which holds 0 and 1 (earlier versions wrote float16), B = C [out, groups], and rank = alpha = groups, so that the
+* the residual of integer zero points: y = Q(x) + C @ pool(x), with A the 0/1 pooling matrix [groups, in] in float16,
+  B = C [out, groups], and rank = alpha = groups, so that the
   scaling is 1;
 * an adapter over a base with integer zero points, exactly as a plain LoRA of its own rank.
 
@@ -49,8 +49,8 @@ __all__ = [
     "pooling_matrix",
 ]
 
-POOLING = torch.float8_e4m3fn
-"""What A is stored in. PEFT (0.21) and GPTQModel (7.6) widen it; numbers that are no floats they do not."""
+POOLING = torch.float16
+"""What A, of 0 and 1, is stored in. PEFT 0.21 and GPTQModel 7.6 open float8 too, but not every reader of LoRAs does."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -51,11 +51,13 @@ __all__ = [
     "encode",
     "from_nibbles",
     "halves",
+    "is_part",
     "middles",
     "nibbles",
     "parts",
 ]
 
+KINDS = ("codes", "scale", "min", "zero")
 BLOCKS = (256, 128, 64, 32, 16)
 
 FLOATS = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
@@ -98,6 +100,12 @@ def parts(module: str, shape: tuple[int, int], spec: QuantSpec) -> list[Initiali
         return [*made, Initializer(name=f"{module}.min", dtype=FLOATS[spec.min_dtype], shape=grouped)]
     packed = (rows, (columns // block + 1) // 2)
     return made + [Initializer(name=f"{module}.zero{half}", dtype="UINT8", shape=packed) for half in halves(spec.bits)]
+
+
+def is_part(name: str, module: str) -> bool:
+    """Whether an initializer is one of a module's `parts`."""
+    prefix, _, kind = name.rpartition(".")
+    return prefix == module and kind.removesuffix("_high") in KINDS
 
 
 def as_blocks(part: Initializer, block: int) -> Initializer:

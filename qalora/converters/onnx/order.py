@@ -24,14 +24,14 @@ from qalora.errors import ExactnessError, FormatError
 from qalora.formats.onnx import Initializer
 from qalora.tensor import GroupQuantTensor, pack_codes
 
-__all__ = ["natural", "order_of", "order_part", "ordered", "read_orders", "shared_orders", "ungathered"]
+__all__ = ["ORDER", "natural", "order_of", "order_part", "ordered", "read_orders", "shared_orders", "ungathered"]
 
-SUFFIX = ".order"
+ORDER = ".order"
 
 
 def order_part(module: str, columns: int) -> Initializer:
     """The initializer of a module's order."""
-    return Initializer(name=f"{module}{SUFFIX}", dtype="INT64", shape=(columns,))
+    return Initializer(name=f"{module}{ORDER}", dtype="INT64", shape=(columns,))
 
 
 def shared_orders(weights: Iterable[LazyTensor]) -> dict[str, str]:
@@ -85,7 +85,7 @@ def natural(module: str, tensor: GroupQuantTensor, order: Tensor) -> GroupQuantT
     places = torch.arange(tensor.shape[1])
     if not torch.equal(order.sort().values, places):
         raise FormatError(
-            f"{module}{SUFFIX}",
+            f"{module}{ORDER}",
             expected=f"each of 0..{len(places) - 1} once",
             got="numbers that repeat or are out of range",
         )
@@ -115,4 +115,4 @@ def ungathered(graph: Any, x: str) -> str:
 def _gathers(graph: Any) -> dict[str, Any]:
     """{output: node} of the Gathers by an order."""
     gathers = [node for node in graph.node if node.op_type == "Gather" and len(node.input) == 2 and node.output]
-    return {node.output[0]: node for node in gathers if node.input[1].endswith(SUFFIX)}
+    return {node.output[0]: node for node in gathers if node.input[1].endswith(ORDER)}

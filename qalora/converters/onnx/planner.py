@@ -20,14 +20,14 @@ from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoder import decoder_of
 from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
 from qalora.converters.families import family_of
-from qalora.converters.onnx.carriers import as_blocks, as_rows, block_size, parts
+from qalora.converters.onnx.carriers import as_blocks, as_rows, block_size, is_part, parts
 from qalora.converters.onnx.decoder import check_decoder, rotary_parts
 from qalora.converters.onnx.embedding import EMBEDDING, check_table, tables
 from qalora.converters.onnx.fast import fast_graph
 from qalora.converters.onnx.files import VERSION, VERSION_KEY
 from qalora.converters.onnx.genai import genai_config
 from qalora.converters.onnx.graph import DATA
-from qalora.converters.onnx.order import order_part, shared_orders
+from qalora.converters.onnx.order import ORDER, order_part, shared_orders
 from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.onnx.slots import add_slots
 from qalora.converters.onnx.tokenizer import NOTE, genai_files
@@ -195,8 +195,9 @@ def _initializers(model: Checkpoint, orders: Mapping[str, str], coded: frozenset
 
 
 def _row(lazy: LazyTensor, data: Mapping[str, Initializer], coded: frozenset[str], file: str) -> PlannedTensor:
-    start = f"{module_of(lazy.name)}."
-    own = [part for name, part in data.items() if name == lazy.name or name.startswith(start)]
+    module = module_of(lazy.name)
+    own = [part for name, part in data.items() if name == lazy.name or (is_part(name, module) and lazy.name in coded)]
+    own += [data[f"{module}{ORDER}"]] if lazy.name in coded and f"{module}{ORDER}" in data else []
     narrowed = lazy.name not in coded and lazy.dtype is torch.float64
     return PlannedTensor(
         name=lazy.name,

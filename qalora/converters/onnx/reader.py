@@ -132,7 +132,8 @@ def _quantized(
         check_values(tensor, spec)
         return tensor if (start, stop) == (0, shape[0]) else tensor.rows(start, stop)
 
-    return LazyTensor(name=f"{module}.weight", shape=shape, spec=spec, read=read_rows), set(planned)
+    nbytes = sum(stored[name].nbytes for name in planned if name.startswith(f"{module}."))  # an order may be another's
+    return LazyTensor(name=f"{module}.weight", shape=shape, spec=spec, nbytes=nbytes, read=read_rows), set(planned)
 
 
 def _shape(codes: tuple[int, ...]) -> tuple[int, int]:
@@ -148,10 +149,11 @@ def _float(name: str, item: Stored, *, transposed: bool, offset: float) -> LazyT
             rows = read_stored(item, start, stop)
             return rows - offset if offset else rows
 
-        return LazyTensor(name=name, shape=item.shape, dtype=torch.float32, read=read_rows)
+        return LazyTensor(name=name, shape=item.shape, dtype=torch.float32, nbytes=item.nbytes, read=read_rows)
     return LazyTensor(
         name=name,
         shape=tuple(reversed(item.shape)),
         dtype=torch.float32,
+        nbytes=item.nbytes,
         read=lambda start, stop: read_stored(item).T[start:stop].contiguous(),
     )
