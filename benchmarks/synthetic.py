@@ -1,6 +1,9 @@
-"""Write a synthetic quantized Llama of a real model's shape, a layer at a time: random codes, no tokenizer.
+"""Write a synthetic Llama of a real model's shape, a layer at a time: random codes, or random floats.
 
-python benchmarks/synthetic.py FOLDER [--shape 1b|8b|70b] [--layers N] [--bits 4] [--group-size 32]
+python benchmarks/synthetic.py FOLDER [--shape 1b|8b|70b] [--layers N] [--bits 4] [--group-size 32] [--floats]
+
+Shapes are those of Llama 3.2 1B, 3.1 8B and 3.1 70B. Floats are bfloat16, normal with a deviation of its own for each
+row, as trained weights have; they come with SmolLM2's tokenizer, whose tokens are among the vocabulary's 128,256.
 """
 
 from __future__ import annotations
@@ -13,22 +16,30 @@ from typing import Any, Literal
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters import native
+from qalora.converters import load, native
 from qalora.converters.families import FAMILIES
 from qalora.converters.plan import ExportOptions
 from qalora.converters.settings import linear_names
-from qalora.formats.output import new_folder
+from qalora.converters.tokenizer import write_tokenizer
+from qalora.demo import smollm2_file
+from qalora.formats.output import new_folder, write_json
 from qalora.tensor import GroupQuantTensor, QuantSpec, packed_row_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    },
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
 
 
 def config_of(shape: str, layers: int | None) -> dict[str, Any]:
-    """A Llama config of a shape, with 8 key-value heads, a vocabulary of 128,256 and tied embeddings."""
+    """A Llama config of a shape, with 8 key-value heads and a vocabulary of 128,256."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -38,7 +49,7 @@ def config_of(shape: str, layers: int | None) -> dict[str, Any]:
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
         **SHAPES[shape],
@@ -97,11 +108,30 @@ def synthetic(
     """The model, lazily: each layer is made when it is read."""
     config = config_of(shape, layers)
     linears = linear_names(config, shape)
-    hidden = config["hidden_size"]
     tensors = {name: _quantized(name, _shape(name, config), bits, group_size, zeros) for name in linears}
-    tensors["model.embed_tokens.weight"] = _float(
-        "model.embed_tokens.weight", (config["vocab_size"], hidden), torch.randn
-    )
+    _add_others(tensors, config, torch.randn)
+    return Checkpoint(path=Path(shape), layout="qalora", config=config, tensors=tensors, linears=linears)
+
+
+def floats(shape: str, *, layers: int | None = None) -> Checkpoint:
+    """The float model, lazily."""
+    config = {**config_of(shape, layers), "dtype": "bfloat16"}
+    linears = linear_names(config, shape)
+    tensors = {name: _float(name, _shape(name, config), _weights) for name in linears}
+    _add_others(tensors, config, _weights)
+    return Checkpoint(path=Path(shape), layout="huggingface", config=config, tensors=tensors, linears=linears)
+
+
+def _weights(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns) * (torch.rand(rows, 1) * 0.03 + 0.01)
+
+
+def _add_others(tensors: dict[str, LazyTensor], config: dict[str, Any], make: Callable[..., torch.Tensor]) -> None:
+    """Embedding, output layer and norms."""
+    hidden = config["hidden_size"]
+    tables = ["model.embed_tokens.weight"] + ([] if config["tie_word_embeddings"] else ["lm_head.weight"])
+    for name in tables:
+        tensors[name] = _float(name, (config["vocab_size"], hidden), make)
     norms = [
         f"model.layers.{n}.{norm}.weight"
         for n in range(config["num_hidden_layers"])
@@ -109,7 +139,17 @@ def synthetic(
     ]
     for name in [*norms, "model.norm.weight"]:
         tensors[name] = _float(name, (hidden,), torch.ones)
-    return Checkpoint(path=Path(shape), layout="qalora", config=config, tensors=tensors, linears=linears)
+
+
+def write_floats(model: Checkpoint, folder: Path) -> None:
+    """Write a float model as transformers does, with SmolLM2's tokenizer, unless it is there already."""
+    if folder.exists():
+        return
+    with new_folder(folder) as work:
+        plan = native.plan(model, ExportOptions())
+        native.write(plan, model, work, lambda name, nbytes: None)
+        write_json(work / "config.json", model.config)
+        write_tokenizer(load(smollm2_file()), work)
 
 
 def write(model: Checkpoint, folder: Path) -> None:
@@ -127,5 +167,9 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--floats", action="store_true")
     given = parser.parse_args()
-    write(synthetic(given.shape, layers=given.layers, bits=given.bits, group_size=given.group_size), given.folder)
+    if given.floats:
+        write_floats(floats(given.shape, layers=given.layers), given.folder)
+    else:
+        write(synthetic(given.shape, layers=given.layers, bits=given.bits, group_size=given.group_size), given.folder)
