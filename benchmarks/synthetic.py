@@ -141,6 +141,20 @@ def _add_others(tensors: dict[str, LazyTensor], config: dict[str, Any], make: Ca
         tensors[name] = _float(name, (hidden,), torch.ones)
 
 
+def write_hollow(model: Checkpoint, folder: Path) -> None:
+    """Write the files of a model with holes in place of its tensors: what reads headers only cannot tell."""
+    with new_folder(folder) as work:
+        plan = native.plan(model, ExportOptions())
+        for name, layout in plan.layout.files.items():
+            with (work / name).open("wb") as file:
+                file.write(layout.prefix)
+                file.truncate(layout.size)
+        if plan.layout.index:
+            (work / plan.layout.index_name).write_bytes(plan.layout.index)
+        write_json(work / "config.json", model.config if model.layout == "huggingface" else plan.config)
+        write_tokenizer(load(smollm2_file()), work)
+
+
 def write_floats(model: Checkpoint, folder: Path) -> None:
     """Write a float model as transformers does, with SmolLM2's tokenizer, unless it is there already."""
     if folder.exists():

@@ -8,8 +8,8 @@ The label is "gptq" (v1) where all zero points are symmetric, which every loader
 because GPTQModel refuses asymmetric v1.
 
 Values are read for a plan only where specs do not tell: scales and minima beyond float16, whether a model's own
-zero points are all symmetric, and, up to the first layer for which it does not, whether float16 holds what they leave
-over.
+zero points are all symmetric, and, with the nearest zero points, whether float16 holds what they leave over, up to the
+first layer for which it does not.
 """
 
 from __future__ import annotations
@@ -236,7 +236,9 @@ def _ranks(
 def _lora_parts(
     model: Checkpoint, ranks: Mapping[str, tuple[int, float]], form: Form, adapter: Adapter | None
 ) -> list[Part]:
-    if adapter is None:
+    if adapter is None and form == "symmetric":  # a fold moves some zero point beyond what float16 holds
+        dtype = torch.float32
+    elif adapter is None:
         residuals = (encode(model.tensors[f"{module}.weight"].load_quantized(), form).c for module in ranks)
         dtype = narrowest(c for c in residuals if c is not None)
     else:
