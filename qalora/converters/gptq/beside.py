@@ -8,8 +8,8 @@ Two kinds are written:
 * an adapter over a base with integer zero points, exactly as a plain LoRA of its own rank.
 
 B of the first kind is float32: C = min + scale * 2**(bits-1) has more bits than float16 wherever a zero point is below
-half or above twice the middle, one group in a thousand of SmolLM2. With the nearest zero points B, and with an adapter A
-and B, are in the narrowest of float16, bfloat16 and float32 that holds all of them in the file.
+half or above twice the middle, one group in a thousand of SmolLM2. With the nearest zero points B, and with an adapter
+A and B, are in the narrowest of float16, bfloat16 and float32 that holds all of them in the file.
 
 transformers' call holds the LoRA in float16, the dtype of the words' scales, and so pool(x) too, which then must stay
 below 65504; PEFT's own loader, called after it, puts the same LoRA in its place in float32.
