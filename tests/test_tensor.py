@@ -9,6 +9,7 @@ from qalora.errors import InputError
 from qalora.tensor import (
     BITS,
     GroupQuantTensor,
+    all_finite,
     holds_float16,
     integer_zeros,
     pack_codes,
@@ -118,6 +119,17 @@ def test_codes_that_do_not_fit_are_refused() -> None:
         pack_codes(torch.full((1, 8), 8, dtype=torch.uint8), 3)
     with pytest.raises(InputError, match="multiple of 8"):
         pack_codes(torch.zeros(1, 12, dtype=torch.uint8), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_bad_value_among_many_is_seen(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    values = torch.linspace(-1, 1, 3000).to(dtype)
+    assert all_finite(values) and all_finite(values[:0]) and all_finite(values[1])
+    assert all_finite(torch.full((3000,), largest, dtype=dtype))  # whose sum overflows
+    for bad in ([torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf], [largest, largest, -torch.inf]):
+        for at in (0, 1500, 2990):
+            assert not all_finite(values.index_put((torch.arange(at, at + len(bad)),), torch.tensor(bad, dtype=dtype)))
 
 
 def test_differences_are_collected() -> None:

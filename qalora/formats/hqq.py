@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError
+from qalora.tensor import all_finite
 
 __all__ = ["BITS", "PACKINGS", "from_zeros", "pack_groups", "packed_shape", "to_zeros", "unpack_groups"]
 
@@ -86,7 +87,7 @@ def to_zeros(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
     constant = (scale == 0) & (minimum != 0)
     safe = torch.where(scale == 0, 1.0, scale).double()
     zero = torch.where(scale == 0, 0.0, -minimum.double() / safe).float()
-    if not bool(torch.isfinite(zero).all()):
+    if not all_finite(zero):
         raise InputError("zero points", expected="values in float32's range", got="larger values")
     return torch.where(constant, minimum / CONSTANT, scale), torch.where(constant, -CONSTANT, zero)
 

@@ -31,7 +31,7 @@ from qalora.formats.gguf import GgufLayout, Metadata, Value, create
 from qalora.formats.gguf_blocks import BLOCK, BLOCK_TYPES, encode
 from qalora.formats.gguf_ends import eog_of
 from qalora.formats.gguf_split import plan_split
-from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16, integer_zeros
+from qalora.tensor import GroupQuantTensor, QuantSpec, all_finite, holds_float16, integer_zeros
 
 __all__ = ["GgufPlan", "plan", "write"]
 
@@ -258,7 +258,7 @@ def _bytes(tile: Tensor | GroupQuantTensor, planned: PlannedTensor) -> Tensor:
     for name, values in (("scale", blocks.scale), ("min", blocks.min)):
         if name == "min" and BLOCK_TYPES[planned.carrier].zero is not None:
             continue
-        if not bool(torch.isfinite(values.half()).all()):
+        if not all_finite(values.half()):
             raise InputError(
                 f"{planned.name}: {name}",
                 expected="values within float16's 65504",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qalora.errors import ExactnessError, InputError
 from qalora.residual import to_residual
-from qalora.tensor import GroupQuantTensor, integer_zeros, pack_codes
+from qalora.tensor import GroupQuantTensor, all_finite, integer_zeros, pack_codes
 
 __all__ = ["Encoded", "Form", "encode"]
 
@@ -76,7 +76,7 @@ def encode(tensor: GroupQuantTensor, form: Form) -> Encoded:
 
 def _float16(scale: Tensor) -> Tensor:
     narrow = scale.to(torch.float16)
-    if not bool(torch.isfinite(narrow).all()):
+    if not all_finite(narrow):
         raise InputError("scales", expected="values within float16's 65504", got=f"{float(scale.abs().max()):.6g}")
     return narrow
 

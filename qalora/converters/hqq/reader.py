@@ -24,7 +24,7 @@ from qalora.converters.specs import TENSORS, check_values, stored_specs
 from qalora.errors import FormatError, shown
 from qalora.formats.hqq import BITS, from_zeros, packed_shape, to_zeros, unpack_groups
 from qalora.formats.safetensors import Entry, load_tensor
-from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
+from qalora.tensor import GroupQuantTensor, QuantSpec, all_finite, pack_codes
 
 __all__ = ["read"]
 
@@ -98,13 +98,13 @@ def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) 
 
 
 def _joined(packed: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> GroupQuantTensor:
-    if not bool(torch.isfinite(zero).all()):
+    if not all_finite(zero):
         raise FormatError("zero", expected="finite values", got="NaN or Inf")
     stored = (scale, zero)
     scale, minimum = from_zeros(scale, zero)
     if spec.zeros == "real" and spec.min_dtype is torch.float16:
         minimum = minimum.half().float()
-        if not bool(torch.isfinite(minimum).all()) or not all(map(torch.equal, to_zeros(scale, minimum), stored)):
+        if not all_finite(minimum) or not all(map(torch.equal, to_zeros(scale, minimum), stored)):
             raise FormatError(
                 "zero", expected=f"the zeros of float16 minima, as {TENSORS} says", got="different values"
             )
