@@ -7,7 +7,7 @@ Codes of 8 bits times a float16 scale have up to 19 significant bits. So float32
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from qalora.converters.plan import LOSSES, Loss
 from qalora.errors import InputError
 from qalora.formats.safetensors import Part
 from qalora.options.fields import readable
+from qalora.tensor import GroupQuantTensor, all_finite
 
-__all__ = ["decoded_carrier", "decoded_note", "decoded_part", "decoded_tiles"]
+__all__ = ["decoded", "decoded_carrier", "decoded_note", "decoded_part"]
 
 
 def decoded_part(lazy: LazyTensor, allowed: Collection[str]) -> Part:
@@ -35,14 +36,16 @@ def decoded_carrier(lazy: LazyTensor, allowed: Collection[str]) -> tuple[str, Lo
     return f"{str(dtype).removeprefix('torch.')}, decoded from {lazy.spec.bits} bits", loss
 
 
-def decoded_tiles(lazy: LazyTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows), from top to bottom, in the planned dtype; InputError for a value beyond float16's range."""
-    for row, tile in lazy.float_tiles():
-        narrow = tile if lazy.spec is None else tile.to(dtype)
-        if narrow.dtype is torch.float16 and not bool(torch.isfinite(narrow).all()):
-            got = f"{float(tile.abs().max()):.6g}"
-            raise InputError(lazy.name, expected="values within float16's 65504", got=got, todo="keep it in float32")
-        yield row, narrow
+def decoded(lazy: LazyTensor, tile: Tensor | GroupQuantTensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a tensor in the planned dtype; InputError for a value beyond float16's range."""
+    if isinstance(tile, Tensor):
+        return tile
+    values = tile.dequantize()
+    narrow = values.to(dtype)
+    if dtype is torch.float16 and not all_finite(narrow):
+        got = f"{float(values.abs().max()):.6g}"
+        raise InputError(lazy.name, expected="values within float16's 65504", got=got, todo="keep it in float32")
+    return narrow
 
 
 def decoded_note(model: Checkpoint, coded: Collection[str], target: str, allowed: Collection[str]) -> list[str]:

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.ends import GENERATION, generation_bytes, write_generation
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
 from qalora.converters.tokenizer import converted_files, write_tokenizer
 from qalora.formats.output import write_json
 from qalora.formats.safetensors import Part, ShardedLayout, ShardedWriter, plan_shards
+from qalora.formats.workers import JOB_BYTES, Workers
+from qalora.tensor import GroupQuantTensor
 
 __all__ = ["FolderPlan", "folder_files", "lay_out", "write_beside", "write_folder"]
 
@@ -71,14 +75,22 @@ def write_folder(
     model: Checkpoint,
     folder: Path,
     progress: Progress,
-    write_tensor: Callable[[ShardedWriter, LazyTensor, bool], None],
+    write_rows: Callable[[ShardedWriter, LazyTensor, int, Tensor | GroupQuantTensor], None],
+    whole: Callable[[LazyTensor], bool] | None = None,
 ) -> None:
-    """Write a planned folder, a tensor at a time; write_tensor is told whether it is a linear weight, which is small
-    enough to be written whole; embedding and output layer go by rows."""
+    """Write a planned folder, a tensor at a time.
+
+    write_rows  writes rows of a tensor, from the row that it is told; in a thread, while the next rows are read
+    whole       whether a tensor comes in one piece, as it is small enough: the linear weights by default; embedding and
+                output layer go by rows
+    """
     if not isinstance(plan, FolderPlan):
         raise TypeError(f"expected FolderPlan, got {type(plan).__name__}")
     write_beside(plan.config, model, folder)
-    with ShardedWriter(folder, plan.layout) as weights:
+    with ShardedWriter(folder, plan.layout) as weights, Workers() as workers:
         for tensor in plan.tensors:
-            write_tensor(weights, model.tensors[tensor.name], tensor.name in model.linears)
+            lazy = model.tensors[tensor.name]
+            at_once = tensor.name in model.linears if whole is None else whole(lazy)
+            for row, tile in [(0, lazy.load())] if at_once else lazy.tiles(JOB_BYTES):
+                workers.do(write_rows, weights, lazy, row, tile)
             progress(tensor.name, tensor.nbytes)

@@ -20,7 +20,7 @@ generation_config.json, tokenizer and other companion files
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -254,35 +254,28 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         from qalora.formats.gguf import metadata_bytes
 
         (folder / GGUF_METADATA).write_bytes(metadata_bytes(model.gguf))
-    write_folder(plan, model, folder, progress, _write_tensor)
+    write_folder(plan, model, folder, progress, _write_rows)
 
 
-def _write_tensor(weights: ShardedWriter, lazy: LazyTensor, whole: bool) -> None:
-    for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
-        if isinstance(tile, Tensor):
-            weights.write(lazy.name, tile, row)
-        else:
-            _write_quantized(weights.write, lazy, row, tile)
-
-
-def _write_quantized(
-    write: Callable[[str, Tensor, int], None], lazy: LazyTensor, row: int, tile: GroupQuantTensor
-) -> None:
+def _write_rows(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
+    if isinstance(tile, Tensor):
+        weights.write(lazy.name, tile, row)
+        return
     module, spec = module_of(lazy.name), lazy.spec
     if spec is None:
         raise TypeError(f"{lazy.name} has no spec")
-    write(f"{module}.codes", tile.packed, row)
-    write(f"{module}.scale", narrowed(lazy.name, tile.scale, spec.scale_dtype), row)
+    weights.write(f"{module}.codes", tile.packed, row)
+    weights.write(f"{module}.scale", narrowed(lazy.name, tile.scale, spec.scale_dtype), row)
     if spec.zeros == "real":
-        write(f"{module}.min", narrowed(lazy.name, tile.min, spec.min_dtype), row)
+        weights.write(f"{module}.min", narrowed(lazy.name, tile.min, spec.min_dtype), row)
     else:
         zero = integer_zeros(tile)
         if zero is None or (spec.zero is not None and not bool((zero == spec.zero)[tile.scale != 0].all())):
             raise ValueError(f"{lazy.name}: its spec promises other zero points than it has")
         if spec.zero is None:
-            write(f"{module}.zero", zero, row)
+            weights.write(f"{module}.zero", zero, row)
     if tile.g_idx is not None and row == 0:
-        write(f"{module}.g_idx", tile.g_idx, 0)
+        weights.write(f"{module}.g_idx", tile.g_idx, 0)
 
 
 _USAGE = """```python

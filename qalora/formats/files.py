@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -173,13 +174,15 @@ class InputFile:
 class OutputFile:
     """A new file of a size known beforehand, written by offset; `close` refuses one that is not full.
 
-    Bytes may come in any order. Never writes over an existing file. Raises OutputError when the disk is full.
+    Bytes may come in any order, and from several threads. Never writes over an existing file. Raises OutputError when
+    the disk is full.
     """
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self.size = size
         self._written = 0
+        self._lock = threading.Lock()
         try:
             self._file = path.open("xb", buffering=0)
         except FileExistsError as error:
@@ -216,13 +219,14 @@ class OutputFile:
         if offset < 0 or offset + len(view) > self.size:
             raise ValueError(f"{self.path}: bytes {offset}..{offset + len(view)} of a file of {self.size}")
         done = 0
-        try:
-            self._file.seek(offset)
-            while done < len(view):
-                done += self._file.write(view[done:])
-        except OSError as error:
-            raise self._no_room(error) from error
-        self._written += len(view)
+        with self._lock:
+            try:
+                self._file.seek(offset)
+                while done < len(view):
+                    done += self._file.write(view[done:])
+            except OSError as error:
+                raise self._no_room(error) from error
+            self._written += len(view)
         return len(view)
 
     def write_all(self, offset: int, parts: Sequence[Tensor | bytes]) -> int:
@@ -236,7 +240,8 @@ class OutputFile:
         """Count `length` bytes at `offset` as written: a new file is zero where nothing was put."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ValueError(f"{self.path}: bytes {offset}..{offset + length} of a file of {self.size}")
-        self._written += length
+        with self._lock:
+            self._written += length
 
     def close(self) -> None:
         """Close the file; ValueError if not every byte was written exactly once."""

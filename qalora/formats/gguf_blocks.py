@@ -18,8 +18,11 @@ Other types (K-quants, IQ, ternary, MXFP4) hold no integer groups of this kind: 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
@@ -32,10 +35,12 @@ FLOAT_BLOCKS = (
 )
 """Types that are read as floats."""
 
+Array = NDArray[Any]
+
 BLOCK = 32
 """Weights of a block."""
 
-TILE = 1 << 20
+TILE = 1 << 19
 """Weights that are shuffled at a time, so that they stay in the cache."""
 
 
@@ -46,6 +51,16 @@ class BlockType:
     bits: int
     zero: int | None
     nbytes: int
+
+    @property
+    def fields(self) -> np.dtype[np.void]:
+        """What a block holds, in its order: `d`, `m` where there is a minimum, `high` bits, `codes`."""
+        fields = [("d", "<f2")]
+        if self.zero is None:
+            fields.append(("m", "<f2"))
+        if self.bits == 5:
+            fields.append(("high", "<u4"))
+        return np.dtype([*fields, ("codes", "V32" if self.bits == 8 else "V16")])
 
     @property
     def spec(self) -> QuantSpec:
@@ -77,36 +92,48 @@ def encode(tensor: GroupQuantTensor, type_name: str) -> Tensor:
     takes any integer zero with code - zero in -128..127.
     """
     kind = BLOCK_TYPES[type_name]
-    rows, columns = tensor.shape
-    out = torch.empty(rows, columns // BLOCK, kind.nbytes, dtype=torch.uint8)
-    halves = out.view(torch.int16)
-    halves[..., 0] = tensor.scale.half().view(torch.int16)
+    out = torch.empty(tensor.shape[0], tensor.shape[1] // BLOCK * kind.nbytes, dtype=torch.uint8)
+    blocks = out.numpy().reshape(-1).view(kind.fields)
+    blocks["d"] = tensor.scale.half().numpy().reshape(-1)
     if kind.zero is None:
-        halves[..., 1] = tensor.min.half().view(torch.int16)
-    step = max(1, TILE // columns)
-    for start in range(0, rows, step):
-        _encode_codes(tensor.rows(start, start + step), kind, halves[start : start + step])
-    return out.view(rows, -1)
-
-
-def _encode_codes(tensor: GroupQuantTensor, kind: BlockType, halves: Tensor) -> None:
-    at = 1 if kind.zero is not None else 2
-    blocks = (halves.shape[0], halves.shape[1])
+        blocks["m"] = tensor.min.half().numpy().reshape(-1)
     if kind.bits == 8:
-        halves[..., at:] = _signed(tensor).view(torch.int16).view(*blocks, 16)
-        return
+        blocks["codes"] = _signed(tensor).numpy().reshape(-1).view("V32")
+        return out
     packed = tensor.packed
     if tensor.bits != 4:
         codes = tensor.codes()
         packed = pack_codes(codes & 15, 4)
         if kind.bits == 5:
-            high = (codes >> 4).view(*blocks, BLOCK).to(torch.int64) << torch.arange(BLOCK)
-            halves[..., at : at + 2] = high.sum(dim=2).to(torch.uint32).view(torch.int16).view(*blocks, 2)
-    at += 2 if kind.bits == 5 else 0
-    # byte k of our packing holds weights 2k and 2k+1; word k of a block holds 2k, 2k+16, 2k+1, 2k+17, a nibble each
-    wide = packed.view(*blocks, 16).to(torch.int16)
-    spread = (wide & 0x0F) | ((wide & 0xF0) << 4)
-    torch.bitwise_or(spread[..., :8], spread[..., 8:] << 4, out=halves[..., at:])
+            blocks["high"] = np.packbits((codes >> 4).numpy(), bitorder="little").view("<u4")
+    _put_nibbles(packed, blocks["codes"])
+    return out
+
+
+def _put_nibbles(packed: Tensor, out: Array) -> None:
+    """Put rows of packed codes of 4 bits into the nibbles of blocks, 16 bytes each.
+
+    Byte k of ours holds weights 2k and 2k+1. Bytes 2k and 2k+1 of a block hold 2k, 2k+16 and 2k+1, 2k+17. So between
+    the first and the last eight of our bytes, the high nibbles of the former change places with the low ones of the
+    latter; then the former are a block's even bytes, the latter its odd ones.
+    """
+    words = packed.numpy().reshape(-1).view("<i8").reshape(-1, 2)
+    step = TILE // BLOCK
+    halves, wide = np.empty((3, step), "<i8"), np.empty((2, 8 * step), "<u2")
+    for start in range(0, len(words), step):
+        part = words[start : start + step]
+        (first, last, change), (even, odd) = halves[:, : len(part)], wide[:, : 8 * len(part)]
+        first[:], last[:] = part.T
+        np.right_shift(first, 4, out=change)
+        change ^= last
+        change &= 0x0F0F0F0F0F0F0F0F
+        last ^= change
+        change <<= 4
+        first ^= change
+        even[:], odd[:] = first.view(np.uint8), last.view(np.uint8)
+        odd *= 256
+        odd |= even
+        out[start : start + step] = odd.view("V16")
 
 
 def _signed(tensor: GroupQuantTensor) -> Tensor:
@@ -159,7 +186,6 @@ def _decode_codes(halves: Tensor, kind: BlockType) -> Tensor:
 
 def dequantize(data: Tensor, type_name: str) -> Tensor:
     """float32 [out, in] of rows of blocks of one of FLOAT_BLOCKS, uint8 [out, bytes of a row]."""
-    import numpy as np
     from gguf import GGMLQuantizationType, quants
 
     with np.errstate(all="ignore"):  # a scale of a damaged file may be anything: the caller looks at the values

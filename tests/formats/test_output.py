@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,13 @@ def test_files_are_written_inside_their_bounds(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"\0bcdef"
     with pytest.raises(OutputError, match="exists already"):
         OutputFile(tmp_path / "a", 1)
+
+
+def test_a_file_is_written_from_several_threads(tmp_path: Path) -> None:
+    parts = [bytes([n]) * 5000 for n in range(200)]
+    with OutputFile(tmp_path / "a", 1_000_000) as file, ThreadPoolExecutor(4) as pool:
+        list(pool.map(file.write, range(0, 1_000_000, 5000), parts))
+    assert (tmp_path / "a").read_bytes() == b"".join(parts)
 
 
 def test_a_size_that_no_disk_holds_is_refused_at_once(tmp_path: Path) -> None:

@@ -31,12 +31,16 @@ from qalora.formats.gguf import GgufLayout, Metadata, Value, create
 from qalora.formats.gguf_blocks import BLOCK, BLOCK_TYPES, encode
 from qalora.formats.gguf_ends import eog_of
 from qalora.formats.gguf_split import plan_split
+from qalora.formats.workers import JOB_BYTES, Workers
 from qalora.tensor import GroupQuantTensor, QuantSpec, all_finite, holds_float16, integer_zeros
 
 __all__ = ["GgufPlan", "plan", "write"]
 
 FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F32"}
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+ENCODED = 1 << 22
+"""Weights that are encoded before they are written, so that their blocks are still in the cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -233,27 +237,41 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         for name, data in plan.factors.items():
             part = plan.where[name]
             files[part].write(plan.layouts[part].tensors[name].offset, data)
+        workers = stack.enter_context(Workers())
         for tensor in plan.tensors:
-            _write_tensor(files[tensor.file], tensor, plan, model, family)
+            lazy = model.tensors[tensor.name]
+            heads = head_count(family, model.config, lazy.name)
+            whole = heads is not None or lazy.name in model.linears
+            for row, tile in [(0, lazy.load())] if whole else lazy.tiles(JOB_BYTES):
+                workers.do(_write_rows, files[tensor.file], tensor, plan, row, tile, heads=heads, family=family)
             progress(tensor.name, tensor.nbytes)
     (folder / MODELFILE).write_bytes(plan.modelfile.encode())
 
 
-def _write_tensor(file: OutputFile, planned: PlannedTensor, plan: GgufPlan, model: Checkpoint, family: Family) -> None:
-    lazy = model.tensors[planned.name]
+def _write_rows(
+    file: OutputFile,
+    planned: PlannedTensor,
+    plan: GgufPlan,
+    row: int,
+    tile: Tensor | GroupQuantTensor,
+    *,
+    heads: int | None,
+    family: Family,
+) -> None:
+    """Write rows of a tensor from `row` on; all of them where their order is that of heads."""
     info = plan.layouts[planned.file].tensors[plan.names[planned.name]]
-    heads = head_count(family, model.config, lazy.name)
-    whole = heads is not None or lazy.name in model.linears
-    for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
-        ordered = tile if heads is None else take_rows(tile, rows_to(lazy.shape[0], heads))
-        if isinstance(ordered, Tensor) and family.adds_one(lazy.name):
-            ordered = ordered.float() + 1
-        file.write(info.offset + row * info.row_bytes, _bytes(ordered, planned))
+    ordered = tile if heads is None else take_rows(tile, rows_to(tile.shape[0], heads))
+    at = info.offset + row * info.row_bytes
+    if isinstance(ordered, Tensor):
+        values = ordered.float() + 1 if family.adds_one(planned.name) else ordered
+        file.write(at, values.to(TORCH_TYPES[planned.carrier]))
+        return
+    step = max(1, ENCODED // ordered.shape[1])
+    for start in range(0, ordered.shape[0], step):
+        file.write(at + start * info.row_bytes, _blocks(ordered.rows(start, start + step), planned))
 
 
-def _bytes(tile: Tensor | GroupQuantTensor, planned: PlannedTensor) -> Tensor:
-    if isinstance(tile, Tensor):
-        return tile.to(TORCH_TYPES[planned.carrier])
+def _blocks(tile: GroupQuantTensor, planned: PlannedTensor) -> Tensor:
     blocks = tile.regrouped(BLOCK)
     for name, values in (("scale", blocks.scale), ("min", blocks.min)):
         if name == "min" and BLOCK_TYPES[planned.carrier].zero is not None:

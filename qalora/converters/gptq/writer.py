@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.decoded import decoded_tiles
+from qalora.converters.decoded import decoded
 from qalora.converters.folder import write_beside
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
 from qalora.converters.gptq.forms import Encoded, encode
@@ -22,6 +23,8 @@ from qalora.errors import ExactnessError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.formats.output import write_json
 from qalora.formats.safetensors import SafetensorsWriter, ShardedWriter
+from qalora.formats.workers import JOB_BYTES, Workers
+from qalora.tensor import GroupQuantTensor
 
 __all__ = ["write"]
 
@@ -39,11 +42,13 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         beside = None
         if plan.beside is not None:
             beside = files.enter_context(SafetensorsWriter(folder / ADAPTER_WEIGHTS, plan.beside))
+        workers = files.enter_context(Workers())
         for name, lazy in model.tensors.items():
-            if name not in plan.words:
-                _write_float(weights, lazy)
+            if name in plan.words:
+                workers.do(_write_linear, plan, lazy.name, lazy.load_quantized(), weights, beside)
             else:
-                _write_linear(plan, lazy, weights, beside)
+                for start, tile in lazy.tiles(JOB_BYTES):
+                    workers.do(_write_float, weights, lazy, start, tile)
             progress(name, sizes[name])
 
 
@@ -56,26 +61,27 @@ def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _write_float(weights: ShardedWriter, lazy: LazyTensor) -> None:
-    for row, tile in decoded_tiles(lazy, weights.layout.entry(lazy.name).dtype):
-        weights.write(lazy.name, tile, row)
+def _write_float(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
+    weights.write(lazy.name, decoded(lazy, tile, weights.layout.entry(lazy.name).dtype), row)
 
 
-def _write_linear(plan: GptqPlan, lazy: LazyTensor, weights: ShardedWriter, beside: SafetensorsWriter | None) -> None:
-    module, tensor = module_of(lazy.name), lazy.load_quantized()
-    layer = encode(tensor, "own" if lazy.name == HEAD else plan.form)
+def _write_linear(
+    plan: GptqPlan, weight: str, tensor: GroupQuantTensor, weights: ShardedWriter, beside: SafetensorsWriter | None
+) -> None:
+    module, columns = module_of(weight), tensor.shape[1]
+    layer = encode(tensor, "own" if weight == HEAD else plan.form)
     weights.write(f"{module}.qweight", pack_qweight(layer.packed))
     weights.write(
         f"{module}.qzeros", pack_qzeros(layer.zero, layer.bits, plan.config["quantization_config"]["checkpoint_format"])
     )
     weights.write(f"{module}.scales", layer.scale.t().contiguous())
-    natural = (torch.arange(lazy.shape[1]) // tensor.group_size).to(torch.int32)
+    natural = (torch.arange(columns) // tensor.group_size).to(torch.int32)
     weights.write(f"{module}.g_idx", natural if tensor.g_idx is None else tensor.g_idx)
     a, b = lora_names(module)
-    if beside is None or lazy.name == HEAD:
+    if beside is None or weight == HEAD:
         return
     if plan.adapter is None:
-        parts = pooling_matrix(lazy.shape[1], tensor.group_size, tensor.g_idx), _residual(plan, lazy.name, layer)
+        parts = pooling_matrix(columns, tensor.group_size, tensor.g_idx), _residual(plan, weight, layer)
     elif module in plan.adapter.layers:
         parts = plain_lora(plan.adapter.layers[module])
     else:
@@ -84,7 +90,7 @@ def _write_linear(plan: GptqPlan, lazy: LazyTensor, weights: ShardedWriter, besi
         beside.write(name, narrowed(name, part, beside.layout.entries[name].dtype))
 
 
-def _residual(plan: GptqPlan, name: str, layer: Encoded) -> torch.Tensor:
+def _residual(plan: GptqPlan, name: str, layer: Encoded) -> Tensor:
     if layer.c is None:
         raise TypeError(f"{name}: form {plan.form} leaves no residual")
     if not layer.exact and not plan.rounds:

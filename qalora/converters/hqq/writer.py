@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.decoded import decoded_tiles
+from qalora.converters.decoded import decoded
 from qalora.converters.folder import write_folder
 from qalora.converters.hqq.planner import descriptors, is_quantized, parameter_type
 from qalora.converters.plan import Plan, Progress
 from qalora.errors import InputError
 from qalora.formats.hqq import pack_groups, to_zeros
 from qalora.formats.safetensors import ShardedWriter
-from qalora.tensor import QuantSpec, integer_zeros
+from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros
 
 __all__ = ["write"]
 
@@ -20,18 +22,20 @@ __all__ = ["write"]
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
     """Write the folder."""
 
-    def write_tensor(weights: ShardedWriter, lazy: LazyTensor, whole: bool) -> None:
-        if lazy.spec is not None and is_quantized(lazy, model):
-            _write_layer(weights, lazy, lazy.spec)
-            return
-        for row, tile in decoded_tiles(lazy, weights.layout.entry(lazy.name).dtype):
-            weights.write(lazy.name, tile, row)
+    def whole(lazy: LazyTensor) -> bool:
+        return is_quantized(lazy, model)
 
-    write_folder(plan, model, folder, progress, write_tensor)
+    def write_rows(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
+        if isinstance(tile, GroupQuantTensor) and lazy.spec is not None and whole(lazy):
+            _write_layer(weights, lazy, lazy.spec, tile)
+        else:
+            weights.write(lazy.name, decoded(lazy, tile, weights.layout.entry(lazy.name).dtype), row)
+
+    write_folder(plan, model, folder, progress, write_rows, whole)
 
 
-def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec) -> None:
-    module, tensor, dtype = module_of(lazy.name), lazy.load_quantized(), parameter_type(spec)
+def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec, tensor: GroupQuantTensor) -> None:
+    module, dtype = module_of(lazy.name), parameter_type(spec)
     scale, zero = tensor.scale, integer_zeros(tensor) if spec.zeros == "integer" else None
     if zero is None:
         if spec.zeros == "integer":

@@ -13,23 +13,22 @@ from qalora.converters.plan import Plan, Progress
 from qalora.converters.specs import narrowed
 from qalora.formats.mlx import pack_words
 from qalora.formats.safetensors import ShardedWriter
+from qalora.tensor import GroupQuantTensor
 
 __all__ = ["write"]
 
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
     """Write the folder."""
-    write_folder(plan, model, folder, progress, _write_tensor)
+    write_folder(plan, model, folder, progress, _write_rows)
 
 
-def _write_tensor(weights: ShardedWriter, lazy: LazyTensor, whole: bool) -> None:
-    module = module_of(lazy.name)
-    for row, tile in [(0, lazy.load())] if whole else lazy.tiles():
-        if isinstance(tile, Tensor):
-            weights.write(lazy.name, tile, row)
-            continue
-        groups = tile.regrouped(mlx_group_size(lazy))
-        weights.write(f"{module}.weight", pack_words(groups.packed), row)
-        for part, values in (("scales", groups.scale), ("biases", groups.min)):
-            name = f"{module}.{part}"
-            weights.write(name, narrowed(name, values, weights.layout.entry(name).dtype), row)
+def _write_rows(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
+    if isinstance(tile, Tensor):
+        weights.write(lazy.name, tile, row)
+        return
+    module, groups = module_of(lazy.name), tile.regrouped(mlx_group_size(lazy))
+    weights.write(f"{module}.weight", pack_words(groups.packed), row)
+    for part, values in (("scales", groups.scale), ("biases", groups.min)):
+        name = f"{module}.{part}"
+        weights.write(name, narrowed(name, values, weights.layout.entry(name).dtype), row)
