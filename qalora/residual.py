@@ -34,14 +34,15 @@ def to_residual(tensor: GroupQuantTensor, zeros: Literal["nearest", "symmetric"]
     scale, minimum = tensor.scale.double(), tensor.min.double()
     middle = 1 << (tensor.bits - 1)
     if zeros == "symmetric":
-        zero = torch.full_like(scale, middle)
+        whole = torch.full(scale.shape, middle, dtype=torch.uint8)
+        exact_c = minimum.add_(scale, alpha=middle)  # the product is exact: a power of two
     else:
         safe = torch.where(scale == 0, 1.0, scale)
         zero = torch.round(-minimum / safe).clamp(0, (1 << tensor.bits) - 1)
         zero = torch.where(scale == 0, float(middle), zero)
-    exact_c = minimum + scale * zero
+        whole, exact_c = zero.to(torch.uint8), minimum + scale * zero
     c = exact_c.float()
-    return Residual(zero=zero.to(torch.uint8), c=c, exact=bool((c.double() == exact_c).all()))
+    return Residual(zero=whole, c=c, exact=torch.equal(c.double(), exact_c))
 
 
 def from_residual(scale: Tensor, zero: Tensor, c: Tensor) -> Tensor:

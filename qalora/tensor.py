@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -43,8 +44,9 @@ __all__ = [
 TILE = 1 << 20
 """Codes that are unpacked at a time where all of them would be too many."""
 
-# bits -> (bytes, codes): the smallest run of whole bytes that holds whole codes
+# bits -> (bytes, codes): the smallest run of whole bytes that holds whole codes; as a number with a byte for each code
 _RUN = {2: (1, 4), 3: (3, 8), 4: (1, 2), 5: (5, 8), 6: (3, 4), 8: (1, 1)}
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def packed_row_bytes(columns: int, bits: int) -> int:
@@ -69,18 +71,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     run_bytes, run_codes = _RUN[bits]
     out = torch.empty(codes.shape[0], packed_row_bytes(codes.shape[1], bits), dtype=torch.uint8)
     for rows in _row_tiles(codes):
-        runs = codes[rows].reshape(-1, run_codes)
-        if run_bytes == 1:
-            word = runs[:, 0].clone()
-            for k in range(1, run_codes):
-                word |= runs[:, k] << (k * bits)
-            out[rows] = word.reshape(-1, out.shape[1])
-        else:
-            wide = runs[:, 0].to(torch.int64)
-            for k in range(1, run_codes):
-                wide |= runs[:, k].to(torch.int64) << (k * bits)
-            packed = torch.stack([(wide >> (8 * b)) & 0xFF for b in range(run_bytes)], dim=1)
-            out[rows] = packed.to(torch.uint8).reshape(-1, out.shape[1])
+        wide = codes[rows].clone(memory_format=torch.contiguous_format).view(-1).view(_WIDE[run_codes])
+        for shift, low, high in reversed(_halvings(bits)):
+            upper = (wide & high).bitwise_right_shift_(shift)
+            wide.bitwise_and_(low).bitwise_or_(upper)
+        packed = wide.to(torch.uint8) if run_bytes == 1 else wide.view(torch.uint8).view(-1, run_codes)[:, :run_bytes]
+        out[rows] = packed.reshape(out[rows].shape)
     return out
 
 
@@ -96,21 +92,34 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     run_bytes, run_codes = _RUN[bits]
-    mask = (1 << bits) - 1
     out = torch.empty(packed.shape[0], packed.shape[1] * 8 // bits, dtype=torch.uint8, device=packed.device)
     for rows in _row_tiles(out):
         runs = packed[rows].reshape(-1, run_bytes)
-        tile = out[rows].view(-1, run_codes)
-        if run_bytes == 1:
-            for k in range(run_codes):
-                torch.bitwise_and(runs[:, 0] >> (k * bits), mask, out=tile[:, k])
-        else:
-            wide = runs[:, 0].to(torch.int64)
-            for b in range(1, run_bytes):
-                wide |= runs[:, b].to(torch.int64) << (8 * b)
-            for k in range(run_codes):
-                tile[:, k] = ((wide >> (k * bits)) & mask).to(torch.uint8)
+        wide = torch.empty(runs.shape[0], dtype=_WIDE[run_codes], device=packed.device).copy_(runs[:, 0])
+        for b in range(1, run_bytes):
+            wide |= runs[:, b].to(wide.dtype) << (8 * b)
+        for shift, low, high in _halvings(bits):
+            upper = (wide << shift).bitwise_and_(high)
+            wide.bitwise_and_(low).bitwise_or_(upper)
+        out[rows] = wide.view(torch.uint8).view(out[rows].shape)
     return out
+
+
+@cache
+def _halvings(bits: int) -> tuple[tuple[int, int, int], ...]:
+    """How a run of codes comes to have a byte for each: (shift, low, high) of each step, all halves at once.
+
+    A step cuts pieces of n codes, each in the lowest bits of n bytes, into halves: `low` are the bits of the lower one,
+    which stays, and `high` those of the upper one after a shift to the left.
+    """
+    codes = _RUN[bits][1]
+    steps, n = [], codes
+    while n > 1:
+        half = (1 << n // 2 * bits) - 1
+        low = sum(half << 8 * first for first in range(0, codes, n))
+        steps.append((n // 2 * (8 - bits), low, low << 4 * n))
+        n //= 2
+    return tuple(steps)
 
 
 def dequantize(packed: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:

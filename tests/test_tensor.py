@@ -31,6 +31,15 @@ def test_codes_are_a_little_endian_bit_stream(bits: int, rows: int, eighths: int
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_codes_that_lie_apart_or_begin_anywhere_are_packed_too(bits: int) -> None:
+    wide = torch.randint(0, 1 << bits, (6, 43), dtype=torch.uint8)
+    for codes in (wide[:, 1:41], wide[:, ::4][:, :8], wide.view(-1)[3:243].view(6, 40), wide[:0, :16], wide[:, :0]):
+        assert torch.equal(unpack_codes(pack_codes(codes, bits), bits), codes)
+    packed = torch.randint(0, 256, (3, 4 * bits + 1), dtype=torch.uint8)[:, 1:]
+    assert torch.equal(pack_codes(unpack_codes(packed, bits), bits), packed)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_many_tiles_are_packed_like_one(bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (3000, 1024), dtype=torch.uint8)  # three tiles
     packed = pack_codes(codes, bits)

@@ -39,6 +39,9 @@ CONSTANT = 2.0**33
 
 _WORD = 10  # 3-bit codes of a word
 
+TILE = 1 << 19
+"""Codes that are shifted at a time, so that they stay in the cache."""
+
 
 def packed_shape(groups: int, group_size: int, bits: int) -> tuple[int, int]:
     """The shape of W_q; InputError where groups do not fill whole bytes."""
@@ -55,12 +58,13 @@ def pack_groups(codes: Tensor, group_size: int, bits: int) -> Tensor:
     if shape[0] == rows.shape[0]:
         return rows.contiguous()
     fields = _WORD if bits == 3 else 8 // bits
-    wide = torch.zeros(fields * shape[0], group_size, dtype=torch.int32 if bits == 3 else torch.uint8)
-    wide[: rows.shape[0]] = rows
-    parts = wide.view(fields, *shape)
-    packed = torch.zeros_like(parts[0])
+    packed = torch.zeros(shape, dtype=torch.int32 if bits == 3 else torch.uint8)
+    step = max(1, TILE // group_size)
     for k in range(fields):
-        packed |= parts[k] << (bits * (fields - 1 - k))
+        part = rows[k * shape[0] : (k + 1) * shape[0]]
+        for start in range(0, part.shape[0], step):
+            tile = part[start : start + step].to(packed.dtype)
+            packed[start : start + tile.shape[0]] |= tile << (bits * (fields - 1 - k))
     return packed
 
 
