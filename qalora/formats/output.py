@@ -4,6 +4,8 @@
     .<name>.lock       held by the run that writes it
     .<name>.layers     what a long run has done, see `left_beside`
 
+It is on the disk before it is renamed, so that a power cut leaves no file with a hole under its own name.
+
 `--force` replaces an earlier output, and nothing else: a folder is only replaced if it holds at least one of the files
 that are about to be written, so that a mistyped `-o ~` costs nothing.
 """
@@ -11,6 +13,7 @@ that are about to be written, so that a mistyped `-o ~` costs nothing.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -108,7 +111,9 @@ def new_folder(path: Path, *, force: bool = False, names: Collection[str] = ()) 
             work.mkdir()
             try:
                 yield work
+                _put_on_disk(work)
                 _replace_folder(work, path)
+                _sync(path.absolute().parent)
             finally:
                 _remove(work)
     except BaseException as error:
@@ -136,7 +141,9 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
             _remove(work)
             try:
                 yield work
+                _put_on_disk(work)
                 work.replace(path)
+                _sync(path.absolute().parent)
             finally:
                 _remove(work)
     except BaseException as error:
@@ -224,6 +231,28 @@ def _make_parents(path: Path) -> list[Path]:
     except OSError as error:
         raise OutputError(f"{path.parent}: {error.strerror or error}") from error
     return missing
+
+
+def _put_on_disk(work: Path) -> None:
+    """Wait until a file, or all that is below a folder, is on the disk."""
+    for place in [*work.rglob("*"), work]:
+        if not place.is_symlink():
+            _sync(place)
+
+
+def _sync(place: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; where the system can do that."""
+    try:
+        number = os.open(place, os.O_RDONLY)
+    except PermissionError:  # a folder on Windows, or a file that is not to be read
+        return
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # of a file system that has no such thing
+            raise
+    finally:
+        os.close(number)
 
 
 def _replace_folder(work: Path, path: Path) -> None:

@@ -1,5 +1,7 @@
 """An output appears whole or not at all."""
 
+import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -184,6 +186,48 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     with new_folder(tmp_path) as work:
         (work / "file").write_text("x", encoding="utf-8")
     assert _everything(tmp_path) == ["file"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, bool, bool]] = []
+    fsync, folder, file = os.fsync, tmp_path / "folder", tmp_path / "file"
+
+    def watched(number: int) -> None:
+        synced.append((os.fstat(number).st_ino, folder.exists(), file.exists()))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with new_folder(folder) as work:
+        (work / "below").mkdir()
+        (work / "below" / "letters").write_text("x", encoding="utf-8")
+        (work / "link").symlink_to("below")
+    for path in (folder, folder / "below", folder / "below" / "letters"):
+        assert (path.stat().st_ino, False, False) in synced
+    assert synced[-1] == (tmp_path.stat().st_ino, True, False)
+    with new_file(file) as place:
+        place.write_text("x", encoding="utf-8")
+    assert (file.stat().st_ino, True, False) in synced
+    assert synced[-1] == (tmp_path.stat().st_ino, True, True)
+
+
+def test_a_disk_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(number: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with new_folder(tmp_path / "a") as work:
+        (work / "letters").write_text("old", encoding="utf-8")
+    monkeypatch.setattr(os, "fsync", failing)
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        new_folder(tmp_path / "a", force=True, names=["letters"]) as work,
+    ):
+        (work / "letters").write_text("new", encoding="utf-8")
+    with pytest.raises(OutputError, match="Input/output error"), new_file(tmp_path / "b") as place:
+        place.write_text("x", encoding="utf-8")
+    assert _everything(tmp_path) == ["a", "a/letters"]
+    assert (tmp_path / "a" / "letters").read_text(encoding="utf-8") == "old"
 
 
 def test_files_are_read_inside_their_bounds(tmp_path: Path) -> None:
