@@ -79,10 +79,13 @@ class LazyTensor:
         if not self.shape:
             yield 0, self.load()
             return
-        row_bytes = max(1, 4 * int(torch.Size(self.shape[1:]).numel()))
-        step = max(1, tile_bytes // row_bytes)
+        step = self.tile_rows(tile_bytes)
         for start in range(0, self.shape[0], step):
             yield start, self.rows(start, min(start + step, self.shape[0]))
+
+    def tile_rows(self, tile_bytes: int = TILE_BYTES) -> int:
+        """Rows of a tile of at most `tile_bytes` in float32; at least one."""
+        return max(1, tile_bytes // max(1, 4 * math.prod(self.shape[1:])))
 
     def float_tiles(self, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[int, Tensor]]:
         """As `tiles`, dequantized to float32 where the tensor is quantized."""

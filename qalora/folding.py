@@ -29,7 +29,7 @@ from qalora.adapter import Adapter, AdapterLayer, carry
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.errors import AdapterError, InputError, shown
 from qalora.options.words import Minima
-from qalora.tensor import GroupQuantTensor, QuantSpec
+from qalora.tensor import GroupQuantTensor, QuantSpec, same_bits
 
 __all__ = [
     "FoldProof",
@@ -259,6 +259,6 @@ def prove_fold(
 def _differing_codes(base: GroupQuantTensor, folded: GroupQuantTensor) -> int:
     if base.bits != folded.bits or base.shape != folded.shape:
         return base.shape[0] * base.shape[1]
-    if torch.equal(base.packed, folded.packed):
+    if same_bits(base.packed, folded.packed):
         return 0
     return int((base.codes() != folded.codes()).sum())

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ __all__ = [
     "integer_zeros",
     "pack_codes",
     "packed_row_bytes",
+    "same_bits",
     "unpack_codes",
 ]
 
@@ -262,6 +264,14 @@ def integer_zeros(tensor: GroupQuantTensor) -> Tensor | None:
 def holds_float16(values: Tensor) -> bool:
     """Whether float16 holds every value of a float32 tensor exactly."""
     return bool((values.to(torch.float16).to(torch.float32) == values).all())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one dtype and shape and the very same bits; bytes are compared faster than numbers."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    mine, theirs = (part.contiguous().reshape(-1).view(torch.uint8).numpy() for part in (a, b))
+    return np.array_equal(mine, theirs)
 
 
 def all_finite(values: Tensor) -> bool:

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
+from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes, unpack_codes
 
 __all__ = ["BLOCK", "BLOCK_TYPES", "FLOAT_BLOCKS", "BlockType", "decode", "dequantize", "encode"]
 
@@ -124,12 +124,7 @@ def _put_nibbles(packed: Tensor, out: Array) -> None:
         part = words[start : start + step]
         (first, last, change), (even, odd) = halves[:, : len(part)], wide[:, : 8 * len(part)]
         first[:], last[:] = part.T
-        np.right_shift(first, 4, out=change)
-        change ^= last
-        change &= 0x0F0F0F0F0F0F0F0F
-        last ^= change
-        change <<= 4
-        first ^= change
+        _exchange(first, last, change)
         even[:], odd[:] = first.view(np.uint8), last.view(np.uint8)
         odd *= 256
         odd |= even
@@ -152,36 +147,47 @@ def _signed(tensor: GroupQuantTensor) -> Tensor:
 def decode(data: Tensor, type_name: str) -> GroupQuantTensor:
     """The canonical tensor of rows of blocks, uint8 [out, in/32 * bytes of a block]; inverse of `encode`."""
     kind = BLOCK_TYPES[type_name]
-    rows = data.shape[0]
-    halves = data.view(rows, -1, kind.nbytes).view(torch.int16)
-    scale = halves[..., 0].view(torch.float16).float()
-    if kind.zero is None:
-        minimum = halves[..., 1].view(torch.float16).float()
+    rows, blocks = data.shape[0], data.contiguous().numpy().reshape(-1).view(kind.fields)
+    scale = _floats(blocks["d"], rows)
+    minimum = _floats(blocks["m"], rows) if kind.zero is None else scale * -kind.zero
+    if kind.bits == 8:
+        packed = torch.from_numpy(blocks["codes"].copy().view(np.uint8)).view(rows, -1) ^ 128
     else:
-        minimum = scale * -kind.zero
-    packed = torch.empty(rows, halves.shape[1] * BLOCK * kind.bits // 8, dtype=torch.uint8)
-    step = max(1, TILE // (halves.shape[1] * BLOCK))
-    for start in range(0, rows, step):
-        packed[start : start + step] = _decode_codes(halves[start : start + step], kind)
+        packed = _taken_nibbles(blocks["codes"]).view(rows, -1)
+    if kind.bits == 5:
+        codes = unpack_codes(packed, 4)
+        high = np.unpackbits(blocks["high"].copy().view(np.uint8), bitorder="little")
+        codes |= torch.from_numpy(high).view(codes.shape) << 4
+        packed = pack_codes(codes, 5)
     return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=kind.bits, group_size=BLOCK)
 
 
-def _decode_codes(halves: Tensor, kind: BlockType) -> Tensor:
-    rows, blocks, _ = halves.shape
-    at = 1 if kind.zero is not None else 2
-    if kind.bits == 8:
-        return halves[..., at:].contiguous().view(torch.uint8).view(rows, -1) ^ 128
-    high = halves[..., at : at + 2]
-    at += 2 if kind.bits == 5 else 0
-    words = halves[..., at:]
-    spread = torch.cat([words & 0x0F0F, (words >> 4) & 0x0F0F], dim=2)
-    packed = ((spread & 0x0F) | ((spread >> 4) & 0xF0)).to(torch.uint8).view(rows, -1)
-    if kind.bits == 4:
-        return packed
-    codes = torch.stack([packed & 15, packed >> 4], dim=2).view(rows, blocks, BLOCK)
-    bits = high.clone(memory_format=torch.contiguous_format).view(torch.int32) >> torch.arange(BLOCK, dtype=torch.int32)
-    codes |= ((bits & 1) << 4).to(torch.uint8)
-    return pack_codes(codes.view(rows, -1), 5)
+def _floats(values: Array, rows: int) -> Tensor:
+    return torch.from_numpy(values.copy()).float().view(rows, -1)
+
+
+def _taken_nibbles(codes: Array) -> Tensor:
+    """The packed codes, uint8 [all bytes], of the nibbles of blocks; inverse of `_put_nibbles`."""
+    out = np.empty((len(codes), 2), "<i8")
+    step = TILE // BLOCK
+    for start in range(0, len(codes), step):
+        words = codes[start : start + step].copy().view("<u2")
+        first = words.astype(np.uint8).view("<i8")
+        words >>= 8
+        last = words.astype(np.uint8).view("<i8")
+        _exchange(first, last, np.empty_like(first))
+        out[start : start + step, 0], out[start : start + step, 1] = first, last
+    return torch.from_numpy(out.reshape(-1).view(np.uint8))
+
+
+def _exchange(first: Array, last: Array, change: Array) -> None:
+    """Swap the high nibbles of `first` with the low ones of `last`, byte by byte; `change` is room for it."""
+    np.right_shift(first, 4, out=change)
+    change ^= last
+    change &= 0x0F0F0F0F0F0F0F0F
+    last ^= change
+    change <<= 4
+    first ^= change
 
 
 def dequantize(data: Tensor, type_name: str) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from qalora.parity.findings import TensorDifference
-from qalora.tensor import GroupQuantTensor
+from qalora.tensor import GroupQuantTensor, same_bits
 
 __all__ = ["compare_tensors", "transposed", "ulp"]
 
@@ -74,9 +74,9 @@ def compare_tensors(
 def _compare_floats(
     name: str, mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor, *, floats: bool
 ) -> TensorDifference:
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor) and same_bits(mine, theirs):
+        return TensorDifference(name=name, values=theirs.numel())
     a, b = _floats(mine), _floats(theirs)
-    if torch.equal(a, b):
-        return TensorDifference(name=name, values=b.numel())
     differ = ~((a == b) | (a.isnan() & b.isnan()))
     count = int(differ.sum())
     if not count:
@@ -127,8 +127,10 @@ def _compare_quantized(
     dtypes: tuple[torch.dtype, torch.dtype],
     residual: bool,
 ) -> TensorDifference:
+    if _same_fields(mine, theirs):
+        return TensorDifference(name=name, codes=math.prod(theirs.shape), groups=theirs.scale.numel())
     scale_a, min_a, scale_b, min_b, columns = _aligned(mine, theirs)
-    same_codes = mine.bits == theirs.bits and torch.equal(mine.packed, theirs.packed)
+    same_codes = mine.bits == theirs.bits and same_bits(mine.packed, theirs.packed)
     codes_differ, code_at = 0, None
     if not same_codes:
         shape = (theirs.shape[0], scale_b.shape[1], columns)
@@ -160,6 +162,15 @@ def _compare_quantized(
         min_beyond=int(beyond.sum()),
         zeros_above=above,
         zeros_below=below,
+    )
+
+
+def _same_fields(mine: GroupQuantTensor, theirs: GroupQuantTensor) -> bool:
+    return (
+        (mine.bits, mine.group_size, mine.g_idx, theirs.g_idx) == (theirs.bits, theirs.group_size, None, None)
+        and same_bits(mine.packed, theirs.packed)
+        and same_bits(mine.scale, theirs.scale)
+        and same_bits(mine.min, theirs.min)
     )
 
 

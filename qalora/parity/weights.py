@@ -8,11 +8,13 @@ missing, extra, or of another shape is told. This module runs no model, and deci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.essentials import differences
@@ -69,17 +71,20 @@ def compare_weights(
     """
     pairs, missing, extra = _pairs(artifact, reference)
     shapes, tensor_differences, family = [], [], FAMILIES.get(str(reference.config.get("model_type")))
-    for name, mine, theirs in pairs:
-        if mine.shape != theirs.shape:
-            shapes.append(f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{_turned(mine, theirs)}")
-            continue
-        if family is not None and family.adds_one(name):
-            mine, theirs = _plus_one(mine), _plus_one(theirs)
-        whole = name in reference.linears
-        tensor_differences.append(
-            _compare_lazy(name, mine, theirs, residual, whole=whole, floats=not reference.quantized)
-        )
-        progress(name, 4 * math.prod(theirs.shape))
+    with ThreadPoolExecutor(1) as reader:
+        for name, mine, theirs in pairs:
+            if mine.shape != theirs.shape:
+                shapes.append(f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{_turned(mine, theirs)}")
+                continue
+            if family is not None and family.adds_one(name):
+                mine, theirs = _plus_one(mine), _plus_one(theirs)
+            parts = []
+            for row, a, b in _read_both(mine, theirs, reader, whole=name in reference.linears):
+                floats = not reference.quantized
+                part = compare_tensors(name, a, b, _dtypes(theirs), residual=residual, floats=floats)
+                parts.append(_at_row(part, row))
+            tensor_differences.append(parts[0] if len(parts) == 1 else add_up(name, parts))
+            progress(name, 4 * math.prod(theirs.shape))
     return WeightMetrics(
         tensors=len(tensor_differences),
         missing=missing,
@@ -95,7 +100,7 @@ def compare_weights(
 def _plus_one(lazy: LazyTensor) -> LazyTensor:
     """A norm as it is used, where its family multiplies with 1 + weight."""
 
-    def read(start: int, stop: int) -> torch.Tensor:
+    def read(start: int, stop: int) -> Tensor:
         values = lazy.read(start, stop)
         return (values.dequantize() if isinstance(values, GroupQuantTensor) else values.float()) + 1
 
@@ -124,19 +129,23 @@ def _turned(mine: LazyTensor, theirs: LazyTensor) -> str:
     return ", transposed" if transposed(mine.load(), theirs.load()) else ""
 
 
-def _compare_lazy(
-    name: str, mine: LazyTensor, theirs: LazyTensor, residual: bool, *, whole: bool, floats: bool
-) -> TensorDifference:
-    if whole or not theirs.shape:
-        return compare_tensors(name, mine.load(), theirs.load(), _dtypes(theirs), residual=residual, floats=floats)
-    parts = []
-    for start, tile in theirs.tiles():
-        other = mine.rows(start, start + tile.shape[0])
-        part = compare_tensors(name, other, tile, _dtypes(theirs), residual=residual, floats=floats)
-        if part.code_at is not None:
-            part = replace(part, code_at=(part.code_at[0] + start, part.code_at[1]))
-        parts.append(part)
-    return add_up(name, parts)
+def _read_both(
+    mine: LazyTensor, theirs: LazyTensor, reader: Executor, *, whole: bool
+) -> Iterator[tuple[int, Tensor | GroupQuantTensor, Tensor | GroupQuantTensor]]:
+    """(first row, artefact's rows, reference's), at once or by tiles; both are read at the same time."""
+    count = theirs.shape[0] if theirs.shape else 1
+    step = max(1, count) if whole else theirs.tile_rows()
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        other = reader.submit(theirs.rows, start, stop)
+        yield start, mine.rows(start, stop), other.result()
+
+
+def _at_row(difference: TensorDifference, row: int) -> TensorDifference:
+    """Of a tile that begins at `row`, told of the whole tensor."""
+    if difference.code_at is None:
+        return difference
+    return replace(difference, code_at=(difference.code_at[0] + row, difference.code_at[1]))
 
 
 def _dtypes(lazy: LazyTensor) -> tuple[torch.dtype, torch.dtype]:
