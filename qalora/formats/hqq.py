@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError
-from qalora.tensor import all_finite
+from qalora.tensor import all_finite, unpack_codes
 
 __all__ = ["BITS", "PACKINGS", "from_zeros", "pack_groups", "packed_shape", "to_zeros", "unpack_groups"]
 
@@ -51,21 +51,38 @@ def packed_shape(groups: int, group_size: int, bits: int) -> tuple[int, int]:
     return (-(-groups // _WORD) if bits == 3 else groups // fields), group_size
 
 
-def pack_groups(codes: Tensor, group_size: int, bits: int) -> Tensor:
-    """W_q of codes uint8 [out, in]; inverse of `unpack_groups`."""
-    rows = codes.reshape(-1, group_size)
-    shape = packed_shape(rows.shape[0], group_size, bits)
+def pack_groups(packed: Tensor, group_size: int, bits: int) -> Tensor:
+    """W_q of packed codes uint8 [out, in*b/8], as in `qalora.tensor`; `unpack_groups` gives the codes."""
+    shape = packed_shape(packed.numel() * 8 // bits // group_size, group_size, bits)
+    if bits == 4:
+        return _pack_nibbles(packed, shape)
+    rows = unpack_codes(packed, bits).reshape(-1, group_size)
     if shape[0] == rows.shape[0]:
         return rows.contiguous()
     fields = _WORD if bits == 3 else 8 // bits
-    packed = torch.zeros(shape, dtype=torch.int32 if bits == 3 else torch.uint8)
+    out = torch.zeros(shape, dtype=torch.int32 if bits == 3 else torch.uint8)
     step = max(1, TILE // group_size)
     for k in range(fields):
         part = rows[k * shape[0] : (k + 1) * shape[0]]
         for start in range(0, part.shape[0], step):
-            tile = part[start : start + step].to(packed.dtype)
-            packed[start : start + tile.shape[0]] |= tile << (bits * (fields - 1 - k))
-    return packed
+            tile = part[start : start + step].to(out.dtype)
+            out[start : start + tile.shape[0]] |= tile << (bits * (fields - 1 - k))
+    return out
+
+
+def _pack_nibbles(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """W_q of codes of 4 bits, which need not be unpacked.
+
+    Two bytes of W_q hold two codes of the first half of all groups, which are one byte of ours, and two of the last.
+    """
+    out = torch.empty(shape, dtype=torch.uint8)
+    first, last = packed.reshape(2, -1)
+    words = out.view(-1).view(torch.int16)
+    for start in range(0, words.shape[0], TILE):
+        ours, theirs = first[start : start + TILE], last[start : start + TILE]
+        even, odd = (ours << 4) | (theirs & 0x0F), (ours & 0xF0) | (theirs >> 4)
+        torch.add(even.to(torch.int16), odd.to(torch.int16), alpha=256, out=words[start : start + TILE])
+    return out
 
 
 def unpack_groups(packed: Tensor, shape: tuple[int, int], bits: int) -> Tensor:

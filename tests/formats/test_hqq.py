@@ -14,8 +14,8 @@ from qalora.testing import random_tensor
 def test_packing_is_hqqs(bits: int, group_size: int) -> None:
     quantizer = pytest.importorskip("hqq.core.quantize", reason="pip install 'qalora[hqq]'").Quantizer
 
-    codes = random_tensor(12, 128, bits=bits, group_size=group_size).codes()
-    packed = pack_groups(codes, group_size, bits)
+    tensor = random_tensor(12, 128, bits=bits, group_size=group_size)
+    codes, packed = tensor.codes(), pack_groups(tensor.packed, group_size, bits)
     theirs = quantizer.pack[PACKINGS[bits]](codes.reshape(-1, group_size))
     assert torch.equal(packed, theirs) and packed.dtype == theirs.dtype
     unpacked = quantizer.unpack[PACKINGS[bits]](packed)[: 12 * 128 // group_size]
@@ -48,7 +48,7 @@ def test_extremes_come_back() -> None:
 
 def test_what_fills_no_bytes_is_refused() -> None:
     with pytest.raises(InputError, match="groups: expected a multiple of 4 at 2 bits, got 3"):
-        pack_groups(torch.zeros(3, 32, dtype=torch.uint8), 32, 2)
+        pack_groups(torch.zeros(3, 8, dtype=torch.uint8), 32, 2)
     with pytest.raises(FormatError, match="W_q: expected"):
         unpack_groups(torch.zeros(3, 32, dtype=torch.uint8), (4, 64), 4)
     with pytest.raises(FormatError, match="W_q: expected codes of 6 bits, got 64"):

@@ -11,12 +11,16 @@ from qalora.converters.decoded import decoded
 from qalora.converters.folder import write_folder
 from qalora.converters.hqq.planner import descriptors, is_quantized, parameter_type
 from qalora.converters.plan import Plan, Progress
+from qalora.converters.specs import narrowed
 from qalora.errors import InputError
 from qalora.formats.hqq import pack_groups, to_zeros
 from qalora.formats.safetensors import ShardedWriter
 from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros
 
 __all__ = ["write"]
+
+ENCODED = 1 << 20
+"""Weights whose scales and zero points are made before they are written, in the cache."""
 
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
@@ -36,19 +40,24 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
 
 def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec, tensor: GroupQuantTensor) -> None:
     module, dtype = module_of(lazy.name), parameter_type(spec)
-    scale, zero = tensor.scale, integer_zeros(tensor) if spec.zeros == "integer" else None
-    if zero is None:
-        if spec.zeros == "integer":
-            raise ValueError(f"{lazy.name}: its spec promises integer zeros, and it has none")
-        try:
-            scale, zero = to_zeros(tensor.scale, tensor.min)
-        except InputError as error:
-            raise InputError(f"hqq: {lazy.name}: {error}") from error
-    weights.write(f"{module}.W_q", pack_groups(tensor.codes(), spec.group_size, spec.bits))
-    for name, values in (("scale", scale), ("zero", zero)):
-        narrow = values.to(dtype)
-        if not bool((narrow.float() == values).all()):
-            raise ValueError(f"{lazy.name}: its spec promises a {name} that {dtype} holds, and it has others")
-        weights.write(f"{module}.{name}", narrow.reshape(-1, 1))
+    weights.write(f"{module}.W_q", pack_groups(tensor.packed, spec.group_size, spec.bits))
+    step = max(1, ENCODED // lazy.shape[1])
+    for start in range(0, lazy.shape[0], step):
+        scale, zero = _scale_and_zero(lazy.name, tensor.rows(start, start + step), spec)
+        for name, values in (("scale", scale), ("zero", zero)):
+            narrow = narrowed(f"{lazy.name}: {name}", values, dtype)
+            weights.write(f"{module}.{name}", narrow.reshape(-1, 1), start * tensor.groups)
     for name, value in descriptors(spec, lazy.shape).items():
         weights.write(f"{module}.{name}", value)
+
+
+def _scale_and_zero(name: str, rows: GroupQuantTensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    if spec.zeros == "integer":
+        zero = integer_zeros(rows)
+        if zero is None:
+            raise ValueError(f"{name}: its spec promises integer zeros, and it has none")
+        return rows.scale, zero.float()
+    try:
+        return to_zeros(rows.scale, rows.min)
+    except InputError as error:
+        raise InputError(f"hqq: {name}: {error}") from error
