@@ -13,6 +13,7 @@ from qalora.tensor import (
     holds_float16,
     integer_zeros,
     pack_codes,
+    same_bits,
     unpack_codes,
 )
 from qalora.testing import assert_same_tensor, random_tensor
@@ -139,6 +140,17 @@ def test_one_bad_value_among_many_is_seen(dtype: torch.dtype) -> None:
     for bad in ([torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf], [largest, largest, -torch.inf]):
         for at in (0, 1500, 2990):
             assert not all_finite(values.index_put((torch.arange(at, at + len(bad)),), torch.tensor(bad, dtype=dtype)))
+
+
+def test_the_same_bits_are_the_same_type_shape_and_bytes() -> None:
+    values = torch.randn(1 << 11, 1 << 10).half()  # more than a tile
+    assert same_bits(values, values.clone()) and same_bits(values[:, ::2], values[:, ::2].contiguous())
+    other = values.clone()
+    other[-1, -1] += 1
+    assert not same_bits(values, other)
+    assert not same_bits(values, values.view(torch.int16)) and not same_bits(values, values.reshape(-1))
+    assert same_bits(torch.tensor(torch.nan), torch.tensor(torch.nan))
+    assert not same_bits(torch.tensor(0.0), torch.tensor(-0.0))
 
 
 def test_differences_are_collected() -> None:

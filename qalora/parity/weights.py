@@ -25,6 +25,9 @@ from qalora.tensor import GroupQuantTensor
 
 __all__ = ["TensorDifference", "WeightMetrics", "compare_tensors", "compare_weights", "ulp"]
 
+TILE_BYTES = 8 << 20
+"""Of the rows that are compared at a time, as float32, where a tensor comes by rows: both sides have them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightMetrics:
@@ -134,7 +137,7 @@ def _read_both(
 ) -> Iterator[tuple[int, Tensor | GroupQuantTensor, Tensor | GroupQuantTensor]]:
     """(first row, artefact's rows, reference's), at once or by tiles; both are read at the same time."""
     count = theirs.shape[0] if theirs.shape else 1
-    step = max(1, count) if whole else theirs.tile_rows()
+    step = max(1, count) if whole else theirs.tile_rows(TILE_BYTES)
     for start in range(0, count, step):
         stop = min(start + step, count)
         other = reader.submit(theirs.rows, start, stop)
