@@ -53,15 +53,15 @@ def compare_once(source: Path, target: str, out: Path) -> Times:
     from qalora.parity.artifacts import open_artifact, recognize
     from qalora.parity.weights import WeightMetrics, compare_weights
 
-    found: list[WeightMetrics] = []
+    metrics: list[WeightMetrics] = []
 
     def compare() -> None:
         for artifact in recognize([out / target]):
             residual = artifact.layout.residual
-            found.append(compare_weights(open_artifact(artifact), load(source), residual=residual))
+            metrics.append(compare_weights(open_artifact(artifact), load(source), residual=residual))
 
     times = timed(compare)
-    for one in found:
+    for one in metrics:
         if one.different or one.missing or one.shapes:
             raise SystemExit(f"{target}: the weights differ: {one.total}")
     return times
@@ -112,23 +112,23 @@ def read(*folders: Path) -> None:
 
 def measure(source: Path, target: str, work: Path, runs: int) -> dict[str, Times]:
     """Medians over the runs of each kind of work, in turn; the largest peak; bytes."""
-    found: dict[str, list[Times]] = {}
-    out, copied, size = work / "out", work / "copied", 0
+    times: dict[str, list[Times]] = {}
+    out, twin, size = work / "out", work / "twin", 0
     for _ in range(runs):
         os.sync()
         jobs: Mapping[str, Callable[[], Times]] = {
             "export": lambda: in_child("export", source, target, out),
-            "copy": lambda: timed(lambda: copy(out, copied)),
-            "disk": lambda: timed(lambda: bring_to_disk(copied)),
+            "copy": lambda: timed(lambda: copy(out, twin)),
+            "disk": lambda: timed(lambda: bring_to_disk(twin)),
             "compare": lambda: in_child("compare", source, target, out),
             "read": lambda: timed(lambda: read(source, out)),
         }
         for name, job in jobs.items():
-            found.setdefault(name, []).append(job())
+            times.setdefault(name, []).append(job())
         size = sum(path.stat().st_size for path in files_in(out))
         shutil.rmtree(out)
-        shutil.rmtree(copied)
-    medians = {name: _medians(times) for name, times in found.items()}
+        shutil.rmtree(twin)
+    medians = {name: _medians(several) for name, several in times.items()}
     return {**medians, "bytes": {"n": float(size)}}
 
 
@@ -157,20 +157,20 @@ def print_exports(rows: Mapping[str, Mapping[str, Times]]) -> None:
     print(f"{'export':8} {'GB':>5} {'s':>6} {'copy s':>7} {'ratio':>6} {'on disk':>8} {'ratio':>6}", end="")
     print(f" {'cpu s':>6} {'copy':>6} {'ratio':>6} {'peak MB':>8}")
     for target, row in rows.items():
-        made, plain = row["export"], row["copy"]
-        synced = plain["s"] + row["disk"]["s"]
-        print(f"{target:8} {row['bytes']['n'] / 1e9:5.2f} {made['s']:6.2f} {plain['s']:7.2f}", end="")
-        print(f" {made['s'] / plain['s']:6.2f} {synced:8.2f} {made['s'] / synced:6.2f}", end="")
-        print(f" {made['cpu']:6.2f} {plain['cpu']:6.2f} {made['cpu'] / plain['cpu']:6.2f} {made['peak'] / 1e6:8.0f}")
+        own, plain = row["export"], row["copy"]
+        durable = plain["s"] + row["disk"]["s"]
+        print(f"{target:8} {row['bytes']['n'] / 1e9:5.2f} {own['s']:6.2f} {plain['s']:7.2f}", end="")
+        print(f" {own['s'] / plain['s']:6.2f} {durable:8.2f} {own['s'] / durable:6.2f}", end="")
+        print(f" {own['cpu']:6.2f} {plain['cpu']:6.2f} {own['cpu'] / plain['cpu']:6.2f} {own['peak'] / 1e6:8.0f}")
 
 
 def print_comparisons(rows: Mapping[str, Mapping[str, Times]]) -> None:
     """The table of comparisons, beside plain reading of both sides."""
     print(f"{'weights':8} {'s':>6} {'read s':>7} {'ratio':>6} {'cpu s':>6} {'read':>6} {'ratio':>6} {'peak MB':>8}")
     for target, row in rows.items():
-        made, plain = row["compare"], row["read"]
-        print(f"{target:8} {made['s']:6.2f} {plain['s']:7.2f} {made['s'] / plain['s']:6.2f}", end="")
-        print(f" {made['cpu']:6.2f} {plain['cpu']:6.2f} {made['cpu'] / plain['cpu']:6.2f} {made['peak'] / 1e6:8.0f}")
+        own, plain = row["compare"], row["read"]
+        print(f"{target:8} {own['s']:6.2f} {plain['s']:7.2f} {own['s'] / plain['s']:6.2f}", end="")
+        print(f" {own['cpu']:6.2f} {plain['cpu']:6.2f} {own['cpu'] / plain['cpu']:6.2f} {own['peak'] / 1e6:8.0f}")
 
 
 def main() -> None:
