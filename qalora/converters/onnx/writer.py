@@ -1,4 +1,4 @@
-"""Write the graphs and their data, a layer at a time."""
+"""Write the graphs and their data, a layer at a time: while one is read, those before it are encoded and written."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from qalora.converters.decoder import decoder_of
 from qalora.converters.ends import GENERATION, write_generation
 from qalora.converters.onnx.carriers import encode
 from qalora.converters.onnx.decoder import rotary_tables
-from qalora.converters.onnx.order import order_of
+from qalora.converters.onnx.order import ORDER, order_of
 from qalora.converters.onnx.planner import GRAPH, OnnxPlan
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.files import OutputFile
 from qalora.formats.onnx import Initializer
 from qalora.formats.output import write_json
+from qalora.formats.workers import Workers
+from qalora.tensor import GroupQuantTensor
 
 __all__ = ["write"]
 
@@ -41,15 +43,18 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         write_json(place / "genai_config.json", graph.genai)
         (place / GRAPH).write_bytes(graph.proto.SerializeToString(deterministic=True))
     decoder = decoder_of(model.config, model.path)
-    with _Data(folder / plan.file, plan) as file:
-        for name, lazy in model.tensors.items():
-            before = file.done
-            if name in plan.coded:
-                _write_quantized(file, lazy)
+    with _Data(folder / plan.file, plan) as file, Workers() as workers:
+        for row in plan.tensors:
+            lazy = model.tensors[row.name]
+            if row.name in plan.coded:
+                workers.do(_write_quantized, file, lazy, lazy.load_quantized())
+            elif row.name in model.linears:
+                workers.do(_write_float, file, row.name, 0, lazy.load_float().T, 0.0)
             else:
-                offset = 1.0 if decoder.family.adds_one(name) else 0.0
-                _write_float(file, lazy, transposed=name in model.linears, offset=offset)
-            progress(name, file.done - before)
+                offset = 1.0 if decoder.family.adds_one(row.name) else 0.0
+                for start, tile in lazy.float_tiles():
+                    workers.do(_write_float, file, row.name, start, tile, offset)
+            progress(row.name, row.nbytes)
         for name, table in rotary_tables(decoder, model.path):
             file.write(name, table)
 
@@ -58,7 +63,6 @@ class _Data:
     """A data file that is filled by the initializers' names."""
 
     def __init__(self, path: Path, plan: OnnxPlan) -> None:
-        self.done = 0
         self._items = plan.data
         self._file = OutputFile(path, plan.size)
 
@@ -70,7 +74,7 @@ class _Data:
         """Write an initializer, or its rows from `row` on."""
         item = self._items[name]
         start = row * (item.nbytes // item.shape[0]) if row else 0
-        self.done += self._file.write(item.offset + start, data)
+        self._file.write(item.offset + start, data)
 
     def __enter__(self) -> _Data:
         self._file.__enter__()
@@ -93,18 +97,16 @@ def _gaps(items: Iterable[Initializer]) -> list[tuple[int, int]]:
     return found
 
 
-def _write_quantized(file: _Data, lazy: LazyTensor) -> None:
+def _write_quantized(file: _Data, lazy: LazyTensor, tensor: GroupQuantTensor) -> None:
     if lazy.spec is None:
         raise TypeError(f"{lazy.name} has no spec")
-    tensor, module = lazy.load_quantized(), module_of(lazy.name)
+    module = module_of(lazy.name)
     for name, data in encode(module, tensor, lazy.spec).items():
         file.write(name, data)
-    if file.has(f"{module}.order"):
-        file.write(f"{module}.order", order_of(module, tensor))
+    if file.has(f"{module}{ORDER}"):
+        file.write(f"{module}{ORDER}", order_of(module, tensor))
 
 
-def _write_float(file: _Data, lazy: LazyTensor, *, transposed: bool, offset: float) -> None:
-    tiles = [(0, lazy.load_float().T)] if transposed else lazy.float_tiles()
-    for row, tile in tiles:
-        wide = tile.float().contiguous()
-        file.write(lazy.name, wide + offset if offset else wide, row)
+def _write_float(file: _Data, name: str, row: int, tile: Tensor, offset: float) -> None:
+    wide = tile.float().contiguous()
+    file.write(name, wide + offset if offset else wide, row)
