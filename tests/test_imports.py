@@ -22,7 +22,7 @@ FLOORS = [
     {"folding", "adapter", "quantization", "residual", "checkpoint"},
     {"formats"},
     {"fused"},
-    {"tensor"},
+    {"devices", "tensor"},
     {"options"},
     {"errors", "_version"},
 ]

@@ -49,8 +49,9 @@ def command(model: str, checkpoint_format: str | None, dry_run: bool, as_json: b
     the first documents and what is learned of them, and writes nothing. After Ctrl-C, continue with --resume.
     """
     from qalora.converters import load
+    from qalora.devices import find_device
     from qalora.training import check_before, train
-    from qalora.training.compute import find_device, slowness
+    from qalora.training.compute import slowness
     from qalora.training.distributed import joined
 
     with joined(settings["device"] or "auto") as processes, _one_voice(processes):

@@ -25,7 +25,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qalora.errors import InputError, shown
 
-__all__ = ["Option", "Options", "fields_of", "option", "parse_size", "plain", "readable", "split"]
+__all__ = [
+    "Option",
+    "Options",
+    "device_option",
+    "fields_of",
+    "option",
+    "parse_size",
+    "plain",
+    "readable",
+    "split",
+]
 
 Place = Literal["", "input", "output", "hub"]
 _NAMES: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
@@ -212,6 +222,11 @@ def option(
     """A field with what `Option` says of it."""
     metadata = {key: value for key, value in locals().items() if key != "default"}
     return dataclasses.field(default=default, metadata={"option": metadata})
+
+
+def device_option(what: str, default: str = "cpu", *, devices: str = "cpu, cuda or mps", **rest: Any) -> Any:
+    """Where something is computed, as `qalora.devices.find_device` takes it."""
+    return option(default, f"{what}: {devices}. auto: cuda if there is one.", **rest)
 
 
 _KNOWN: dict[type, tuple[Option, ...]] = {}

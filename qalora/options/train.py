@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qalora.errors import InputError
-from qalora.options.fields import Options, option
+from qalora.options.fields import Options, device_option, option
 from qalora.options.words import Convention, Minima
 
 __all__ = ["TrainOptions"]
@@ -62,7 +62,7 @@ class TrainOptions(Options):
         example="q_proj",
     )
     seed: int = option(0, "Seed of the adapter's initialisation and the order of the data.", low=0, high=SEEDS)
-    device: str = option("auto", "Device to compute on: cpu or cuda. auto: cuda if there is one.")
+    device: str = device_option("Device to compute on", "auto", devices="cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "float32", "Data type of the matrix products. auto: bfloat16 if the device is faster with it."
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qalora.adapter import ADAPTER_FILES
+from qalora.devices import find_device
 from qalora.formats.output import check_output
 from qalora.options.train import TrainOptions
-from qalora.training.compute import find_device
 from qalora.training.data import check_data
 from qalora.training.state import check_state
 

@@ -1,32 +1,15 @@
-"""Where a run computes, and in what numbers.
+"""In what numbers a run computes.
 
-`auto` takes the GPU that torch has, else the CPU; and bfloat16 where the device has instructions for it: AMX or
-AVX512-BF16 on a CPU, whatever CUDA says of a GPU. A CPU without them multiplies bfloat16 more slowly than float32: on
-one with AVX2 alone, which has no fast way around, 70 times.
+`auto` takes bfloat16 where the device has instructions for it: AMX or AVX512-BF16 on a CPU, whatever CUDA says of a
+GPU. A CPU without them multiplies bfloat16 more slowly than float32: on one with AVX2 alone, which has no fast way
+around, 70 times.
 """
 
 from __future__ import annotations
 
 import torch
 
-from qalora.errors import InputError
-
-__all__ = ["dtype_of", "find_device", "slowness"]
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name, or for "auto" the best there is; InputError for one that torch does not have here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device, dtype=torch.float64)  # which minima are folded in
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            field="device", expected="a device that torch has here, with float64", got=f"{name!r} ({reason})"
-        ) from error
-    return device
+__all__ = ["dtype_of", "slowness"]
 
 
 def dtype_of(compute: str, device: torch.device) -> torch.dtype:

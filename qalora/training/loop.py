@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from qalora.adapter import ADAPTER_FILES, Adapter, AdapterLayer, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
+from qalora.devices import find_device
 from qalora.errors import DivergedError, InputError, OutputError, shown
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_apart, check_writable, new_folder, write_json
 from qalora.options.train import TrainOptions
 from qalora.training.checks import check_before
-from qalora.training.compute import dtype_of, find_device
+from qalora.training.compute import dtype_of
 from qalora.training.data import Blocks, training_blocks
 from qalora.training.distributed import ALONE, Processes, joined
 from qalora.training.documents import Account

@@ -17,12 +17,12 @@ from qalora.adapter import read_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.torch_module import build
+from qalora.devices import find_device
 from qalora.errors import FormatError, InputError, OutputError
 from qalora.formats.safetensors import read_header
 from qalora.quantization import quantize
 from qalora.testing import random_tensor
 from qalora.training import StepReport, TrainOptions, train
-from qalora.training.compute import find_device
 from qalora.training.fast import refresh
 from qalora.training.loop import _data, _order, _Run, _targets
 from qalora.training.state import State
