@@ -141,6 +141,7 @@ def quantize(
     budget: float | None = None,
     widths: Sequence[int] = (),
     requantize: bool = False,
+    device: str = "cpu",
     progress: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Quantize a float model, lazily.
@@ -156,6 +157,7 @@ def quantize(
     budget       mean bits per weight at most, scales and minima included
     widths       the widths that "auto" chooses from
     requantize   quantize a model that holds integers already
+    device       where it is computed, a layer at a time: "cpu", "cuda", "mps", or "auto"
     progress     called after each decoder layer, if inputs are computed
 
     Options are checked before the model is opened.

@@ -71,7 +71,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     run_bytes, run_codes = _RUN[bits]
-    out = torch.empty(codes.shape[0], packed_row_bytes(codes.shape[1], bits), dtype=torch.uint8)
+    out = torch.empty(codes.shape[0], packed_row_bytes(codes.shape[1], bits), dtype=torch.uint8, device=codes.device)
     for rows in _row_tiles(codes):
         wide = codes[rows].clone(memory_format=torch.contiguous_format).view(-1).view(_WIDE[run_codes])
         for shift, low, high in reversed(_halvings(bits)):
@@ -227,6 +227,14 @@ class GroupQuantTensor:
             index = self.g_idx.long()
             return self.scale[:, index] * self.codes() + self.min[:, index]
         return dequantize(self.packed, self.scale, self.min, self.bits)
+
+    def to(self, device: torch.device) -> GroupQuantTensor:
+        """The same on a device; the tensor itself where it is there already."""
+        if self.packed.device == device:
+            return self
+        index = None if self.g_idx is None else self.g_idx.to(device)
+        packed, scale, minimum = (part.to(device) for part in (self.packed, self.scale, self.min))
+        return replace(self, packed=packed, scale=scale, min=minimum, g_idx=index)
 
     def rows(self, start: int, stop: int) -> GroupQuantTensor:
         """Rows start..stop-1, sharing memory with this tensor."""

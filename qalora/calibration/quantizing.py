@@ -15,6 +15,7 @@ from qalora._version import __version__
 from qalora.calibration.streaming import LinearLayer, stream
 from qalora.calibration.tensor_file import TensorFile
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.devices import CPU
 from qalora.errors import InputError
 from qalora.formats.output import json_bytes
 from qalora.quantization.model import plan_specs
@@ -31,6 +32,7 @@ def quantize_calibrated(
     *,
     requantize: bool = False,
     keep: Path | None = None,
+    device: torch.device = CPU,
     tick: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """The model with its linear weights quantized, each on the inputs that the quantized layers before it give.
@@ -39,11 +41,12 @@ def quantize_calibrated(
     options  for all linear weights, or for each by name
     keep     a file for what comes out: a later call with the same model, windows and options goes on from the decoder
              layers that are whole there; None for a temporary file without a name
+    device   where the layers are computed and quantized, one at a time
     tick     called after each decoder layer
 
     All the work is done when the first linear weight is read; what comes out waits in the file. Raises
     InputError, before anything is read, as `qalora.quantization.quantize` does. Deterministic with the same number of
-    threads.
+    threads, on a CPU.
     """
     options_by_name = dict.fromkeys(model.linears, options) if isinstance(options, QuantizeOptions) else dict(options)
     specs = plan_specs(model, options_by_name, requantize=requantize)
@@ -51,8 +54,8 @@ def quantize_calibrated(
 
     def computed() -> TensorFile:
         if not file:
-            kept = TensorFile() if keep is None else TensorFile(keep, _key(model, windows, options_by_name))
-            file.append(_quantized(model, windows, options_by_name, tick, kept))
+            kept = TensorFile() if keep is None else TensorFile(keep, _key(model, windows, options_by_name, device))
+            file.append(_quantized(model, windows, options_by_name, device, tick, kept))
         return file[0]
 
     lazily = {name: _lazily(model.tensors[name], spec, computed) for name, spec in specs.items()}
@@ -63,6 +66,7 @@ def _quantized(
     model: Checkpoint,
     windows: Tensor,
     options: Mapping[str, QuantizeOptions],
+    device: torch.device,
     tick: Callable[[], None],
     file: TensorFile,
 ) -> TensorFile:
@@ -74,19 +78,21 @@ def _quantized(
             tensor = quantize_weight(layer.weight, options[layer.name], layer.moments)
         except InputError as error:
             raise InputError(f"{layer.name}: {error}") from error
-        file.put(layer.name, tensor)
+        file.put(layer.name, tensor.to(CPU))
         return tensor.dequantize()
 
-    stream(model, windows, visit, tick, known)
+    stream(model, windows, visit, tick, known, device=device)
     return file
 
 
-def _key(model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions]) -> str:
+def _key(
+    model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions], device: torch.device
+) -> str:
     """A digest of all that the codes depend on: the model's files by size and time, and the libraries' sums."""
     folder = model.path if model.path.is_dir() else model.path.parent
     files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
     parts = {
-        "versions": [__version__, torch.__version__, torch.get_num_threads()],
+        "versions": [__version__, torch.__version__, torch.get_num_threads(), device.type],
         "path": str(model.path.resolve()),
         "files": [[os.fsencode(name).hex(), stat.st_size, stat.st_mtime_ns] for name, stat in files],
         "config": model.config,

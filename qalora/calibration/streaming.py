@@ -5,6 +5,9 @@ make a stage (q, k and v; o; gate and up; down); for each stage the second momen
 windows, the visitor replaces the weights, and the next stage sees what they do. Then the windows go through the changed
 layer and its weights are let go. So memory is bounded by a decoder layer, the embedding, the windows' activations, and
 square matrices of the widest layer's inputs: moments in float32 here, and what the visitor makes of them.
+
+On a device other than the CPU there is one decoder layer at a time, and one window; the embedding, and the activations
+between layers, stay on the CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.nn import functional
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.torch_module import build
+from qalora.devices import CPU
 from qalora.tensor import check_finite
 
 __all__ = ["LinearLayer", "Visitor", "stream"]
@@ -30,7 +34,7 @@ class LinearLayer:
     """A linear layer, and the moments of its input in the model as changed so far.
 
     name    of its weight
-    weight  float32 [out, in], as the model has it
+    weight  float32 [out, in], as the model has it; it and the moments are on the device of `stream`
     moments float32 [in, in], mean(x x^T) over every token of the windows, x the layer's input
     """
 
@@ -40,15 +44,18 @@ class LinearLayer:
 
 
 Visitor = Callable[[LinearLayer], Tensor | None]
-"""Gives the weight that takes the old one's place, float32 [out, in]; None leaves it."""
+"""Gives the weight that takes the old one's place, float32 [out, in], on the same device; None leaves it."""
 
 
 class _Streamed(nn.Module):
     """A linear layer whose weight comes and goes."""
 
+    bias: Tensor | None
+
     def __init__(self, source: LazyTensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.source, self.bias = source, bias
+        self.source = source
+        self.register_buffer("bias", bias)  # which goes where its layer goes
         self.in_features, self.out_features = source.shape[1], source.shape[0]
         self.loaded: Tensor | None = None
         self.watch: Callable[[Tensor], None] | None = None
@@ -75,6 +82,8 @@ def stream(
     visitor: Visitor,
     tick: Callable[[], None] = lambda: None,
     known: Callable[[str], Tensor | None] = lambda name: None,
+    *,
+    device: torch.device = CPU,
 ) -> None:
     """Visit the decoder's linear layers in the order of computation.
 
@@ -82,6 +91,7 @@ def stream(
     tick     called after each decoder layer
     known    gives the changed weight of a name where it is there already: a decoder layer whose weights are all known
              is computed and not visited
+    device   where the layers are computed
 
     Raises NotFiniteError, an InputError, where the inputs of a layer are no numbers.
     """
@@ -90,23 +100,25 @@ def stream(
     layers: Sequence[nn.Module] = module.model.layers
     hidden, settings = _entry(module, layers, windows)
     for n, layer in enumerate(layers):
-        inside = [part for part in layer.modules() if isinstance(part, _Streamed)]
+        inside = [part for part in layer.to(device).modules() if isinstance(part, _Streamed)]
         changed_before = [known(names[part]) for part in inside]
         visited = any(weight is None for weight in changed_before)
         for part, weight in zip(inside, changed_before, strict=True):
-            part.loaded = part.source.load_float().float() if visited else weight
+            loaded = part.source.load_float().float() if visited or weight is None else weight
+            part.loaded = loaded.to(device)
+        beside = _moved(settings[n], device)
 
-        def run(x: Tensor, layer: nn.Module = layer, n: int = n) -> Tensor:
-            output: Tensor | tuple[Tensor, ...] = layer(x, **settings[n])
+        def run(x: Tensor, layer: nn.Module = layer, beside: dict[str, Any] = beside) -> Tensor:
+            output: Tensor | tuple[Tensor, ...] = layer(x.to(device), **beside)
             return output[0] if isinstance(output, tuple) else output
 
         for stage in _stages(inside, run, hidden[0]) if visited else ():
-            moments = _moments(stage[0], run, hidden)
+            moments = _moments(stage[0], run, hidden, device)
             check_finite(f"the inputs of {names[stage[0]]}", moments)
             for part in stage:
                 changed = visitor(LinearLayer(name=names[part], weight=part.weight, moments=moments))
                 part.loaded = part.loaded if changed is None else changed
-        hidden = [run(x) for x in hidden]
+        hidden = [run(x).to(CPU) for x in hidden]
         for part in inside:
             part.loaded = None
         tick()
@@ -157,9 +169,11 @@ def _stages(parts: Sequence[_Streamed], run: Callable[[Tensor], Tensor], x: Tens
     return iter([stage for _, stage in stages])
 
 
-def _moments(part: _Streamed, run: Callable[[Tensor], Tensor], hidden: Sequence[Tensor]) -> Tensor:
+def _moments(
+    part: _Streamed, run: Callable[[Tensor], Tensor], hidden: Sequence[Tensor], device: torch.device
+) -> Tensor:
     """mean(x x^T) of a layer's input over all windows; what comes after it is not computed."""
-    total = torch.zeros(part.in_features, part.in_features)
+    total = torch.zeros(part.in_features, part.in_features, device=device)
     count = 0
 
     def add(x: Tensor) -> None:
@@ -176,6 +190,15 @@ def _moments(part: _Streamed, run: Callable[[Tensor], Tensor], hidden: Sequence[
             except _Reached:
                 continue
     return total.div_(count)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """What a layer is given beside, with its tensors on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(one, device) for key, one in value.items()}
+    return type(value)(_moved(one, device) for one in value) if type(value) in (tuple, list) else value
 
 
 @contextmanager

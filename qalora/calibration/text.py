@@ -14,6 +14,7 @@ from qalora.calibration.quantizing import quantize_calibrated
 from qalora.calibration.widths import WIDTHS, choose_widths
 from qalora.checkpoint import Checkpoint
 from qalora.converters.first_tokens import first_tokens
+from qalora.devices import CPU
 from qalora.errors import InputError, about
 from qalora.quantization.model import plan_specs
 from qalora.quantization.options import QuantizeOptions
@@ -75,12 +76,14 @@ def quantize_on_text(
     widths: Sequence[int] = WIDTHS,
     requantize: bool = False,
     keep: Path | None = None,
+    device: torch.device = CPU,
     tick: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """The model with its linear weights quantized on the inputs that its layers see on a text.
 
     budget  None for options.bits everywhere; else bits per weight at most, the width of each layer one of `widths`
     keep    as in `quantize_calibrated`
+    device  where the layers are computed and quantized, one at a time
     tick    called after each decoder layer, of both rounds where widths are chosen
 
     The widths are chosen here and now; the rest is done when the first weight is read: see `quantize_calibrated`.
@@ -91,10 +94,13 @@ def quantize_on_text(
     notes = (*model.notes, *account.note_lines())
     if budget is None:
         return replace(
-            quantize_calibrated(model, windows, options, requantize=requantize, keep=keep, tick=tick), notes=notes
+            quantize_calibrated(model, windows, options, requantize=requantize, keep=keep, device=device, tick=tick),
+            notes=notes,
         )
-    choice = choose_widths(model, windows, options, budget, widths=widths, tick=tick)
+    choice = choose_widths(model, windows, options, budget, widths=widths, device=device, tick=tick)
     counts = sorted(Counter(each.bits for each in choice.options.values()).items())
     layer_counts = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts)
-    quantized = quantize_calibrated(model, windows, choice.options, requantize=requantize, keep=keep, tick=tick)
+    quantized = quantize_calibrated(
+        model, windows, choice.options, requantize=requantize, keep=keep, device=device, tick=tick
+    )
     return replace(quantized, notes=(*notes, f"{layer_counts}: {choice.bits_per_weight:.4g} bits per weight"))

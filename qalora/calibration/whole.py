@@ -9,6 +9,7 @@ from typing import Any
 from qalora.calibration.text import Calibration, quantize_on_text
 from qalora.calibration.widths import WIDTHS
 from qalora.checkpoint import Checkpoint
+from qalora.devices import find_device
 from qalora.errors import about
 from qalora.options import fields_of
 from qalora.options.quantize import Quantize, RoundingOptions
@@ -20,7 +21,10 @@ __all__ = ["check_quantize", "quantize_model"]
 
 
 def check_quantize(options: Quantize) -> None:
-    """InputError for a calibration text that is neither here nor of the Hub, before any model is opened."""
+    """InputError for a device that torch does not have here, and for a calibration text that is neither here nor of the
+    Hub, before any model is opened.
+    """
+    find_device(options.device, float64=False)
     if options.calibration is not None:
         with about("calibration"):
             check_data(options.calibration)
@@ -37,9 +41,10 @@ def quantize_model(
     shared: dict[str, Any] = {one.name: getattr(options, one.name) for one in fields_of(RoundingOptions)}
     shared |= {} if options.bits == "auto" else {"bits": options.bits}
     layer = QuantizeOptions(**shared)
+    device = find_device(options.device, float64=False)
     if options.calibration is None:
         settings = {one.name: getattr(layer, one.name) for one in fields_of(QuantizeOptions)}
-        return quantize(model, requantize=options.requantize, **settings)
+        return quantize(model, requantize=options.requantize, device=device, **settings)
     return quantize_on_text(
         model,
         Calibration(data=options.calibration, tokens=options.calibration_tokens, length=options.calibration_length),
@@ -48,5 +53,6 @@ def quantize_model(
         widths=sorted(options.widths) or WIDTHS,
         requantize=options.requantize,
         keep=keep,
+        device=device,
         tick=tick,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qalora.calibration.streaming import LinearLayer, stream
 from qalora.checkpoint import Checkpoint
+from qalora.devices import CPU, double
 from qalora.errors import InputError, shown
 from qalora.quantization.allocation import allocate
 from qalora.quantization.gptq import output_error
@@ -43,12 +44,14 @@ def choose_widths(
     budget: float,
     *,
     widths: Sequence[int] = WIDTHS,
+    device: torch.device = CPU,
     tick: Callable[[], None] = lambda: None,
 ) -> Widths:
     """The widths with the least sum of errors whose bits per weight are at most `budget`.
 
     windows  int64 [windows, tokens], see `calibration_windows`
     options  all but `bits`
+    device   where the layers are computed and quantized, one at a time
 
     Raises InputError for a budget that the narrowest widths exceed, and for widths that are none.
     """
@@ -67,14 +70,14 @@ def choose_widths(
     quick = {bits: replace(each, method="hqq", fit_minima=False) for bits, each in options_by_width.items()}
 
     def visit(layer: LinearLayer) -> None:
-        moments = layer.moments.double()  # once, for all widths
+        moments = double(layer.moments)  # once, for all widths
         whole = max(output_error(layer.weight, torch.zeros(()), moments), 1e-30)
         tensors = {bits: quantize_weight(layer.weight, each, layer.moments) for bits, each in quick.items()}
         errors[layer.name] = {
             bits: output_error(layer.weight, tensor.dequantize(), moments) / whole for bits, tensor in tensors.items()
         }
 
-    stream(model, windows, visit, tick)
+    stream(model, windows, visit, tick, device=device)
     allocation = allocate(sizes, errors, math.floor(budget * weights))
     size = sum(sizes[name][bits] for name, bits in allocation.items())
     return Widths(

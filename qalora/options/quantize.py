@@ -7,7 +7,7 @@ from typing import Literal
 
 from qalora.errors import InputError
 from qalora.options.export import shard_size
-from qalora.options.fields import Options, fields_of, option
+from qalora.options.fields import Options, device_option, fields_of, option
 from qalora.options.words import BITS, Zeros
 
 __all__ = ["Quantize", "RoundingOptions"]
@@ -75,6 +75,7 @@ class Quantize(RoundingOptions):
         metavar="BITS",
     )
     requantize: bool = option(False, "Quantize a model that holds integers already.")
+    device: str = device_option("Device to compute on")
     widths: tuple[int, ...] = option(
         (), "With `bits` auto: a width to choose from.", known=lambda: BITS, metavar="BITS", example=4, expert=True
     )

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qalora.devices import double
 from qalora.errors import InputError
 from qalora.quantization.grid import Grid, Search, search, zero_points
 from qalora.quantization.minima import pooled_covariance, round_with_feedback
@@ -49,7 +50,7 @@ class GptqOptions:
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """float64 [in, in]: H with a share of its mean diagonal added, positive definite even where an input is dead."""
-    matrix = hessian.to(torch.float64, copy=True)
+    matrix = double(hessian, copy=True)
     mean = float(matrix.diagonal().mean())
     matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
     return matrix
@@ -57,8 +58,8 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 def output_error(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
     """mean over inputs of |(W - V) x|^2, summed over the rows."""
-    left = (weight.float() - other.float()).double()
-    return float(((left @ hessian.double()) * left).sum())
+    left = double(weight.float() - other.float())
+    return float(((left @ double(hessian)) * left).sum())
 
 
 def gptq_tensor(
@@ -70,7 +71,8 @@ def gptq_tensor(
     zeros: Zeros = "real",
     options: GptqOptions | None = None,
 ) -> GroupQuantTensor:
-    """Quantize a float weight [out, in] given H [in, in]; computed in float32, its factor in float64.
+    """Quantize a float weight [out, in] given H [in, in]; computed on the weight's device in float32, its
+    factor in float64.
 
     Raises InputError as `search_tensor` does.
     """
@@ -79,14 +81,18 @@ def gptq_tensor(
     columns = w.shape[1]
     check_group_size(columns, group_size)
     h = damped(hessian, settings.damping)
-    moments = h.diagonal().float()
-    damped_hessian = h.float() if settings.passes else None
-    order = torch.argsort(h.diagonal(), descending=True, stable=True) if settings.act_order else torch.arange(columns)
+    moments = h.diagonal().float().to(w.device)
+    damped_hessian = h.float().to(w.device) if settings.passes else None
+    order = (
+        torch.argsort(h.diagonal(), descending=True, stable=True)
+        if settings.act_order
+        else torch.arange(columns, device=h.device)
+    )
     if settings.act_order:
         h = h[order]
         h = h[:, order]  # in two statements, so that no third matrix is held
     try:
-        factor = _factor(h)
+        factor = _factor(h).to(w.device)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError(
             "the moments of the layer's inputs",
@@ -121,13 +127,14 @@ class _Columns:
         self, w: Tensor, factor: Tensor, order: Tensor, group_size: int, top: int, zeros: Zeros, grids: Search
     ) -> None:
         out, columns = w.shape
-        self._left = w.t()[order].contiguous()
-        self._factor, self._order, self._size, self._top, self._zeros = factor, order, group_size, top, zeros
+        self._left = w.t()[order.to(w.device)].contiguous()
+        self._order = order.cpu().tolist()  # a column asks for its place, and must not wait for the device
+        self._factor, self._size, self._top, self._zeros = factor, group_size, top, zeros
         self._search = grids
         groups = columns // group_size
-        self.grid = Grid(scale=torch.zeros(out, groups), min=torch.zeros(out, groups))
-        self.codes = torch.empty(columns, out)
-        self._static = bool((order != torch.arange(columns)).any())
+        self.grid = Grid(scale=w.new_zeros(out, groups), min=w.new_zeros(out, groups))
+        self.codes = w.new_empty(columns, out)
+        self._static = self._order != list(range(columns))
 
     def all(self) -> None:
         columns, size = self._left.shape[0], self._size
@@ -139,7 +146,7 @@ class _Columns:
 
     def _column(self, i: int, stop: int) -> Tensor:
         """Choose the codes of column i, correct columns i+1 .. stop-1; gives the error, over U[i, i]."""
-        at = int(self._order[i])
+        at = self._order[i]
         group = at // self._size
         if not self._static and i % self._size == 0:
             self._begin(i, group)
@@ -211,13 +218,14 @@ def _fitted(w: Tensor, codes: Tensor, grid: Grid, h: Tensor, top: int, zeros: Ze
         normal, right = _normal(steps[rows], w[rows] @ h, h, size, pooled)
         solution = torch.linalg.solve(normal, right)
         good = torch.isfinite(solution).all(dim=1) & ((solution[:, :groups] > 0) & (solution[:, :groups] < 6e4)).all(1)
-        new = to_float16(torch.where(good[:, None], solution[:, :groups].float(), scale[rows]))
+        good, scales = good.to(w.device), solution[:, :groups].float().to(w.device)
+        new = to_float16(torch.where(good[:, None], scales, scale[rows]))
         scale[rows], minimum[rows] = new, -new * zero[rows]
         if pooled is not None:
             # the best minima for the scales as they were rounded, the rounding of each pushed onto the next
-            rest = right[:, groups:] - torch.einsum("ogk,ok->og", normal[:, groups:, :groups], new.double())
-            exact = torch.linalg.solve(pooled, rest.t()).t() - new.double() * zero[rows]
-            minimum[rows] = round_with_feedback(exact, pooled)
+            rest = right[:, groups:] - torch.einsum("ogk,ok->og", normal[:, groups:, :groups], double(new))
+            exact = torch.linalg.solve(pooled, rest.t()).t() - double(new) * double(zero[rows])
+            minimum[rows] = round_with_feedback(exact, pooled).to(w.device)
     return _better_rows(w, codes, Grid(scale=scale, min=minimum), grid, h)
 
 
@@ -227,7 +235,7 @@ def _normal(steps: Tensor, target: Tensor, h: Tensor, size: int, pooled: Tensor 
     """
     groups = steps.shape[1] // size
     count = groups * (1 if pooled is None else 2)
-    normal = torch.empty(steps.shape[0], count, count)
+    normal = steps.new_empty(steps.shape[0], count, count)
     for g in range(groups):
         within = slice(g * size, (g + 1) * size)
         mixed = steps[:, within] @ h[within]
@@ -235,12 +243,12 @@ def _normal(steps: Tensor, target: Tensor, h: Tensor, size: int, pooled: Tensor 
         if pooled is not None:
             normal[:, g, groups:] = normal[:, groups:, g] = _pooled(mixed, size)
     right = [_pooled(target * steps, size)]
-    wide = normal.double()
+    wide = double(normal)
     if pooled is not None:
         wide[:, groups:, groups:] = pooled
         right.append(_pooled(target, size))
     wide.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12)
-    return wide, torch.cat(right, dim=1).double()
+    return wide, double(torch.cat(right, dim=1))
 
 
 def _better_rows(w: Tensor, codes: Tensor, new: Grid, old: Grid, h: Tensor) -> Grid:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qalora.quantization.rounding import Zeros, to_float16
+from qalora.quantization.rounding import Zeros, quotient, to_float16
 
 __all__ = ["Grid", "Search", "search", "zero_points"]
 
@@ -72,12 +72,12 @@ def zero_points(grid: Grid, top: int) -> Tensor:
 
 def _range(weight: Tensor, top: int, zeros: Zeros, low: float, high: float) -> Grid:
     if zeros == "symmetric":
-        scale = to_float16(2 * weight.abs().amax(dim=2) * min(low, high) / top)
+        scale = to_float16(quotient(2 * weight.abs().amax(dim=2) * min(low, high), top))
         return Grid(scale=scale, min=to_float16(-scale * (top // 2 + 1)))
     lo, hi = weight.amin(dim=2) * low, weight.amax(dim=2) * high
     if zeros == "integer":
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    scale = to_float16((hi - lo).clamp(min=0) / top)
+    scale = to_float16(quotient((hi - lo).clamp(min=0), top))
     if zeros == "real":
         return Grid(scale=scale, min=to_float16(torch.where(scale == 0, (lo + hi) / 2, lo)))
     zero = torch.round(-lo / torch.where(scale == 0, 1.0, scale)).clamp(0, top)

@@ -18,11 +18,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qalora.devices import double
 from qalora.errors import InputError
 from qalora.folding import FLOAT16_MAX
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["fit_minima", "pooled_covariance", "round_with_feedback"]
+__all__ = ["fit_minima", "next_float16", "pooled_covariance", "round_with_feedback"]
 
 RIDGE = 1e-4
 """Share of the pooled covariance's mean diagonal that is added to it."""
@@ -31,7 +32,7 @@ RIDGE = 1e-4
 def pooled_covariance(hessian: Tensor, group_size: int) -> Tensor:
     """P H P^T in float64 [groups, groups], of H [in, in]."""
     groups = hessian.shape[0] // group_size
-    return hessian.double().view(groups, group_size, groups, group_size).sum(dim=(1, 3))
+    return double(hessian).view(groups, group_size, groups, group_size).sum(dim=(1, 3))
 
 
 def fit_minima(tensor: GroupQuantTensor, weight: Tensor, hessian: Tensor, *, ridge: float = RIDGE) -> GroupQuantTensor:
@@ -42,13 +43,13 @@ def fit_minima(tensor: GroupQuantTensor, weight: Tensor, hessian: Tensor, *, rid
     The result's zero points are real numbers, its minima are float16 values; InputError where those do not reach.
     """
     size, out = tensor.group_size, tensor.shape[0]
-    left = weight.double() - tensor.dequantize().double()
-    pulled = (left @ hessian.double()).view(out, tensor.groups, size).sum(dim=2)
+    left = double(weight) - double(tensor.dequantize())
+    pulled = (left @ double(hessian)).view(out, tensor.groups, size).sum(dim=2)
     covariance = pooled_covariance(hessian, size)
     mean = float(covariance.diagonal().mean())
     covariance.diagonal().add_(ridge * mean if mean > 0 else 1.0)
     change = torch.linalg.solve(covariance, pulled.t()).t()
-    optimum = tensor.min.double() + change
+    optimum = double(tensor.min) + change
     if not bool((optimum.abs() <= FLOAT16_MAX).all()):
         raise InputError(
             "fitted minima",
@@ -56,7 +57,7 @@ def fit_minima(tensor: GroupQuantTensor, weight: Tensor, hessian: Tensor, *, rid
             got=f"{float(optimum.abs().max()):g}",
             todo="leave out `fit_minima`",
         )
-    return replace(tensor, min=round_with_feedback(optimum, covariance))
+    return replace(tensor, min=round_with_feedback(optimum, covariance).to(tensor.min.device))
 
 
 def round_with_feedback(values: Tensor, covariance: Tensor) -> Tensor:
@@ -83,5 +84,12 @@ def _neighbour(values: Tensor, *, up: bool) -> Tensor:
     """The float16 value at or next below (above) each float64 value, as float64."""
     near = values.to(torch.float16)
     beyond = near.double() > values if not up else near.double() < values
-    other = torch.nextafter(near, torch.full_like(near, torch.inf if up else -torch.inf))
-    return torch.where(beyond, other, near).double()
+    return torch.where(beyond, next_float16(near, up=up), near).double()
+
+
+def next_float16(values: Tensor, *, up: bool) -> Tensor:
+    """The float16 value next above (below) each finite one, by its bits: torch.nextafter is not on every device."""
+    signed = values.view(torch.int16)
+    step = torch.where((values < 0) == up, -1, 1).to(torch.int16)  # towards zero, or away from it
+    least = 1 if up else -0x7FFF
+    return torch.where(values == 0, least, signed + step).to(torch.int16).view(torch.float16)

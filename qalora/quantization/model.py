@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.devices import CPU
 from qalora.errors import InputError
 from qalora.quantization.options import QuantizeOptions, quantize_weight
 from qalora.tensor import GroupQuantTensor, QuantSpec
@@ -16,10 +17,13 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 __all__ = ["plan_specs", "quantize"]
 
 
-def quantize(model: Checkpoint, *, requantize: bool = False, **options: Any) -> Checkpoint:
+def quantize(model: Checkpoint, *, requantize: bool = False, device: torch.device = CPU, **options: Any) -> Checkpoint:
     """The model with its linear weights quantized; embedding, norms and output layer stay as they are.
 
-    options are those of `QuantizeOptions`. Raises InputError, before anything is read, for an option out of range, for
+    device   where it is computed, a tensor or some rows of it at a time; what is made lies on the CPU
+    options  those of `QuantizeOptions`
+
+    Raises InputError, before anything is read, for an option out of range, for
     one that needs the layers' inputs (see `qalora.calibration`), for a layer that the group size does not divide, and
     for a model that holds integers already unless `requantize` is set (rounding what was rounded before loses more).
     """
@@ -28,7 +32,7 @@ def quantize(model: Checkpoint, *, requantize: bool = False, **options: Any) -> 
         what = "fitted minima" if settings.fit_minima else settings.method
         raise InputError(f"{what} needs the layers' inputs", todo="give a text: `calibration`")
     specs = plan_specs(model, dict.fromkeys(model.linears, settings), requantize=requantize)
-    lazily = {name: _lazily(model.tensors[name], settings, spec) for name, spec in specs.items()}
+    lazily = {name: _lazily(model.tensors[name], settings, spec, device) for name, spec in specs.items()}
     return replace(model, tensors={**model.tensors, **lazily})
 
 
@@ -50,10 +54,10 @@ def plan_specs(model: Checkpoint, options: Mapping[str, QuantizeOptions], *, req
     return specs
 
 
-def _lazily(source: LazyTensor, options: QuantizeOptions, spec: QuantSpec) -> LazyTensor:
+def _lazily(source: LazyTensor, options: QuantizeOptions, spec: QuantSpec, device: torch.device) -> LazyTensor:
     def read(start: int, stop: int) -> GroupQuantTensor:
         rows = source.rows(start, stop)
         weight = rows if isinstance(rows, torch.Tensor) else rows.dequantize()
-        return quantize_weight(weight, options)
+        return quantize_weight(weight.to(device), options).to(CPU)
 
     return LazyTensor(name=source.name, shape=source.shape, spec=spec, read=read)

@@ -88,7 +88,9 @@ METHODS: Mapping[str, Method] = {
 
 
 def quantize_weight(weight: Tensor, options: QuantizeOptions, moments: Tensor | None = None) -> GroupQuantTensor:
-    """Quantize a float weight [out, in]; moments: mean(x x^T) [in, in] of its inputs, where they are known."""
+    """Quantize a float weight [out, in] on its device; moments: mean(x x^T) [in, in] of its inputs, where they are
+    known, on the same device.
+    """
     tensor = METHODS[options.method].quantize(weight, moments, options)
     if not options.fit_minima:
         return tensor

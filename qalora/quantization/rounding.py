@@ -25,7 +25,7 @@ from qalora.errors import InputError
 from qalora.options.words import Zeros
 from qalora.tensor import GroupQuantTensor, QuantSpec, check_group_size, pack_codes, packed_row_bytes
 
-__all__ = ["ZEROS", "Zeros", "quantize_tensor", "spec_of", "to_float16"]
+__all__ = ["ZEROS", "Zeros", "empty_parts", "quantize_tensor", "quotient", "spec_of", "to_float16"]
 
 ZEROS: tuple[Zeros, ...] = get_args(Zeros)
 
@@ -46,7 +46,9 @@ def spec_of(bits: int, group_size: int, zeros: Zeros) -> QuantSpec:
 
 
 def quantize_tensor(weight: Tensor, *, bits: int, group_size: int, zeros: Zeros = "real") -> GroupQuantTensor:
-    """Quantize a float weight [out, in] as the module's docstring says; computed in float32.
+    """Quantize a float weight [out, in] as the module's docstring says; computed in float32, on the weight's device.
+
+    No step sums, so that every device that rounds as IEEE 754 says gives the same bits.
 
     Raises InputError for NaN or Inf, for a group size that does not divide `in`, and for weights beyond float16.
     """
@@ -55,8 +57,7 @@ def quantize_tensor(weight: Tensor, *, bits: int, group_size: int, zeros: Zeros 
     out, columns = weight.shape
     check_group_size(columns, group_size)
     groups = columns // group_size
-    packed = torch.empty(out, packed_row_bytes(columns, bits), dtype=torch.uint8)
-    scale, minimum = torch.empty(out, groups), torch.empty(out, groups)
+    packed, scale, minimum = empty_parts(weight, bits, groups)
     step = max(1, TILE // columns)
     for start in range(0, out, step):
         rows = slice(start, start + step)
@@ -71,7 +72,7 @@ def quantize_tensor(weight: Tensor, *, bits: int, group_size: int, zeros: Zeros 
 
 def _real(w: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     lo, hi = w.amin(dim=2), w.amax(dim=2)
-    scale = to_float16((hi - lo) / top)
+    scale = to_float16(quotient(hi - lo, top))
     minimum = to_float16(torch.where(scale == 0, lo + (hi - lo) / 2, lo))
     steps = (w - minimum[..., None]) / _divisor(scale)[..., None]
     return _codes(torch.where(scale[..., None] == 0, 0.0, steps), top), scale, minimum
@@ -79,14 +80,14 @@ def _real(w: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _integer(w: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     lo, hi = w.amin(dim=2).clamp(max=0), w.amax(dim=2).clamp(min=0)
-    scale = to_float16((hi - lo) / top)
+    scale = to_float16(quotient(hi - lo, top))
     zero = torch.round(-lo / _divisor(scale)).clamp(0, top)
     zero = torch.where(scale == 0, float(top // 2 + 1), zero)
     return _around(w, scale, zero, top)
 
 
 def _symmetric(w: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    scale = to_float16(2 * w.abs().amax(dim=2) / top)
+    scale = to_float16(quotient(2 * w.abs().amax(dim=2), top))
     to_float16(scale * (top // 2 + 1))  # the min must be in range too
     return _around(w, scale, torch.full_like(scale, top // 2 + 1), top)
 
@@ -105,6 +106,19 @@ def _codes(steps: Tensor, top: int) -> Tensor:
 
 def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
+
+
+def empty_parts(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What packed codes, scale and min of a weight go into, on its device."""
+    out, columns = weight.shape
+    packed = torch.empty(out, packed_row_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
+    scale, minimum = (torch.empty(out, groups, device=weight.device) for _ in range(2))
+    return packed, scale, minimum
+
+
+def quotient(values: Tensor, by: float) -> Tensor:
+    """values / by, rounded once: CUDA multiplies with the reciprocal of a number that is no tensor of its own."""
+    return values / torch.full((), by, dtype=values.dtype, device=values.device)
 
 
 def to_float16(values: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qalora.errors import InputError
 from qalora.quantization.grid import Search, search
-from qalora.quantization.rounding import TILE, Zeros
-from qalora.tensor import GroupQuantTensor, check_group_size, pack_codes, packed_row_bytes
+from qalora.quantization.rounding import TILE, Zeros, empty_parts
+from qalora.tensor import GroupQuantTensor, check_group_size, pack_codes
 
 __all__ = ["ALTERNATING", "CLIPPED", "QUICK", "SEARCHES", "search_tensor"]
 
@@ -34,7 +34,7 @@ def search_tensor(
     how: Search = ALTERNATING,
     moments: Tensor | None = None,
 ) -> GroupQuantTensor:
-    """Quantize a float weight [out, in] to searched grids; computed in float32, rows at a time.
+    """Quantize a float weight [out, in] to searched grids; computed in float32 on its device, rows at a time.
 
     moments  float32 [in], each input's second moment: squared errors count by it. None: all alike
 
@@ -44,8 +44,7 @@ def search_tensor(
     check_group_size(columns, group_size)
     groups, top = columns // group_size, (1 << bits) - 1
     importance = None if moments is None else positive(moments).view(groups, group_size)
-    packed = torch.empty(out, packed_row_bytes(columns, bits), dtype=torch.uint8)
-    scale, minimum = torch.empty(out, groups), torch.empty(out, groups)
+    packed, scale, minimum = empty_parts(weight, bits, groups)
     step = max(1, TILE // columns)
     for start in range(0, out, step):
         rows = slice(start, start + step)
