@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qalora.devices import double
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["Residual", "from_residual", "to_residual"]
@@ -31,7 +32,7 @@ class Residual:
 
 def to_residual(tensor: GroupQuantTensor, zeros: Literal["nearest", "symmetric"]) -> Residual:
     """Choose integer zeros, the nearest to -min/scale or 2**(bits-1) everywhere, and give what is left over."""
-    scale, minimum = tensor.scale.double(), tensor.min.double()
+    scale, minimum = double(tensor.scale), double(tensor.min)
     middle = 1 << (tensor.bits - 1)
     if zeros == "symmetric":
         whole = torch.full(scale.shape, middle, dtype=torch.uint8)
@@ -42,7 +43,8 @@ def to_residual(tensor: GroupQuantTensor, zeros: Literal["nearest", "symmetric"]
         zero = torch.where(scale == 0, float(middle), zero)
         whole, exact_c = zero.to(torch.uint8), minimum + scale * zero
     c = exact_c.float()
-    return Residual(zero=whole, c=c, exact=torch.equal(c.double(), exact_c))
+    exact, device = torch.equal(c.double(), exact_c), tensor.min.device
+    return Residual(zero=whole.to(device), c=c.to(device), exact=exact)
 
 
 def from_residual(scale: Tensor, zero: Tensor, c: Tensor) -> Tensor:

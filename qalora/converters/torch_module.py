@@ -107,15 +107,15 @@ def _rebuild_buffers(module: Any) -> None:
 
 @torch.inference_mode()
 def layer_outputs(module: Any, tokens: Sequence[int]) -> list[Tensor]:
-    """float32 [tokens, hidden] after each decoder layer of a transformers *ForCausalLM, for one sequence."""
+    """float32 [tokens, hidden] on the CPU after each decoder layer of a transformers *ForCausalLM, for one sequence."""
     outputs: list[Tensor] = []
 
     def keep(layer: nn.Module, inputs: object, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output)[0].float().clone())
+        outputs.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu().clone())
 
     hooks = [layer.register_forward_hook(keep) for layer in module.model.layers]
     try:
-        module(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+        module(input_ids=torch.tensor([list(tokens)]).to(module.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

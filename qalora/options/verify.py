@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qalora.options.fields import Options, option
+from qalora.options.fields import Options, device_option, option
 from qalora.options.words import Level
 
 __all__ = ["Verify"]
@@ -36,6 +36,7 @@ class Verify(Options):
         None, "Text file with one prompt per line.", place="input", metavar="FILE", expert=True
     )
     generate: int = option(24, "Tokens to generate per prompt.", low=1, expert=True)
+    device: str = device_option("Device that the reference is computed on", expert=True)
     dynamic_int8: bool = option(
         False, "Also measure PyTorch's dynamic INT8 of the same model. No gate applies to it.", expert=True
     )

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from qalora.devices import CPU
 from qalora.parity.logit_cache import LogitCache
 from qalora.parity.models import ReferenceModels
 from qalora.parity.noise import Noise
@@ -39,13 +42,16 @@ class Baseline:
         folder: Path,
         *,
         memory: int,
+        device: torch.device = CPU,
         tick: Callable[[], None] = lambda: None,
     ) -> Baseline:
         """Compute it; `folder` is the caller's, and temporary; `tick` is called after each window of each forward.
 
         memory  bytes that there are: weights that would take half of them are read anew at every pass
+        device  where the reference computes
         """
-        logit_cache = LogitCache(Reference(models.base, models.adapter, memory=memory), inputs.windows, folder, tick)
+        reference = Reference(models.base, models.adapter, memory=memory, device=device)
+        logit_cache = LogitCache(reference, inputs.windows, folder, tick)
         base, side = Forward(weights="base"), Forward(weights="side")
         began = time.perf_counter()
         logit_cache.logits(models.usual, 0)

@@ -12,7 +12,8 @@ A runtime that rounds inside its kernels is judged against the same forward with
 Float32's own noise is measured too: the same forward with the columns of every linear layer summed in another order.
 
 Only the packed codes are kept; a layer's float weight lives while the layer computes. Where memory is too short even
-for the codes, each layer reads them anew at every pass.
+for the codes, each layer reads them anew at every pass. On a device other than the CPU, embedding, norms and output
+layer stay there, the codes of a layer come when it computes, and what float64 decides is decided on the CPU.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint, LazyTensor, cache_bytes
+from qalora.devices import CPU
 from qalora.options.words import Minima
 from qalora.parity.memory import available_memory
 from qalora.parity.roundings import EXACT, Rounding, product, q8_input, side_branch
@@ -93,6 +95,7 @@ class _Linear(nn.Module):
         bias: Tensor | None,
         *,
         keep: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self._setting = setting
@@ -100,16 +103,18 @@ class _Linear(nn.Module):
         self._keep = keep
         self._weight = weight
         self._layer = layer
-        self._bias = bias
+        self._bias = None if bias is None else bias.to(device)
+        self._device = device
 
     def forward(self, x: Tensor) -> Tensor:
         setting, tensor, layer = self._setting.forward, self._weight(), self._layer
         minima: Minima | None = setting.weights if setting.weights in ("float16", "float32") else None
         if minima is not None and layer is not None and isinstance(tensor, GroupQuantTensor):
             tensor = self._folded(tensor, layer, minima)
-        y = product(x, tensor, setting.rounding, permuted=setting.permuted)
+        y = product(x, tensor.to(self._device), setting.rounding, permuted=setting.permuted)
         if layer is not None and setting.weights == "side":
-            y = y + side_branch(x, layer, setting.rounding)
+            here = replace(layer, a=layer.a.to(self._device), b=layer.b.to(self._device))
+            y = y + side_branch(x, here, setting.rounding)
         return y if self._bias is None else y + self._bias
 
     def _folded(self, tensor: GroupQuantTensor, layer: AdapterLayer, minima: Minima) -> GroupQuantTensor:
@@ -126,12 +131,20 @@ class Reference:
 
     memory  bytes that there are, what the system says by default; `streamed` says whether that was too little to keep
             the codes, with as much again for everything else
+    device  where it computes; what comes out lies on the CPU
     """
 
-    def __init__(self, model: Checkpoint, adapter: Adapter | None = None, *, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Checkpoint,
+        adapter: Adapter | None = None,
+        *,
+        memory: int | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         from qalora.converters import torch_module
 
-        self._setting = _Setting()
+        self._setting, self.device = _Setting(), device
         layers = {} if adapter is None else adapter.layers
 
         self.streamed = 2 * cache_bytes(model) > (available_memory() if memory is None else memory)
@@ -143,9 +156,10 @@ class Reference:
 
             weight_in_memory = None if self.streamed else read()
             weights = read if weight_in_memory is None else lambda: weight_in_memory
-            return _Linear(self._setting, weights, layers.get(path), bias, keep=not self.streamed)
+            keep = not self.streamed
+            return _Linear(self._setting, weights, layers.get(path), bias, keep=keep, device=device)
 
-        self._module = torch_module.build(model, linear)
+        self._module = torch_module.build(model, linear).to(device)
         self._quantized_head = model.tensors.get("lm_head.weight", model.tensors["model.embed_tokens.weight"])
         self._module.lm_head.register_forward_pre_hook(self._round_head_input)
         self._module.lm_head.register_forward_hook(self._round_head_weight)
@@ -184,7 +198,7 @@ class Reference:
         """
         self._setting.forward = forward
         ids, _ = pad(sequences, "right")
-        out: Tensor = self._module(input_ids=ids, use_cache=False).logits
+        out: Tensor = self._module(input_ids=ids.to(self.device), use_cache=False).logits.to(CPU)
         return [row.float() for row in unpad(out, sequences, "right")]
 
     def layers(self, tokens: Sequence[int], forward: Forward) -> list[Tensor]:

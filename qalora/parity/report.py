@@ -159,6 +159,7 @@ class ParityReport:
     text     where the tokens came from
     tokens   how many; windows: how many independent sequences they make
     noise    float32's own, on the reference's logits; None at level "weights"
+    device   the kind of device that computed them; None at level "weights"
     gates    those of the reference itself (the fold)
     reference_runs   the reference in its own runtime, where it has one: whether what we read is what its file says
     comparison   PyTorch's dynamic INT8 of the same model, where it was asked for: measured, and not judged
@@ -175,6 +176,7 @@ class ParityReport:
     reference_runs: tuple[RunReport, ...] = ()
     artifacts: tuple[ArtifactReport, ...]
     comparison: RunReport | None = None
+    device: str | None = None
 
     def runs(self) -> list[tuple[str, RunReport]]:
         """Every run with the name of its artefact: first the reference's own, and last the comparison, of it too."""

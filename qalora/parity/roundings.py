@@ -44,6 +44,7 @@ def product(
         return _via(functional.linear(_via(x, dtype), _via(weight, dtype)), dtype)
     if permuted:
         order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]))
+        order = order.to(weight.device)
         return functional.linear(x[..., order], weight[:, order])
     return functional.linear(x, weight)
 
@@ -87,7 +88,7 @@ def _pool(x: Tensor, tensor: GroupQuantTensor) -> Tensor:
     """The sum of x over each group: [..., groups]."""
     if tensor.g_idx is None:
         return _blocks(x, tensor.group_size).sum(dim=-1)
-    pooled = torch.zeros(*x.shape[:-1], tensor.groups)
+    pooled = torch.zeros(*x.shape[:-1], tensor.groups, device=x.device)
     return pooled.index_add(-1, tensor.g_idx.long(), x)
 
 

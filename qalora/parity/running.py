@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
+from qalora.devices import CPU
 from qalora.errors import FormatError, MissingLibraryError
 from qalora.parity.artifacts import Artifact, memory_needed, runtimes_of
 from qalora.parity.baseline import Baseline
@@ -58,7 +59,7 @@ OF_LOGITS = ("logits", "kernel rounding", "activation rounding", "top-1", "adapt
 class Runner:
     """Runs artefacts in their runtimes, one at a time.
 
-    generate  tokens to continue each prompt by, 0 for none; memory: bytes that there are
+    generate  tokens to continue each prompt by, 0 for none; memory: bytes that there are; device: the reference's
     tick      called after each window
     floats    the reference, where `models` and `baseline` are an artefact's own: see `for_integers`
     """
@@ -68,6 +69,7 @@ class Runner:
     generate: int
     threads: int | None
     memory: int
+    device: torch.device = CPU
     tick: Callable[[], None] = lambda: None
     floats: Baseline | None = None
 
@@ -83,7 +85,7 @@ class Runner:
             return self
         own = replace(models, base=checkpoint, folded=checkpoint)
         folder.mkdir()
-        baseline = Baseline.of(own, self.baseline.inputs, folder, memory=self.memory)
+        baseline = Baseline.of(own, self.baseline.inputs, folder, memory=self.memory, device=self.device)
         return replace(self, models=own, baseline=baseline, floats=self.baseline)
 
     def of_reference(self) -> tuple[RunReport, ...]:

@@ -14,6 +14,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.first_tokens import first_tokens
+from qalora.devices import find_device
 from qalora.errors import InputError, about
 from qalora.formats.files import InputFile
 from qalora.formats.text import check_text, decode_text
@@ -53,7 +54,10 @@ def read_text(path: Path) -> str:
 
 
 def verify_arguments(options: Verify) -> dict[str, Any]:
-    """Arguments for `qalora.parity.verify`, with texts read; InputError for a file that is no text."""
+    """Arguments for `qalora.parity.verify`, with texts read; InputError for a file that is no text, or a device that is
+    not here.
+    """
+    find_device(options.device, float64=False)
     text, lines = None, []
     if options.text is not None:
         with about("text"):
@@ -69,6 +73,7 @@ def verify_arguments(options: Verify) -> dict[str, Any]:
         "generate": options.generate,
         "threads": options.threads,
         "memory": options.memory_bytes,
+        "device": options.device,
         "dynamic_int8": options.dynamic_int8,
     }
 

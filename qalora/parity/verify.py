@@ -23,6 +23,7 @@ from qalora.adapter import Adapter, Convention, given_adapter, read_adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.format import EXACT
+from qalora.devices import find_device
 from qalora.errors import InputError, shown
 from qalora.folding import check_minima
 from qalora.options.words import Level
@@ -63,6 +64,7 @@ def verify(
     generate: int = 24,
     threads: int | None = None,
     memory: int | None = None,
+    device: str = "cpu",
     dynamic_int8: bool = False,
     relative_to: Path | None = None,
     progress: ProgressCallback = lambda stage, share: None,
@@ -77,6 +79,7 @@ def verify(
     text, tokens, max_tokens   what to compute on: see `qalora.parity.text.make_inputs`
     prompts, generate          what to continue, and by how many tokens
     memory       bytes that runtimes and the reference may take; what the system has to give, by default
+    device       where the reference computes; the artefacts' runtimes are as they are
     dynamic_int8   PyTorch's dynamic INT8 of the same model, as a row to compare with
     relative_to  artefacts are named relative to this folder
     progress     called at each stage
@@ -85,6 +88,7 @@ def verify(
     what cannot be read.
     """
     _check_options(level, minima, max_tokens=max_tokens, generate=generate, threads=threads, memory=memory)
+    place = find_device(device, float64=False)
     opened = [(artifact, open_artifact(artifact)) for artifact in recognize(artifacts, relative_to)]
     base = reference if isinstance(reference, Checkpoint) else load(reference)
     read = None if adapter is None else given_adapter(adapter, base, convention=convention)
@@ -100,13 +104,14 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="qalora-verify-") as folder:
         share = _Share(progress, len(inputs.windows) * _passes(models, [artifact for artifact, _ in opened], contents))
         share.stage("reference")
-        baseline = Baseline.of(models, inputs, Path(folder), memory=room, tick=share.tick)
+        baseline = Baseline.of(models, inputs, Path(folder), memory=room, device=place, tick=share.tick)
         runner = Runner(
             baseline=baseline,
             models=models,
             generate=generate if level == "generation" else 0,
             threads=threads,
             memory=room,
+            device=place,
             tick=share.tick,
         )
         own: tuple[RunReport, ...] = ()
@@ -240,6 +245,7 @@ def _report(
         windows=0 if baseline is None else len(baseline.inputs.windows),
         adapter=_adapter_summary(models, baseline),
         noise=None if baseline is None else baseline.noise,
+        device=None if baseline is None else baseline.logit_cache.reference.device.type,
         gates=gates,
         artifacts=tuple(artifacts),
     )

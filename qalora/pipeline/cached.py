@@ -51,8 +51,8 @@ def export_step(target: str, options: Mapping[str, Any], inputs: Mapping[str, st
 
 def proof_step(options: Mapping[str, Any], inputs: Mapping[str, str | None]) -> Step:
     """The verification of all artefacts."""
-    keys = ("convention", "dynamic_int8", "generate", "level", "max_tokens", "memory", "minima", "prompts", "text")
-    chosen = {key: options[key] for key in (*keys, "threads")}
+    keys = ("convention", "device", "dynamic_int8", "generate", "level", "max_tokens", "memory", "minima", "prompts")
+    chosen = {key: options[key] for key in (*keys, "text", "threads")}
     chosen["runtimes"] = {target: may_run(target) for target in options["targets"]}
     libraries = proof_versions(options["targets"])
     return Step(kind="verify", name="report.json", options=chosen, inputs=inputs, libraries=libraries)
@@ -101,25 +101,27 @@ class CachedSteps(Steps):
         self.notice(label, "finished", made.seconds)
         return made
 
-    def prove(self, planned: ReleasePlan, folder: Path, memory: int | None, stage: Stage) -> ParityReport:
+    def prove(self, planned: ReleasePlan, folder: Path, memory: int | None, device: str, stage: Stage) -> ParityReport:
         """The report of the same artefacts, or a new one."""
         steps = {
             job.plan.target: export_step(job.plan.target, planned.options.to_json(), self.inputs)
             for job in planned.jobs
         }
         made = {target: found.digest for target, step in steps.items() if (found := self.store.found(step)) is not None}
-        step = proof_step({**planned.options.to_json(), "memory": memory}, {**self.inputs, **made})
+        step = proof_step({**planned.options.to_json(), "memory": memory, "device": device}, {**self.inputs, **made})
         self.store.use("verify", step)
         found = self.store.found(step)
         kept = None if found is None else _kept(found.path)
         self.notice("verify", "started" if kept is None else "reused", None)
-        report = self._proven(planned, folder, memory, stage, step) if kept is None else kept
+        report = self._proven(planned, folder, memory, device, stage, step) if kept is None else kept
         self.notice("release", "started", None)
         return report
 
-    def _proven(self, planned: ReleasePlan, folder: Path, memory: int | None, stage: Stage, step: Step) -> ParityReport:
+    def _proven(
+        self, planned: ReleasePlan, folder: Path, memory: int | None, device: str, stage: Stage, step: Step
+    ) -> ParityReport:
         started = time.monotonic()
-        report = prove(planned, folder, memory=memory, stage=stage)
+        report = prove(planned, folder, memory=memory, device=device, stage=stage)
         seconds = time.monotonic() - started
         self.store.took("verify", seconds)
         self.notice("verify", "finished", seconds)

@@ -163,6 +163,7 @@ def make_release(
             force=force,
             allow_unproven=verify.allow_unproven,
             memory=verify.memory_bytes,
+            device=verify.device,
             progress=progress,
             stage=stage,
             judged=watch.judged,

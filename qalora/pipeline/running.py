@@ -132,10 +132,9 @@ class Pipeline:
             target: self._look(f"export {target}", export_step(target, options.to_json(), inputs)).digest
             for target in options.targets
         }
-        self._look(
-            "verify",
-            proof_step({**options.to_json(), "memory": self.recipe.verify.memory_bytes}, {**inputs, **exported}),
-        )
+        verify = self.recipe.verify
+        machine = {"memory": verify.memory_bytes, "device": verify.device}
+        self._look("verify", proof_step({**options.to_json(), **machine}, {**inputs, **exported}))
         self._look_at_release(self._release_step(model, adapter))
         return self.rows
 

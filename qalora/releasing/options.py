@@ -28,6 +28,9 @@ __all__ = ["ReleaseOptions"]
 
 TEMPLATE_BYTES = 1 << 20
 CHECK_KEYS = ("level", "max_tokens", "generate", "threads", "dynamic_int8")
+OF_THE_MACHINE = ("memory", "device")
+"""What `qalora.parity.verify` is told and no manifest holds."""
+
 OWN = tuple(one.name for one in fields(ReleaseChoices))
 
 
@@ -46,7 +49,8 @@ class ReleaseOptions(ReleaseChoices):
     def of(cls, export: Export, verify: Verify, package: Package, convention: Convention | None) -> ReleaseOptions:
         """What a user chose, with its files read."""
         checked = verify_arguments(verify)
-        checked.pop("memory")
+        for name in OF_THE_MACHINE:
+            checked.pop(name)
         return cls(
             targets=export.targets,
             export=writing(export),

@@ -103,9 +103,9 @@ class Steps:
         """Put every artefact into `folder/<target>/`."""
         run_jobs(planned.jobs, folder, progress=progress)
 
-    def prove(self, planned: ReleasePlan, folder: Path, memory: int | None, stage: Stage) -> ParityReport:
+    def prove(self, planned: ReleasePlan, folder: Path, memory: int | None, device: str, stage: Stage) -> ParityReport:
         """Verify the artefacts in `folder`."""
-        return prove(planned, folder, memory=memory, stage=stage)
+        return prove(planned, folder, memory=memory, device=device, stage=stage)
 
 
 def plan_release(
@@ -140,6 +140,7 @@ def release(
     force: bool = False,
     allow_unproven: bool = False,
     memory: int | None = None,
+    device: str = "cpu",
     progress: Progress = lambda name, nbytes: None,
     stage: Stage = lambda stage, share: None,
     judged: Callable[[ParityReport], None] = lambda report: None,
@@ -149,8 +150,9 @@ def release(
 ) -> Release:
     """Export what was planned, verify every artefact, and write the folder; sign it where a private key is given.
 
-    memory is what runtimes may take, in bytes; progress is called with each tensor written, stage with each stage of
-    the verification and the share that is done, judged with the report; steps may know results of an earlier run.
+    memory is what runtimes may take, in bytes, and device where the reference computes; progress is called with each
+    tensor written, stage with each stage of the verification and the share that is done, judged with the report; steps
+    may know results of an earlier run.
     Raises ProofError, after leaving the report beside `out`, when a gate fails, or when an artefact is not proven and
     `allow_unproven` is not set.
     """
@@ -158,7 +160,7 @@ def release(
     with new_folder(out, force=force, names=[SUMS]) as folder:
         does = steps or Steps()
         does.write(planned, folder, progress)
-        report = does.prove(planned, folder, memory, stage)
+        report = does.prove(planned, folder, memory, device, stage)
         judged(report)
         if not report.passed(allow_unproven=allow_unproven):
             write_json(failed, report.to_json())
@@ -175,6 +177,7 @@ def prove(
     folder: Path,
     *,
     memory: int | None = None,
+    device: str = "cpu",
     stage: Stage = lambda stage, share: None,
 ) -> ParityReport:
     """Verify the artefacts in `folder`."""
@@ -186,6 +189,7 @@ def prove(
         adapter=planned.adapter,
         relative_to=folder,
         memory=memory,
+        device=device,
         progress=stage,
         **planned.options.verification(),
     )

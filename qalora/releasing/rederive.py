@@ -229,7 +229,7 @@ def _measure(
         again.notes.append(f"other versions here: {', '.join(versions)}")
 
 
-MEASURED = ("threads", "speed")
+MEASURED = ("threads", "speed", "device")
 """Keys of a report that tell of the machine, and are not compared."""
 
 

@@ -48,7 +48,7 @@ def install(site: Path, name: str, number: str, *, holds: str, requires: str = "
 
 
 def key(target: str) -> str | None:
-    options = {**ReleaseOptions(targets=(target,), export=ExportOptions()).to_json(), "memory": None}
+    options = {**ReleaseOptions(targets=(target,), export=ExportOptions()).to_json(), "memory": None, "device": "cpu"}
     return proof_step(options, {"model": "sha256:1"}).key
 
 
