@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from elsewhere import Elsewhere
 from qalora.calibration.streaming import LinearLayer, stream
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import load
@@ -63,6 +64,24 @@ def test_it_sees_what_the_whole_model_computes(tmp_path: Path, family: str) -> N
     stream(model, WINDOWS, visit, lambda: ticks.append(1))
     assert_moments(seen, model)
     assert len(ticks) == model.config["num_hidden_layers"]
+
+
+def test_layers_are_computed_on_a_device_one_at_a_time(tmp_path: Path) -> None:
+    """Gemma 2 caps its scores, so that no kernel of attention is chosen by device and every bit is the same."""
+    model = load(tiny_model(tmp_path, "gemma2"))
+    seen: list[dict[str, Tensor]] = [{}, {}]
+    stream(model, WINDOWS, lambda layer: seen[0].update({layer.name: layer.moments}))
+    with Elsewhere("mps:0") as place:
+
+        def visit(layer: LinearLayer) -> Tensor:
+            assert {layer.weight.device, layer.moments.device} == {place.place}
+            seen[1][layer.name] = layer.moments.cpu()
+            return layer.weight
+
+        stream(model, WINDOWS, visit, device=place.place)
+    assert seen[0].keys() == seen[1].keys()
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+    assert (place.there["addmm_"], place.here["addmm_"], place.here["embedding"]) == (len(seen[0]) // 7 * 4 * 3, 0, 3)
 
 
 def test_later_layers_see_what_was_changed(tmp_path: Path) -> None:

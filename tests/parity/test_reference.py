@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from elsewhere import Elsewhere
 from qalora.adapter import AdapterLayer
 from qalora.checkpoint import cache_bytes, with_cached_weights
 from qalora.folding import fold
@@ -53,6 +54,19 @@ def test_rounded_is_the_fold(reference, base, adapter, tiny, minima) -> None:
     expected = logits_of(transformers_model(tiny, fold(base, adapter, minima=minima)))
     found = reference.logits(TOKENS, Forward(weights=minima))
     torch.testing.assert_close(found, expected, rtol=0, atol=NOISE * float(expected.max()))
+
+
+@pytest.mark.parametrize("weights", ["base", "side", "float16"])
+def test_on_another_device_it_computes_the_same(reference, base, adapter, weights) -> None:
+    """Attention has another kernel there, and sums in another order."""
+    expected = reference.logits(TOKENS, Forward(weights=weights))
+    with Elsewhere("mps:0") as place:
+        other = Reference(base, adapter, device=place.place)
+        found, layers = other.logits(TOKENS, Forward(weights=weights)), other.layers(TOKENS, Forward(weights=weights))
+    torch.testing.assert_close(found, expected, rtol=0, atol=NOISE * float(expected.abs().max()))
+    assert {found.device.type, *(one.device.type for one in layers)} == {"cpu"}
+    assert place.there["mm"]
+    assert not place.here["mm"] or weights == "float16"  # the fold's B @ A
 
 
 def test_side_is_the_side_branch_with_the_matrices_of_the_adapter(reference, base, adapter, tiny) -> None:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 import qalora
+from elsewhere import Elsewhere
 from public_world import Effects, World, spec_of, unrecorded
 from qalora.adapter import read_adapter, write_adapter
 from qalora.converters import load
@@ -227,6 +228,17 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     report = world.verified(level="logits", memory=1000)
     assert "of memory, and there are" in report.failure()
+
+
+@effect("verify", "device")
+def _(world: World) -> None:
+    with Elsewhere("mps:0") as place:
+        report = world.verified(level="logits", device="mps:0")
+    assert place.there["mm"]
+    assert (report.device, world.verified(level="logits").device) == ("mps", "cpu")
+    assert report.passed()
+    with pytest.raises(InputError, match="abacus"):
+        world.verified(device="abacus")
 
 
 @effect("verify", "dynamic_int8", "progress")

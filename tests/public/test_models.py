@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import qalora
+from elsewhere import Elsewhere
 from public_world import SUBJECTS, Effects, World, spec_of, unlike, unrecorded
 from qalora.adapter import write_adapter
 from qalora.calibration import bits_per_weight
@@ -19,7 +20,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.errors import InputError, OutputError
 from qalora.quantization import quantize as quantize_model
-from qalora.testing import assert_same_model, random_model
+from qalora.testing import assert_same_model, assert_same_tensor, random_model
 
 effect = Effects("models")
 
@@ -112,6 +113,18 @@ def _(world: World) -> None:
         assert unlike(quantized(world, method="gptq", bits=3, **{**given, name: value}), usual)
         with pytest.raises(InputError, match=f"`{name}` needs a text"):
             quantized(world, **{name: value})
+
+
+@effect("quantize", "device")
+def _(world: World) -> None:
+    with Elsewhere("mps:0") as place:
+        made = quantized(world, device="mps:0")
+        one = made.tensors[made.linears[0]].load_quantized()
+    assert place.there["amax"]
+    assert one.packed.device.type == "cpu"
+    assert_same_tensor(one, quantized(world).tensors[made.linears[0]].load_quantized())
+    with pytest.raises(InputError, match="abacus"):
+        quantized(world, device="abacus")
 
 
 @effect("quantize", "requantize")
