@@ -100,7 +100,7 @@ def prepare(work: Path, steps: int) -> None:
     (work / "text.txt").write_text(text[:end], encoding="utf-8")
 
 
-def with_qalora(work: Path, steps: int, rank: int, compute: Any, ways: list[str]) -> dict[str, Any]:
+def with_qalora(work: Path, steps: int, rank: int, compute: Any, ways: list[str], device: str) -> dict[str, Any]:
     """Train with qalora's own loop, through its public function."""
     from qalora.converters import load
     from qalora.training import StepReport, TrainOptions, train
@@ -116,6 +116,7 @@ def with_qalora(work: Path, steps: int, rank: int, compute: Any, ways: list[str]
         held_out=(HELD + 0.5) / (steps * BATCH + HELD),
         save_every=0,
         force=True,
+        device=device,
         dtype=compute,
         weights="packed" if "packed" in ways else "kept",
         gradient_checkpointing="checkpointing" in ways,
@@ -133,7 +134,7 @@ def with_qalora(work: Path, steps: int, rank: int, compute: Any, ways: list[str]
     return {"clock": clock, "imported": imported, "before": held[0]["loss"], "after": held[-1]["loss"]}
 
 
-def with_peft(work: Path, steps: int, rank: int, kind: str) -> dict[str, Any]:
+def with_peft(work: Path, steps: int, rank: int, kind: str, device: str) -> dict[str, Any]:
     """Train with PEFT on the same blocks, in a plain loop like qalora's."""
     import peft  # noqa: F401
     import torch
@@ -152,7 +153,7 @@ def with_peft(work: Path, steps: int, rank: int, kind: str) -> dict[str, Any]:
     kept, held = blocks.split((HELD + 0.5) / (steps * BATCH + HELD))
     torch.manual_seed(0)
     extra = {"use_qalora": True, "qalora_group_size": GROUP} if kind.startswith("qalora") else {}
-    model = with_lora(_module(work / "gptq", kind), rank, **extra)
+    model = with_lora(_module(work / "gptq", kind, device), rank, **extra).to(device)
 
     @torch.no_grad()
     def evaluate() -> float:
@@ -164,7 +165,7 @@ def with_peft(work: Path, steps: int, rank: int, kind: str) -> dict[str, Any]:
     return {"clock": clock, "imported": imported, "before": before, "after": evaluate()}
 
 
-def _module(folder: Path, kind: str) -> Any:
+def _module(folder: Path, kind: str, device: str) -> Any:
     """The base that PEFT trains on: GPTQModel's layers, or float ones of the same weights."""
     import torch
     from training_peers import in_bfloat16
@@ -179,7 +180,7 @@ def _module(folder: Path, kind: str) -> Any:
 
     os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1" if kind == "qalora-kept" else "0"
     module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, device_map="cpu", quantization_config=GPTQConfig(bits=4, backend="gptq_torch")
+        folder, dtype=torch.float32, device_map=device, quantization_config=GPTQConfig(bits=4, backend="gptq_torch")
     )
     for layer in module.modules():
         vars(layer).pop("dequantize_weight", None)  # the compiled form, which takes a minute
@@ -216,17 +217,21 @@ def limit(work: Path) -> dict[str, float]:
     return found
 
 
-def child(name: str, work: Path, steps: int, rank: int) -> None:
+def child(name: str, work: Path, steps: int, rank: int, device: str) -> None:
     """Run one contender and print what it took as JSON."""
     if name == "limit":
         print(json.dumps(limit(work)))
         return
     if name.startswith("qalora-"):
         _, compute, *ways = name.split("-")
-        found = with_qalora(work, steps, rank, compute, ways)
+        found = with_qalora(work, steps, rank, compute, ways, device)
     else:
-        found = with_peft(work, steps, rank, name.removeprefix("peft-"))
+        found = with_peft(work, steps, rank, name.removeprefix("peft-"), device)
     clock = found.pop("clock")
+    if device != "cpu":
+        import torch
+
+        found["gpu"] = torch.cuda.max_memory_allocated()
     print(json.dumps({**found, "peak": memory("VmHWM"), "wall": clock.wall, "processor": clock.processor}))
 
 
@@ -237,12 +242,14 @@ def start(name: str, given: argparse.Namespace) -> dict[str, Any]:
     environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits for another takes no processor time
     environment |= AVX2 if given.avx2 else {}
     arguments = ["--child", name, "--work", str(given.work), "--steps", str(given.steps), "--rank", str(given.rank)]
+    arguments += ["--device", given.device]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, *arguments],
         check=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # foreign libraries' banners
         env=environment,
+        timeout=given.seconds,
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -292,14 +299,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="more than two")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--seconds", type=float, help="of one run at most")
     parser.add_argument("--avx2", action="store_true", help="no AVX-512 and no AMX")
     parser.add_argument("--json", type=Path, help="where to write every figure")
     parser.add_argument("--child", choices=[*CONTENDERS, "limit"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        child(given.child, given.work, given.steps, given.rank)
+        child(given.child, given.work, given.steps, given.rank, given.device)
         return
     given.work.mkdir(parents=True, exist_ok=True)
     prepare(given.work, given.steps)

@@ -1,5 +1,6 @@
 """Write a synthetic Llama of a real model's shape, a layer at a time: random codes, or random floats.
 
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 16},
 python benchmarks/synthetic.py FOLDER [--shape 1b|8b|70b] [--layers N] [--bits 4] [--group-size 32] [--floats]
 
 Shapes are those of Llama 3.2 1B, 3.1 8B and 3.1 70B. Floats are bfloat16, normal with a deviation of its own for each
@@ -26,6 +27,7 @@ from qalora.formats.output import new_folder, write_json
 from qalora.tensor import GroupQuantTensor, QuantSpec, packed_row_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 16},
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,

@@ -43,6 +43,7 @@ def with_lora(module: Any, rank: int, **options: Any) -> Any:
 
 def loss_of(module: Any, tokens: Tensor, targets: Tensor) -> Tensor:
     """The mean loss of some blocks, in float32 from the logits on."""
+    tokens, targets = tokens.to(module.device), targets.to(module.device)
     logits = module(input_ids=tokens, use_cache=False).logits.float().flatten(0, 1)
     return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
 
