@@ -85,9 +85,7 @@ def _quantized(
     return file
 
 
-def _key(
-    model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions], device: torch.device
-) -> str:
+def _key(model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions], device: torch.device) -> str:
     """A digest of all that the codes depend on: the model's files by size and time, and the libraries' sums."""
     folder = model.path if model.path.is_dir() else model.path.parent
     files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
