@@ -28,6 +28,9 @@ from pathlib import Path
 
 import torch
 
+from qalora.checkpoint import LazyTensor
+from qalora.tensor import GroupQuantTensor, QuantSpec
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 CONTENDERS = ("qalora-float32", "qalora-bfloat16", "peft-qalora")
@@ -92,13 +95,29 @@ def prepare_model(given: Namespace) -> None:
         words = given.work / "tokenizer"
         byte_tokenizer().save_pretrained(words)
         model = synthetic(given.shape, layers=given.layers)
-        tensors = {
-            name: one if one.spec is None else replace(one, spec=replace(one.spec, zeros="integer", zero=8))
-            for name, one in model.tensors.items()
-        }
+        tensors = {name: one if one.spec is None else _symmetric(one) for name, one in model.tensors.items()}
         files = {path.name: path for path in words.iterdir()}
         export(replace(model, path=given.work / given.shape, tensors=tensors, files=files), ["gptq"], given.work)
     prepare(given.work, given.steps)
+
+
+def _symmetric(source: LazyTensor) -> LazyTensor:
+    """A layer of 4 bits with the middle zero point everywhere, which a GPTQ folder holds as it is."""
+
+    def read(start: int, stop: int) -> GroupQuantTensor:
+        rows = source.rows(start, stop)
+        assert isinstance(rows, GroupQuantTensor)
+        return replace(rows, min=-8 * rows.scale)
+
+    spec = QuantSpec(
+        bits=4,
+        group_size=32,
+        zeros="integer",
+        scale_dtype=torch.float16,
+        min_dtype=torch.float32,
+        zero=8,
+    )
+    return replace(source, spec=spec, read=read)
 
 
 def training(given: Namespace, left: float) -> list[str]:
