@@ -129,10 +129,9 @@ class TensorFile:
 
     def _take(self, record: Mapping[str, Any]) -> bool:
         """Whether a record's bytes follow it and fit its digest; then it is known."""
-        try:
-            places = self._record(record, self._file.tell())
-        except (KeyError, TypeError, ValueError):
+        if not _is_record(record):
             return False
+        places = self._record(record, self._file.tell())
         digest, left = hashlib.sha256(), sum(part.nbytes for part in places[:3])
         while left:
             data = self._file.read(min(CHUNK, left))
@@ -140,18 +139,33 @@ class TensorFile:
                 return False
             digest.update(data)
             left -= len(data)
-        if digest.hexdigest() != record.get("sha256"):
+        if digest.hexdigest() != record["sha256"]:
             return False
-        self._places[str(record["name"])] = places
+        self._places[record["name"]] = places
         return True
 
     def _record(self, record: Mapping[str, Any], at: int) -> tuple[_Place, _Place, _Place, int, int]:
         places = []
         for dtype, rows, columns in record["parts"]:
-            places.append(_Place(offset=at, dtype=DTYPES[dtype], shape=(int(rows), int(columns))))
+            places.append(_Place(offset=at, dtype=DTYPES[dtype], shape=(rows, columns)))
             at += places[-1].nbytes
         packed, scale, minimum = places
-        return packed, scale, minimum, int(record["bits"]), int(record["group_size"])
+        return packed, scale, minimum, record["bits"], record["group_size"]
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    kinds = {"name": str, "bits": int, "group_size": int, "parts": list, "sha256": str}
+    return (
+        all(type(record.get(key)) is kind for key, kind in kinds.items())
+        and len(record["parts"]) == 3
+        and all(_is_part(part) for part in record["parts"])
+    )
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, list) or len(part) != 3 or not isinstance(part[0], str) or part[0] not in DTYPES:
+        return False
+    return all(type(size) is int and 0 < size < 1 << 32 for size in part[1:])
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -19,13 +19,14 @@ import contextlib
 import hashlib
 import io
 import json
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.formats.files import read_limited
-from qalora.formats.output import new_file
+from qalora.formats.output import check_output, new_file
 from qalora.releasing.checksums import HUBS, SIGNATURE, release_files
 
 if TYPE_CHECKING:
@@ -58,8 +59,12 @@ def sign(folder: Path, key: Path, *, password: str | None = None, name: str | No
         password=None if password is None else password.encode(),  # type: ignore[arg-type]  # its hint says str
     )
     config.set_hashing_config(_hashing(name or folder.resolve().name))
-    with new_file(folder / SIGNATURE, force=force) as out:
-        config.sign(folder, out)
+    check_output(folder / SIGNATURE, force=force)
+    with tempfile.TemporaryDirectory() as place:  # outside of the folder, all of which is signed
+        made = Path(place, SIGNATURE)
+        config.sign(folder, made)
+        with new_file(folder / SIGNATURE, force=force) as out:
+            out.write_bytes(made.read_bytes())
 
 
 def verify_signature(folder: Path, public_key: Path) -> None:

@@ -2,14 +2,15 @@
 
 Two kinds are written:
 
-* the residual of integer zero points: y = Q(x) + C @ pool(x), with A the 0/1 pooling matrix [groups, in] in float16,
+* the residual of integer zero points: y = Q(x) + C @ pool(x), with A the 0/1 pooling matrix [groups, in],
   B = C [out, groups], and rank = alpha = groups, so that the
   scaling is 1;
 * an adapter over a base with integer zero points, exactly as a plain LoRA of its own rank.
 
-B of the first kind is float32: C = min + scale * 2**(bits-1) has more bits than float16 wherever a zero point is below
-half or above twice the middle, one group in a thousand of SmolLM2. With the nearest zero points B, and with an adapter
-A and B, are in the narrowest of float16, bfloat16 and float32 that holds all of them in the file.
+A and B have one dtype, since GPTQModel 7.6 looks at A's to bring both to the input's. The first kind is float32:
+C = min + scale * 2**(bits-1) has more bits than float16 wherever a zero point is below half or above twice the middle,
+one group in a thousand of SmolLM2. With the nearest zero points, and for an adapter, it is the narrowest of float16,
+bfloat16 and float32 that holds all of both in the file. Earlier versions wrote the first kind's A in float16.
 
 transformers' call holds the LoRA in float16, the dtype of the words' scales, and so pool(x) too, which then must stay
 below 65504; PEFT's own loader, called after it, puts the same LoRA in its place in float32.
@@ -40,7 +41,6 @@ from qalora.formats.safetensors import Entry, read_header, read_tensor
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
-    "POOLING",
     "StoredResidual",
     "find_residual",
     "lora_names",
@@ -48,9 +48,6 @@ __all__ = [
     "plain_lora",
     "pooling_matrix",
 ]
-
-POOLING = torch.float16
-"""What A, of 0 and 1, is stored in. PEFT 0.21 and GPTQModel 7.6 open float8 too, but not every reader of LoRAs does."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -171,7 +168,7 @@ def find_residual(
 
 def _is_residual(a: Entry, b: Entry, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> bool:
     floats = (torch.float16, torch.bfloat16, torch.float32)
-    return a.shape == a_shape and b.shape == b_shape and a.dtype in (POOLING, *floats) and b.dtype in floats
+    return a.shape == a_shape and b.shape == b_shape and a.dtype in floats and b.dtype in floats
 
 
 def _is_plain(config: Mapping[str, Any], module: str, rank: int) -> bool:

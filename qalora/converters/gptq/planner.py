@@ -29,7 +29,7 @@ from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_par
 from qalora.converters.ends import config_with_ends, end_notes
 from qalora.converters.families import family_of
 from qalora.converters.folder import FolderPlan, folder_files
-from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, POOLING, lora_names, peft_config
+from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
 from qalora.converters.gptq.forms import Form, encode
 from qalora.converters.gptq.head import HEAD, head_fits, head_settings
 from qalora.converters.gptq.reader import MAKER
@@ -246,7 +246,7 @@ def _lora_parts(
     parts: list[Part] = []
     for module, (rank, _) in ranks.items():
         (rows, columns), (a, b) = model.tensors[f"{module}.weight"].shape, lora_names(module)
-        parts.append((a, POOLING if adapter is None else dtype, (rank, columns)))
+        parts.append((a, dtype, (rank, columns)))
         parts.append((b, dtype, (rows, rank)))
     return parts
 

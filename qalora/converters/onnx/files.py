@@ -46,7 +46,8 @@ def weight_files(path: Path) -> Iterable[Path]:
     """A graph, or the first of a folder, and its data."""
     graph = path / MODEL if path.is_dir() else path
     items = read_model(graph).graph.initializer
-    names = {entry.value for item in items for entry in item.external_data if entry.key == "location"}
+    entries = [entry for item in items for entry in item.external_data if entry.key == "location"]
+    names = {entry.value for entry in entries if isinstance(entry.value, str)}  # bytes: no UTF-8
     return [graph, *(contained(graph.parent, name) for name in sorted(names))]
 
 

@@ -101,7 +101,7 @@ def read_orders(proto: Any) -> Mapping[str, str]:
     found = {}
     for node in proto.graph.node:
         for name in node.input[1:]:
-            if name.endswith(".codes") and node.input[0] in gathers:
+            if str(name).endswith(".codes") and node.input[0] in gathers:  # bytes: no UTF-8
                 found[name.removesuffix(".codes")] = gathers[node.input[0]].input[1]
     return found
 
@@ -115,4 +115,4 @@ def ungathered(graph: Any, x: str) -> str:
 def _gathers(graph: Any) -> dict[str, Any]:
     """{output: node} of the Gathers by an order."""
     gathers = [node for node in graph.node if node.op_type == "Gather" and len(node.input) == 2 and node.output]
-    return {node.output[0]: node for node in gathers if node.input[1].endswith(ORDER)}
+    return {node.output[0]: node for node in gathers if str(node.input[1]).endswith(ORDER)}
