@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -38,6 +38,7 @@ __all__ = [
     "left_beside",
     "new_file",
     "new_folder",
+    "remove_left",
     "text_bytes",
     "write_json",
 ]
@@ -292,6 +293,16 @@ def _remove(work: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
     else:
         work.unlink(missing_ok=True)
+
+
+def remove_left(path: Path) -> None:
+    """Remove what a killed run left of an output that is not made again; nothing where another run is writing it."""
+    work = path.parent / f".{path.name}{PARTIAL}"
+    place = path.parent / f".{path.name.lstrip('.')}.lock"
+    if not os.path.lexists(work) and not place.exists():
+        return
+    with suppress(OutputError, OSError), _claimed(path, wait=False):
+        _remove(work)
 
 
 def _remove_if_empty(folder: Path) -> None:

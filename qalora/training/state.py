@@ -17,7 +17,6 @@ import errno
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from qalora.errors import FormatError, InputError, OutputError, shown
 from qalora.formats.files import InputFile
 from qalora.formats.json_text import read_json
-from qalora.formats.output import new_file, new_folder, write_json
+from qalora.formats.output import new_file, new_folder, remove_left, write_json
 from qalora.formats.record_json import decode, encode
 from qalora.formats.safetensors import SafetensorsWriter, plan_layout, read_header, read_tensor
 from qalora.training.layer import FoldedLinear
@@ -53,7 +52,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HIGHEST_RANK = 1 << 20
 """A checkpoint with a higher one is none of ours."""
 
-STATE_FILES = re.compile(r"state\.json|state-\d+\.safetensors|\.state\S+\.\d+")
+STATE_FILES = re.compile(r"state\.json|state-\d+\.safetensors|\.state\S+\.(\d+|partial|lock)")
 """What a checkpoint's folder holds, the last where a run was killed while it wrote."""
 
 MOMENTS = {"exp_avg": "mean", "exp_avg_sq": "square"}
@@ -186,10 +185,7 @@ def forget_state(out: Path) -> None:
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             place.rmdir()
-    for left in place.parent.iterdir():
-        ours = re.fullmatch(re.escape(f".{place.name}.") + r"[a-z0-9_]{8}", left.name)
-        if ours and left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+    remove_left(place)
 
 
 def read_ranks(out: Path, run: Mapping[str, Any], modules: Sequence[str]) -> dict[str, int]:
