@@ -166,11 +166,12 @@ def left_beside(path: Path, suffix: str) -> Iterator[Path]:
     file = path.parent / f".{path.name}{suffix}"
     try:
         with _claimed(file, wait=False):
-            yield file
+            try:
+                yield file
+            except Exception:
+                file.unlink(missing_ok=True)
+                raise
             file.unlink(missing_ok=True)
-    except Exception:
-        file.unlink(missing_ok=True)
-        raise
     finally:
         for folder in parents:
             _remove_if_empty(folder)

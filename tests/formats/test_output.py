@@ -14,7 +14,7 @@ import pytest
 
 from qalora.errors import InputError, OutputError
 from qalora.formats.files import InputFile, OutputFile
-from qalora.formats.output import check_apart, check_output, check_writable, new_file, new_folder
+from qalora.formats.output import check_apart, check_output, check_writable, left_beside, new_file, new_folder
 
 
 def _everything(folder: Path) -> list[str]:
@@ -66,6 +66,22 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
         with busy, new_folder(tmp_path / "a"):
             pytest.fail("entered")
     assert (tmp_path / "a" / "file").read_text(encoding="utf-8") == "first"
+
+
+def test_a_run_that_is_refused_leaves_the_layers_of_the_first(tmp_path: Path) -> None:
+    with left_beside(tmp_path / "a", ".layers") as file:
+        file.write_text("first", encoding="utf-8")
+        with (
+            pytest.raises(OutputError, match="another run is writing it"),
+            left_beside(tmp_path / "a", ".layers"),
+        ):
+            pytest.fail("entered")
+        assert file.read_text(encoding="utf-8") == "first"
+    assert _everything(tmp_path) == []
+    with pytest.raises(RuntimeError), left_beside(tmp_path / "b" / "a", ".layers") as file:
+        file.touch()
+        raise RuntimeError
+    assert _everything(tmp_path) == []
 
 
 def test_a_file_waits_for_the_run_that_writes_it(tmp_path: Path) -> None:
