@@ -54,7 +54,8 @@ def quantize_calibrated(
 
     def computed() -> TensorFile:
         if not file:
-            kept = TensorFile() if keep is None else TensorFile(keep, _key(model, windows, options_by_name, device))
+            key = "" if keep is None else _key(model, windows, options_by_name, device)
+            kept = TensorFile(keep, key, lazily)
             file.append(_quantized(model, windows, options_by_name, device, tick, kept))
         return file[0]
 

@@ -5,8 +5,9 @@ A file with a name outlives its process, so that a run that was killed need not 
     a line of JSON, {"key": ...}: what the tensors depend on
     for each tensor a line of JSON, {"name", "bits", "group_size", "parts", "sha256"}, and the bytes of its parts
 
-parts are [dtype, rows, columns] of codes, scale and min; sha256 is that of their bytes. Whatever follows a record that
-is cut short or does not fit its digest is dropped when the file is opened again, and all of it where the key differs.
+parts are [dtype, rows, columns] of codes, scale and min; sha256 is that of their bytes. When the file is opened again,
+a record that is cut short, does not fit its digest or is of no tensor that was asked for is dropped, with whatever
+follows it; and all of it where the key differs.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from qalora.tensor import GroupQuantTensor
+from qalora.checkpoint import LazyTensor
+from qalora.errors import OutputError
+from qalora.tensor import GroupQuantTensor, packed_row_bytes
 
 __all__ = ["TensorFile"]
 
@@ -51,13 +56,16 @@ class _Place:
 class TensorFile:
     """A file of tensors, nameless unless it is given a path; a nameless one goes when the object does."""
 
-    def __init__(self, path: Path | None = None, key: str = "") -> None:
+    def __init__(
+        self, path: Path | None = None, key: str = "", wanted: Mapping[str, LazyTensor] = MappingProxyType({})
+    ) -> None:
+        """wanted: the tensors that may be taken from the file, by name; OutputError for a path that is a link."""
         # open as long as the object lives
-        self._file: IO[bytes] = tempfile.TemporaryFile() if path is None else path.open("a+b")  # noqa: SIM115
+        self._file: IO[bytes] = tempfile.TemporaryFile() if path is None else _open(path)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._places: dict[str, tuple[_Place, _Place, _Place, int, int]] = {}
         if path is not None:
-            self._recover(key)
+            self._recover(key, {name: _shapes(lazy) for name, lazy in wanted.items()})
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -105,7 +113,7 @@ class TensorFile:
         data = bytearray(self._file.read((stop - start) * row))
         return torch.frombuffer(data, dtype=place.dtype).view(stop - start, place.shape[1])
 
-    def _recover(self, key: str) -> None:
+    def _recover(self, key: str, wanted: Mapping[str, Mapping[str, Any]]) -> None:
         """Take the whole records of an earlier run, and cut off what follows them."""
         self._file.seek(0)
         if self._json() != {"key": key}:
@@ -116,22 +124,23 @@ class TensorFile:
         while True:
             start = self._file.tell()
             record = self._json()
-            if record is None or not self._take(record):
+            if record is None or not self._take(record, wanted):
                 self._file.truncate(start)
                 return
 
     def _json(self) -> Mapping[str, Any] | None:
         try:
             found = json.loads(self._file.readline(LONGEST))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
-    def _take(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record's bytes follow it and fit its digest; then it is known."""
-        if not _is_record(record):
+    def _take(self, record: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether a record is of a tensor that is wanted, and its bytes follow it; then it is known."""
+        shapes = wanted.get(str(record.get("name")))
+        if shapes is None or {**shapes, "sha256": record.get("sha256")} != record:
             return False
-        places = self._record(record, self._file.tell())
+        places = self._record(shapes, self._file.tell())
         digest, left = hashlib.sha256(), sum(part.nbytes for part in places[:3])
         while left:
             data = self._file.read(min(CHUNK, left))
@@ -139,9 +148,9 @@ class TensorFile:
                 return False
             digest.update(data)
             left -= len(data)
-        if digest.hexdigest() != record["sha256"]:
+        if digest.hexdigest() != record.get("sha256"):
             return False
-        self._places[record["name"]] = places
+        self._places[shapes["name"]] = places
         return True
 
     def _record(self, record: Mapping[str, Any], at: int) -> tuple[_Place, _Place, _Place, int, int]:
@@ -153,19 +162,22 @@ class TensorFile:
         return packed, scale, minimum, record["bits"], record["group_size"]
 
 
-def _is_record(record: Mapping[str, Any]) -> bool:
-    kinds = {"name": str, "bits": int, "group_size": int, "parts": list, "sha256": str}
-    return (
-        all(type(record.get(key)) is kind for key, kind in kinds.items())
-        and len(record["parts"]) == 3
-        and all(_is_part(part) for part in record["parts"])
-    )
+def _open(path: Path) -> IO[bytes]:
+    if path.is_symlink():
+        raise OutputError(f"{path}", expected="a file of its own", got="a link", todo="remove it")
+    follow = getattr(os, "O_NOFOLLOW", 0)  # one that was put there meanwhile
+    return open(path, "a+b", opener=lambda name, flags: os.open(name, flags | follow, 0o666))
 
 
-def _is_part(part: Any) -> bool:
-    if not isinstance(part, list) or len(part) != 3 or not isinstance(part[0], str) or part[0] not in DTYPES:
-        return False
-    return all(type(size) is int and 0 < size < 1 << 32 for size in part[1:])
+def _shapes(lazy: LazyTensor) -> Mapping[str, Any]:
+    """The record of a tensor without its digest."""
+    spec = lazy.spec
+    if spec is None:
+        raise TypeError(f"{lazy.name} has no spec")
+    rows, columns = lazy.shape
+    grouped = ["float32", rows, columns // spec.group_size]
+    parts = [["uint8", rows, packed_row_bytes(columns, spec.bits)], grouped, grouped]
+    return {"name": lazy.name, "bits": spec.bits, "group_size": spec.group_size, "parts": parts}
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
