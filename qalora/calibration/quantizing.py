@@ -89,7 +89,9 @@ def _quantized(
 def _key(model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions], device: torch.device) -> str:
     """A digest of all that the codes depend on: the model's files by size and time, and the libraries' sums."""
     folder = model.path if model.path.is_dir() else model.path.parent
-    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    # names that begin with a point are of runs, this one's too where the output is in the same folder
+    shown = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    files = [(path.name, path.stat()) for path in shown if path.is_file()]
     parts = {
         "versions": [__version__, torch.__version__, torch.get_num_threads(), device.type],
         "path": str(model.path.resolve()),

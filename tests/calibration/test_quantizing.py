@@ -145,6 +145,23 @@ def test_an_interrupt_says_how_to_go_on(place: Path, tmp_path: Path, monkeypatch
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
+def test_what_a_run_leaves_in_the_folder_of_the_model_is_no_part_of_it(
+    place: Path, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, chosen = tmp_path / "float", QuantizeOptions(bits=4, method="gptq", group_size=16)
+    shutil.copytree(place / "float", folder)
+    keep = folder / ".base.layers"
+
+    def read() -> None:
+        model = load(folder)
+        quantize_calibrated(model, windows, chosen, keep=keep).tensors[model.linears[0]].load()
+
+    (folder / ".base.layers.lock").touch()
+    read()
+    monkeypatch.delattr("qalora.calibration.quantizing.quantize_weight")  # nothing is left to do
+    read()
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 def test_inputs_help(model: Checkpoint, windows: Tensor, bits: int) -> None:
     def error(**options: Any) -> float:
