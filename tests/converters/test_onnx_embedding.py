@@ -1,5 +1,6 @@
 """A quantized embedding in the graph for ONNX Runtime: one place for look-up and output, exact, and back as it was."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,7 +154,29 @@ def test_a_table_elsewhere_is_refused(tiny: Path, tmp_path: Path) -> None:
     item = next(item for item in graph.graph.initializer if item.name == "model.embed_tokens.table_high")
     next(entry for entry in item.external_data if entry.key == "offset").value = "0"
     path.write_bytes(graph.SerializeToString())
-    with pytest.raises(FormatError, match="table_high: expected the bytes of its codes, got a different place"):
+    with pytest.raises(FormatError, match="table_high: expected the bytes of its codes, got another place or shape"):
+        read(tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("kind", ["other bytes", "other rows"])
+def test_a_table_in_the_graph_itself_is_compared_too(tiny: Path, kind: str, tmp_path: Path) -> None:
+    export(coded(load(tiny), 4, 32), "onnx", tmp_path, onnx_embedding="quantized")
+    path = tmp_path / "onnx" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    own, table = (
+        next(item for item in graph.graph.initializer if item.name == f"model.embed_tokens.{kind}")
+        for kind in ("codes", "table")
+    )
+    for item in (own, table):
+        item.ClearField("data_location")
+        item.ClearField("external_data")
+        item.raw_data = b"\x21" * math.prod(item.dims)
+    if kind == "other bytes":
+        table.raw_data = bytes(len(table.raw_data))
+    else:
+        table.dims[:] = [table.dims[0] // 2, table.dims[1] * 2]
+    path.write_bytes(graph.SerializeToString())
+    with pytest.raises(FormatError, match="table: expected the bytes of its codes, got another place or shape"):
         read(tmp_path / "onnx")
 
 

@@ -150,14 +150,16 @@ def _nibbles(graph: Graph, name: str, out: str) -> str:
 
 
 def check_tables(file: Path, stored: Mapping[str, Stored]) -> None:
-    """FormatError for a graph that looks up other bytes than those that it multiplies with."""
+    """FormatError for a graph that looks up other bytes than those that it multiplies with, or other rows of them."""
     for name, second in _tables(TABLES).items():
         table, own = stored.get(second), stored.get(name)
-        if table is not None and (own is None or _place(table) != _place(own)):
-            raise FormatError(
-                f"{file}: {second}", expected="the bytes of its codes", got="a different place in the file"
-            )
+        if table is not None and (own is None or _place(table) != _place(own) or not _same_rows(table, own)):
+            raise FormatError(f"{file}: {second}", expected="the bytes of its codes", got="another place or shape")
 
 
-def _place(item: Stored) -> tuple[Path, int, int]:
-    return item.path, item.offset, item.nbytes
+def _place(item: Stored) -> tuple[Path, int, int, bytes | None]:
+    return item.path, item.offset, item.nbytes, item.inline
+
+
+def _same_rows(table: Stored, own: Stored) -> bool:
+    return table.dtype == "UINT8" and len(table.shape) == 2 and table.shape[:1] == own.shape[:1]
