@@ -115,7 +115,19 @@ def read_model(path: Path) -> Any:
         model.ParseFromString(read_limited(path, MAX_MODEL))
     except (DecodeError, RecursionError) as error:
         raise FormatError(str(path), expected="an ONNX model", got="bytes that protobuf cannot read") from error
+    _check_text(model, path)
     return model
+
+
+def _check_text(message: Any, path: Path) -> None:
+    """FormatError for a text that is not UTF-8: protobuf gives its bytes. No data of a weight is looked at."""
+    for field, held in message.ListFields():
+        repeated = not isinstance(held, str | bytes) and hasattr(held, "__len__")
+        if field.cpp_type == field.CPPTYPE_MESSAGE:
+            for inside in held if repeated else (held,):
+                _check_text(inside, path)
+        elif field.type == field.TYPE_STRING and any(isinstance(one, bytes) for one in (held if repeated else (held,))):
+            raise FormatError(str(path), expected="an ONNX model", got=f"a {field.name} that is not UTF-8")
 
 
 def read_initializers(path: Path) -> tuple[Any, dict[str, Stored]]:

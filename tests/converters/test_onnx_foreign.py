@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters import load
 from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of
 from qalora.converters.onnx import read
@@ -411,6 +412,17 @@ def test_what_is_not_read_is_refused_in_a_sentence(kind: str, tmp_path: Path) ->
     with pytest.raises(InputError) as caught:
         opened(graph, tmp_path)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["/lm_head.q", "down_proj", "MatMulNBits", "input_ids"])
+def test_text_that_is_not_utf8_is_refused(text: str, tmp_path: Path) -> None:
+    """Protobuf gives such a text as bytes, which no reader here takes."""
+    path = Graph().write(tmp_path) / "model.onnx"
+    data = path.read_bytes()
+    assert text.encode() in data
+    path.write_bytes(data.replace(text.encode(), text.encode()[:-1] + b"\xff"))
+    with pytest.raises(FormatError, match=r"model.onnx: expected an ONNX model, got a \w+ that is not UTF-8$"):
+        load(path.parent)
 
 
 def test_data_that_is_not_raw_is_refused_when_it_is_read(tmp_path: Path) -> None:
