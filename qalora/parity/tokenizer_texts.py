@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora.converters.added_tokens import as_phi3
+from qalora.converters.chat_template import render_chat
 from qalora.converters.sentencepiece import SPACE, normalizer_of, spaces_of
 from qalora.parity.text import default_text
 
@@ -72,7 +73,7 @@ def untried(tokenizer: Any) -> str:
     if not tokenizer.chat_template or _chats(tokenizer):
         return ""
     try:
-        tokenizer.apply_chat_template(list(_TURNS[:1]), tokenize=False, add_generation_prompt=True)
+        render_chat(tokenizer, _TURNS[:1], add_generation_prompt=True)
     except Exception as error:  # a template is a program; it raises what it likes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"no chat was compared, since the chat template writes none ({reason:.120})"
@@ -94,10 +95,10 @@ def _chats(tokenizer: Any) -> list[tuple[str, str]]:
         ("a chat with a system message", (_SYSTEM, *_TURNS[:1]), True),
     ):
         try:
-            text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
+            text = render_chat(tokenizer, turns, add_generation_prompt=prompt)
         except Exception:  # a template that raises, on a system message for instance, has no such chat
             continue
-        named_texts.append((name, str(text)[:LONGEST]))
+        named_texts.append((name, text[:LONGEST]))
     return named_texts
 
 

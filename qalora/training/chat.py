@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qalora.converters.chat_template import render_chat
 from qalora.errors import InputError
 from qalora.formats.text import check_text
 from qalora.training.documents import Account, Document
@@ -105,18 +106,15 @@ class ChatTemplate:
         ask: bool = False,
         settings: Mapping[str, Any] | None = None,
     ) -> str:
-        messages = [dict(turn.message) for turn in turns]
         template_settings = dict(chat.settings if settings is None else settings)
         try:
-            # in a batch of one: transformers refuses no messages at all otherwise
-            (text,) = self._tokenizer.apply_chat_template(
-                [messages], tokenize=False, add_generation_prompt=ask, **template_settings
-            )
+            messages = [turn.message for turn in turns]
+            text = render_chat(self._tokenizer, messages, add_generation_prompt=ask, **template_settings)
         except Exception as error:  # a template is a program; it raises what it likes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"{chat.where}: messages", expected="what the chat template takes", got=reason) from error
         check_text(text, f"{chat.where}: the chat template's text")
-        return str(text)
+        return text
 
     def _changes(self, chat: Conversation, text: str, turns: Sequence[Turn], **settings: Any) -> bool:
         """Whether other turns or settings give another text, or none."""

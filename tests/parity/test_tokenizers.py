@@ -216,7 +216,13 @@ def test_ids_beyond_the_embedding_are_none_of_the_model_s(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('no chats') }}", "{% for m in messages %}", "{{ messages.a.b }}"]
+    "template",
+    [
+        "{{ raise_exception('no chats') }}",
+        "{% for m in messages %}",
+        "{{ messages.a.b }}",
+        "{% for n in range(99999) %}{% for n in range(99999) %}{% endfor %}{% endfor %}",
+    ],
 )
 def test_a_template_that_writes_no_chat_is_said(template: str, bytewise: Checkpoint, tmp_path: Path) -> None:
     """Then no chat is compared, and the gate does not pass as if one were."""

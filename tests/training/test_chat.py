@@ -5,6 +5,8 @@ and where they are plain text.
 """
 
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from qalora.converters import chat_template
 from qalora.errors import InputError
 from qalora.testing import small_tokenizer
 from qalora.training.data import join_documents, read_documents
@@ -192,6 +195,33 @@ def test_what_would_be_learned_otherwise_than_it_is_asked_for(
 ) -> None:
     with pytest.raises(InputError, match=rf"a.jsonl:1: {words}"):
         read(tmp_path, tokenizer_of(name), turns)
+
+
+@pytest.mark.parametrize("thread", ["main", "another"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for n in range(99999) %}{% for n in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(60) }}",
+    ],
+)
+def test_a_template_without_an_end_is_stopped(
+    template: str, thread: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is a processor's, so that a busy machine makes no other result; and the timer is nobody's afterwards."""
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = template
+
+    def refused() -> str:
+        with pytest.raises(InputError) as caught:
+            read(tmp_path, tokenizer, TURNS)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(1) as pool:
+        sentence = refused() if thread == "main" else pool.submit(refused).result()
+    assert sentence.endswith("the chat template: expected a text, got none in 0.5 seconds of a processor")
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 def test_a_template_that_leaves_out_a_part_of_an_answer(tmp_path: Path) -> None:
