@@ -2,6 +2,7 @@
 
     blind       bits flipped, bytes cut, doubled, or overwritten with extreme numbers
     JSON        a value replaced by another, a key dropped or renamed; the same for the header of safetensors
+    GGUF        a value of the metadata replaced by another of its type, or dropped
     ONNX        a field of the protobuf changed, an entry of a list dropped or doubled
     text        a line dropped, doubled or moved, a word replaced
 
@@ -13,8 +14,12 @@ from __future__ import annotations
 import json
 import random
 import struct
-from pathlib import PurePosixPath
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from tempfile import NamedTemporaryFile
 from typing import Any
+
+from qalora.formats.gguf import Metadata, plan_layout, read_header
 
 SMALL = (0, 1, 2, 3, 7, 8, 31, 32, 255, 256, 1 << 16)
 EXTREMES = (*SMALL, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
@@ -33,6 +38,8 @@ def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
             return json.dumps(_json(json.loads(data), rng)).encode()
         if suffix == ".safetensors" and rng.random() < 0.5:
             return _safetensors(data, rng)
+        if suffix == ".gguf" and rng.random() < 0.5:
+            return _gguf(data, rng)
         if suffix == ".onnx" and rng.random() < 0.7:
             return _onnx(data, rng)
         if name.endswith(LINES) and rng.random() < 0.7:
@@ -83,6 +90,31 @@ def _safetensors(data: bytes, rng: random.Random) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json.dumps(_json(json.loads(data[8 : 8 + length]), rng)).encode()
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def _gguf(data: bytes, rng: random.Random) -> bytes:
+    with NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        header = read_header(Path(file.name))
+    entries = dict(header.metadata.entries)
+    key = rng.choice(list(entries))
+    if rng.randrange(8) == 0:
+        del entries[key]
+    else:
+        entries[key] = replace(entries[key], value=_metadata(entries[key].value, rng))
+    tensors = list(header.tensors.values())
+    layout = plan_layout(Metadata(entries=entries), [(one.name, one.shape, one.type) for one in tensors])
+    return layout.prefix + data[min(one.offset for one in tensors) :]
+
+
+def _metadata(value: Any, rng: random.Random) -> Any:
+    if not isinstance(value, tuple):
+        return _scalar(value, rng)
+    at, kind = rng.randrange(len(value)), rng.randrange(3)
+    if kind == 0:
+        return value[:at] + value[at + 1 :]
+    return (*value[:at], _scalar(value[at], rng), *value[at + (kind == 1) :])
 
 
 def _onnx(data: bytes, rng: random.Random) -> bytes:

@@ -106,6 +106,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "gptq-integer": _MODEL,
     "gguf": ("model.gguf",),
     "gguf-narrow": ("model.gguf",),
+    "gguf-tokenizer": ("model.gguf",),
     "onnx": (*_GRAPH, "generation_config.json"),
     "onnx-portable": _GRAPH,
     "onnx-version1": _GRAPH,
@@ -131,11 +132,12 @@ def models(root: Path) -> dict[str, Example]:
     export(model, list(TARGETS), root)
     narrow = quantize(load(root / "float"), bits=3, group_size=32)
     export(narrow, ["gguf"], root / "narrow")
-    for place in (root / "gguf", root / "narrow" / "gguf"):
-        next(place.glob("*.gguf")).rename(place / "model.gguf")
     save(model, root / "sharded", max_shard_size=10_000)
-    tiny_llama(root / "speaking", config={**SHAPE, **HEADS}, tokenizer=small_tokenizer(size=300))
-    export(quantize(load(root / "speaking"), bits=4, group_size=32), ["qalora"], root / "tokenizer")
+    tokenizer = small_tokenizer(size=300)
+    tiny_llama(root / "speaking", config={**SHAPE, **HEADS, "vocab_size": len(tokenizer)}, tokenizer=tokenizer)
+    export(quantize(load(root / "speaking"), bits=4, group_size=32), ["qalora", "gguf"], root / "tokenizer")
+    for place in (root / "gguf", root / "narrow" / "gguf", root / "tokenizer" / "gguf"):
+        next(place.glob("*.gguf")).rename(place / "model.gguf")
     whole = quantize(load(root / "float"), bits=4, group_size=32, zeros="integer")
     export(whole, ["gptq"], root / "integer")
     _write_as_others_do(root / "foreign")
@@ -151,6 +153,7 @@ def models(root: Path) -> dict[str, Example]:
         "gptq-integer": Example(folder=root / "integer" / "gptq", read=_read_model, inspect=""),
         "gguf": Example(folder=root / "gguf", read=_read_gguf, inspect="model.gguf"),
         "gguf-narrow": Example(folder=root / "narrow" / "gguf", read=_read_gguf, inspect="model.gguf"),
+        "gguf-tokenizer": Example(folder=root / "tokenizer" / "gguf", read=_read_gguf, inspect="model.gguf"),
         "onnx": Example(folder=root / "onnx", read=_read_onnx, inspect="model.onnx"),
         "onnx-portable": Example(folder=root / "onnx" / "portable", read=_read_onnx, inspect="model.onnx"),
         "onnx-version1": Example(folder=earlier, read=_read_onnx, inspect="model.onnx"),
