@@ -97,6 +97,8 @@ def _gguf(data: bytes, rng: random.Random) -> bytes:
         file.write(data)
         file.flush()
         header = read_header(Path(file.name))
+    if not header.metadata.entries or not header.tensors:
+        raise ValueError("nothing to change")
     entries = dict(header.metadata.entries)
     key = rng.choice(list(entries))
     if rng.randrange(8) == 0:
