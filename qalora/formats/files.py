@@ -23,7 +23,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from qalora.errors import FormatError, InputError, OutputError
+from qalora.errors import FormatError, InputError, OutputError, shown
 
 __all__ = [
     "InputFile",
@@ -36,6 +36,9 @@ __all__ = [
     "read_limited",
 ]
 
+
+MAX_NAME, MAX_PATH = 255, 2048
+"""Bytes of a part of a path that file systems take; characters of a name here, which leave room for the folder."""
 
 MAX_DIMENSIONS = 8
 """Of a stored tensor; the product of a million sizes would take minutes, and torch has no more than 64."""
@@ -65,11 +68,13 @@ def contained(folder: Path, name: str) -> Path:
     """
     parts = PurePosixPath(name).parts
     try:
-        os.fsencode(name)
+        too_long = max((len(os.fsencode(part)) for part in parts), default=0) > MAX_NAME or len(name) > MAX_PATH
     except UnicodeEncodeError:
         raise FormatError(f"{folder.name}: file name {name!r}", expected="a plain name inside the folder") from None
     if not name or "\\" in name or "\0" in name or name.startswith("/") or ".." in parts:
         raise FormatError(f"{folder.name}: file name {name!r}", expected="a plain name inside the folder")
+    if too_long:
+        raise FormatError(f"{folder.name}: file name {shown(name)}", expected="a name that a file can have")
     path = folder / name
     real, root = path.resolve(), folder.resolve()
     blobs = _blobs_of(root)

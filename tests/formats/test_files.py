@@ -50,3 +50,10 @@ def test_blobs_that_are_a_link_themselves_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / CACHE / "blobs").symlink_to("../elsewhere")
     with pytest.raises(FormatError, match="got a link to"):
         contained(folder, "config.json")
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "a/" * 1025 + "b"])
+def test_a_name_that_no_file_system_takes_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"file name '.{0,60}: expected a name that a file can have$"):
+        contained(tmp_path, name)
+    assert contained(tmp_path, "x" * 255).name == "x" * 255
