@@ -95,7 +95,7 @@ def _key(model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptio
     parts = {
         "versions": [__version__, torch.__version__, torch.get_num_threads(), device.type],
         "path": str(model.path.resolve()),
-        "files": [[os.fsencode(name).hex(), stat.st_size, stat.st_mtime_ns] for name, stat in files],
+        "files": [[os.fsencode(name).hex(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in files],
         "config": model.config,
         "options": {name: asdict(each) for name, each in options.items()},
         "windows": [list(windows.shape), hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()],
