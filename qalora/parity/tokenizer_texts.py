@@ -13,6 +13,7 @@ from typing import Any
 from qalora.converters.added_tokens import as_phi3
 from qalora.converters.chat_template import render_chat
 from qalora.converters.sentencepiece import SPACE, normalizer_of, spaces_of
+from qalora.errors import FormatError
 from qalora.parity.text import default_text
 
 __all__ = ["PASSAGE", "Part", "parts_of", "untried"]
@@ -96,6 +97,8 @@ def _chats(tokenizer: Any) -> list[tuple[str, str]]:
     ):
         try:
             text = render_chat(tokenizer, turns, add_generation_prompt=prompt)
+        except FormatError:  # it takes too long, and would again
+            return []
         except Exception:  # a template that raises, on a system message for instance, has no such chat
             continue
         named_texts.append((name, text[:LONGEST]))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qalora.converters.chat_template import render_chat
-from qalora.errors import InputError
+from qalora.errors import FormatError, InputError
 from qalora.formats.text import check_text
 from qalora.training.documents import Account, Document
 from qalora.training.rows import Conversation, Turn, squeeze
@@ -110,6 +110,8 @@ class ChatTemplate:
         try:
             messages = [turn.message for turn in turns]
             text = render_chat(self._tokenizer, messages, add_generation_prompt=ask, **template_settings)
+        except FormatError as error:
+            raise FormatError(f"{chat.where}: {error}") from error
         except Exception as error:  # a template is a program; it raises what it likes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"{chat.where}: messages", expected="what the chat template takes", got=reason) from error

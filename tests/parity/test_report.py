@@ -113,7 +113,7 @@ def test_json_is_versioned_stable_and_strict() -> None:
     assert content["schema"] == "qalora.parity/1"
     assert list(content) == [
         "schema", "passed", "reference", "level", "text", "adapter", "noise", "gates", "reference_runs", "artifacts",
-        "comparison",
+        "comparison", "device",
     ]  # fmt: skip
     (artifact,) = content["artifacts"]
     assert list(artifact) == ["name", "kind", "holds", "weights", "adapter_lost_by_layer", "gates", "runs"]
