@@ -21,16 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark_training import memory
 
 PROMPTS, BEFORE = (16, 128), 32
-
-
-def memory(field: str) -> int:
-    """Bytes of a field of this process's status, such as VmHWM."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def least(session: Any, feed: dict[str, Any], times: int) -> float:

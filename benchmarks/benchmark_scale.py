@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark_export import copy
+from marked_page import put
 from synthetic import config_of, floats, synthetic, write_floats, write_hollow
 
 SLOW = 2
@@ -192,12 +193,9 @@ def main() -> None:
             whole_story(bench, chosen.shape)
             slow_methods(bench, chosen.shape)
     if chosen.write is not None:
-        begin, end = BEGIN.format(chosen.shape), END.format(chosen.shape)
-        page = chosen.write.read_text(encoding="utf-8")
-        before, after = page.split(begin)[0], page.split(end)[1]
         rows = "\n".join(row.line() for row in bench.rows)
-        text = f"{begin}\n\n{head}\n|---|---:|---:|---:|---:|---:|---:|\n{rows}\n\n{end}"
-        chosen.write.write_text(before + text + after, encoding="utf-8")
+        text = f"\n{head}\n|---|---:|---:|---:|---:|---:|---:|\n{rows}\n"
+        put(chosen.write, text, BEGIN.format(chosen.shape), END.format(chosen.shape))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from comparison_plan import (
     tried_rates,
     worth,
 )
+from marked_page import put
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 WIDTHS = (4, 3, 2)
@@ -185,11 +186,7 @@ def written(done: Done, method: str = "gptq") -> str:
 
 def write_page(page: Path, done: Done, method: str = "gptq") -> None:
     """Put the tables into a page, and the plot beside it, under the page's name."""
-    before, _, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{page} has no lines {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{written(done, method)}\n{END}{tail}", encoding="utf-8")
+    put(page, written(done, method), BEGIN, END)
     page.with_suffix(".svg").write_text(plot(done, method), encoding="utf-8")
 
 

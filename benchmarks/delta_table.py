@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from marked_page import put
 
 from qalora.adapter import Adapter, read_adapter, write_adapter
 from qalora.checkpoint import Checkpoint
@@ -142,9 +143,7 @@ def main() -> None:
         adapter = trained(model, arguments.steps, work) if given is None else read_adapter(given, model)
         made = "\n".join(table(model, adapter, work))
     if arguments.write is not None:
-        head, _, rest = arguments.write.read_text("utf-8").partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        arguments.write.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
+        put(arguments.write, made, BEGIN, END)
 
 
 if __name__ == "__main__":

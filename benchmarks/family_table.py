@@ -14,6 +14,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from marked_page import put
+
 from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.errors import QaloraError
@@ -86,9 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     made = table()
     if arguments.write is not None:
-        head, _, rest = arguments.write.read_text("utf-8").partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        arguments.write.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
+        put(arguments.write, made, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from marked_page import put
 from torch import Tensor
 
 from qalora.calibration import Calibration, calibration_windows, choose_widths, quantize_calibrated
@@ -207,9 +208,7 @@ def main() -> None:
     made = table(work)
     print(made)
     if arguments.write is not None:
-        before, _, rest = arguments.write.read_text("utf-8").partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        arguments.write.write_text(f"{before}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
+        put(arguments.write, made, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from marked_page import put
 from synthetic import synthetic
 
 from qalora.checkpoint import Checkpoint
@@ -154,9 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     made = tables()
     if arguments.write is not None:
-        head, _, rest = arguments.write.read_text("utf-8").partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        arguments.write.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
+        put(arguments.write, made, BEGIN, END)
 
 
 if __name__ == "__main__":
