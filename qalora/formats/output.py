@@ -36,6 +36,7 @@ __all__ = [
     "check_writable",
     "json_bytes",
     "left_beside",
+    "lock",
     "new_file",
     "new_folder",
     "remove_left",
@@ -105,7 +106,7 @@ def new_folder(path: Path, *, force: bool = False, names: Collection[str] = ()) 
     """
     check_output(path, force=force, names=names)
     parents = _make_parents(path)
-    work = path.parent / f".{path.name}{PARTIAL}"
+    work = _work(path)
     try:
         with _claimed(path, wait=False):
             _remove(work)
@@ -135,7 +136,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     if path.is_dir():
         raise OutputError(f"{path}", expected="a file name", got="a folder")
     parents = _make_parents(path)
-    work = path.parent / f".{path.name}{PARTIAL}"
+    work = _work(path)
     try:
         with _claimed(path, wait=True):
             check_output(path, force=force)
@@ -183,7 +184,7 @@ def _claimed(path: Path, *, wait: bool) -> Iterator[None]:
 
     OutputError where another run holds it, unless `wait`. Where files cannot be locked, nothing is.
     """
-    place = path.parent / f".{path.name.lstrip('.')}.lock"
+    place = _lock_file(path)
     file = _locked(place, path, wait=wait)
     try:
         yield
@@ -192,33 +193,46 @@ def _claimed(path: Path, *, wait: bool) -> Iterator[None]:
         file.close()
 
 
+def _work(path: Path) -> Path:
+    """What an output is called while it is written."""
+    return path.parent / f".{path.name}{PARTIAL}"
+
+
+def _lock_file(path: Path) -> Path:
+    return path.parent / f".{path.name.lstrip('.')}.lock"
+
+
 def _locked(place: Path, path: Path, *, wait: bool) -> IO[bytes]:
     while True:
         file = place.open("ab")
         try:
-            _lock(file, wait=wait)
+            _lock(file, path, wait=wait)
             if place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat()):
                 return file
-        except BlockingIOError:
-            file.close()
-            raise OutputError(
-                f"{path}: another run is writing it", todo="wait for that run, or choose another place"
-            ) from None
         except BaseException:
             file.close()
             raise
         file.close()  # the run that held it has removed it
 
 
-def _lock(file: IO[bytes], *, wait: bool) -> None:
-    if sys.platform == "win32":
-        return
+def _lock(file: IO[bytes], path: Path, *, wait: bool) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        lock(file, wait=wait)
     except BlockingIOError:
-        raise
+        raise OutputError(
+            f"{path}: another run is writing it", todo="wait for that run, or choose another place"
+        ) from None
     except OSError:
         return  # a file system without locks
+
+
+def lock(file: IO[bytes], *, wait: bool = False) -> None:
+    """Lock an open file until it is closed; nothing on a system without such locks.
+
+    BlockingIOError where another run has it, unless `wait`; another OSError on a file system without locks.
+    """
+    if sys.platform != "win32":
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _make_parents(path: Path) -> list[Path]:
@@ -298,8 +312,8 @@ def _remove(work: Path) -> None:
 
 def remove_left(path: Path) -> None:
     """Remove what a killed run left of an output that is not made again; nothing where another run is writing it."""
-    work = path.parent / f".{path.name}{PARTIAL}"
-    place = path.parent / f".{path.name.lstrip('.')}.lock"
+    work = _work(path)
+    place = _lock_file(path)
     if not os.path.lexists(work) and not place.exists():
         return
     with suppress(OutputError, OSError), _claimed(path, wait=False):

@@ -34,7 +34,7 @@ from qalora._version import __version__
 from qalora.converters import packages
 from qalora.errors import InputError
 from qalora.formats.json_text import read_json
-from qalora.formats.output import json_bytes, new_file, write_json
+from qalora.formats.output import json_bytes, lock, new_file, write_json
 from qalora.releasing.digests import file_digest
 
 __all__ = ["MAKERS", "Result", "Step", "Store", "versions"]
@@ -164,11 +164,7 @@ class Store:
             (self.folder / ".gitignore").write_bytes(_MARK)
         with (self.folder / "lock").open("ab") as file:
             try:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:
-                pass  # an operating system without such locks
+                lock(file)
             except OSError as error:
                 raise InputError(f"{self.folder} is in use by another run", todo="wait until it ends") from error
             try:
