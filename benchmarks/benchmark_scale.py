@@ -6,7 +6,9 @@ A synthetic float checkpoint of the shape (synthetic.py: real shapes, random wei
 every command, each in a process of its own, one after another on the base and the adapter that those before made:
 quantize, train (one step), export to each format with the adapter folded in, verify (weights; logits on 64 tokens),
 release, check. What searches or calibrates works on two of the layers; its seconds are those of two, and times the
-layers in brackets. An export is deleted when it has been verified, the float checkpoint when it is quantized.
+layers in brackets. An export is deleted when it has been verified, the float checkpoint when it is quantized. With
+--work the folder stays, and another run there goes on: it makes what is missing, measures what --only names, and the
+table has the last row of each command.
 
 A row: seconds (wall clock); seconds for a billion weights; processor seconds; peak resident memory of the process;
 bytes written; and, where a command moves bytes, the ratio to copying what it wrote, 8 MB at a time, right after it.
@@ -17,6 +19,7 @@ markers of that page.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -25,7 +28,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmark_export import copy
@@ -70,11 +74,13 @@ class Row:
 
 
 class Bench:
-    """Runs commands in a folder, and keeps what they took."""
+    """Runs commands in a folder, and keeps what they took there, in rows.json."""
 
     def __init__(self, work: Path, threads: int, only: Sequence[str], weights: float) -> None:
         self.work, self.only, self.weights = work, only, weights
-        self.rows: list[Row] = []
+        self._kept = work / "rows.json"
+        before = json.loads(self._kept.read_text("utf-8")) if self._kept.exists() else []
+        self.rows = {row["name"]: Row(**row) for row in before}
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
 
     def run(self, name: str, words: Sequence[object], out: Path | None = None, times: float = 1.0) -> None:
@@ -104,7 +110,8 @@ class Bench:
             times=times,
             weights=self.weights,
         )
-        self.rows.append(row)
+        self.rows[name] = row
+        self._kept.write_text(json.dumps([asdict(row) for row in self.rows.values()], indent=1), encoding="utf-8")
         print(row.line(), flush=True)
 
     def asked(self, name: str) -> bool:
@@ -183,8 +190,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--write", type=Path)
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
-        bench = Bench(Path(folder), chosen.threads, chosen.only, weights_of(chosen.shape))
+    with ExitStack() as stack:
+        folder = chosen.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        bench = Bench(folder, chosen.threads, chosen.only, weights_of(chosen.shape))
         head = "| command | seconds | seconds for 10^9 weights | CPU seconds | peak MB | GB written | ratio to a copy |"
         print(f"{head}\n|---|---:|---:|---:|---:|---:|---:|")
         if chosen.shape == "70b":
@@ -193,7 +202,7 @@ def main() -> None:
             whole_story(bench, chosen.shape)
             slow_methods(bench, chosen.shape)
     if chosen.write is not None:
-        rows = "\n".join(row.line() for row in bench.rows)
+        rows = "\n".join(row.line() for row in bench.rows.values())
         text = f"\n{head}\n|---|---:|---:|---:|---:|---:|---:|\n{rows}\n"
         put(chosen.write, text, BEGIN.format(chosen.shape), END.format(chosen.shape))
 
