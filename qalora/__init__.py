@@ -23,6 +23,7 @@ from qalora._version import __version__
 from qalora.errors import InputError, ProofError, QaloraError
 from qalora.integrations.hook import install as _install_hook
 from qalora.options import split as _split
+from qalora.options.engine import Sharing
 from qalora.options.export import Export
 from qalora.options.quantize import Quantize
 from qalora.options.release import Package
@@ -111,17 +112,26 @@ def save(
     *,
     max_shard_size: int = SHARD_SIZE,
     force: bool = False,
+    jobs: int | None = None,
+    engine: Literal["local", "ray"] = "local",
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Plan:
     """Write a model as a qalora folder, which `load` opens again. Returns the plan of what was written.
 
     max_shard_size  bytes of tensors per file, at most
     force           replace an earlier output
+    jobs, engine    processes that share the work, and where: see `qalora.options.engine`
     progress        called with each tensor's name and bytes
     """
-    from qalora.converters.exports import save as save_model
+    sharing = Sharing(jobs=jobs, engine=engine)
 
-    return save_model(model, Path(out), max_shard_size=max_shard_size, force=force, progress=progress)
+    from qalora.converters.exports import save as save_model
+    from qalora.engines import engine_of
+
+    with engine_of(sharing) as workers:
+        return save_model(
+            model, Path(out), max_shard_size=max_shard_size, force=force, progress=progress, engine=workers
+        )
 
 
 def quantize(
@@ -261,6 +271,8 @@ def export(
     split_max_size: int | None = None,
     lora_slots: str | Iterable[str] = (),
     force: bool = False,
+    jobs: int | None = None,
+    engine: Literal["local", "ray"] = "local",
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> list[Plan]:
     """Write a model to `out/<target>/` for each target.
@@ -272,15 +284,18 @@ def export(
     gptq_form, gguf_form, accuracy_level, onnx_graphs, onnx_embedding, max_shard_size, split_max_size   see `Export`
     lora_slots  ONNX: modules that take a LoRA at run time
     force       replace an earlier output
+    jobs, engine   processes that share the work, and where: see `qalora.options.engine`
     progress    called with each tensor's name and bytes
 
     Options are checked before the model is opened.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     record = _record(Export, locals())
+    sharing = Sharing(jobs=jobs, engine=engine)
 
     from qalora.converters.exports import check_fold, check_places, check_targets, writing
     from qalora.converters.exports import export as export_model
+    from qalora.engines import engine_of
 
     options = writing(record, lora_slots=lora_slots)
     check_targets(targets, options)
@@ -288,7 +303,18 @@ def export(
     check_places(Path(out), targets, force=force)
     base = _opened(model)
     read = None if adapter is None else _read(adapter, base, convention)
-    return export_model(base, targets, Path(out), options, adapter=read, minima=minima, force=force, progress=progress)
+    with engine_of(sharing) as workers:
+        return export_model(
+            base,
+            targets,
+            Path(out),
+            options,
+            adapter=read,
+            minima=minima,
+            force=force,
+            progress=progress,
+            engine=workers,
+        )
 
 
 def verify(
@@ -309,6 +335,8 @@ def verify(
     device: str = "cpu",
     dynamic_int8: bool = False,
     relative_to: Path | None = None,
+    jobs: int | None = None,
+    engine: Literal["local", "ray"] = "local",
     progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> ParityReport:
     """Run artefacts in their own runtimes and compare; see `qalora.parity.verify` for the options.
@@ -316,29 +344,35 @@ def verify(
     adapter     the adapter in the artefacts; the reference is then the base
     convention  as in `fold`
     text        the text to compute on, not the name of a file
+    jobs, engine   processes that share the comparison of the weights, and where: see `qalora.options.engine`
     """
+    sharing = Sharing(jobs=jobs, engine=engine)
+
+    from qalora.engines import engine_of
     from qalora.parity import verify as verify_artifacts
 
     paths = [artifacts] if isinstance(artifacts, str | Path) else artifacts
-    return verify_artifacts(
-        reference,
-        [Path(path) for path in paths],
-        adapter=adapter,
-        convention=convention,
-        minima=minima,
-        level=level,
-        text=text,
-        tokens=tokens,
-        prompts=prompts,
-        max_tokens=max_tokens,
-        generate=generate,
-        threads=threads,
-        memory=memory,
-        device=device,
-        dynamic_int8=dynamic_int8,
-        relative_to=relative_to,
-        progress=progress,
-    )
+    with engine_of(sharing) as workers:
+        return verify_artifacts(
+            reference,
+            [Path(path) for path in paths],
+            adapter=adapter,
+            convention=convention,
+            minima=minima,
+            level=level,
+            text=text,
+            tokens=tokens,
+            prompts=prompts,
+            max_tokens=max_tokens,
+            generate=generate,
+            threads=threads,
+            memory=memory,
+            device=device,
+            dynamic_int8=dynamic_int8,
+            relative_to=relative_to,
+            engine=workers,
+            progress=progress,
+        )
 
 
 def release(

@@ -8,6 +8,7 @@
     │   ├── DivergedError          a training whose numbers left what its dtypes reach
     │   ├── ExactnessError         a target cannot hold a weight exactly, and no loss was asked for by name
     │   ├── OutputError            the output exists, or there is no room for it
+    │   ├── EngineError            the processes that share the work cannot be had, or die
     │   └── MissingLibraryError    an optional library is absent; the sentence holds the command that installs it
     └── ProofError                 a parity gate failed, or a named artefact is not proven; exit status 1
 
@@ -29,6 +30,7 @@ from contextlib import contextmanager
 __all__ = [
     "AdapterError",
     "DivergedError",
+    "EngineError",
     "ExactnessError",
     "FormatError",
     "InputError",
@@ -144,6 +146,10 @@ class ExactnessError(InputError):
 
 class OutputError(InputError):
     """The output exists, or there is no room for it."""
+
+
+class EngineError(InputError):
+    """The processes that share the work cannot be had, or die."""
 
 
 class MissingLibraryError(InputError):

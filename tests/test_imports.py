@@ -22,7 +22,7 @@ FLOORS = [
     {"folding", "adapter", "quantization", "residual", "checkpoint"},
     {"formats"},
     {"fused"},
-    {"devices", "tensor"},
+    {"devices", "engines", "tensor"},
     {"options"},
     {"errors", "_version"},
 ]

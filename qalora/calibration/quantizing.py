@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,17 +51,35 @@ def quantize_calibrated(
     """
     options_by_name = dict.fromkeys(model.linears, options) if isinstance(options, QuantizeOptions) else dict(options)
     specs = plan_specs(model, options_by_name, requantize=requantize)
-    file: list[TensorFile] = []
 
-    def computed() -> TensorFile:
-        if not file:
-            key = "" if keep is None else _key(model, windows, options_by_name, device)
-            kept = TensorFile(keep, key, lazily)
-            file.append(_quantized(model, windows, options_by_name, device, tick, kept))
-        return file[0]
+    def compute() -> TensorFile:
+        key = "" if keep is None else _key(model, windows, options_by_name, device)
+        kept = TensorFile(keep, key, lazily)
+        return _quantized(model, windows, options_by_name, device, tick, kept)
 
+    computed = _Once(compute)
     lazily = {name: _lazily(model.tensors[name], spec, computed) for name, spec in specs.items()}
     return replace(model, tensors={**model.tensors, **lazily})
+
+
+class _Once:
+    """The file of the quantized tensors, made when it is first asked for. Another process gets the file as it is."""
+
+    def __init__(self, compute: Callable[[], TensorFile]) -> None:
+        self._compute = compute
+        self._file: TensorFile | None = None
+
+    def __call__(self) -> TensorFile:
+        if self._file is None:
+            self._file = self._compute()
+        return self._file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _there, (self(),)
+
+
+def _there(file: TensorFile) -> Callable[[], TensorFile]:
+    return lambda: file
 
 
 def _quantized(

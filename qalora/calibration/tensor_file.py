@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import LazyTensor
-from qalora.errors import OutputError
+from qalora.errors import InputError, OutputError
 from qalora.tensor import GroupQuantTensor, packed_row_bytes
 
 __all__ = ["TensorFile"]
@@ -62,10 +62,25 @@ class TensorFile:
         """wanted: the tensors that may be taken from the file, by name; OutputError for a path that is a link."""
         # open as long as the object lives
         self._file: IO[bytes] = tempfile.TemporaryFile() if path is None else _open(path)  # noqa: SIM115
+        self._path = path
         weakref.finalize(self, self._file.close)
         self._places: dict[str, tuple[_Place, _Place, _Place, int, int]] = {}
         if path is not None:
             self._recover(key, {name: _shapes(lazy) for name, lazy in wanted.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which reads what is there; InputError for a nameless file."""
+        if self._path is None:
+            raise InputError(
+                "layers that were quantized on a text, and are in no file yet, cannot be shared by processes",
+                todo="save it first, without `jobs` and `engine`, and load it again",
+            )
+        return {"path": self._path.absolute(), "places": self._places}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self._path, self._places = state["path"], state["places"]
+        self._file = self._path.open("rb")
+        weakref.finalize(self, self._file.close)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

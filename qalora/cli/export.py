@@ -23,6 +23,7 @@ from qalora.cli.options import (
     record_from,
 )
 from qalora.cli.progress import log_format_option, progress_bar
+from qalora.options.engine import Sharing
 from qalora.options.export import Export
 
 
@@ -39,6 +40,7 @@ from qalora.options.export import Export
     help="Fold this adapter first. GPTQ can keep it beside the base instead.",
 )
 @options_of(Export)
+@options_of(Sharing)
 @click.option(
     "--lora-slots",
     type=click.Path(path_type=Path),
@@ -68,10 +70,11 @@ def command(
     If a format cannot hold the model exactly, the export is refused before anything is written, unless --allow-loss
     names the loss.
     """
-    export = record_from(Export, settings)
+    export, sharing = record_from(Export, settings), record_from(Sharing, settings)
 
     from qalora.adapter import open_adapter, read_adapter
     from qalora.converters.exports import check_fold, check_places, check_targets, export_jobs, run_jobs, writing
+    from qalora.engines import engine_of
 
     if adapter is not None:
         open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
@@ -85,8 +88,8 @@ def command(
     jobs = export_jobs(base, export.targets, options, adapter=read, minima=export.minima)
     if not dry_run:
         total = sum(tensor.nbytes for job in jobs for tensor in job.plan.tensors)
-        with progress_bar(total, "writing") as progress:
-            run_jobs(jobs, out, force=force, progress=progress)
+        with engine_of(sharing) as engine, progress_bar(total, "writing") as progress:
+            run_jobs(jobs, out, force=force, progress=progress, engine=engine)
     plans = [job.plan for job in jobs]
     if as_json:
         print_json([plan.to_json() for plan in plans])

@@ -21,6 +21,7 @@ from qalora.cli.options import (
     record_from,
 )
 from qalora.cli.progress import log_format_option, watch
+from qalora.options.engine import Sharing
 from qalora.options.quantize import Quantize
 
 
@@ -32,6 +33,7 @@ from qalora.options.quantize import Quantize
 @click.argument("model")
 @output_option("The folder to write.")
 @options_of(Quantize)
+@options_of(Sharing)
 @checkpoint_format_option
 @force_option
 @dry_run_option
@@ -52,11 +54,14 @@ def command(
     a text like those that the model will see, each layer is quantized on the inputs that it gets from the quantized
     layers before it. Use it at 3 bits and fewer.
     """
-    options = record_from(Quantize, settings)
+    options, sharing = record_from(Quantize, settings), record_from(Sharing, settings)
 
+    from qalora.engines import engine_of
     from qalora.pipeline.making import make_base
 
-    plan = make_base(model, options, out, form=checkpoint_format, force=force, dry_run=dry_run, watch=watch())
+    with engine_of(Sharing() if dry_run else sharing) as engine:
+        form = checkpoint_format
+        plan = make_base(model, options, out, form=form, force=force, dry_run=dry_run, watch=watch(), engine=engine)
     if as_json:
         print_json(plan.to_json())
     else:

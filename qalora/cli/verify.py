@@ -23,6 +23,7 @@ from qalora.cli.options import (
 )
 from qalora.cli.progress import log_format_option, log_gates, verification_bar
 from qalora.errors import ProofError
+from qalora.options.engine import Sharing
 from qalora.options.verify import Verify
 
 
@@ -40,6 +41,7 @@ from qalora.options.verify import Verify
 @minima_option
 @checkpoint_format_option
 @options_of(Verify)
+@options_of(Sharing)
 @click.option(
     "--report",
     "files",
@@ -69,9 +71,10 @@ def command(
     Every bound is derived from a measurement on this model; the report shows how. Exit status 1 if a gate fails
     or a runtime is missing.
     """
-    options = record_from(Verify, settings)
+    options, sharing = record_from(Verify, settings), record_from(Sharing, settings)
 
     from qalora.adapter import open_adapter
+    from qalora.engines import engine_of
     from qalora.parity import verify
     from qalora.parity.artifacts import recognize
     from qalora.parity.report import render
@@ -84,9 +87,16 @@ def command(
         open_adapter(adapter)  # what is wrong with it is to be known before a model is fetched
     arguments = verify_arguments(options)
     base = open_model(reference, checkpoint_format)
-    with verification_bar() as progress:
+    with engine_of(sharing) as engine, verification_bar() as progress:
         report = verify(
-            base, artifacts, adapter=adapter, convention=convention, minima=minima, progress=progress, **arguments
+            base,
+            artifacts,
+            adapter=adapter,
+            convention=convention,
+            minima=minima,
+            engine=engine,
+            progress=progress,
+            **arguments,
         )
     log_gates(report)
     for file in files:

@@ -7,9 +7,11 @@ brings whole, such as embeddings with new tokens, are the model's own then, in e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from qalora.adapter import Adapter, carry
@@ -17,9 +19,11 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import TARGETS, native, target
 from qalora.converters.device_load import with_device_load
 from qalora.converters.plan import ExportOptions, Plan, Progress
+from qalora.engines import Engine, pieces_of
 from qalora.errors import InputError, about
 from qalora.folding import check_minima, fold
 from qalora.formats.output import check_apart, check_output, new_folder
+from qalora.formats.share import Share
 from qalora.options import fields_of
 from qalora.options.export import Writing
 from qalora.options.words import Convention, Minima
@@ -35,6 +39,7 @@ __all__ = [
     "run_job",
     "run_jobs",
     "save",
+    "write_jobs",
     "writing",
 ]
 
@@ -112,17 +117,63 @@ def export_jobs(
 
 
 def run_jobs(
-    jobs: Sequence[ExportJob], out: Path, *, force: bool = False, progress: Progress = lambda name, nbytes: None
+    jobs: Sequence[ExportJob],
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Progress = lambda name, nbytes: None,
+    engine: Engine | None = None,
 ) -> None:
-    """Write each job to `out/<target>/`. Raises OutputError for an output that exists without `force`."""
+    """Write each job to `out/<target>/`; by other processes where there is an engine.
+
+    Raises OutputError for an output that exists without `force`.
+    """
     for job in jobs:
         check_output(out / job.plan.target, force=force, names=list(job.plan.files))
         check_apart(out / job.plan.target, job.model.path)
     with ExitStack() as outputs:
-        for job in jobs:
+
+        def folder(job: ExportJob) -> Path:
             place = out / job.plan.target
-            folder = outputs.enter_context(new_folder(place, force=force, names=list(job.plan.files)))
+            return outputs.enter_context(new_folder(place, force=force, names=list(job.plan.files)))
+
+        write_jobs([(job, folder(job)) for job in jobs], progress, engine)
+
+
+def write_jobs(jobs: Sequence[tuple[ExportJob, Path]], progress: Progress, engine: Engine | None = None) -> None:
+    """Write each job into its empty folder. With an engine this process makes the files, and others fill them."""
+    if engine is None:
+        for job, folder in jobs:
             target(job.plan.target).write(job.plan, job.model, folder, progress)
+        return
+    frame = Share(())
+    pieces = []
+    for number, (job, folder) in enumerate(jobs):
+        target(job.plan.target).write(job.plan, job.model, folder, progress, frame)
+        pieces += [(number, names) for names in pieces_of(_sizes(job.plan), engine.jobs)]
+    for (number, names), written in engine.map(partial(_write_piece, jobs), pieces):
+        frame.add(written)
+        sizes = _sizes(jobs[number][0].plan)
+        for name in names:
+            progress(name, sizes[name])
+    frame.check()
+
+
+def _write_piece(jobs: Sequence[tuple[ExportJob, Path]], piece: tuple[int, tuple[str, ...]]) -> Mapping[Path, int]:
+    """Write some tensors of a job into the files that are there; gives the bytes written into each."""
+    number, names = piece
+    job, folder = jobs[number]
+    share = Share(names, frame=False)
+    target(job.plan.target).write(job.plan, job.model, folder, lambda name, nbytes: None, share)
+    return dict(share.written)
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    """The bytes of each tensor, in the plan's order."""
+    sizes: Counter[str] = Counter()
+    for tensor in plan.tensors:
+        sizes[tensor.name] += tensor.nbytes
+    return dict(sizes)
 
 
 def plan_folder(model: Checkpoint, *, max_shard_size: int) -> Plan:
@@ -137,20 +188,21 @@ def save(
     max_shard_size: int,
     force: bool = False,
     progress: Progress = lambda name, nbytes: None,
+    engine: Engine | None = None,
 ) -> Plan:
     """Plan our own folder and write it to `out`; gives the plan."""
     plan = plan_folder(model, max_shard_size=max_shard_size)
-    run_job(ExportJob(plan=plan, model=model), out, force=force, progress=progress)
+    run_job(ExportJob(plan=plan, model=model), out, force=force, progress=progress, engine=engine)
     return plan
 
 
-def run_job(job: ExportJob, out: Path, *, force: bool, progress: Progress) -> None:
+def run_job(job: ExportJob, out: Path, *, force: bool, progress: Progress, engine: Engine | None = None) -> None:
     """Write one job to `out` itself."""
     names = list(job.plan.files)
     check_output(out, force=force, names=names)
     check_apart(out, job.model.path)
     with new_folder(out, force=force, names=names) as folder:
-        target(job.plan.target).write(job.plan, job.model, folder, progress)
+        write_jobs([(job, folder)], progress, engine)
 
 
 def export(
@@ -163,8 +215,9 @@ def export(
     minima: Minima | None = None,
     force: bool = False,
     progress: Progress = lambda name, nbytes: None,
+    engine: Engine | None = None,
 ) -> list[Plan]:
     """Plan and write a model to `out/<target>/` for each target, with an adapter as `export_jobs` has it; the plans."""
     jobs = export_jobs(model, targets, options or ExportOptions(), adapter=adapter, minima=minima)
-    run_jobs(jobs, out, force=force, progress=progress)
+    run_jobs(jobs, out, force=force, progress=progress, engine=engine)
     return [job.plan for job in jobs]

@@ -18,6 +18,7 @@ from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Pro
 from qalora.converters.tokenizer import converted_files, write_tokenizer
 from qalora.formats.output import write_json
 from qalora.formats.safetensors import Part, ShardedLayout, ShardedWriter, plan_shards
+from qalora.formats.share import Share
 from qalora.formats.workers import JOB_BYTES, Workers
 from qalora.tensor import GroupQuantTensor
 
@@ -77,18 +78,24 @@ def write_folder(
     progress: Progress,
     write_rows: Callable[[ShardedWriter, LazyTensor, int, Tensor | GroupQuantTensor], None],
     whole: Callable[[LazyTensor], bool] | None = None,
+    *,
+    share: Share,
 ) -> None:
     """Write a planned folder, a tensor at a time.
 
     write_rows  writes rows of a tensor, from the row that it is told; in a thread, while the next rows are read
     whole       whether a tensor comes in one piece, as it is small enough: the linear weights by default; embedding and
                 output layer go by rows
+    share       what of the folder is written here
     """
     if not isinstance(plan, FolderPlan):
         raise TypeError(f"expected FolderPlan, got {type(plan).__name__}")
-    write_beside(plan.config, model, folder)
-    with ShardedWriter(folder, plan.layout) as weights, Workers() as workers:
+    if share.frame:
+        write_beside(plan.config, model, folder)
+    with ShardedWriter(folder, plan.layout, share) as weights, Workers() as workers:
         for tensor in plan.tensors:
+            if not share.writes(tensor.name):
+                continue
             lazy = model.tensors[tensor.name]
             at_once = tensor.name in model.linears if whole is None else whole(lazy)
             for row, tile in [(0, lazy.load())] if at_once else lazy.tiles(JOB_BYTES):

@@ -18,6 +18,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.errors import FormatError, shown
 from qalora.formats.safetensors import read_header
+from qalora.formats.share import Share
 
 __all__ = [
     "EXACT",
@@ -202,8 +203,10 @@ class Pushed:
 class Writer(Protocol):
     """Writes the planned files into an empty folder, a layer at a time."""
 
-    def __call__(self, plan: Any, model: Checkpoint, folder: Path, progress: Progress) -> None:
-        """plan: what the format's own `plan` gave."""
+    def __call__(
+        self, plan: Any, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None
+    ) -> None:
+        """plan: what the format's own `plan` gave. share: what of the folder is written here; None for all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

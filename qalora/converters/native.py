@@ -38,6 +38,7 @@ from qalora.converters.specs import narrowed
 from qalora.errors import FormatError, shown
 from qalora.formats.files import contained
 from qalora.formats.safetensors import Entry, Part, ShardedWriter, load_tensor
+from qalora.formats.share import Share
 from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, integer_zeros, packed_row_bytes
 
 __all__ = ["FORMAT", "StoredModule", "check_version", "plan", "read", "stored_modules", "write"]
@@ -248,13 +249,14 @@ def _config(model: Checkpoint) -> dict[str, Any]:
     return {**config, "quantization_config": quantization}
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
     """Write the folder, a layer at a time; embedding and output layer by rows."""
-    if model.gguf is not None:
+    share = share or Share()
+    if model.gguf is not None and share.frame:
         from qalora.formats.gguf import metadata_bytes
 
         (folder / GGUF_METADATA).write_bytes(metadata_bytes(model.gguf))
-    write_folder(plan, model, folder, progress, _write_rows)
+    write_folder(plan, model, folder, progress, _write_rows, share=share)
 
 
 def _write_rows(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:

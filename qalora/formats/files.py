@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError, OutputError, shown
+from qalora.formats.share import Share
 
 __all__ = [
     "InputFile",
@@ -179,23 +180,27 @@ class InputFile:
 class OutputFile:
     """A new file of a size known beforehand, written by offset; `close` refuses one that is not full.
 
-    Bytes may come in any order, and from several threads. Never writes over an existing file. Raises OutputError when
-    the disk is full.
+    Bytes may come in any order, from several threads, and, with a share, from several processes. Never writes over an
+    existing file. Raises OutputError when the disk is full.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, share: Share | None = None) -> None:
         self.path = path
         self.size = size
+        self._share = share or Share()
         self._written = 0
         self._lock = threading.Lock()
         try:
-            self._file = path.open("xb", buffering=0)
+            self._file = path.open("xb" if self._share.frame else "r+b", buffering=0)
         except FileExistsError as error:
             raise OutputError(f"{path}: exists already") from error
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}") from error
         try:
-            self._reserve()
+            if self._share.frame:
+                self._reserve()
+            elif os.fstat(self._file.fileno()).st_size != size:
+                raise OutputError(f"{path}", expected=f"the file of {size} bytes that another process made")
         except BaseException:
             self._file.close()
             raise
@@ -249,10 +254,9 @@ class OutputFile:
             self._written += length
 
     def close(self) -> None:
-        """Close the file; ValueError if not every byte was written exactly once."""
+        """Close the file; ValueError if not every byte was written exactly once, unless others write into it."""
         self._file.close()
-        if self._written != self.size:
-            raise ValueError(f"{self.path}: expected {self.size} bytes written, got {self._written}")
+        self._share.close(self.path, self.size, self._written)
 
     def __enter__(self) -> OutputFile:
         return self

@@ -27,6 +27,7 @@ from typing import Any
 from qalora.errors import FormatError, shown
 from qalora.formats.files import InputFile, OutputFile
 from qalora.formats.output import text_bytes
+from qalora.formats.share import Share
 
 __all__ = [
     "BLOCKS",
@@ -410,9 +411,14 @@ def plan_layout(metadata: Metadata, tensors: Sequence[tuple[str, tuple[int, ...]
     return GgufLayout(prefix=prefix, tensors=placed, size=len(prefix) + at)
 
 
-def create(path: Path, layout: GgufLayout) -> OutputFile:
-    """Begin a planned file: everything but the tensors' bytes is written; write those at their offsets, then close."""
-    file = OutputFile(path, layout.size)
+def create(path: Path, layout: GgufLayout, share: Share | None = None) -> OutputFile:
+    """Begin a planned file: everything but the tensors' bytes is written; write those at their offsets, then close.
+
+    share  what of it is written here: without its frame, the file is there and only tensors are missing
+    """
+    file = OutputFile(path, layout.size, share)
+    if share is not None and not share.frame:
+        return file
     file.write(0, layout.prefix)
     in_order = sorted(layout.tensors.values(), key=lambda info: info.offset)
     starts = [info.offset for info in in_order[1:]] + [layout.size]

@@ -35,6 +35,7 @@ from qalora.formats.around import instead_of_weights
 from qalora.formats.files import InputFile, OutputFile, check_dimensions, contained, read_limited
 from qalora.formats.json_text import parse_json
 from qalora.formats.output import json_bytes
+from qalora.formats.share import Share
 from qalora.options.words import SHARD_SIZE
 
 __all__ = [
@@ -329,10 +330,11 @@ def _part_bytes(part: Part) -> int:
 class SafetensorsWriter:
     """Write a planned file a tensor at a time, or a tile of rows at a time, in any order. A context manager."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, share: Share | None = None) -> None:
         self.layout = layout
-        self._file = OutputFile(path, layout.size)
-        self._file.write(0, layout.prefix)
+        self._file = OutputFile(path, layout.size, share)
+        if share is None or share.frame:
+            self._file.write(0, layout.prefix)
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Write `tensor` as the rows of `name` from `row` on; ValueError if dtype or shape is not as planned."""
@@ -359,13 +361,14 @@ class ShardedWriter:
     All files get their full size before the first byte, so that a full disk is found at once.
     """
 
-    def __init__(self, folder: Path, layout: ShardedLayout) -> None:
+    def __init__(self, folder: Path, layout: ShardedLayout, share: Share | None = None) -> None:
         self.layout = layout
         with ExitStack() as stack:
             self._writers = {
-                name: stack.enter_context(SafetensorsWriter(folder / name, file)) for name, file in layout.files.items()
+                name: stack.enter_context(SafetensorsWriter(folder / name, file, share))
+                for name, file in layout.files.items()
             }
-            if layout.index:
+            if layout.index and (share is None or share.frame):
                 (folder / layout.index_name).write_bytes(layout.index)
             self._stack = stack.pop_all()
 

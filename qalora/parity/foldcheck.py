@@ -5,13 +5,17 @@ Layer by layer, against base + factor * B @ A in float64. An adapter that was sh
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from qalora.adapter import Adapter, AdapterLayer
 from qalora.checkpoint import Checkpoint
+from qalora.engines import Engine, spread
 from qalora.parity.reference import exact_minima
 from qalora.parity.weights import ulp
 from qalora.tensor import GroupQuantTensor
@@ -31,24 +35,42 @@ class FoldCheck:
 
 
 def check_fold(
-    base: Checkpoint, folded: Checkpoint, adapter: Adapter, minima: Literal["float16", "float32"]
+    base: Checkpoint,
+    folded: Checkpoint,
+    adapter: Adapter,
+    minima: Literal["float16", "float32"],
+    engine: Engine | None = None,
 ) -> FoldCheck:
-    """Check each layer that the adapter changes.
+    """Check each layer that the adapter changes; by other processes where there is an engine.
 
     A minimum may be off by half an ULP of its dtype, and by the float32 rounding of a fold that sums in float32:
     (rank + 2) * 2^-24 * (|min| + |factor| * |B| @ |A|).
     """
-    groups = codes = beyond = 0
-    first = ""
-    for path, layer in adapter.layers.items():
+    layers = tuple(adapter.layers)
+    checked = partial(_checked, base, folded, adapter, torch.float16 if minima == "float16" else torch.float32)
+    sizes = {path: 4 * math.prod(base.tensors[f"{path}.weight"].shape) for path in layers}
+    by_layer = dict(checked(layers) if engine is None else spread(engine, checked, sizes))
+    counts = [by_layer[path] for path in layers]
+    return FoldCheck(
+        layers=len(layers),
+        groups=sum(groups for groups, _, _ in counts),
+        codes_differ=sum(codes for _, codes, _ in counts),
+        min_beyond=sum(beyond for _, _, beyond in counts),
+        first=next((f"{path}.weight" for path in layers if any(by_layer[path][1:])), ""),
+    )
+
+
+def _checked(
+    base: Checkpoint, folded: Checkpoint, adapter: Adapter, minima: torch.dtype, layers: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """Each of these layers with its groups, codes that differ, and minima that are too far off."""
+    for path in layers:
         name = f"{path}.weight"
         before, after = base.tensors[name].load_quantized(), folded.tensors[name].load_quantized()
         same = torch.equal(before.packed, after.packed)
-        bad_codes = 0 if same else int((before.codes() != after.codes()).sum())
-        count, bad = _check_minima(before, after, layer, torch.float16 if minima == "float16" else torch.float32)
-        groups, codes, beyond = groups + count, codes + bad_codes, beyond + bad
-        first = first or (name if bad or bad_codes else "")
-    return FoldCheck(layers=len(adapter.layers), groups=groups, codes_differ=codes, min_beyond=beyond, first=first)
+        codes = 0 if same else int((before.codes() != after.codes()).sum())
+        groups, beyond = _check_minima(before, after, adapter.layers[path], minima)
+        yield path, (groups, codes, beyond)
 
 
 def compare_adapters(adapter: Adapter, expected: Adapter) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.format import EXACT
 from qalora.devices import find_device
+from qalora.engines import Engine
 from qalora.errors import InputError, shown
 from qalora.folding import check_minima
 from qalora.options.words import Level
@@ -67,6 +68,7 @@ def verify(
     device: str = "cpu",
     dynamic_int8: bool = False,
     relative_to: Path | None = None,
+    engine: Engine | None = None,
     progress: ProgressCallback = lambda stage, share: None,
 ) -> ParityReport:
     """Compare artefacts with the reference at a level, each level with all before it.
@@ -82,6 +84,7 @@ def verify(
     device       where the reference computes; the artefacts' runtimes are as they are
     dynamic_int8   PyTorch's dynamic INT8 of the same model, as a row to compare with
     relative_to  artefacts are named relative to this folder
+    engine       compares the weights, in other processes
     progress     called at each stage
 
     A runtime that is not installed, or that needs more memory, makes its artefact "not proven". Raises InputError for
@@ -95,8 +98,8 @@ def verify(
     contents = [holds(read, *pair) for pair in opened]
     room = available_memory() if memory is None else memory
     models = ReferenceModels.of(base, read, minima, contents, memory=room)
-    gates = _fold_gates(models, progress)
-    weights = [_weights(models, artifact, checkpoint, progress) for artifact, checkpoint in opened]
+    gates = _fold_gates(models, progress, engine)
+    weights = [_weights(models, artifact, checkpoint, progress, engine) for artifact, checkpoint in opened]
     if level == "weights":
         return _report(models, level, weights, gates)
     tokenizer = models.tokenizer.opened()
@@ -184,21 +187,25 @@ def _passes(models: ReferenceModels, artifacts: Sequence[Artifact], contents: Se
     return 1 + own + len(forwards) + len(rounded) + sum(len(runtimes_of(artifact)) for artifact in artifacts)
 
 
-def _fold_gates(models: ReferenceModels, progress: ProgressCallback) -> tuple[GateResult, ...]:
+def _fold_gates(models: ReferenceModels, progress: ProgressCallback, engine: Engine | None) -> tuple[GateResult, ...]:
     if models.adapter is None or models.folded is None:
         return ()
     progress("checking the fold", 0.0)
-    checked = check_fold(models.base, models.folded, models.adapter, models.minima)
+    checked = check_fold(models.base, models.folded, models.adapter, models.minima, engine)
     return tuple(judge(Evidence(fold=checked)))
 
 
 def _weights(
-    models: ReferenceModels, artifact: Artifact, checkpoint: Checkpoint, progress: ProgressCallback
+    models: ReferenceModels,
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    progress: ProgressCallback,
+    engine: Engine | None,
 ) -> ArtifactReport:
     progress(f"reading {artifact.name}", 0.0)
     contents = holds(models.adapter, artifact, checkpoint)
     expected = models.folded if contents == FOLDED and models.folded is not None else models.base
-    differences = compare_weights(checkpoint, expected, residual=artifact.layout.residual)
+    differences = compare_weights(checkpoint, expected, residual=artifact.layout.residual, engine=engine)
     tokenizer = models.tokenizer.compare(checkpoint)
     beside = None
     if contents == BESIDE and models.adapter is not None:

@@ -8,9 +8,10 @@ missing, extra, or of another shape is told. This module runs no model, and deci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.essentials import differences
 from qalora.converters.families import FAMILIES
+from qalora.engines import Engine, spread
 from qalora.parity.differences import compare_tensors, transposed, ulp
 from qalora.parity.findings import TensorDifference, add_up
 from qalora.tensor import GroupQuantTensor
@@ -65,29 +67,27 @@ def compare_weights(
     *,
     residual: bool = False,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
+    engine: Engine | None = None,
 ) -> WeightMetrics:
-    """Compare every tensor, streamed; `residual` as in `compare_tensors`.
+    """Compare every tensor, streamed; by other processes where there is an engine. `residual` as in `compare_tensors`.
 
     Where the reference is quantized, its floats are to stay floats; a float model may be held in integers, and the
     metrics then tell how far they are from its weights, in steps. An output layer that one side ties to the embedding
     and the other writes out is compared with that embedding.
     """
     pairs, missing, extra = _pairs(artifact, reference)
-    shapes, tensor_differences, family = [], [], FAMILIES.get(str(reference.config.get("model_type")))
-    with ThreadPoolExecutor(1) as reader:
-        for name, mine, theirs in pairs:
-            if mine.shape != theirs.shape:
-                shapes.append(f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{_turned(mine, theirs)}")
-                continue
-            if family is not None and family.adds_one(name):
-                mine, theirs = _plus_one(mine), _plus_one(theirs)
-            parts = []
-            for row, a, b in _read_both(mine, theirs, reader, whole=name in reference.linears):
-                floats = not reference.quantized
-                part = compare_tensors(name, a, b, _dtypes(theirs), residual=residual, floats=floats)
-                parts.append(_at_row(part, row))
-            tensor_differences.append(parts[0] if len(parts) == 1 else add_up(name, parts))
-            progress(name, 4 * math.prod(theirs.shape))
+    shapes, by_name = [], dict[str, TensorDifference]()
+    sizes = {}
+    for name, mine, theirs in pairs:
+        if mine.shape == theirs.shape:
+            sizes[name] = 4 * math.prod(theirs.shape)
+        else:
+            shapes.append(f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{_turned(mine, theirs)}")
+    compared = partial(_compared, {name: pair for name, *pair in pairs}, reference, residual)
+    for name, difference in compared(tuple(sizes)) if engine is None else spread(engine, compared, sizes):
+        by_name[name] = difference
+        progress(name, sizes[name])
+    tensor_differences = [by_name[name] for name in sizes]
     return WeightMetrics(
         tensors=len(tensor_differences),
         missing=missing,
@@ -98,6 +98,24 @@ def compare_weights(
         different=tuple(difference for difference in tensor_differences if not difference.same),
         notes=_notes(artifact.config, reference.config),
     )
+
+
+def _compared(
+    pairs: Mapping[str, Sequence[LazyTensor]], reference: Checkpoint, residual: bool, names: tuple[str, ...]
+) -> Iterator[tuple[str, TensorDifference]]:
+    """Each of these tensors with its difference. pairs: the artefact's and the reference's."""
+    family = FAMILIES.get(str(reference.config.get("model_type")))
+    with ThreadPoolExecutor(1) as reader:
+        for name in names:
+            mine, theirs = pairs[name]
+            if family is not None and family.adds_one(name):
+                mine, theirs = _plus_one(mine), _plus_one(theirs)
+            parts = []
+            for row, a, b in _read_both(mine, theirs, reader, whole=name in reference.linears):
+                floats = not reference.quantized
+                part = compare_tensors(name, a, b, _dtypes(theirs), residual=residual, floats=floats)
+                parts.append(_at_row(part, row))
+            yield name, parts[0] if len(parts) == 1 else add_up(name, parts)
 
 
 def _plus_one(lazy: LazyTensor) -> LazyTensor:

@@ -12,6 +12,7 @@ from qalora.calibration import check_quantize, quantize_model
 from qalora.checkpoint import Checkpoint
 from qalora.converters import exports, load
 from qalora.converters.plan import Plan
+from qalora.engines import Engine
 from qalora.formats.output import check_apart, check_output, check_writable, left_beside
 from qalora.options.export import Export
 from qalora.options.quantize import Quantize
@@ -38,13 +39,23 @@ __all__ = [
 ]
 
 
-def save(model: Checkpoint, out: Path, *, max_shard_size: int, force: bool, dry_run: bool, watch: Watch) -> Plan:
+def save(
+    model: Checkpoint,
+    out: Path,
+    *,
+    max_shard_size: int,
+    force: bool,
+    dry_run: bool,
+    watch: Watch,
+    engine: Engine | None = None,
+) -> Plan:
     """Plan our own folder and, unless it is a dry run, write it to `out`; gives the plan."""
     plan = exports.plan_folder(model, max_shard_size=max_shard_size)
     check_output(out, force=force, names=list(plan.files))
     if not dry_run:
         with watch.writing(sum(tensor.nbytes for tensor in plan.tensors), "writing") as progress:
-            exports.run_job(exports.ExportJob(plan=plan, model=model), out, force=force, progress=progress)
+            job = exports.ExportJob(plan=plan, model=model)
+            exports.run_job(job, out, force=force, progress=progress, engine=engine)
     return plan
 
 
@@ -57,6 +68,7 @@ def make_base(
     force: bool = False,
     dry_run: bool = False,
     watch: Watch,
+    engine: Engine | None = None,
 ) -> Plan:
     """Quantize a model and write it as a folder of ours; gives the plan of what is written.
 
@@ -79,7 +91,8 @@ def make_base(
             if slow:
                 # this does the work; `rows` would name this tensor where another is at fault
                 quantized.tensors[quantized.linears[0]].read(0, 1)
-        return save(quantized, out, max_shard_size=options.max_shard_size, force=force, dry_run=dry_run, watch=watch)
+        size = options.max_shard_size
+        return save(quantized, out, max_shard_size=size, force=force, dry_run=dry_run, watch=watch, engine=engine)
 
 
 @contextmanager

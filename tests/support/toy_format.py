@@ -22,6 +22,7 @@ from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.files import InputFile
 from qalora.formats.output import write_json
 from qalora.formats.safetensors import Entry, Layout, Part, SafetensorsWriter, plan_layout, read_header, read_tensor
+from qalora.formats.share import Share
 from qalora.tensor import GroupQuantTensor, QuantSpec, packed_row_bytes
 
 FILE = "model.toy"
@@ -59,12 +60,16 @@ def _parts(lazy: LazyTensor) -> list[Part]:
     return [codes, (f"{lazy.name}.scale", torch.float32, groups), (f"{lazy.name}.min", torch.float32, groups)]
 
 
-def write(plan: ToyPlan, model: Checkpoint, folder: Path, progress: Progress) -> None:
-    write_tokenizer(model, folder)
-    write_generation(model, folder)
-    write_json(folder / "config.json", {**config_with_ends(model), "quantization_config": {"quant_method": "toy"}})
-    with SafetensorsWriter(folder / FILE, plan.layout) as file:
+def write(plan: ToyPlan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+    share = share or Share()
+    if share.frame:
+        write_tokenizer(model, folder)
+        write_generation(model, folder)
+        write_json(folder / "config.json", {**config_with_ends(model), "quantization_config": {"quant_method": "toy"}})
+    with SafetensorsWriter(folder / FILE, plan.layout, share) as file:
         for tensor in plan.tensors:
+            if not share.writes(tensor.name):
+                continue
             found = model.tensors[tensor.name].load()
             if isinstance(found, GroupQuantTensor):
                 for end, values in (("codes", found.packed), ("scale", found.scale), ("min", found.min)):

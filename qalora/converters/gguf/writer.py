@@ -31,6 +31,7 @@ from qalora.formats.gguf import GgufLayout, Metadata, Value, create
 from qalora.formats.gguf_blocks import BLOCK, BLOCK_TYPES, encode
 from qalora.formats.gguf_ends import eog_of
 from qalora.formats.gguf_split import plan_split
+from qalora.formats.share import Share
 from qalora.formats.workers import JOB_BYTES, Workers
 from qalora.tensor import GroupQuantTensor, QuantSpec, all_finite, holds_float16, integer_zeros
 
@@ -227,25 +228,31 @@ def _middle_zero(lazy: LazyTensor, spec: QuantSpec) -> bool:
     return all(zero is not None and bool((zero == middle).all()) for zero in zeros)
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
     """Write the planned file into `folder`, and a Modelfile for Ollama beside it."""
     if not isinstance(plan, GgufPlan):
         raise TypeError(f"expected GgufPlan, got {type(plan).__name__}")
+    share = share or Share()
     family = decoder_of(model.config, model.path).family
     with ExitStack() as stack:
-        files = {part: stack.enter_context(create(folder / part, layout)) for part, layout in plan.layouts.items()}
-        for name, data in plan.factors.items():
+        files = {
+            part: stack.enter_context(create(folder / part, layout, share)) for part, layout in plan.layouts.items()
+        }
+        for name, data in plan.factors.items() if share.frame else ():
             part = plan.where[name]
             files[part].write(plan.layouts[part].tensors[name].offset, data)
         workers = stack.enter_context(Workers())
         for tensor in plan.tensors:
+            if not share.writes(tensor.name):
+                continue
             lazy = model.tensors[tensor.name]
             heads = head_count(family, model.config, lazy.name)
             whole = heads is not None or lazy.name in model.linears
             for row, tile in [(0, lazy.load())] if whole else lazy.tiles(JOB_BYTES):
                 workers.do(_write_rows, files[tensor.file], tensor, plan, row, tile, heads=heads, family=family)
             progress(tensor.name, tensor.nbytes)
-    (folder / MODELFILE).write_bytes(plan.modelfile.encode())
+    if share.frame:
+        (folder / MODELFILE).write_bytes(plan.modelfile.encode())
 
 
 def _write_rows(

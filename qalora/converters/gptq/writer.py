@@ -23,27 +23,32 @@ from qalora.errors import ExactnessError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
 from qalora.formats.output import write_json
 from qalora.formats.safetensors import SafetensorsWriter, ShardedWriter
+from qalora.formats.share import Share
 from qalora.formats.workers import JOB_BYTES, Workers
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
     """Write the folder. Raises ExactnessError if a residual needs more than float32 and that was not allowed."""
     if not isinstance(plan, GptqPlan):
         raise TypeError(f"expected GptqPlan, got {type(plan).__name__}")
-    _write_small_files(plan, model, folder)
+    share = share or Share()
+    if share.frame:
+        _write_small_files(plan, model, folder)
     sizes: Counter[str] = Counter()
     for row in plan.tensors:
         sizes[row.name] += row.nbytes
     with ExitStack() as files:
-        weights = files.enter_context(ShardedWriter(folder, plan.layout))
+        weights = files.enter_context(ShardedWriter(folder, plan.layout, share))
         beside = None
         if plan.beside is not None:
-            beside = files.enter_context(SafetensorsWriter(folder / ADAPTER_WEIGHTS, plan.beside))
+            beside = files.enter_context(SafetensorsWriter(folder / ADAPTER_WEIGHTS, plan.beside, share))
         workers = files.enter_context(Workers())
         for name, lazy in model.tensors.items():
+            if not share.writes(name):
+                continue
             if name in plan.words:
                 workers.do(_write_linear, plan, lazy.name, lazy.load_quantized(), weights, beside)
             else:

@@ -15,6 +15,7 @@ from qalora.converters.specs import narrowed
 from qalora.errors import InputError
 from qalora.formats.hqq import pack_groups, to_zeros
 from qalora.formats.safetensors import ShardedWriter
+from qalora.formats.share import Share
 from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros
 
 __all__ = ["write"]
@@ -23,7 +24,7 @@ ENCODED = 1 << 20
 """Weights whose scales and zero points are made before they are written, in the cache."""
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
     """Write the folder."""
 
     def whole(lazy: LazyTensor) -> bool:
@@ -35,7 +36,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         else:
             weights.write(lazy.name, decoded(lazy, tile, weights.layout.entry(lazy.name).dtype), row)
 
-    write_folder(plan, model, folder, progress, write_rows, whole)
+    write_folder(plan, model, folder, progress, write_rows, whole, share=share or Share())
 
 
 def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec, tensor: GroupQuantTensor) -> None:

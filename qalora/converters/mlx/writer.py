@@ -13,14 +13,15 @@ from qalora.converters.plan import Plan, Progress
 from qalora.converters.specs import narrowed
 from qalora.formats.mlx import pack_words
 from qalora.formats.safetensors import ShardedWriter
+from qalora.formats.share import Share
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
     """Write the folder."""
-    write_folder(plan, model, folder, progress, _write_rows)
+    write_folder(plan, model, folder, progress, _write_rows, share=share or Share())
 
 
 def _write_rows(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:

@@ -20,16 +20,40 @@ from qalora.converters.tokenizer import write_tokenizer
 from qalora.formats.files import OutputFile
 from qalora.formats.onnx import Initializer
 from qalora.formats.output import write_json
+from qalora.formats.share import Share
 from qalora.formats.workers import Workers
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
     """Write the planned files."""
     if not isinstance(plan, OnnxPlan):
         raise TypeError(f"expected OnnxPlan, got {type(plan).__name__}")
+    share = share or Share()
+    if share.frame:
+        _write_small_files(plan, model, folder)
+    decoder = decoder_of(model.config, model.path)
+    with _Data(folder / plan.file, plan, share) as file, Workers() as workers:
+        for row in plan.tensors:
+            if not share.writes(row.name):
+                continue
+            lazy = model.tensors[row.name]
+            if row.name in plan.coded:
+                workers.do(_write_quantized, file, lazy, lazy.load_quantized())
+            elif row.name in model.linears:
+                workers.do(_write_float, file, row.name, 0, lazy.load_float().T, 0.0)
+            else:
+                offset = 1.0 if decoder.family.adds_one(row.name) else 0.0
+                for start, tile in lazy.float_tiles():
+                    workers.do(_write_float, file, row.name, start, tile, offset)
+            progress(row.name, row.nbytes)
+        for name, table in rotary_tables(decoder, model.path) if share.frame else ():
+            file.write(name, table)
+
+
+def _write_small_files(plan: OnnxPlan, model: Checkpoint, folder: Path) -> None:
     write_tokenizer(model, folder)
     for name, data in plan.tokenizer.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -42,29 +66,15 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress) -> No
         write_json(place / "config.json", plan.config)
         write_json(place / "genai_config.json", graph.genai)
         (place / GRAPH).write_bytes(graph.proto.SerializeToString(deterministic=True))
-    decoder = decoder_of(model.config, model.path)
-    with _Data(folder / plan.file, plan) as file, Workers() as workers:
-        for row in plan.tensors:
-            lazy = model.tensors[row.name]
-            if row.name in plan.coded:
-                workers.do(_write_quantized, file, lazy, lazy.load_quantized())
-            elif row.name in model.linears:
-                workers.do(_write_float, file, row.name, 0, lazy.load_float().T, 0.0)
-            else:
-                offset = 1.0 if decoder.family.adds_one(row.name) else 0.0
-                for start, tile in lazy.float_tiles():
-                    workers.do(_write_float, file, row.name, start, tile, offset)
-            progress(row.name, row.nbytes)
-        for name, table in rotary_tables(decoder, model.path):
-            file.write(name, table)
 
 
 class _Data:
     """A data file that is filled by the initializers' names."""
 
-    def __init__(self, path: Path, plan: OnnxPlan) -> None:
+    def __init__(self, path: Path, plan: OnnxPlan, share: Share) -> None:
         self._items = plan.data
-        self._file = OutputFile(path, plan.size)
+        self._frame = share.frame
+        self._file = OutputFile(path, plan.size, share)
 
     def has(self, name: str) -> bool:
         """Whether the file has an initializer of that name."""
@@ -81,7 +91,7 @@ class _Data:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
+        if kind is None and self._frame:
             for offset, length in _gaps(self._items.values()):
                 self._file.zeros(offset, length)
         self._file.__exit__(kind, error, at)
