@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qalora.calibration.streaming import LinearLayer, stream
 from qalora.calibration.tensor_file import TensorFile
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.devices import CPU
+from qalora.engines import Engine
 from qalora.errors import InputError
 from qalora.formats.output import json_bytes
 from qalora.quantization.model import plan_specs
@@ -35,6 +37,7 @@ def quantize_calibrated(
     keep: Path | None = None,
     device: torch.device = CPU,
     tick: Callable[[], None] = lambda: None,
+    engine: Engine | None = None,
 ) -> Checkpoint:
     """The model with its linear weights quantized, each on the inputs that the quantized layers before it give.
 
@@ -44,6 +47,7 @@ def quantize_calibrated(
              layers that are whole there; None for a temporary file without a name
     device   where the layers are computed and quantized, one at a time
     tick     called after each decoder layer
+    engine   quantizes the layers of one input, such as q, k and v, at the same time, in other processes
 
     All the work is done when the first linear weight is read; what comes out waits in the file. Raises
     InputError, before anything is read, as `qalora.quantization.quantize` does. Deterministic with the same number of
@@ -55,7 +59,7 @@ def quantize_calibrated(
     def compute() -> TensorFile:
         key = "" if keep is None else _key(model, windows, options_by_name, device)
         kept = TensorFile(keep, key, lazily)
-        return _quantized(model, windows, options_by_name, device, tick, kept)
+        return _quantized(model, windows, options_by_name, device, tick, kept, engine)
 
     computed = _Once(compute)
     lazily = {name: _lazily(model.tensors[name], spec, computed) for name, spec in specs.items()}
@@ -89,20 +93,36 @@ def _quantized(
     device: torch.device,
     tick: Callable[[], None],
     file: TensorFile,
+    engine: Engine | None,
 ) -> TensorFile:
     def known(name: str) -> Tensor | None:
         return file.tensor(name).dequantize() if name in file else None
 
-    def visit(layer: LinearLayer) -> Tensor:
-        try:
-            tensor = quantize_weight(layer.weight, options[layer.name], layer.moments)
-        except InputError as error:
-            raise InputError(f"{layer.name}: {error}") from error
-        file.put(layer.name, tensor.to(CPU))
-        return tensor.dequantize()
+    work = partial(_quantized_layer, options, torch.get_num_threads())
+
+    def visit(stage: Sequence[LinearLayer]) -> Iterator[Tensor]:
+        known = {}
+        if engine is not None and len(stage) > 1:
+            known = {layer.name: tensor for layer, tensor in engine.map(work, stage)}
+        for layer in stage:
+            tensor = known[layer.name] if known else work(layer)
+            file.put(layer.name, tensor.to(CPU))
+            yield tensor.to(device).dequantize()
 
     stream(model, windows, visit, tick, known, device=device)
     return file
+
+
+def _quantized_layer(options: Mapping[str, QuantizeOptions], threads: int, layer: LinearLayer) -> GroupQuantTensor:
+    """A layer quantized with this number of threads, on which the order of the sums depends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return quantize_weight(layer.weight, options[layer.name], layer.moments)
+    except InputError as error:
+        raise InputError(f"{layer.name}: {error}") from error
+    finally:
+        torch.set_num_threads(before)
 
 
 def _key(model: Checkpoint, windows: Tensor, options: Mapping[str, QuantizeOptions], device: torch.device) -> str:

@@ -12,7 +12,7 @@ between layers, stay on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from qalora.converters.torch_module import build
 from qalora.devices import CPU
 from qalora.tensor import check_finite
 
-__all__ = ["LinearLayer", "Visitor", "stream"]
+__all__ = ["LinearLayer", "Visitor", "by_layer", "stream"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,14 @@ class LinearLayer:
     moments: Tensor
 
 
-Visitor = Callable[[LinearLayer], Tensor | None]
-"""Gives the weight that takes the old one's place, float32 [out, in], on the same device; None leaves it."""
+Visitor = Callable[[Sequence[LinearLayer]], Iterable[Tensor | None]]
+"""Given the layers of one input, gives the weights that take their places, float32 [out, in], on the same device; None
+leaves one."""
+
+
+def by_layer(visit: Callable[[LinearLayer], Tensor | None]) -> Visitor:
+    """A visitor of one layer after another."""
+    return lambda stage: map(visit, stage)
 
 
 class _Streamed(nn.Module):
@@ -115,8 +121,8 @@ def stream(
         for stage in _stages(inside, run, hidden[0]) if visited else ():
             moments = _moments(stage[0], run, hidden, device)
             check_finite(f"the inputs of {names[stage[0]]}", moments)
-            for part in stage:
-                changed = visitor(LinearLayer(name=names[part], weight=part.weight, moments=moments))
+            linears = [LinearLayer(name=names[part], weight=part.weight, moments=moments) for part in stage]
+            for part, changed in zip(stage, visitor(linears), strict=True):
                 part.loaded = part.loaded if changed is None else changed
         hidden = [run(x).to(CPU) for x in hidden]
         for part in inside:

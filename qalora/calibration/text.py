@@ -15,6 +15,7 @@ from qalora.calibration.widths import WIDTHS, choose_widths
 from qalora.checkpoint import Checkpoint
 from qalora.converters.first_tokens import first_tokens
 from qalora.devices import CPU
+from qalora.engines import Engine
 from qalora.errors import InputError, about
 from qalora.quantization.model import plan_specs
 from qalora.quantization.options import QuantizeOptions
@@ -78,6 +79,7 @@ def quantize_on_text(
     keep: Path | None = None,
     device: torch.device = CPU,
     tick: Callable[[], None] = lambda: None,
+    engine: Engine | None = None,
 ) -> Checkpoint:
     """The model with its linear weights quantized on the inputs that its layers see on a text.
 
@@ -85,6 +87,7 @@ def quantize_on_text(
     keep    as in `quantize_calibrated`
     device  where the layers are computed and quantized, one at a time
     tick    called after each decoder layer, of both rounds where widths are chosen
+    engine  as in `quantize_calibrated`
 
     The widths are chosen here and now; the rest is done when the first weight is read: see `quantize_calibrated`.
     """
@@ -94,13 +97,15 @@ def quantize_on_text(
     notes = (*model.notes, *account.note_lines())
     if budget is None:
         return replace(
-            quantize_calibrated(model, windows, options, requantize=requantize, keep=keep, device=device, tick=tick),
+            quantize_calibrated(
+                model, windows, options, requantize=requantize, keep=keep, device=device, tick=tick, engine=engine
+            ),
             notes=notes,
         )
     choice = choose_widths(model, windows, options, budget, widths=widths, device=device, tick=tick)
     counts = sorted(Counter(each.bits for each in choice.options.values()).items())
     layer_counts = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts)
     quantized = quantize_calibrated(
-        model, windows, choice.options, requantize=requantize, keep=keep, device=device, tick=tick
+        model, windows, choice.options, requantize=requantize, keep=keep, device=device, tick=tick, engine=engine
     )
     return replace(quantized, notes=(*notes, f"{layer_counts}: {choice.bits_per_weight:.4g} bits per weight"))

@@ -10,6 +10,7 @@ from qalora.calibration.text import Calibration, quantize_on_text
 from qalora.calibration.widths import WIDTHS
 from qalora.checkpoint import Checkpoint
 from qalora.devices import find_device
+from qalora.engines import Engine
 from qalora.errors import about
 from qalora.options import fields_of
 from qalora.options.quantize import Quantize, RoundingOptions
@@ -31,12 +32,18 @@ def check_quantize(options: Quantize) -> None:
 
 
 def quantize_model(
-    model: Checkpoint, options: Quantize, *, keep: Path | None = None, tick: Callable[[], None] = lambda: None
+    model: Checkpoint,
+    options: Quantize,
+    *,
+    keep: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+    engine: Engine | None = None,
 ) -> Checkpoint:
     """The model with its linear weights quantized; nothing is read yet, unless widths are to be chosen.
 
     keep  where inputs are computed: a file for the layers that are done, from which a later call goes on
     tick  called after each decoder layer, where inputs are computed
+    engine  shares what can be shared then, see `quantize_calibrated`
     """
     shared: dict[str, Any] = {one.name: getattr(options, one.name) for one in fields_of(RoundingOptions)}
     shared |= {} if options.bits == "auto" else {"bits": options.bits}
@@ -55,4 +62,5 @@ def quantize_model(
         keep=keep,
         device=device,
         tick=tick,
+        engine=engine,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qalora.calibration.streaming import LinearLayer, stream
+from qalora.calibration.streaming import LinearLayer, by_layer, stream
 from qalora.checkpoint import Checkpoint
 from qalora.devices import CPU, double
 from qalora.errors import InputError, shown
@@ -77,7 +77,7 @@ def choose_widths(
             bits: output_error(layer.weight, tensor.dequantize(), moments) / whole for bits, tensor in tensors.items()
         }
 
-    stream(model, windows, visit, tick, device=device)
+    stream(model, windows, by_layer(visit), tick, device=device)
     allocation = allocate(sizes, errors, math.floor(budget * weights))
     size = sum(sizes[name][bits] for name, bits in allocation.items())
     return Widths(

@@ -15,6 +15,7 @@ from qalora.converters.format import Format, Layout, LoraFile
 from qalora.errors import FormatError, InputError, shown
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import VERSIONS
+from qalora.formats.remote import bring, is_url, knowing
 from qalora.options.words import TARGETS
 
 __all__ = [
@@ -106,9 +107,10 @@ def _not_recognised(path: Path) -> FormatError:
 def load(
     model: str | Path, *, checkpoint_format: str | None = None, note: Callable[[str], None] = lambda text: None
 ) -> Checkpoint:
-    """Open a model: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, an ONNX decoder, a Hub id.
+    """Open a model: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, an ONNX decoder, a Hub id, a URL.
 
-    Reads headers only. A folder with model.onnx is an ONNX decoder where it has no safetensors.
+    Reads headers only. A folder with model.onnx is an ONNX decoder where it has no safetensors. A URL is that of a
+    folder of safetensors or of a GGUF file; what is asked for is read from there.
 
     checkpoint_format overrides what a GPTQ folder says of its zeros: "gptq" (stored minus one) or "gptq_v2".
     note is called with what the reader noted, such as a label that may be wrong.
@@ -118,7 +120,7 @@ def load(
     """
     if checkpoint_format not in (None, *VERSIONS):
         raise InputError("checkpoint_format", expected=" or ".join(VERSIONS), got=shown(checkpoint_format))
-    path = Path(model)
+    path = bring(str(model)) if is_url(str(model)) else Path(model)
     if not path.is_file() and not path.is_dir():
         from qalora.converters.huggingface import download
 
@@ -135,4 +137,10 @@ def load(
         )
     for text in read.notes:
         note(text)
-    return read
+    return _of_url(read) if is_url(str(model)) else read
+
+
+def _of_url(model: Checkpoint) -> Checkpoint:
+    """A model whose tensors can be read in other processes too, and that no runtime can open where it is."""
+    tensors = {name: replace(lazy, read=knowing(lazy.read)) for name, lazy in model.tensors.items()}
+    return replace(model, tensors=tensors, stored=None)

@@ -49,9 +49,10 @@ def engine_of(options: Sharing) -> Iterator[Engine | None]:
     elif options.jobs is None or options.jobs == 1:
         yield None
     else:
-        from qalora.engines.local import Processes
+        from qalora.engines.local import processes
 
-        yield Processes(options.jobs)
+        with processes(options.jobs) as engine:
+            yield engine
 
 
 def spread(

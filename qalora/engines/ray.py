@@ -7,15 +7,19 @@ lie where every machine of the cluster has them under the same path.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qalora.engines import Piece, Result
-from qalora.errors import EngineError, MissingLibraryError
+from qalora.errors import EngineError, MissingLibraryError, shown
 
 __all__ = ["Cluster", "cluster"]
+
+ANSWER_SECONDS = 10
+"""That a cluster has to answer."""
 
 RETRIES = 3
 """Times that a piece is begun again after its process died."""
@@ -30,6 +34,7 @@ def cluster(jobs: int | None) -> Iterator[Cluster]:
         raise MissingLibraryError("ray", "`engine` ray", "ray") from error
     ours = not ray.is_initialized()
     if ours:
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # tasks see the GPUs of their machine
         try:
             ray.init(log_to_driver=False, configure_logging=False, include_dashboard=False)
@@ -43,6 +48,22 @@ def cluster(jobs: int | None) -> Iterator[Cluster]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """EngineError where nothing answers at host:port: Ray would wait for it for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # none, or one of Ray's words
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise EngineError(
+            "RAY_ADDRESS",
+            expected="host:port of a Ray cluster that answers",
+            got=f"{shown(address)} ({_first_line(error)})",
+            todo="begin the cluster with ray start, or unset it to use this machine alone",
+        ) from error
 
 
 class Cluster:

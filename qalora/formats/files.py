@@ -19,11 +19,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError, OutputError, shown
+from qalora.formats.remote import ranges_of
 from qalora.formats.share import Share
 
 __all__ = [
@@ -120,13 +122,19 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 class InputFile:
-    """A regular file, read by offset; every read is checked against the size the file had when it was opened.
+    """A regular file, read by offset; every read is checked against the size the file had when it was opened. The file
+    may lie at a URL, see `qalora.formats.remote`.
 
     Raises InputError for what cannot be opened, FormatError for a Git LFS pointer in its place.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file: Any = None
+        self._ranges = ranges_of(path)
+        if self._ranges is not None:
+            self.size = self._ranges.size
+            return
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):  # before the open, which would wait for a named pipe's writer
@@ -155,6 +163,9 @@ class InputFile:
                 got=f"a file of {self.size} bytes",
                 todo="it is truncated or its header is wrong; download it again",
             )
+        if self._ranges is not None:
+            data = bytearray(self._ranges.read(offset, length))
+            return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         out = torch.empty(length, dtype=torch.uint8)
         view = out.numpy().data
         self._file.seek(offset)
@@ -168,7 +179,8 @@ class InputFile:
 
     def close(self) -> None:
         """Close the file; reading afterwards is an error."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> InputFile:
         return self

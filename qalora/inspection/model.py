@@ -10,6 +10,7 @@ from pathlib import Path
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import layout
 from qalora.converters.device_load import device_load_of
+from qalora.formats.remote import size_of
 from qalora.inspection.companions import companion_findings, end_tokens
 from qalora.inspection.records import Finding, ModelReport, TensorKind
 from qalora.inspection.values import read_values
@@ -39,7 +40,7 @@ def inspect_model(
         layers=int(model.config["num_hidden_layers"]),
         tied=model.tied,
         weights=sum(math.prod(lazy.shape) for lazy in model.tensors.values()),
-        nbytes=sum(file.stat().st_size for file in files),
+        nbytes=sum(size_of(file) for file in files),
         device_load=device_load_of(model),
         tensors=_kinds(model.tensors.values()),
         histogram=histogram,

@@ -87,7 +87,7 @@ def make_base(
     with ExitStack() as stack:
         keep = stack.enter_context(_kept_layers(out)) if slow else None
         with watch.layers(layers) as tick:
-            quantized = quantize_model(source, options, keep=keep, tick=tick)
+            quantized = quantize_model(source, options, keep=keep, tick=tick, engine=engine)
             if slow:
                 # this does the work; `rows` would name this tensor where another is at fault
                 quantized.tensors[quantized.linears[0]].read(0, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from elsewhere import Elsewhere
-from qalora.calibration.streaming import LinearLayer, stream
+from qalora.calibration.streaming import LinearLayer, by_layer, stream
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import load
 from qalora.converters.torch_module import build
@@ -61,7 +61,7 @@ def test_it_sees_what_the_whole_model_computes(tmp_path: Path, family: str) -> N
         assert torch.equal(layer.weight, model.tensors[layer.name].load_float().float())
         seen[layer.name] = layer.moments
 
-    stream(model, WINDOWS, visit, lambda: ticks.append(1))
+    stream(model, WINDOWS, by_layer(visit), lambda: ticks.append(1))
     assert_moments(seen, model)
     assert len(ticks) == model.config["num_hidden_layers"]
 
@@ -70,7 +70,7 @@ def test_layers_are_computed_on_a_device_one_at_a_time(tmp_path: Path) -> None:
     """Gemma 2 caps its scores, so that no kernel of attention is chosen by device and every bit is the same."""
     model = load(tiny_model(tmp_path, "gemma2"))
     seen: list[dict[str, Tensor]] = [{}, {}]
-    stream(model, WINDOWS, lambda layer: seen[0].update({layer.name: layer.moments}))
+    stream(model, WINDOWS, by_layer(lambda layer: seen[0].update({layer.name: layer.moments})))
     with Elsewhere("mps:0") as place:
 
         def visit(layer: LinearLayer) -> Tensor:
@@ -78,7 +78,7 @@ def test_layers_are_computed_on_a_device_one_at_a_time(tmp_path: Path) -> None:
             seen[1][layer.name] = layer.moments.cpu()
             return layer.weight
 
-        stream(model, WINDOWS, visit, device=place.place)
+        stream(model, WINDOWS, by_layer(visit), device=place.place)
     assert seen[0].keys() == seen[1].keys()
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
     assert (place.there["addmm_"], place.here["addmm_"], place.here["embedding"]) == (len(seen[0]) // 7 * 4 * 3, 0, 3)
@@ -92,7 +92,7 @@ def test_later_layers_see_what_was_changed(tmp_path: Path) -> None:
         seen[layer.name] = layer.moments
         return layer.weight * 0.5
 
-    stream(model, WINDOWS, visit)
+    stream(model, WINDOWS, by_layer(visit))
     halves = {name: model.tensors[name].load_float() * 0.5 for name in model.linears}
     tensors = {
         name: LazyTensor(name=name, shape=tuple(half.shape), dtype=half.dtype, read=lambda a, b, half=half: half[a:b])
@@ -114,11 +114,15 @@ def test_one_decoder_layer_is_held_at_a_time(tmp_path: Path) -> None:
         return replace(lazy, read=read)
 
     tensors = {name: logged(lazy) if name in model.linears else lazy for name, lazy in model.tensors.items()}
-    stream(replace(model, tensors=tensors), WINDOWS, lambda layer: log.append(f"saw {layer.name.split('.')[2]}"))
+    stream(
+        replace(model, tensors=tensors),
+        WINDOWS,
+        by_layer(lambda layer: log.append(f"saw {layer.name.split('.')[2]}")),
+    )
     assert log == ["read 0"] * 7 + ["saw 0"] * 7 + ["read 1"] * 7 + ["saw 1"] * 7
 
 
 def test_inputs_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     model = load(tiny_model(tmp_path, "llama"))
     with pytest.raises(InputError, match=r"the inputs of model\.layers\.0\.self_attn\.o_proj\.weight: expected finite"):
-        stream(model, WINDOWS, lambda layer: layer.weight * torch.inf if "v_proj" in layer.name else None)
+        stream(model, WINDOWS, by_layer(lambda layer: layer.weight * torch.inf if "v_proj" in layer.name else None))

@@ -102,16 +102,17 @@ def test_quantizing_and_proving_give_what_one_process_gives(engine: Engine, tiny
 
 
 @pytest.mark.slow
-def test_layers_quantized_on_a_text_are_shared_by_their_file(engine: Engine, tiny: Path, tmp_path: Path) -> None:
+def test_layers_of_one_input_are_quantized_apart_and_read_from_their_file(
+    engine: Engine, tiny: Path, tmp_path: Path
+) -> None:
     windows = torch.arange(64).reshape(2, 32)
 
-    def made(keep: Path | None) -> Checkpoint:
-        return quantize_calibrated(
-            load(tiny), windows, QuantizeOptions(bits=4, group_size=32, method="gptq"), keep=keep
-        )
+    def made(keep: Path | None, workers: Engine | None = None) -> Checkpoint:
+        options = QuantizeOptions(bits=4, group_size=32, method="gptq")
+        return quantize_calibrated(load(tiny), windows, options, keep=keep, engine=workers)
 
     export(made(None), ["gguf"], tmp_path / "one")
-    export(made(tmp_path / "kept"), ["gguf"], tmp_path / "two", engine=engine)
+    export(made(tmp_path / "kept", engine), ["gguf"], tmp_path / "two", engine=engine)
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
 
 
@@ -130,7 +131,7 @@ def test_what_is_wrong_is_said_as_by_one_process(engine: Engine) -> None:
 
         raise FormatError(f"tensor {piece}", expected="numbers", got="none", field="model")
 
-    with pytest.raises(InputError, match="^tensor 7: expected numbers, got none$") as caught:
+    with pytest.raises(InputError, match=r"^tensor 7: expected numbers, got none$") as caught:
         list(engine.map(refuse, [7]))
     assert type(caught.value).__name__ == "FormatError"
     assert (caught.value.field, caught.value.got) == ("model", "none")
@@ -141,7 +142,7 @@ def test_work_that_kills_every_process_is_given_up(engine: Engine) -> None:
     def die(piece: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(EngineError, match="died|gave a piece of the work up"):
+    with pytest.raises(EngineError, match=r"died|gave a piece of the work up"):
         list(engine.map(die, [1]))
 
 
@@ -149,19 +150,19 @@ def test_work_that_kills_every_process_is_given_up(engine: Engine) -> None:
 def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
     program = f"""
 import os, pathlib, time
-from qalora.engines.local import Processes
+from qalora.engines.local import processes
 
 def sleep(piece):
     import os, pathlib, time
     (pathlib.Path({str(tmp_path)!r}) / str(os.getpid())).touch()
     time.sleep(600)
 
-list(Processes(2).map(sleep, [1, 2]))
+with processes(2) as engine:
+    list(engine.map(sleep, [1, 2]))
 """
-    process = subprocess.Popen([sys.executable, "-c", program])
-    _until(lambda: len(list(tmp_path.iterdir())) == 2)
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        _until(lambda: len(list(tmp_path.iterdir())) == 2)
+        process.kill()
     _until(lambda: not any(Path(f"/proc/{path.name}").exists() for path in tmp_path.iterdir()))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import qalora
 from elsewhere import Elsewhere
-from public_world import Effects, World, spec_of, unrecorded
+from public_world import Effects, World, assert_no_engine, same_files, spec_of, unrecorded
 from qalora.adapter import read_adapter, write_adapter
 from qalora.converters import load
 from qalora.converters.onnx.files import accuracy_level
@@ -81,6 +81,21 @@ def _(world: World) -> None:
     with pytest.raises(OutputError, match="exists already"):
         world.exported("qalora")
     world.exported("qalora", force=True)
+
+
+@effect("export", "jobs", "engine")
+def _(world: World) -> None:
+    for name, jobs in (("a", 1), ("b", 2)):
+        world.exported("gguf", name, jobs=jobs)
+    assert same_files(world.out / "a", world.out / "b")
+    assert_no_engine(lambda **given: world.exported("gguf", "c", **given))
+
+
+@effect("verify", "jobs", "engine")
+def _(world: World) -> None:
+    reports = [world.verified(level="weights", jobs=jobs) for jobs in (1, 2)]
+    assert reports[0] == reports[1]
+    assert_no_engine(lambda **given: world.verified(level="weights", **given))
 
 
 @effect("export", "name")

@@ -13,7 +13,7 @@ import torch
 
 import qalora
 from elsewhere import Elsewhere
-from public_world import SUBJECTS, Effects, World, spec_of, unlike, unrecorded
+from public_world import SUBJECTS, Effects, World, assert_no_engine, same_files, spec_of, unlike, unrecorded
 from qalora.adapter import write_adapter
 from qalora.calibration import bits_per_weight
 from qalora.checkpoint import Checkpoint
@@ -175,6 +175,14 @@ def _(world: World) -> None:
         qalora.save(world.base, world.out / "a")
     qalora.save(world.base, world.out / "a", force=True, max_shard_size=40_000)
     assert len(list((world.out / "a").glob("*.safetensors"))) > 1
+
+
+@effect("save", "jobs", "engine")
+def _(world: World) -> None:
+    for jobs in (1, 2):
+        qalora.save(world.base, world.out / str(jobs), jobs=jobs)
+    assert same_files(world.out / "1", world.out / "2")
+    assert_no_engine(lambda **given: qalora.save(world.base, world.out / "a", **given))
 
 
 def test_a_checkpoint_saves_itself(world: World) -> None:

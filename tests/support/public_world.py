@@ -15,6 +15,7 @@ import torch
 import qalora
 from qalora.adapter import Adapter, write_adapter
 from qalora.checkpoint import Checkpoint
+from qalora.errors import InputError
 
 SUBJECTS = {
     "models": ("load", "quantize", "fold", "save", "inspect"),
@@ -50,6 +51,25 @@ class World:
     def exported(self, target: str, name: str = "x", model: Checkpoint | None = None, **options: Any) -> Path:
         qalora.export(model or self.base, target, self.out / name, **options)
         return self.out / name / target
+
+
+def same_files(one: Path, two: Path) -> bool:
+    """Whether two folders have the same files with the same bytes."""
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (one, two)
+    ]
+    return bool(files[0]) and files[0] == files[1]
+
+
+def assert_no_engine(call: Callable[..., object]) -> None:
+    """An engine that there is not, and a cluster that does not answer, are refused before anything is done."""
+    with pytest.raises(InputError, match="engine: expected local or ray, got 'dask'"):
+        call(engine="dask")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        with pytest.raises(InputError, match="RAY_ADDRESS: expected host:port of a Ray cluster that answers"):
+            call(engine="ray")
 
 
 class Effects:
