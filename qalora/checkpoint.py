@@ -25,7 +25,7 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 if TYPE_CHECKING:
     from qalora.formats.gguf import Metadata
 
-__all__ = ["Checkpoint", "LazyTensor", "cache_bytes", "module_of", "with_cached_weights"]
+__all__ = ["Checkpoint", "LazyTensor", "cache_bytes", "module_of", "with_cached_weights", "with_last_weight"]
 
 TILE_BYTES = 32 << 20
 """Float32 bytes of a tile where a tensor is streamed by rows."""
@@ -187,12 +187,24 @@ def with_cached_weights(model: Checkpoint, budget: int) -> Checkpoint:
     return replace(model, tensors={**model.tensors, **linears})
 
 
-def _cache(lazy: LazyTensor) -> LazyTensor:
-    whole: list[GroupQuantTensor] = []
+def with_last_weight(model: Checkpoint) -> Checkpoint:
+    """The model with the quantized linear weight that was read last kept, for those who ask for it several times."""
+    last: dict[str, GroupQuantTensor] = {}
+    linears = {
+        name: _cache(model.tensors[name], last) for name in model.linears if model.tensors[name].spec is not None
+    }
+    return replace(model, tensors={**model.tensors, **linears})
+
+
+def _cache(lazy: LazyTensor, last: dict[str, GroupQuantTensor] | None = None) -> LazyTensor:
+    """The tensor, read once. last: where it is kept instead, until another is."""
+    kept = {} if last is None else last
 
     def read(start: int, stop: int) -> GroupQuantTensor:
-        if not whole:
-            whole.append(lazy.load_quantized())
-        return whole[0] if (start, stop) == (0, lazy.shape[0]) else whole[0].rows(start, stop)
+        whole = kept.get(lazy.name)
+        if whole is None:
+            kept.clear()  # before the next one is read, not after
+            whole = kept[lazy.name] = lazy.load_quantized()
+        return whole if (start, stop) == (0, lazy.shape[0]) else whole.rows(start, stop)
 
     return replace(lazy, read=read)

@@ -23,14 +23,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-from qalora.parity.findings import TensorDifference
+from qalora.parity.findings import TensorDifference, add_up
 from qalora.tensor import GroupQuantTensor, same_bits
 
-__all__ = ["compare_tensors", "transposed", "ulp"]
+__all__ = ["at_row", "compare_tensors", "transposed", "ulp"]
 
 _FORMATS = {torch.float16: (-14, 10), torch.bfloat16: (-126, 7), torch.float32: (-126, 23)}  # least exponent, mantissa
 
@@ -54,15 +55,19 @@ def compare_tensors(
               (2^-24 |min|); `min_beyond` then counts only what is further off than 2^-23 (|min| + |scale| 2^bits).
     floats    the reference is a float model: integers in place of its floats are another quantization, and no fault
     """
-    if isinstance(mine, GroupQuantTensor) and isinstance(theirs, GroupQuantTensor):
-        difference = _compare_quantized(name, mine, theirs, dtypes, residual)
-        suspicious = bool(difference.codes_differ)
-    else:
-        difference = _compare_floats(name, mine, theirs, floats=floats)
-        suspicious = bool(difference.values_differ)
+    same = _the_same(name, mine, theirs)
+    if same is not None:
+        return same
+    parts: list[TensorDifference] = []
+    for row, a, b in _chunks(mine, theirs):
+        if isinstance(a, GroupQuantTensor) and isinstance(b, GroupQuantTensor):
+            parts.append(at_row(_compare_quantized(name, a, b, dtypes, residual), row))
+        else:
+            parts.append(_compare_floats(name, a, b, floats=floats))
+    difference = add_up(name, parts)
     if difference.same:
         return difference
-    if suspicious:
+    if difference.codes_differ or difference.values_differ:
         moved = _rows_moved(mine, theirs)
         if moved:
             return TensorDifference(name=name, rows_moved=moved, codes=difference.codes, values=difference.values)
@@ -71,11 +76,26 @@ def compare_tensors(
     return _with_errors(difference, mine, theirs)
 
 
+def _the_same(name: str, mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor) -> TensorDifference | None:
+    """What is said of two tensors that have the same bits; None of others."""
+    if isinstance(mine, GroupQuantTensor) and isinstance(theirs, GroupQuantTensor):
+        if _same_fields(mine, theirs):
+            return TensorDifference(name=name, codes=math.prod(theirs.shape), groups=theirs.scale.numel())
+    elif isinstance(mine, Tensor) and isinstance(theirs, Tensor) and same_bits(mine, theirs):
+        return TensorDifference(name=name, values=theirs.numel())
+    return None
+
+
+def at_row(difference: TensorDifference, row: int) -> TensorDifference:
+    """Of rows from `row` on, as part of the whole tensor."""
+    if difference.code_at is None:
+        return difference
+    return replace(difference, code_at=(difference.code_at[0] + row, difference.code_at[1]))
+
+
 def _compare_floats(
     name: str, mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor, *, floats: bool
 ) -> TensorDifference:
-    if isinstance(mine, Tensor) and isinstance(theirs, Tensor) and same_bits(mine, theirs):
-        return TensorDifference(name=name, values=theirs.numel())
     a, b = _floats(mine), _floats(theirs)
     differ = ~((a == b) | (a.isnan() & b.isnan()))
     count = int(differ.sum())
@@ -127,8 +147,6 @@ def _compare_quantized(
     dtypes: tuple[torch.dtype, torch.dtype],
     residual: bool,
 ) -> TensorDifference:
-    if _same_fields(mine, theirs):
-        return TensorDifference(name=name, codes=math.prod(theirs.shape), groups=theirs.scale.numel())
     scale_a, min_a, scale_b, min_b, columns = _aligned(mine, theirs)
     same_codes = mine.bits == theirs.bits and same_bits(mine.packed, theirs.packed)
     codes_differ, code_at = 0, None
@@ -214,33 +232,44 @@ def _group_index(tensor: GroupQuantTensor) -> Tensor:
 
 def _rows_moved(mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor) -> int:
     """How many rows of `mine` are elsewhere in `theirs`, if both have the very same rows; else 0."""
-    if isinstance(mine, GroupQuantTensor) and isinstance(theirs, GroupQuantTensor):
-        scale_a, min_a, scale_b, min_b, _ = _aligned(mine, theirs)
-        rows_a, rows_b = _row_bytes(mine.codes(), scale_a, min_a), _row_bytes(theirs.codes(), scale_b, min_b)
-    else:
-        a, b = _floats(mine), _floats(theirs)
-        if a.ndim != 2 or a.dtype != b.dtype:
-            return 0
-        rows_a, rows_b = _row_bytes(a), _row_bytes(b)
+    if len(theirs.shape) != 2:
+        return 0
+    rows_a: list[bytes] = []
+    rows_b: list[bytes] = []
+    for _, one, two in _chunks(mine, theirs):
+        if isinstance(one, GroupQuantTensor) and isinstance(two, GroupQuantTensor):
+            scale_a, min_a, scale_b, min_b, _ = _aligned(one, two)
+            rows_a += _row_digests(one.codes(), scale_a, min_a)
+            rows_b += _row_digests(two.codes(), scale_b, min_b)
+        else:
+            a, b = _floats(one), _floats(two)
+            if a.dtype != b.dtype:
+                return 0
+            rows_a += _row_digests(a)
+            rows_b += _row_digests(b)
     return sum(a != b for a, b in zip(rows_a, rows_b, strict=True)) if Counter(rows_a) == Counter(rows_b) else 0
 
 
-def _row_bytes(*parts: Tensor) -> list[bytes]:
+def _row_digests(*parts: Tensor) -> list[bytes]:
     plain = [p if p.dtype == torch.uint8 else (p + 0.0).contiguous().view(torch.uint8) for p in parts]  # -0.0 + 0.0 = 0
-    return [row.tobytes() for row in torch.cat(plain, dim=1).numpy()]
+    return [blake2b(row, digest_size=16).digest() for row in torch.cat(plain, dim=1).numpy()]
 
 
 def transposed(mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor) -> bool:
     """Whether `mine` is much nearer to the transpose of `theirs`: a quarter of the error, which is half its size."""
     if len(mine.shape) != 2 or tuple(mine.shape) != tuple(reversed(theirs.shape)):
         return False
-    a, b = _floats(mine).double(), _floats(theirs).double()
-    size = b.square().mean()
-    turned = (a.T - b).square().mean()
-    if a.shape != b.shape:
-        return bool(turned < size / 16)
-    straight = (a - b).square().mean()
-    return bool((straight > size / 4) & (turned < straight / 16))
+    a, square = _floats(mine), tuple(mine.shape) == tuple(theirs.shape)
+    size = turned = straight = 0.0
+    step = max(1, CHUNK // max(1, theirs.shape[1]))
+    for start in range(0, theirs.shape[0], step):
+        b = _floats(_rows(theirs, start, start + step)).double()
+        size += float(b.square().sum())
+        turned += float((a[:, start : start + step].T.double() - b).square().sum())
+        straight += float((a[start : start + step].double() - b).square().sum()) if square else 0.0
+    if not square:
+        return turned < size / 16
+    return straight > size / 4 and turned < straight / 16
 
 
 def _with_errors(
@@ -249,7 +278,7 @@ def _with_errors(
     """The same with errors in float64, a few rows at a time."""
     measured = stepped = beyond = 0
     largest = squares = steps = step_squares = size = 0.0
-    for a, b in _chunks(mine, theirs):
+    for _, a, b in _chunks(mine, theirs):
         error = (_weights(a) - _weights(b)).abs().nan_to_num(math.inf, math.inf)
         measured, largest = measured + error.numel(), max(largest, float(error.max()))
         squares += float(error.square().sum())
@@ -285,13 +314,14 @@ def _in_steps(error: Tensor, grid: GroupQuantTensor) -> tuple[Tensor, Tensor]:
 
 def _chunks(
     mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor
-) -> Iterator[tuple[Tensor | GroupQuantTensor, Tensor | GroupQuantTensor]]:
+) -> Iterator[tuple[int, Tensor | GroupQuantTensor, Tensor | GroupQuantTensor]]:
+    """(first row, rows, rows) of both."""
     if len(theirs.shape) != 2:
-        yield mine, theirs
+        yield 0, mine, theirs
         return
     step = max(1, CHUNK // max(1, theirs.shape[1]))
-    for start in range(0, theirs.shape[0], step):
-        yield _rows(mine, start, start + step), _rows(theirs, start, start + step)
+    for start in range(0, max(1, theirs.shape[0]), step):
+        yield start, _rows(mine, start, start + step), _rows(theirs, start, start + step)
 
 
 def _rows(tensor: Tensor | GroupQuantTensor, start: int, stop: int) -> Tensor | GroupQuantTensor:

@@ -5,22 +5,17 @@ Layer by layer, against base + factor * B @ A in float64. An adapter that was sh
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
 
 from qalora.adapter import Adapter, AdapterLayer
-from qalora.checkpoint import Checkpoint
-from qalora.engines import Engine, spread
-from qalora.parity.reference import exact_minima
+from qalora.options.words import Minima
+from qalora.parity.reference import ExactMinima
 from qalora.parity.weights import ulp
-from qalora.tensor import GroupQuantTensor
+from qalora.tensor import GroupQuantTensor, same_bits
 
-__all__ = ["FoldCheck", "check_fold", "compare_adapters"]
+__all__ = ["FoldCheck", "FoldChecker", "compare_adapters"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,43 +29,35 @@ class FoldCheck:
     first: str
 
 
-def check_fold(
-    base: Checkpoint,
-    folded: Checkpoint,
-    adapter: Adapter,
-    minima: Literal["float16", "float32"],
-    engine: Engine | None = None,
-) -> FoldCheck:
-    """Check each layer that the adapter changes; by other processes where there is an engine.
+class FoldChecker:
+    """Checks each layer that the adapter changes, some rows at a time.
 
     A minimum may be off by half an ULP of its dtype, and by the float32 rounding of a fold that sums in float32:
     (rank + 2) * 2^-24 * (|min| + |factor| * |B| @ |A|).
     """
-    layers = tuple(adapter.layers)
-    checked = partial(_checked, base, folded, adapter, torch.float16 if minima == "float16" else torch.float32)
-    sizes = {path: 4 * math.prod(base.tensors[f"{path}.weight"].shape) for path in layers}
-    by_layer = dict(checked(layers) if engine is None else spread(engine, checked, sizes))
-    counts = [by_layer[path] for path in layers]
-    return FoldCheck(
-        layers=len(layers),
-        groups=sum(groups for groups, _, _ in counts),
-        codes_differ=sum(codes for _, codes, _ in counts),
-        min_beyond=sum(beyond for _, _, beyond in counts),
-        first=next((f"{path}.weight" for path in layers if any(by_layer[path][1:])), ""),
-    )
 
+    def __init__(self, adapter: Adapter, minima: Minima) -> None:
+        self._adapter = adapter
+        self._dtype = torch.float16 if minima == "float16" else torch.float32
+        self._found: dict[str, tuple[int, int, int]] = {}
 
-def _checked(
-    base: Checkpoint, folded: Checkpoint, adapter: Adapter, minima: torch.dtype, layers: tuple[str, ...]
-) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """Each of these layers with its groups, codes that differ, and minima that are too far off."""
-    for path in layers:
-        name = f"{path}.weight"
-        before, after = base.tensors[name].load_quantized(), folded.tensors[name].load_quantized()
-        same = torch.equal(before.packed, after.packed)
-        codes = 0 if same else int((before.codes() != after.codes()).sum())
-        groups, beyond = _check_minima(before, after, adapter.layers[path], minima)
-        yield path, (groups, codes, beyond)
+    def add(self, path: str, before: GroupQuantTensor, after: GroupQuantTensor, exact: ExactMinima) -> None:
+        """Compare rows of a layer before and after the fold with what `exact_minima` says of them."""
+        codes = 0 if same_bits(before.packed, after.packed) else int((before.codes() != after.codes()).sum())
+        groups, beyond = _check_minima(after, exact, self._adapter.layers[path].rank, self._dtype)
+        so_far = self._found.get(path, (0, 0, 0))
+        self._found[path] = (so_far[0] + groups, so_far[1] + codes, so_far[2] + beyond)
+
+    def result(self) -> FoldCheck:
+        """Of all layers."""
+        layers = [(path, *self._found.get(path, (0, 0, 0))) for path in self._adapter.layers]
+        return FoldCheck(
+            layers=len(layers),
+            groups=sum(groups for _, groups, _, _ in layers),
+            codes_differ=sum(codes for _, _, codes, _ in layers),
+            min_beyond=sum(beyond for _, _, _, beyond in layers),
+            first=next((f"{path}.weight" for path, _, codes, beyond in layers if codes or beyond), ""),
+        )
 
 
 def compare_adapters(adapter: Adapter, expected: Adapter) -> tuple[str, ...]:
@@ -94,14 +81,12 @@ def _adds_the_same(layer: AdapterLayer, expected: AdapterLayer) -> bool:
     return bool(((mine - theirs).abs() <= 2.0**-23 * theirs.abs()).all())
 
 
-def _check_minima(
-    before: GroupQuantTensor, after: GroupQuantTensor, layer: AdapterLayer, dtype: torch.dtype
-) -> tuple[int, int]:
+def _check_minima(after: GroupQuantTensor, exact: ExactMinima, rank: int, dtype: torch.dtype) -> tuple[int, int]:
     """(groups, those whose minimum is further off than allowed)."""
-    whole, size, fine = exact_minima(before, layer)
-    columns = torch.arange(0, before.shape[1], fine)
+    whole, size, fine = exact
+    columns = torch.arange(0, after.shape[1], fine)
     minima = after.min.double()[:, columns // after.group_size]
-    slack = ulp(whole, dtype) / 2 + (layer.rank + 2) * 2.0**-24 * size
+    slack = ulp(whole, dtype) / 2 + (rank + 2) * 2.0**-24 * size
     wrong = ~((minima - whole).abs() <= slack)
     if dtype == torch.float16:
         wrong |= minima.half().double() != minima

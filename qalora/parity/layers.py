@@ -9,46 +9,41 @@ not the fold's. 0 where all of it is there, 1 where none of it is; a layer that 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-import torch
 from torch import Tensor
 
-from qalora.adapter import Adapter
-from qalora.checkpoint import Checkpoint
-from qalora.parity.reference import rounded_minima
-from qalora.tensor import GroupQuantTensor
+from qalora.tensor import GroupQuantTensor, same_bits
 
-__all__ = ["adapter_by_layer"]
+__all__ = ["AdapterShare"]
 
 
-def adapter_by_layer(
-    artifact: Checkpoint, base: Checkpoint, adapter: Adapter, minima: Literal["float16", "float32"]
-) -> dict[str, float]:
-    """{module: lost}, in the adapter's order; layers that the artefact lacks or has in another shape are left out."""
-    shares = {}
-    for module, layer in adapter.layers.items():
-        name = f"{module}.weight"
-        if name not in artifact.tensors or artifact.tensors[name].shape != layer.shape:
-            continue
-        before, mine = base.tensors[name].load_quantized(), artifact.tensors[name].load()
-        folded = rounded_minima(before, layer, minima)
-        effect = _distance(folded, before)
-        if effect:
-            shares[module] = _distance(mine, folded) / effect
-    return shares
+class AdapterShare:
+    """The share of the adapter that is missing from one layer, added up over its rows."""
+
+    def __init__(self) -> None:
+        self._error = self._effect = 0.0
+
+    def add(self, mine: Tensor | GroupQuantTensor, base: GroupQuantTensor, adapted: GroupQuantTensor) -> None:
+        """Rows of an artefact's layer, of the base's, and of what they should be."""
+        self._error += _squared_distance(mine, adapted)
+        self._effect += _squared_distance(adapted, base)
+
+    @property
+    def lost(self) -> float | None:
+        """None where the adapter changes nothing."""
+        return math.sqrt(self._error / self._effect) if self._effect else None
 
 
-def _distance(one: Tensor | GroupQuantTensor, two: GroupQuantTensor) -> float:
+def _squared_distance(one: Tensor | GroupQuantTensor, two: GroupQuantTensor) -> float:
     """Of two weights; where codes and scales are the same, a group's columns are all as far apart as its minima."""
     if isinstance(one, GroupQuantTensor) and one.g_idx is None and two.g_idx is None:
         fine = math.gcd(one.group_size, two.group_size)
         a, b = one.regrouped(fine), two.regrouped(fine)
-        if a.bits == b.bits and torch.equal(a.packed, b.packed) and torch.equal(a.scale, b.scale):
-            return _norm(a.min.double() - b.min.double()) * math.sqrt(fine)
+        if a.bits == b.bits and same_bits(a.packed, b.packed) and same_bits(a.scale, b.scale):
+            return _square(a.min.double() - b.min.double()) * fine
     weights = one.dequantize() if isinstance(one, GroupQuantTensor) else one.float()
-    return _norm(weights - two.dequantize())
+    return _square((weights - two.dequantize()).double())
 
 
-def _norm(difference: Tensor) -> float:
-    return float(difference.double().norm())
+def _square(difference: Tensor) -> float:
+    return float(difference.square().sum())

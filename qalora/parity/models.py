@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qalora.adapter import Adapter, carry
-from qalora.checkpoint import Checkpoint, with_cached_weights
+from qalora.checkpoint import Checkpoint, with_cached_weights, with_last_weight
 from qalora.errors import InputError
 from qalora.parity.artifacts import Artifact, reference_artifact
 from qalora.parity.ends import EndsCheck
@@ -62,16 +62,17 @@ class ReferenceModels:
     ) -> ReferenceModels:
         """The reference, with the adapter folded if one of the artefacts holds the folded model.
 
-        memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once
+        memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once; of others the
+                last one is kept
         """
         carried = carry(base, adapter)
-        base, own = with_cached_weights(carried, memory // 4), reference_artifact(carried)
+        base, own = _keep(carried, memory // 4), reference_artifact(carried)
         dtype = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
         if adapter is not None and FOLDED in contents:
             from qalora.folding import fold
 
-            folded = with_cached_weights(fold(base, adapter, minima=dtype), memory // 4)
+            folded = _keep(fold(base, adapter, minima=dtype), memory // 4)
         return cls(
             base=base,
             own=own,
@@ -81,6 +82,11 @@ class ReferenceModels:
             tokenizer=TokenizerCheck(base),
             ends=EndsCheck(base),
         )
+
+    @property
+    def trained_minima(self) -> Literal["float16", "float32"]:
+        """The dtype of the minima that the adapter was trained with; float32 where it does not say."""
+        return "float32" if self.adapter is None else self.adapter.minima or "float32"
 
     @property
     def alone(self) -> ReferenceModels:
@@ -104,3 +110,8 @@ class ReferenceModels:
         if self.adapter is None:
             return Forward(weights="base")
         return Forward(weights=self.adapter.minima or "side")
+
+
+def _keep(model: Checkpoint, budget: int) -> Checkpoint:
+    kept = with_cached_weights(model, budget)
+    return with_last_weight(model) if kept is model else kept

@@ -36,7 +36,7 @@ from qalora.parity.roundings import EXACT, Rounding, product, q8_input, side_bra
 from qalora.parity.runtimes.padding import pad, unpad
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["Forward", "Reference", "exact_minima", "rounded_minima"]
+__all__ = ["ExactMinima", "Forward", "Reference", "exact_minima", "rounded_minima", "with_minima"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +59,12 @@ class _Setting:
     forward = Forward()
 
 
-def exact_minima(tensor: GroupQuantTensor, layer: AdapterLayer) -> tuple[Tensor, Tensor, int]:
-    """(min + factor * B @ A, |min| + |factor| * |B| @ |A|, group size), float64, in the groups of both."""
+ExactMinima = tuple[Tensor, Tensor, int]
+"""(min + factor * B @ A, |min| + |factor| * |B| @ |A|, group size), float64, in the groups of both."""
+
+
+def exact_minima(tensor: GroupQuantTensor, layer: AdapterLayer) -> ExactMinima:
+    """What the minima of a tensor are with the adapter, before any rounding."""
     fine = math.gcd(tensor.group_size, layer.pool_size)
     first = torch.arange(0, tensor.shape[1], fine)
     base = tensor.min.double()[:, first // tensor.group_size]
@@ -74,9 +78,14 @@ def exact_minima(tensor: GroupQuantTensor, layer: AdapterLayer) -> tuple[Tensor,
 def rounded_minima(tensor: GroupQuantTensor, layer: AdapterLayer, minima: Minima) -> GroupQuantTensor:
     """The weight of the "rounded" forward: the codes as they are, the minima rounded once."""
     whole, _, fine = exact_minima(tensor, layer)
+    return with_minima(tensor, whole, fine, minima)
+
+
+def with_minima(tensor: GroupQuantTensor, whole: Tensor, group_size: int, minima: Minima) -> GroupQuantTensor:
+    """A tensor in finer groups with minima that are given in float64, rounded once."""
     minimum = _nearest_float16(whole) if minima == "float16" else whole.float()
-    scale = tensor.scale.repeat_interleave(tensor.group_size // fine, dim=1)
-    return replace(tensor, scale=scale, min=minimum, group_size=fine)
+    scale = tensor.scale.repeat_interleave(tensor.group_size // group_size, dim=1)
+    return replace(tensor, scale=scale, min=minimum, group_size=group_size)
 
 
 def _nearest_float16(values: Tensor) -> Tensor:

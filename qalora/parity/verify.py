@@ -24,25 +24,23 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.format import EXACT
 from qalora.devices import find_device
-from qalora.engines import Engine
 from qalora.errors import InputError, shown
 from qalora.folding import check_minima
 from qalora.options.words import Level
 from qalora.parity.artifacts import Artifact, open_artifact, recognize, runtimes_of
 from qalora.parity.baseline import Baseline
 from qalora.parity.evidence import Evidence
-from qalora.parity.foldcheck import check_fold, compare_adapters
+from qalora.parity.foldcheck import compare_adapters
 from qalora.parity.gates import GateResult, judge
-from qalora.parity.layers import adapter_by_layer
 from qalora.parity.memory import available_memory
 from qalora.parity.metrics import lost
-from qalora.parity.models import BESIDE, FOLDED, Contents, ReferenceModels, holds
+from qalora.parity.models import BESIDE, Contents, ReferenceModels, holds
+from qalora.parity.readback import ReadBack
 from qalora.parity.reference import Forward
 from qalora.parity.report import AdapterSummary, ArtifactReport, ParityReport, RunReport
 from qalora.parity.running import Runner
 from qalora.parity.runtimes.settings import keep_settings
 from qalora.parity.text import make_inputs
-from qalora.parity.weights import compare_weights
 
 __all__ = ["ProgressCallback", "verify"]
 
@@ -68,7 +66,6 @@ def verify(
     device: str = "cpu",
     dynamic_int8: bool = False,
     relative_to: Path | None = None,
-    engine: Engine | None = None,
     progress: ProgressCallback = lambda stage, share: None,
 ) -> ParityReport:
     """Compare artefacts with the reference at a level, each level with all before it.
@@ -84,7 +81,6 @@ def verify(
     device       where the reference computes; the artefacts' runtimes are as they are
     dynamic_int8   PyTorch's dynamic INT8 of the same model, as a row to compare with
     relative_to  artefacts are named relative to this folder
-    engine       compares the weights, in other processes
     progress     called at each stage
 
     A runtime that is not installed, or that needs more memory, makes its artefact "not proven". Raises InputError for
@@ -97,9 +93,8 @@ def verify(
     read = None if adapter is None else given_adapter(adapter, base, convention=convention)
     contents = [holds(read, *pair) for pair in opened]
     room = available_memory() if memory is None else memory
-    models = ReferenceModels.of(base, read, minima, contents, memory=room)
-    gates = _fold_gates(models, progress, engine)
-    weights = [_weights(models, artifact, checkpoint, progress, engine) for artifact, checkpoint in opened]
+    models = ReferenceModels.of(base, read, minima, contents, memory=0 if level == "weights" else room)
+    gates, weights = _read_back(models, opened, contents, progress)
     if level == "weights":
         return _report(models, level, weights, gates)
     tokenizer = models.tokenizer.opened()
@@ -187,46 +182,36 @@ def _passes(models: ReferenceModels, artifacts: Sequence[Artifact], contents: Se
     return 1 + own + len(forwards) + len(rounded) + sum(len(runtimes_of(artifact)) for artifact in artifacts)
 
 
-def _fold_gates(models: ReferenceModels, progress: ProgressCallback, engine: Engine | None) -> tuple[GateResult, ...]:
-    if models.adapter is None or models.folded is None:
-        return ()
-    progress("checking the fold", 0.0)
-    checked = check_fold(models.base, models.folded, models.adapter, models.minima, engine)
-    return tuple(judge(Evidence(fold=checked)))
-
-
-def _weights(
+def _read_back(
     models: ReferenceModels,
-    artifact: Artifact,
-    checkpoint: Checkpoint,
+    opened: Sequence[tuple[Artifact, Checkpoint]],
+    contents: Sequence[Contents],
     progress: ProgressCallback,
-    engine: Engine | None,
-) -> ArtifactReport:
-    progress(f"reading {artifact.name}", 0.0)
-    contents = holds(models.adapter, artifact, checkpoint)
-    expected = models.folded if contents == FOLDED and models.folded is not None else models.base
-    differences = compare_weights(checkpoint, expected, residual=artifact.layout.residual, engine=engine)
-    tokenizer = models.tokenizer.compare(checkpoint)
-    beside = None
-    if contents == BESIDE and models.adapter is not None:
-        beside = compare_adapters(_beside(artifact, checkpoint), models.adapter)
-    ends = models.ends.compare(checkpoint)
-    gates = judge(Evidence(weights=differences, beside=beside, tokenizer=tokenizer, ends=ends))
-    layers = {}
-    if models.adapter is not None and contents == FOLDED:
-        read = {*(one.name for one in differences.different), *(line.partition(":")[0] for line in differences.shapes)}
-        same = {name: expected.tensors[name] for name in expected.tensors.keys() & checkpoint.tensors.keys() - read}
-        known = replace(checkpoint, tensors={**checkpoint.tensors, **same})  # what is the same need not be read again
-        layers = adapter_by_layer(known, models.base, models.adapter, models.adapter.minima or "float32")
-    return ArtifactReport(
-        name=artifact.name,
-        kind=artifact.kind,
-        holds=contents,
-        weights=differences,
-        gates=tuple(gates),
-        runs=(),
-        layers=layers,
-    )
+) -> tuple[tuple[GateResult, ...], list[ArtifactReport]]:
+    """The gates of the fold, and a report of each artefact's weights."""
+    progress("reading the weights", 0.0)
+    found = ReadBack(models, opened, contents)
+    reports = []
+    for (artifact, checkpoint), holding, metrics, layers in zip(
+        opened, contents, found.metrics, found.lost, strict=True
+    ):
+        tokenizer, ends = models.tokenizer.compare(checkpoint), models.ends.compare(checkpoint)
+        beside = None
+        if holding == BESIDE and models.adapter is not None:
+            beside = compare_adapters(_beside(artifact, checkpoint), models.adapter)
+        gates = judge(Evidence(weights=metrics, beside=beside, tokenizer=tokenizer, ends=ends))
+        reports.append(
+            ArtifactReport(
+                name=artifact.name,
+                kind=artifact.kind,
+                holds=holding,
+                weights=metrics,
+                gates=tuple(gates),
+                runs=(),
+                layers=layers,
+            )
+        )
+    return () if found.fold is None else tuple(judge(Evidence(fold=found.fold))), reports
 
 
 def _beside(artifact: Artifact, checkpoint: Checkpoint) -> Adapter:

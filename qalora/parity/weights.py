@@ -7,25 +7,22 @@ missing, extra, or of another shape is told. This module runs no model, and deci
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.essentials import differences
+from qalora.converters.essentials import differences as config_differences
 from qalora.converters.families import FAMILIES
-from qalora.engines import Engine, spread
-from qalora.parity.differences import compare_tensors, transposed, ulp
+from qalora.parity.differences import at_row, compare_tensors, transposed, ulp
 from qalora.parity.findings import TensorDifference, add_up
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["TensorDifference", "WeightMetrics", "compare_tensors", "compare_weights", "ulp"]
+__all__ = ["Comparison", "TensorDifference", "WeightMetrics", "compare_tensors", "compare_weights", "ulp"]
 
 TILE_BYTES = 8 << 20
 """Of the rows that are compared at a time, as float32, where a tensor comes by rows: both sides have them."""
@@ -61,61 +58,61 @@ class WeightMetrics:
         return cls(tensors=0, missing=(), extra=(), shapes=(), config=(), total=total, different=())
 
 
-def compare_weights(
-    artifact: Checkpoint,
-    reference: Checkpoint,
-    *,
-    residual: bool = False,
-    progress: Callable[[str, int], None] = lambda name, nbytes: None,
-    engine: Engine | None = None,
-) -> WeightMetrics:
-    """Compare every tensor, streamed; by other processes where there is an engine. `residual` as in `compare_tensors`.
+class Comparison:
+    """An artefact's tensors against the reference's, one by one in any order; `residual` as in `compare_tensors`.
 
     Where the reference is quantized, its floats are to stay floats; a float model may be held in integers, and the
     metrics then tell how far they are from its weights, in steps. An output layer that one side ties to the embedding
     and the other writes out is compared with that embedding.
     """
-    pairs, missing, extra = _pairs(artifact, reference)
-    shapes, by_name = [], dict[str, TensorDifference]()
-    sizes = {}
-    for name, mine, theirs in pairs:
-        if mine.shape == theirs.shape:
-            sizes[name] = 4 * math.prod(theirs.shape)
-        else:
-            shapes.append(f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{_turned(mine, theirs)}")
-    compared = partial(_compared, {name: pair for name, *pair in pairs}, reference, residual)
-    for name, difference in compared(tuple(sizes)) if engine is None else spread(engine, compared, sizes):
-        by_name[name] = difference
-        progress(name, sizes[name])
-    tensor_differences = [by_name[name] for name in sizes]
-    return WeightMetrics(
-        tensors=len(tensor_differences),
-        missing=missing,
-        extra=extra,
-        shapes=tuple(shapes),
-        config=differences(artifact.config, reference.config),
-        total=add_up("all", tensor_differences),
-        different=tuple(difference for difference in tensor_differences if not difference.same),
-        notes=_notes(artifact.config, reference.config),
-    )
+
+    def __init__(self, artifact: Checkpoint, reference: Checkpoint, *, residual: bool = False) -> None:
+        self._artifact, self._reference, self._residual = artifact, reference, residual
+        self.pairs, self._missing, self._extra = _pairs(artifact, reference)
+        self._shapes: dict[str, str] = {}
+        self._differences: dict[str, TensorDifference] = {}
+        self._family = FAMILIES.get(str(reference.config.get("model_type")))
+
+    def compare(self, name: str, reader: Executor) -> bool:
+        """Compare the tensors of one of `pairs`; whether both are the same. The reference's are read in `reader`."""
+        mine, theirs = self.pairs[name]
+        if mine.shape != theirs.shape:
+            turned = _turned(mine, theirs)
+            self._shapes[name] = f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{turned}"
+            return False
+        if self._family is not None and self._family.adds_one(name):
+            mine, theirs = _plus_one(mine), _plus_one(theirs)
+        parts, floats = [], not self._reference.quantized
+        for row, a, b in _read_both(mine, theirs, reader, whole=name in self._reference.linears):
+            part = compare_tensors(name, a, b, _dtypes(theirs), residual=self._residual, floats=floats)
+            parts.append(at_row(part, row))
+        self._differences[name] = parts[0] if len(parts) == 1 else add_up(name, parts)
+        return self._differences[name].same
+
+    def metrics(self) -> WeightMetrics:
+        """What was compared so far, in the reference's order."""
+        shapes = tuple(self._shapes[name] for name in self.pairs if name in self._shapes)
+        differences = [self._differences[name] for name in self.pairs if name in self._differences]
+        mine, theirs = self._artifact.config, self._reference.config
+        return WeightMetrics(
+            tensors=len(differences),
+            missing=self._missing,
+            extra=self._extra,
+            shapes=shapes,
+            config=config_differences(mine, theirs),
+            total=add_up("all", differences),
+            different=tuple(difference for difference in differences if not difference.same),
+            notes=_notes(mine, theirs),
+        )
 
 
-def _compared(
-    pairs: Mapping[str, Sequence[LazyTensor]], reference: Checkpoint, residual: bool, names: tuple[str, ...]
-) -> Iterator[tuple[str, TensorDifference]]:
-    """Each of these tensors with its difference. pairs: the artefact's and the reference's."""
-    family = FAMILIES.get(str(reference.config.get("model_type")))
+def compare_weights(artifact: Checkpoint, reference: Checkpoint, *, residual: bool = False) -> WeightMetrics:
+    """Compare every tensor, streamed, as `Comparison` does."""
+    comparison = Comparison(artifact, reference, residual=residual)
     with ThreadPoolExecutor(1) as reader:
-        for name in names:
-            mine, theirs = pairs[name]
-            if family is not None and family.adds_one(name):
-                mine, theirs = _plus_one(mine), _plus_one(theirs)
-            parts = []
-            for row, a, b in _read_both(mine, theirs, reader, whole=name in reference.linears):
-                floats = not reference.quantized
-                part = compare_tensors(name, a, b, _dtypes(theirs), residual=residual, floats=floats)
-                parts.append(_at_row(part, row))
-            yield name, parts[0] if len(parts) == 1 else add_up(name, parts)
+        for name in comparison.pairs:
+            comparison.compare(name, reader)
+    return comparison.metrics()
 
 
 def _plus_one(lazy: LazyTensor) -> LazyTensor:
@@ -130,15 +127,15 @@ def _plus_one(lazy: LazyTensor) -> LazyTensor:
 
 def _pairs(
     artifact: Checkpoint, reference: Checkpoint
-) -> tuple[list[tuple[str, LazyTensor, LazyTensor]], tuple[str, ...], tuple[str, ...]]:
-    """(name, artefact's, reference's) of what both have; names missing and extra."""
+) -> tuple[dict[str, tuple[LazyTensor, LazyTensor]], tuple[str, ...], tuple[str, ...]]:
+    """(artefact's, reference's) by name of what both have, in the reference's order; names missing and extra."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     mine, theirs = dict(artifact.tensors), dict(reference.tensors)
     if head in mine and head not in theirs and embedding in theirs:
         theirs[head] = theirs[embedding]
     elif head in theirs and head not in mine and embedding in mine:
         mine[head] = mine[embedding]
-    pairs = [(name, mine[name], lazy) for name, lazy in theirs.items() if name in mine]
+    pairs = {name: (mine[name], lazy) for name, lazy in theirs.items() if name in mine}
     missing = tuple(name for name in theirs if name not in mine)
     return pairs, missing, tuple(name for name in mine if name not in theirs)
 
@@ -160,13 +157,6 @@ def _read_both(
         stop = min(start + step, count)
         other = reader.submit(theirs.rows, start, stop)
         yield start, mine.rows(start, stop), other.result()
-
-
-def _at_row(difference: TensorDifference, row: int) -> TensorDifference:
-    """Of a tile that begins at `row`, told of the whole tensor."""
-    if difference.code_at is None:
-        return difference
-    return replace(difference, code_at=(difference.code_at[0] + row, difference.code_at[1]))
 
 
 def _dtypes(lazy: LazyTensor) -> tuple[torch.dtype, torch.dtype]:

@@ -10,11 +10,11 @@ import torch
 
 from elsewhere import Elsewhere
 from qalora.adapter import AdapterLayer
-from qalora.checkpoint import cache_bytes, with_cached_weights
+from qalora.checkpoint import cache_bytes, with_cached_weights, with_last_weight
 from qalora.folding import fold
-from qalora.parity.foldcheck import check_fold, compare_adapters
+from qalora.parity.foldcheck import FoldCheck, FoldChecker, compare_adapters
 from qalora.parity.logit_cache import LogitCache
-from qalora.parity.reference import Forward, Reference, rounded_minima
+from qalora.parity.reference import Forward, Reference, exact_minima, rounded_minima
 from qalora.testing import assert_same_tensor, random_tensor
 
 TOKENS = list(range(3, 40))
@@ -137,14 +137,45 @@ def test_weights_are_read_once_where_they_fit(base) -> None:
     assert with_cached_weights(counted, cache_bytes(base) - 1) is counted
 
 
+def test_the_weight_that_was_read_last_is_kept(base) -> None:
+    reads: list[str] = []
+
+    def counted(name: str):
+        def read(start: int, stop: int):
+            reads.append(name)
+            return base.tensors[name].read(start, stop)
+
+        return replace(base.tensors[name], read=read)
+
+    first, second, *_ = base.linears
+    tensors = {**base.tensors, first: counted(first), second: counted(second)}
+    kept = with_last_weight(replace(base, tensors=tensors))
+    for name, part in ((first, (0, 8)), (first, (8, 24)), (second, (8, 16)), (second, (0, 8)), (first, (8, 24))):
+        assert_same_tensor(kept.tensors[name].rows(*part), base.tensors[name].load_quantized().rows(*part))
+    assert reads == [first, second, first]
+
+
+def check_fold(base, folded, adapter) -> FoldCheck:
+    """Some rows at a time."""
+    checker = FoldChecker(adapter, "float16")
+    for path, layer in adapter.layers.items():
+        before, after = (model.tensors[f"{path}.weight"].load_quantized() for model in (base, folded))
+        for start in range(0, before.shape[0], 24):
+            stop = min(start + 24, before.shape[0])
+            rows = before.rows(start, stop)
+            part = replace(layer, b=layer.b[start:stop])
+            checker.add(path, rows, after.rows(start, stop), exact_minima(rows, part))
+    return checker.result()
+
+
 def test_the_fold_passes_its_check_and_a_wrong_one_does_not(base, adapter, folded) -> None:
-    checked = check_fold(base, folded, adapter, "float16")
+    checked = check_fold(base, folded, adapter)
     assert (checked.codes_differ, checked.min_beyond, checked.first) == (0, 0, "")
     assert checked.groups == sum(math.prod(base.tensors[name].shape) // 32 for name in base.linears)
     doubled = {path: replace(layer, factor=2 * layer.factor) for path, layer in adapter.layers.items()}
-    wrong = check_fold(base, fold(base, replace(adapter, layers=doubled)), adapter, "float16")
+    wrong = check_fold(base, fold(base, replace(adapter, layers=doubled)), adapter)
     assert wrong.min_beyond > checked.groups / 2 and wrong.first == base.linears[0]
-    whole = check_fold(base, fold(base, adapter, minima="float32"), adapter, "float16")
+    whole = check_fold(base, fold(base, adapter, minima="float32"), adapter)
     assert whole.min_beyond > checked.groups / 2  # minima that float16 does not hold
 
 

@@ -178,11 +178,12 @@ def _rows(file: GgufFile, info: TensorInfo, start: int, stop: int) -> Tensor:
 
 
 def _reordered(lazy: LazyTensor, heads: int) -> LazyTensor:
-    """Rows in transformers' order; the whole tensor is read for any part of it."""
+    """Rows in transformers' order; those are read between which they all are, which is a head more at most."""
 
     def read(start: int, stop: int) -> Tensor | GroupQuantTensor:
         order = rows_from(lazy.shape[0], heads)[start:stop]
-        return take_rows(lazy.load(), order)
+        first, last = int(order.min()), int(order.max())
+        return take_rows(lazy.read(first, last + 1), order - first)
 
     return replace(lazy, read=read)
 
