@@ -34,23 +34,25 @@ class FoldChecker:
 
     A minimum may be off by half an ULP of its dtype, and by the float32 rounding of a fold that sums in float32:
     (rank + 2) * 2^-24 * (|min| + |factor| * |B| @ |A|).
+
+    found  (groups, codes that differ, minima that are too far off) of each layer so far
     """
 
     def __init__(self, adapter: Adapter, minima: Minima) -> None:
         self._adapter = adapter
         self._dtype = torch.float16 if minima == "float16" else torch.float32
-        self._found: dict[str, tuple[int, int, int]] = {}
+        self.found: dict[str, tuple[int, int, int]] = {}
 
     def add(self, path: str, before: GroupQuantTensor, after: GroupQuantTensor, exact: ExactMinima) -> None:
         """Compare rows of a layer before and after the fold with what `exact_minima` says of them."""
         codes = 0 if same_bits(before.packed, after.packed) else int((before.codes() != after.codes()).sum())
         groups, beyond = _check_minima(after, exact, self._adapter.layers[path].rank, self._dtype)
-        so_far = self._found.get(path, (0, 0, 0))
-        self._found[path] = (so_far[0] + groups, so_far[1] + codes, so_far[2] + beyond)
+        so_far = self.found.get(path, (0, 0, 0))
+        self.found[path] = (so_far[0] + groups, so_far[1] + codes, so_far[2] + beyond)
 
     def result(self) -> FoldCheck:
         """Of all layers."""
-        layers = [(path, *self._found.get(path, (0, 0, 0))) for path in self._adapter.layers]
+        layers = [(path, *self.found.get(path, (0, 0, 0))) for path in self._adapter.layers]
         return FoldCheck(
             layers=len(layers),
             groups=sum(groups for _, groups, _, _ in layers),

@@ -24,6 +24,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.format import EXACT
 from qalora.devices import find_device
+from qalora.engines import Engine
 from qalora.errors import InputError, shown
 from qalora.folding import check_minima
 from qalora.options.words import Level
@@ -66,6 +67,7 @@ def verify(
     device: str = "cpu",
     dynamic_int8: bool = False,
     relative_to: Path | None = None,
+    engine: Engine | None = None,
     progress: ProgressCallback = lambda stage, share: None,
 ) -> ParityReport:
     """Compare artefacts with the reference at a level, each level with all before it.
@@ -81,6 +83,7 @@ def verify(
     device       where the reference computes; the artefacts' runtimes are as they are
     dynamic_int8   PyTorch's dynamic INT8 of the same model, as a row to compare with
     relative_to  artefacts are named relative to this folder
+    engine       reads and compares the weights, in other processes
     progress     called at each stage
 
     A runtime that is not installed, or that needs more memory, makes its artefact "not proven". Raises InputError for
@@ -94,7 +97,7 @@ def verify(
     contents = [holds(read, *pair) for pair in opened]
     room = available_memory() if memory is None else memory
     models = ReferenceModels.of(base, read, minima, contents, memory=0 if level == "weights" else room)
-    gates, weights = _read_back(models, opened, contents, progress)
+    gates, weights = _read_back(models, opened, contents, progress, engine)
     if level == "weights":
         return _report(models, level, weights, gates)
     tokenizer = models.tokenizer.opened()
@@ -187,10 +190,11 @@ def _read_back(
     opened: Sequence[tuple[Artifact, Checkpoint]],
     contents: Sequence[Contents],
     progress: ProgressCallback,
+    engine: Engine | None,
 ) -> tuple[tuple[GateResult, ...], list[ArtifactReport]]:
     """The gates of the fold, and a report of each artefact's weights."""
     progress("reading the weights", 0.0)
-    found = ReadBack(models, opened, contents)
+    found = ReadBack(models, opened, contents, engine)
     reports = []
     for (artifact, checkpoint), holding, metrics, layers in zip(
         opened, contents, found.metrics, found.lost, strict=True

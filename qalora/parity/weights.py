@@ -64,21 +64,27 @@ class Comparison:
     Where the reference is quantized, its floats are to stay floats; a float model may be held in integers, and the
     metrics then tell how far they are from its weights, in steps. An output layer that one side ties to the embedding
     and the other writes out is compared with that embedding.
+
+    shapes, differences  what was found so far, by the tensors' names
     """
 
     def __init__(self, artifact: Checkpoint, reference: Checkpoint, *, residual: bool = False) -> None:
         self._artifact, self._reference, self._residual = artifact, reference, residual
         self.pairs, self._missing, self._extra = _pairs(artifact, reference)
-        self._shapes: dict[str, str] = {}
-        self._differences: dict[str, TensorDifference] = {}
+        self.shapes: dict[str, str] = {}
+        self.differences: dict[str, TensorDifference] = {}
         self._family = FAMILIES.get(str(reference.config.get("model_type")))
+
+    def clear(self) -> None:
+        """Forget what was compared."""
+        self.shapes, self.differences = {}, {}
 
     def compare(self, name: str, reader: Executor) -> bool:
         """Compare the tensors of one of `pairs`; whether both are the same. The reference's are read in `reader`."""
         mine, theirs = self.pairs[name]
         if mine.shape != theirs.shape:
             turned = _turned(mine, theirs)
-            self._shapes[name] = f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{turned}"
+            self.shapes[name] = f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{turned}"
             return False
         if self._family is not None and self._family.adds_one(name):
             mine, theirs = _plus_one(mine), _plus_one(theirs)
@@ -86,13 +92,13 @@ class Comparison:
         for row, a, b in _read_both(mine, theirs, reader, whole=name in self._reference.linears):
             part = compare_tensors(name, a, b, _dtypes(theirs), residual=self._residual, floats=floats)
             parts.append(at_row(part, row))
-        self._differences[name] = parts[0] if len(parts) == 1 else add_up(name, parts)
-        return self._differences[name].same
+        self.differences[name] = parts[0] if len(parts) == 1 else add_up(name, parts)
+        return self.differences[name].same
 
     def metrics(self) -> WeightMetrics:
         """What was compared so far, in the reference's order."""
-        shapes = tuple(self._shapes[name] for name in self.pairs if name in self._shapes)
-        differences = [self._differences[name] for name in self.pairs if name in self._differences]
+        shapes = tuple(self.shapes[name] for name in self.pairs if name in self.shapes)
+        differences = [self.differences[name] for name in self.pairs if name in self.differences]
         mine, theirs = self._artifact.config, self._reference.config
         return WeightMetrics(
             tensors=len(differences),
