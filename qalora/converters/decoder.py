@@ -12,7 +12,14 @@ from typing import Any
 
 from qalora.converters.families import LAYER_KINDS, Family, LayerParts, family_of
 from qalora.converters.rope import Rope, rope_of
-from qalora.converters.settings import layer_parts, settings_of
+from qalora.converters.settings import (
+    ATTENTION_SCALE,
+    EMBEDDING_SCALE,
+    LOGIT_DIVISOR,
+    RESIDUAL_SCALE,
+    layer_parts,
+    settings_of,
+)
 from qalora.errors import InputError, shown
 
 __all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of", "tensor_shape"]
@@ -46,6 +53,8 @@ class Decoder:
     softcap          scores become softcap * tanh(score / softcap); None where they stay
     logit_softcap    the same for the logits
     embedding_scale  what embeddings are multiplied with
+    residual_scale   what attention and the MLP give is multiplied with before it is added to the hidden state
+    logit_divisor    what logits are divided by
     """
 
     family: Family
@@ -63,6 +72,8 @@ class Decoder:
     softcap: float | None
     logit_softcap: float | None
     embedding_scale: float
+    residual_scale: float
+    logit_divisor: float
     ropes: Mapping[str, Rope]
 
 
@@ -78,7 +89,7 @@ def decoder_of(config: Mapping[str, Any], where: object) -> Decoder:
         family=family,
         layers=_layers(settings, family),
         hidden=hidden,
-        intermediate=int(settings["intermediate_size"]),
+        intermediate=int(settings[family.inner_key]),
         heads=heads,
         kv_heads=int(settings.get("num_key_value_heads") or heads),
         head_size=head_size,
@@ -86,10 +97,12 @@ def decoder_of(config: Mapping[str, Any], where: object) -> Decoder:
         positions=int(settings["max_position_embeddings"]),
         epsilon=float(settings["rms_norm_eps"]),
         activation=str(settings[family.activation_key]),
-        scale=float(settings.get("query_pre_attn_scalar") or head_size) ** -0.5,
+        scale=float(settings.get(ATTENTION_SCALE) or float(settings.get("query_pre_attn_scalar") or head_size) ** -0.5),
         softcap=settings.get("attn_logit_softcapping"),
         logit_softcap=settings.get("final_logit_softcapping"),
-        embedding_scale=hidden**0.5 if family.scaled_embedding else 1.0,
+        embedding_scale=hidden**0.5 if family.scaled_embedding else float(settings.get(EMBEDDING_SCALE, 1.0)),
+        residual_scale=float(settings.get(RESIDUAL_SCALE, 1.0)),
+        logit_divisor=float(settings.get(LOGIT_DIVISOR, 1.0)),
         ropes=ropes,
     )
 
@@ -117,13 +130,16 @@ def tensor_shape(decoder: Decoder, name: str) -> tuple[int, ...] | None:
         "up_proj": (inner, hidden),
         "gate_up_proj": (2 * inner, hidden),
         "down_proj": (hidden, inner),
+        "input_linear": (2 * inner, hidden),
+        "output_linear": (hidden, inner),
     }
     module, _, part = name.rpartition(".")
     last = module.rpartition(".")[2]
     if last in matrices:
         return matrices[last] if part == "weight" else matrices[last][:1]
-    if part == "weight" and last in ("q_norm", "k_norm"):
-        return (size,)
+    if part == "weight" and last in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"):
+        wide = queries if last.startswith("q") else keys
+        return (size if decoder.family.normed == "head" else wide,)
     return (hidden,) if part == "weight" and last.endswith("norm") else None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qalora.converters.decoder import FULL, decoder_of
-from qalora.converters.settings import settings_of
+from qalora.converters.settings import EMBEDDING_SCALE, LOGIT_DIVISOR, RESIDUAL_SCALE, settings_of
 
 __all__ = ["differences", "essentials"]
 
@@ -32,14 +32,17 @@ def essentials(config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": decoder.head_size,
         "vocab_size": decoder.vocabulary,
         "activation": decoder.activation,
-        "attention_bias": bool(settings.get("attention_bias")),
-        "mlp_bias": bool(settings.get("mlp_bias")),
+        **{
+            key: bool(settings.get(key))
+            for key in dict.fromkeys(("attention_bias", "mlp_bias", *decoder.family.biased))
+        },
         "rms_norm_eps": decoder.epsilon,
         "attention scale": decoder.scale,
         "attn_logit_softcapping": decoder.softcap,
         "final_logit_softcapping": decoder.logit_softcap,
         "windows": _runs(layer.window if (layer.window or 0) < decoder.positions else None for layer in decoder.layers),
         "rotary positions": _runs(layer.rope for layer in decoder.layers),
+        **{key: settings[key] for key in (EMBEDDING_SCALE, RESIDUAL_SCALE, LOGIT_DIVISOR) if key in settings},
     }
     for kind, rope in decoder.ropes.items():
         where = "rope" if kind == FULL else f"rope.{kind}"

@@ -37,6 +37,7 @@ __all__ = [
     "llama3_factors",
     "rope_of",
     "rotary_table",
+    "stretched",
     "table_rows",
     "two_tables",
 ]
@@ -52,6 +53,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 """rope_type, and the numbers that it cannot do without."""
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
+    "dynamic": ("alpha",),
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("factor", "attention_factor"),
 }
@@ -168,6 +170,20 @@ def _completed(
     if kind in WITH_ORIGINAL:
         result[ORIGINAL] = settings.get(ORIGINAL) or parameters.get(ORIGINAL) or settings.get("max_position_embeddings")
     return result
+
+
+def stretched(parameters: Mapping[str, Any], size: int, where: object) -> dict[str, Any]:
+    """`rope_parameters` of the default kind with the frequencies that a dynamic one with a fixed alpha has.
+
+    size  of a head, more than 2
+
+    Source: transformers, modeling_hunyuan_v1_dense.py, compute_ntk_alpha_rope_parameters.
+    """
+    if type(size) is not int or size <= 2:
+        raise InputError(f"{where}: head size", expected="more than 2 for a rope with alpha", got=shown(size))
+    theta, alpha = (_number(where, key, parameters[key]) for key in ("rope_theta", "alpha"))
+    base = theta * alpha ** (size / (size - 2))
+    return {"rope_type": "default", "rope_theta": _number(where, "rope_theta", base)}
 
 
 def rope_of(settings: Mapping[str, Any], where: object, layer_type: str = "full_attention") -> Rope:

@@ -9,10 +9,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora.converters.families import LAYER_KINDS, Family, LayerParts, family_of, reads
-from qalora.converters.rope import LOCAL_THETA, PLACES, SHARE, joined_parameters, rope_of
+from qalora.converters.rope import LOCAL_THETA, PLACES, SHARE, joined_parameters, rope_of, stretched
 from qalora.errors import InputError, shown
 
-__all__ = ["bias_names", "check_config", "layer_parts", "linear_names", "norm_names", "settings_of"]
+__all__ = [
+    "ATTENTION_SCALE",
+    "EMBEDDING_SCALE",
+    "LOGIT_DIVISOR",
+    "RESIDUAL_SCALE",
+    "bias_names",
+    "check_config",
+    "layer_parts",
+    "linear_names",
+    "norm_names",
+    "settings_of",
+]
+
+EMBEDDING_SCALE, RESIDUAL_SCALE = "embedding_multiplier", "residual_multiplier"
+ATTENTION_SCALE, LOGIT_DIVISOR = "attention_multiplier", "logits_scaling"
+"""Granite's names of its factors, which another family may have too."""
 
 
 def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
@@ -24,7 +39,13 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     family = family_of(config, where)
     filled = {key: value for key, value in config.items() if value is not None or key not in _NEVER_NULL}
     settings = {**family.defaults, **{key: filled[key] for key in filled if reads(family, key)}, **family.fixed}
+    types = settings.get("layer_types")
+    if family.aliases and isinstance(types, list):
+        settings["layer_types"] = [family.aliases.get(kind, kind) if isinstance(kind, str) else kind for kind in types]
     joined = joined_parameters(settings, where, family.rope_aliases)
+    if family.alpha_rope and joined.get("alpha"):
+        size = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+        joined = stretched(joined, size, where)
     return {**{key: value for key, value in settings.items() if key not in PLACES}, "rope_parameters": joined}
 
 
@@ -45,7 +66,11 @@ _NEVER_NULL = (
 def check_config(config: Mapping[str, Any], where: object) -> None:
     """Refuse a config whose sizes are none; what reads it later can rely on them."""
     family, settings = family_of(config, where), settings_of(config, where)
-    for key, most, required in _SIZES:
+    for key, value in family.only.items():
+        if settings.get(key) != value:
+            expected = f"{json.dumps(value)}, since no other {family.model_type} is read here"
+            raise InputError(f"{where}: {key}", expected=expected, got=shown(settings.get(key)))
+    for key, most, required in (*_SIZES, (family.inner_key, 1 << 24, True)):
         size = settings.get(key)
         if size is None and not required:
             continue
@@ -62,7 +87,7 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     epsilon = settings.get("rms_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise InputError(f"{where}: rms_norm_eps", expected="a number between 0 and 1", got=shown(epsilon))
-    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+    for key in _FACTORS:
         value = settings.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9):
             raise InputError(f"{where}: {key}", expected="a number above 0", got=shown(value))
@@ -99,6 +124,17 @@ def _check_layers(settings: Mapping[str, Any], family: Family, where: object) ->
         raise InputError(f"{where}: layer_types", expected=f"{expected} for its {LAYER_KINDS[1]}", got="none")
 
 
+_FACTORS = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    EMBEDDING_SCALE,
+    RESIDUAL_SCALE,
+    ATTENTION_SCALE,
+    LOGIT_DIVISOR,
+)
+"""Factors that a family may have; one that it has not is not in its settings."""
+
 _DECODER = {
     "use_bidirectional_attention": (False, "a decoder, which looks back only"),
     "is_causal": (True, "a decoder, which looks back only"),
@@ -119,7 +155,6 @@ def _check_whole(config: Mapping[str, Any], where: object) -> None:
 _SIZES = (
     ("num_hidden_layers", 10_000, True),
     ("hidden_size", 1 << 24, True),
-    ("intermediate_size", 1 << 24, True),
     ("num_attention_heads", 1 << 16, True),
     ("num_key_value_heads", 1 << 16, False),
     ("head_dim", 1 << 16, False),

@@ -42,7 +42,7 @@ def fit(module: Any, decoder: Decoder, dtype: torch.dtype) -> None:
     for layer in module.model.layers:
         for name, _ in decoder.family.norms:
             _replace_forward(layer.get_submodule(name), _norm, decoder.epsilon, offset)
-        if all(hasattr(layer.mlp, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        if all(hasattr(getattr(layer, "mlp", None), part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             _replace_forward(layer.mlp, _gated_mlp)
     _replace_forward(module.model.norm, _norm, decoder.epsilon, offset)
     if dtype == torch.bfloat16 and device.type == "cpu" and decoder.softcap is None:

@@ -200,7 +200,7 @@ class _Run:
 
         self._module = build(model, linear).to(self._device)
         decoder = decoder_of(model.config, model.path)
-        self._softcap = decoder.logit_softcap
+        self._softcap, self._divisor = decoder.logit_softcap, decoder.logit_divisor
         self._shared: list[SharedInput] = []
         if self._dtype != torch.float32 or options.weights == "kept":
             fit(self._module, decoder, self._dtype)
@@ -417,6 +417,8 @@ class _Run:
         embedded = self._module.model.embed_tokens(tokens.to(self._device)).to(dtype)
         out = self._module.model(inputs_embeds=embedded, use_cache=False)
         hidden = out.last_hidden_state.flatten(0, 1)
+        if self._divisor != 1.0:  # of the logits, which are linear in it
+            hidden = hidden / self._divisor
         flat_targets = targets.to(self._device).flatten()
         return summed_cross_entropy(hidden, self._heads[dtype], flat_targets, self._softcap)
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qalora.converters.families import gemma2, gemma3_text, llama, mistral, phi3, qwen2, qwen3, smollm3
+from qalora.converters.families import (
+    gemma2,
+    gemma3_text,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from qalora.converters.families.record import EVERYWHERE, LAYER_KINDS, Family, LayerParts
 from qalora.errors import InputError, shown
 

@@ -1,6 +1,6 @@
 """Gemma 2: norms of 1 + weight around attention and MLP, a window in every second layer, capped scores and logits."""
 
-from qalora.converters.families.record import ATTENTION, NORMS_AROUND, Family, LayerParts, LlamaCpp, MlxLm
+from qalora.converters.families.record import AROUND, ATTENTION, Family, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY", "GEMMA", "TINY"]
 
@@ -23,7 +23,7 @@ TINY = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 12}
 FAMILY = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
-    layers=(LayerParts(norms=NORMS_AROUND),),
+    layers=(AROUND,),
     biased={"attention_bias": ATTENTION},
     defaults={**GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     fixed={"sliding_window_pattern": 2},

@@ -1,15 +1,24 @@
 """Gemma 3, the decoder of text: as Gemma 2, with norms of queries and keys in place of the caps, and layers with a
 window that have rotary positions of their own. The larger ones are the text part of `gemma3`."""
 
+from dataclasses import replace
+
 from qalora.converters.families.gemma2 import GEMMA, TINY
-from qalora.converters.families.record import ATTENTION, NORMS_AROUND, QK_NORMS, Family, LayerParts, LlamaCpp, MlxLm
+from qalora.converters.families.record import (
+    AROUND,
+    ATTENTION,
+    QK_NORMS,
+    Family,
+    LlamaCpp,
+    MlxLm,
+)
 
 __all__ = ["FAMILY"]
 
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    layers=(LayerParts(norms=(*NORMS_AROUND, *QK_NORMS)),),
+    layers=(replace(AROUND, norms=(*AROUND.norms, *QK_NORMS)),),
     biased={"attention_bias": ATTENTION},
     defaults={
         **GEMMA,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = [
+    "AFTER",
+    "AROUND",
     "ATTENTION",
     "DEFAULTS",
     "EVERYWHERE",
@@ -18,7 +20,6 @@ __all__ = [
     "LINEARS",
     "MLP",
     "NORMS",
-    "NORMS_AROUND",
     "OUTER",
     "QKV",
     "QK_NORMS",
@@ -68,12 +69,6 @@ LINEARS = (
 )
 NORMS = (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"))
 QK_NORMS = (("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"))
-NORMS_AROUND = (
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "post_attention_norm"),
-    ("pre_feedforward_layernorm", "ffn_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
-)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = (*QKV, "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -87,15 +82,39 @@ class LayerParts:
     types    the layer_types that hold it; () where the layers of a family differ in no weight
     linears  (module of a layer, GGUF name) of the linear weights, in the order of computation
     norms    (module of a layer, GGUF name) of the norms
+    before   the norms of what goes into attention and into the MLP; "" where there is none
+    after    the norms of what comes out of attention and of the MLP; "" where there is none
     """
 
     linears: Names = LINEARS
     norms: Names = NORMS
+    before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    after: tuple[str, str] = ("", "")
     types: tuple[str, ...] = ()
 
     def has(self, module: str) -> bool:
         """Whether a layer has this linear module or norm."""
         return any(name == module for name, _ in (*self.linears, *self.norms))
+
+    def named(self, gguf: str) -> str:
+        """The module that GGUF calls so, such as attn_q_norm or ffn_gate; "" where there is none."""
+        return next((name for name, own in (*self.linears, *self.norms) if own == gguf), "")
+
+
+AROUND = LayerParts(
+    norms=(
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "post_attention_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+    ),
+    before=("input_layernorm", "pre_feedforward_layernorm"),
+    after=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+"""Norms on both sides of attention and MLP."""
+
+AFTER = LayerParts(norms=(AROUND.norms[1], AROUND.norms[3]), before=("", ""), after=AROUND.after)
+"""Norms of what attention and MLP give, and none of what they take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +132,10 @@ class LlamaCpp:
     unrotated     every n-th layer has no rotary positions
     biases        the linear modules whose biases it reads
     tied          the output layer is always the embedding
+    untied        files have an output layer always
+    unclipped     a file without attention.sliding_window has no window in any layer
+    scaled        it multiplies embeddings, scores, and what is added to the residual, and divides logits
+    switched      rope.scaling.finetuned, where it is false, switches rotary positions off
     sized         files give attention.key_length where it is hidden/heads too
     """
 
@@ -127,6 +150,10 @@ class LlamaCpp:
     unrotated: int | None = None
     biases: tuple[str, ...] = ()
     tied: bool = False
+    untied: bool = False
+    unclipped: bool = False
+    scaled: bool = False
+    switched: bool = False
     sized: bool = True
 
 
@@ -135,10 +162,11 @@ class MlxLm:
     """What mlx-lm's class of a model_type takes for granted.
 
     defaults    what it takes for a key that a config leaves out, where transformers may take something else
+    wanted      keys that it has no default for, beside the sizes
     unread      keys that it does not read and transformers does
     window      it keeps to the family's window
     ties        what says that the output layer is the embedding: tie_word_embeddings ("said"), the folder, which has
-                no lm_head then ("stored"), or nothing, as it always is
+                no lm_head then ("stored"), or nothing, as it always is, or never
     aliases     other names of rope kinds
     parameters  it reads rope_parameters where rope_theta and rope_scaling are not there
     ordered     it rotates transformers' pairs of elements, whatever rope_traditional says
@@ -147,9 +175,10 @@ class MlxLm:
     """
 
     defaults: Mapping[str, Any]
+    wanted: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     window: bool = False
-    ties: Literal["said", "stored", "always"] = "said"
+    ties: Literal["said", "stored", "always", "never"] = "said"
     aliases: Mapping[str, str] = field(default_factory=dict)
     parameters: bool = False
     ordered: bool = False
@@ -171,13 +200,20 @@ class Family:
     defaults        what transformers takes for a key that a config leaves out, where it changes the logits; a key that
                     stands here in other families only is one that transformers' class does not read
     fixed           what holds in every model of the family, whatever a config says
+    only            the one value of a key that is read here, where transformers' class takes others too
+    aliases         other names that configs have for the kinds of layers
     rope_aliases    other names of rope kinds
+    alpha_rope      a dynamic rope with an alpha is one of fixed frequencies, of the base theta * alpha^(d / (d - 2))
     ropes           the kinds that transformers' class takes, where it does not take every one
     activation      the one activation of the family, and the key that names it
     norm_offset     norms multiply with 1 + weight; GGUF and the graphs hold that sum
     scaled_embedding  embeddings are multiplied with the root of hidden_size
     windows         which layers have the sliding window, if sliding_window is set: none, all, those that layer_types
                     name, or by that list and, without it, all but every sliding_window_pattern-th ("alternate")
+    inner_key       the key of the width of the MLP
+    interleaved     rotary positions turn neighbours, elements 2j and 2j + 1, and not j and j + half of what is rotated
+    normed          what a norm of queries or keys runs over: a head, or all of them at once
+    normed_late     norms of queries and keys come after the rotation
     local_rope      layers with a window have rotary positions of their own
     skips_rope      some layers have no rotary positions
     wrappers        model_types of models of text and images whose decoder is one of the family
@@ -197,13 +233,20 @@ class Family:
     biases: tuple[str, ...] = ()
     biased: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    alpha_rope: bool = False
     ropes: tuple[str, ...] = ()
     activation: str = "silu"
     activation_key: str = "hidden_act"
     norm_offset: bool = False
     scaled_embedding: bool = False
     windows: Literal["none", "all", "typed", "alternate"] = "none"
+    inner_key: str = "intermediate_size"
+    interleaved: bool = False
+    normed: Literal["head", "all"] = "head"
+    normed_late: bool = False
     local_rope: bool = False
     skips_rope: bool = False
     wrappers: tuple[str, ...] = ()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qalora.converters.families import FAMILIES, LAYER_KINDS, Family
 from qalora.converters.gguf.hyperparameters import CARRIED, CONFIG, FREQS, LONGROPE, MODEL_TYPE, yarn_attention
-from qalora.converters.gguf.loaders import check_keys
+from qalora.converters.gguf.loaders import SCALES, check_keys
 from qalora.converters.rope import ORIGINAL, SHARE, llama3_factors, rope_of
+from qalora.converters.settings import ATTENTION_SCALE
 from qalora.errors import FormatError, InputError, shown
 from qalora.formats.gguf import Metadata
 
@@ -25,6 +26,9 @@ def family_of_metadata(metadata: Metadata, where: object) -> Family:
     """The family of general.architecture, or the one of it that wrote the file; InputError names those there are."""
     architecture = metadata.get("general.architecture")
     fitting = [family for family in FAMILIES.values() if family.gguf.architecture == architecture]
+    if any(family.gguf.unclipped for family in fitting):  # a window tells which one
+        window = bool(metadata.get(f"{architecture}.attention.sliding_window"))
+        fitting = [family for family in fitting if (family.windows != "none") == window]
     experts = metadata.get(f"{architecture}.expert_count")
     for family in () if experts else fitting:
         if family.model_type == metadata.get(MODEL_TYPE, fitting[0].model_type):
@@ -62,7 +66,7 @@ def config_of(
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "hidden_size": hidden,
-        "intermediate_size": int(read("feed_forward_length")),
+        family.inner_key: int(read("feed_forward_length")),
         "num_hidden_layers": int(read("block_count")),
         "num_attention_heads": heads,
         "num_key_value_heads": int(read("attention.head_count_kv", heads)),
@@ -127,6 +131,9 @@ def _check_sizes(read: _Numbers, family: Family, config: Mapping[str, Any]) -> N
     if count != rows:
         what = f"{read.where}: token_embd.weight"
         raise FormatError(what, expected=f"{count} rows, one for each token", got=str(rows))
+    if family.gguf.switched and read.metadata.get(f"{read.prefix}.rope.scaling.finetuned", True) is not True:
+        what = f"{read.where}: {read.prefix}.rope.scaling.finetuned"
+        raise InputError(what, expected="true: rotary positions", got="false")
     if read.metadata.get(f"{read.prefix}.attention.causal", True) is not True:
         raise InputError(f"{read.where}: {read.prefix}.attention.causal", expected="true: a decoder", got="false")
 
@@ -152,11 +159,13 @@ class _Numbers:
 
 def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """What only some families have, and what llama.cpp takes for granted of them."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(family.only)
     loader = family.gguf
     if family.windows != "none":
         settings["sliding_window"] = None
-    if loader.window is not None:
+    if family.windows == "none" and "layer_types" in family.defaults:
+        settings["layer_types"] = [LAYER_KINDS[0]] * config["num_hidden_layers"]
+    if loader.window is not None and family.windows != "none":
         settings["sliding_window"] = int(read("attention.sliding_window", loader.default))
         period = int(read("attention.sliding_window_pattern", loader.window))
         if period < 2:
@@ -175,9 +184,14 @@ def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) ->
     if SHARE in family.defaults:
         rotated = int(read("rope.dimension_count", config["head_dim"]))
         settings[SHARE] = rotated / config["head_dim"]
+    if ORIGINAL in family.defaults:
         settings[ORIGINAL] = config["rope_parameters"].get(ORIGINAL, config["max_position_embeddings"])
+    if loader.scaled:
+        usual = {ATTENTION_SCALE: config["head_dim"] ** -0.5}
+        settings |= {key: float(read(name, usual.get(key, 1.0))) for key, name in SCALES.items()}
     if family.local_rope:
-        local = {"rope_type": "default", "rope_theta": float(read("rope.freq_base_swa", 10000.0))}
+        theta = float(read("rope.freq_base_swa", 10000.0)) if loader.local else config["rope_parameters"]["rope_theta"]
+        local = {"rope_type": "default", "rope_theta": theta}
         settings["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
     return settings
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qalora.converters.decoder import FULL, LOCAL, Decoder
-from qalora.converters.gguf.loaders import clipped_window, refuse
+from qalora.converters.gguf.loaders import SCALES, clipped_window, refuse
 from qalora.converters.rope import Rope, llama3_factors
 from qalora.formats.gguf import Value
 
@@ -74,7 +74,9 @@ def hyperparameters(decoder: Decoder, settings: Mapping[str, Any], where: object
     windows = [layer.window for layer in decoder.layers if layer.window is not None]
     if windows and loader.window is not None:
         integers["attention.sliding_window"] = windows[0]
-    if LOCAL in decoder.ropes:
+    if loader.scaled:
+        floats |= {SCALES[key]: float(settings[key]) for key in SCALES}
+    if LOCAL in decoder.ropes and loader.local:
         floats["rope.freq_base_swa"] = decoder.ropes[LOCAL].theta
     for key, cap in (("attn", decoder.softcap), ("final", decoder.logit_softcap)):
         if cap is not None:

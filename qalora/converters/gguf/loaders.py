@@ -9,12 +9,14 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qalora.converters.decoder import FULL, Decoder, check_activation
+from qalora.converters.decoder import FULL, LOCAL, Decoder, check_activation
 from qalora.converters.families import Family
 from qalora.converters.rope import check_rope, two_tables
+from qalora.converters.settings import ATTENTION_SCALE, EMBEDDING_SCALE, LOGIT_DIVISOR, RESIDUAL_SCALE
 from qalora.errors import InputError, shown
 
 __all__ = [
+    "SCALES",
     "check_keys",
     "check_tensors",
     "clipped_window",
@@ -47,6 +49,14 @@ READ = (
 )
 """Keys of any architecture that `configs` reads."""
 
+SCALES = {
+    EMBEDDING_SCALE: "embedding_scale",
+    RESIDUAL_SCALE: "residual_scale",
+    ATTENTION_SCALE: "attention.scale",
+    LOGIT_DIVISOR: "logit_scale",
+}
+"""Keys of factors, where a loader reads them, by transformers' keys."""
+
 IDLE = ("pooling_type", "rope.scaling.finetuned", "tensor_data_layout")
 """Keys that change no logits."""
 
@@ -62,6 +72,7 @@ def check_keys(keys: Mapping[str, Any], family: Family, where: object) -> None:
     read |= {"attn_logit_softcapping"} if loader.capped else set()
     read |= {"final_logit_softcapping"} if loader.logits else set()
     read |= {"rope.freq_base_swa"} if loader.local else set()
+    read |= set(SCALES.values()) if loader.scaled else set()
     read |= {"rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"} if "yarn" in loader.ropes else set()
     for key, value in keys.items():
         if key.startswith(prefix) and key.removeprefix(prefix) not in read and value:
@@ -95,14 +106,18 @@ def refuse(decoder: Decoder, where: object) -> None:
         check_rope(rope, decoder.head_size, where)
         if rope.kind == "yarn" and (rope.numbers.get("truncate") is False or "mscale" in rope.numbers):
             raise InputError(f"{where}: yarn", expected="no truncate or mscale", got=str(dict(rope.numbers))[:90])
-    if not math.isclose(decoder.scale, _loader_scale(decoder), rel_tol=1e-6):
+    if LOCAL in decoder.ropes and not loader.local and decoder.ropes[LOCAL].theta != decoder.ropes[FULL].theta:
+        expected = f"{decoder.ropes[FULL].theta:g} in layers with a window too, as {loader.architecture} has it"
+        raise InputError(f"{where}: rope_theta", expected=expected, got=f"{decoder.ropes[LOCAL].theta:g}")
+    if not loader.scaled and not math.isclose(decoder.scale, _loader_scale(decoder), rel_tol=1e-6):
         expected = f"{round(_loader_scale(decoder) ** -2)}, which {loader.architecture} has"
         raise InputError(f"{where}: query_pre_attn_scalar", expected=expected, got=f"{decoder.scale**-2:g}")
     if (decoder.softcap is not None) != loader.capped:
         expected = f"{'a number' if loader.capped else 'none'}, as {loader.architecture} has it"
         raise InputError(f"{where}: attn_logit_softcapping", expected=expected, got=str(decoder.softcap))
+    windowless = loader.unclipped and all(layer.window is None for layer in decoder.layers)
     for n, layer in enumerate(decoder.layers):
-        if loader.window is not None and (layer.window is None) != ((n + 1) % loader.window == 0):
+        if loader.window is not None and not windowless and (layer.window is None) != ((n + 1) % loader.window == 0):
             expected = f"a window in all layers but every {loader.window}th"
             raise InputError(f"{where}: layer_types", expected=expected, got=f"{layer.window} in layer {n}")
         if (layer.rope is None) != (loader.unrotated is not None and (n + 1) % loader.unrotated == 0):
@@ -123,6 +138,11 @@ def check_tensors(names: Collection[str], family: Family, where: object) -> None
                 f"{where}: {name}: llama.cpp reads no such bias of a {loader.architecture}",
                 todo="export it to onnx or gptq",
             )
+    if loader.untied and "lm_head.weight" not in names:
+        raise InputError(
+            f"{where}: llama.cpp wants an output layer in a {loader.architecture}, and here it is the embedding",
+            todo="export it to onnx or gptq",
+        )
     if loader.tied and "lm_head.weight" in names:
         raise InputError(
             f"{where}: lm_head.weight: llama.cpp ties the output layer of a {loader.architecture} to the embedding",

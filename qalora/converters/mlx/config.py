@@ -25,7 +25,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from qalora.converters.decoder import FULL, Decoder, decoder_of
+from qalora.converters.decoder import FULL, LOCAL, Decoder, decoder_of
 from qalora.converters.families import LAYER_KINDS
 from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE, Rope, two_tables
 from qalora.converters.settings import settings_of
@@ -57,7 +57,7 @@ def mlx_config(config: Mapping[str, Any], *, tied: bool) -> tuple[dict[str, Any]
     if two_tables(rope, decoder.positions):
         ends.append(rope.original)
         notes.append(f"mlx-lm has one list of rope factors: it is right up to {rope.original} tokens")
-    if local is not None:
+    if local is not None and LOCAL_THETA in decoder.family.mlx.defaults:
         result[LOCAL_THETA] = local["rope_theta"]
     if "layer_types" in decoder.family.mlx.unread:
         result["sliding_window_pattern"] = _pattern(decoder, settings)
@@ -78,7 +78,7 @@ def _numbers(decoder: Decoder, settings: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
         if decoder.family.defaults.get(key) is not None:
             numbers[key] = settings[key]
-    return numbers
+    return numbers | {key: settings.get(key) for key in decoder.family.mlx.wanted}
 
 
 def _lists(decoder: Decoder) -> dict[str, Any]:
@@ -111,6 +111,11 @@ def _check(decoder: Decoder, settings: Mapping[str, Any], *, tied: bool) -> None
         raise _refuse("head_dim", f"{usual}, hidden_size over heads for {name}", decoder.head_size)
     if mlx.ties == "always" and not tied:
         raise _refuse("lm_head", f"a {name} whose output layer is the embedding", "one of its own")
+    if mlx.ties == "never" and tied:
+        raise _refuse("lm_head", f"a {name} with an output layer of its own", "the embedding")
+    local = decoder.ropes.get(LOCAL)
+    if local is not None and LOCAL_THETA not in mlx.defaults and local.theta != decoder.ropes[FULL].theta:
+        raise _refuse("rope_theta", f"{decoder.ropes[FULL].theta:g} in every layer of a {name}", f"{local.theta:g}")
     for key, cap in (("attn_logit_softcapping", decoder.softcap), ("final_logit_softcapping", decoder.logit_softcap)):
         if key in mlx.unread and cap is not None:
             raise _refuse(key, f"a {name} without", cap)

@@ -21,6 +21,9 @@ from qalora.errors import InputError, shown
 
 __all__ = ["as_it_was", "as_mlx_reads", "ties"]
 
+TRADITIONAL = "rope_traditional"
+"""mlx-lm's key for rotary positions that turn neighbours."""
+
 YARNS = ("yarn", "deepseek_yarn", "telechat3-yarn")
 
 
@@ -81,13 +84,15 @@ def _read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All numbers as mlx-lm takes them, in the places where transformers looks for them."""
     family = family_of(config, where)
     mlx = family.mlx
-    if config.get("rope_traditional") and not mlx.ordered:
-        raise InputError(f"{where}: rope_traditional", expected="false", got=shown(config["rope_traditional"]))
+    neighbours = bool(mlx.defaults.get(TRADITIONAL))
+    if bool(config.get(TRADITIONAL, neighbours)) != neighbours and not mlx.ordered:
+        expected = str(neighbours).lower()
+        raise InputError(f"{where}: {TRADITIONAL}", expected=expected, got=shown(config[TRADITIONAL]))
     windows = isinstance(config.get("layer_types"), list) and LAYER_KINDS[1] in config["layer_types"]
     if family.windows == "none" and windows:
         expected = f"{LAYER_KINDS[0]} alone in a {family.model_type}"
         raise InputError(f"{where}: layer_types", expected=expected, got=LAYER_KINDS[1])
-    defaults = {key: value for key, value in mlx.defaults.items() if key != "tie_word_embeddings"}
+    defaults = {key: value for key, value in mlx.defaults.items() if key not in ("tie_word_embeddings", TRADITIONAL)}
     passed = (*PLACES, *mlx.unread, *(() if ORIGINAL in mlx.defaults else (ORIGINAL,)))
     own = {key: value for key, value in config.items() if key not in passed}
     read = {**defaults, **own, family.activation_key: family.activation, **_rope(config, family)}
@@ -111,7 +116,9 @@ def _rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     kind = mlx.aliases.get(kind, kind) if isinstance(kind, str) else kind
     full = {**_scaled(kind, scaled), "rope_theta": theta}
     if family.local_rope:
-        local = {"rope_type": "default", "rope_theta": config.get(LOCAL_THETA, mlx.defaults[LOCAL_THETA])}
+        apart = LOCAL_THETA in mlx.defaults
+        local_theta = config.get(LOCAL_THETA, mlx.defaults[LOCAL_THETA]) if apart else theta
+        local = {"rope_type": "default", "rope_theta": local_theta}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
     share = {SHARE: config.get(SHARE, 1.0)} if SHARE in family.defaults else {}
     return {"rope_parameters": {**full, **share}}

@@ -23,11 +23,13 @@ __all__ = [
     "Linear",
     "add_logits",
     "add_softcap",
+    "added",
     "check_decoder",
     "embed",
     "feed_forward",
     "norm",
     "projections",
+    "qk_norm",
     "rotary_parts",
     "rotary_tables",
     "used_ropes",
@@ -94,7 +96,8 @@ def norm(graph: Graph, decoder: Decoder, x: str, module: str, out: str) -> str:
 
 
 def projections(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Linear) -> list[str]:
-    """Queries, keys and values, [batch, sequence, heads * head size] each, normed by heads where the family does."""
+    """Queries, keys and values, [batch, sequence, heads * head size] each, before their rotation: normed, unless the
+    family does that later."""
     path, out = f"model.layers.{n}.self_attn", f"layer{n}"
     counts = {"q": decoder.heads, "k": decoder.kv_heads, "v": decoder.kv_heads}
     if decoder.layers[n].parts.has("self_attn.qkv_proj"):
@@ -103,41 +106,69 @@ def projections(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Lin
         graph.add("Split", [linear(normed, f"{path}.qkv_proj"), sizes], flat[0], outputs=flat, axis=-1)
     else:
         flat = [linear(normed, f"{path}.{name}_proj") for name in counts]
-    if decoder.layers[n].parts.has("self_attn.q_norm"):
-        for at, name in enumerate("qk"):
-            shape = graph.constant(f"heads_{counts[name]}", [0, 0, counts[name], decoder.head_size])
-            split = graph.add("Reshape", [flat[at], shape], f"{out}.{name}_by_head")
-            split = norm(graph, decoder, split, f"{path}.{name}_norm", f"{out}.{name}_normed")
-            whole = graph.constant(f"flat_{counts[name]}", [0, 0, counts[name] * decoder.head_size])
-            flat[at] = graph.add("Reshape", [split, whole], f"{out}.{name}_flat")
+    if not decoder.family.normed_late:
+        flat[:2] = (qk_norm(graph, decoder, n, flat[at], name) for at, name in enumerate("qk"))
     return flat
+
+
+def qk_norm(graph: Graph, decoder: Decoder, n: int, flat: str, name: str) -> str:
+    """Queries ("q") or keys ("k"), [batch, sequence, heads * head size], normed where the layer has a norm of them."""
+    module = decoder.layers[n].parts.named(f"attn_{name}_norm")
+    if not module:
+        return flat
+    path, out = f"model.layers.{n}.{module}", f"layer{n}.{name}"
+    if decoder.family.normed == "all":
+        return norm(graph, decoder, flat, path, f"{out}_normed")
+    count = decoder.heads if name == "q" else decoder.kv_heads
+    shape = graph.constant(f"heads_{count}", [0, 0, count, decoder.head_size])
+    split = graph.add("Reshape", [flat, shape], f"{out}_by_head")
+    split = norm(graph, decoder, split, path, f"{out}_normed")
+    whole = graph.constant(f"flat_{count}", [0, 0, count * decoder.head_size])
+    return graph.add("Reshape", [split, whole], f"{out}_flat")
 
 
 def feed_forward(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Linear) -> str:
     """down(activation(gate) * up)."""
-    path, out = f"model.layers.{n}.mlp", f"layer{n}"
-    if decoder.layers[n].parts.has("mlp.gate_up_proj"):
+    parts, out = decoder.layers[n].parts, f"layer{n}"
+    gate_module, up_module, down_module = (
+        f"model.layers.{n}.{parts.named(f'ffn_{name}')}" if parts.named(f"ffn_{name}") else ""
+        for name in ("gate", "up", "down")
+    )
+    if not gate_module:  # both in one
         sizes = graph.constant("gate_up_sizes", [decoder.intermediate, decoder.intermediate])
         halves = [f"{out}.gate", f"{out}.up"]
-        graph.add("Split", [linear(normed, f"{path}.gate_up_proj"), sizes], halves[0], outputs=halves, axis=-1)
+        graph.add("Split", [linear(normed, up_module), sizes], halves[0], outputs=halves, axis=-1)
         gate, up = halves
     else:
-        gate, up = linear(normed, f"{path}.gate_proj"), linear(normed, f"{path}.up_proj")
+        gate, up = linear(normed, gate_module), linear(normed, up_module)
     if decoder.activation == "silu":
         active = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], f"{out}.sigmoid")], f"{out}.silu")
     else:
         active = graph.add("Gelu", [gate], f"{out}.gelu", approximate="tanh")
-    return linear(graph.add("Mul", [active, up], f"{out}.gated"), f"{path}.down_proj")
+    return linear(graph.add("Mul", [active, up], f"{out}.gated"), down_module)
+
+
+def added(graph: Graph, decoder: Decoder, n: int, x: str, place: int) -> str:
+    """What attention (place 0) or the MLP (1) adds to the hidden state: normed and scaled where the family does."""
+    module, out = decoder.layers[n].parts.after[place], f"layer{n}.{('mixed', 'down')[place]}"
+    if module:
+        x = norm(graph, decoder, x, f"model.layers.{n}.{module}", f"{out}_normed")
+    if decoder.residual_scale != 1.0:
+        x = graph.add("Mul", [x, graph.number(decoder.residual_scale)], f"{out}_scaled")
+    return x
 
 
 def add_logits(graph: Graph, model: Checkpoint, decoder: Decoder, normed: str, linear: Linear) -> None:
     """The logits; a tied float output multiplies with the embedding as it is stored, [vocabulary, hidden]."""
-    name = "logits" if decoder.logit_softcap is None else "logits_uncapped"
+    name = "logits" if decoder.logit_softcap is None and decoder.logit_divisor == 1.0 else "logits_uncapped"
     module = "model.embed_tokens" if model.tied else "lm_head"
     if f"{module}.codes" in graph.data:
         graph.add("Identity", [linear(normed, module)], name)
     else:
         _table_product(graph, normed, f"{module}.weight", decoder, name)
+    if decoder.logit_divisor != 1.0:
+        last = "logits" if decoder.logit_softcap is None else "logits_divided"
+        name = graph.add("Div", [name, graph.number(decoder.logit_divisor)], last)
     if decoder.logit_softcap is not None:
         add_softcap(graph, name, decoder.logit_softcap, "logits")
 

@@ -4,7 +4,8 @@
 
 pool(x) is shared by q, k and v, and by gate and up. A batch of different lengths is padded on the right: the fused
 attention counts the ones of the mask. It rotates queries and keys itself, caps scores and keeps to a window; norms of
-queries and keys, a longrope's two tables, and heads that are rotated in part only stand before it as nodes.
+queries and keys, a longrope's two tables, and heads that are rotated in part only stand before it as nodes; where the
+norms come after the rotation, so does that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from typing import Any
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import FULL, Decoder, decoder_of
 from qalora.converters.onnx.carriers import block_size, middles
-from qalora.converters.onnx.decoder import TABLES, Linear, add_logits, embed, feed_forward, norm, projections
+from qalora.converters.onnx.decoder import (
+    TABLES,
+    Linear,
+    add_logits,
+    added,
+    embed,
+    feed_forward,
+    norm,
+    projections,
+    qk_norm,
+)
 from qalora.converters.onnx.embedding import look_up
 from qalora.converters.onnx.graph import MS, OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
 from qalora.converters.onnx.products import Product, add_linear, coded, scale_of, zero_bytes
@@ -55,7 +66,8 @@ def fast_graph(
 
     lengths = _lengths(graph, decoder)
     hidden = embed(graph, decoder, look_up(graph, model))
-    normed = norm(graph, decoder, hidden, "model.layers.0.input_layernorm", "layer0.normed")
+    first = decoder.layers[0].parts.before[0]
+    normed = norm(graph, decoder, hidden, f"model.layers.0.{first}", "layer0.normed") if first else hidden
     for n in range(len(decoder.layers)):
         hidden, normed = _layer(graph, decoder, n, hidden, normed, lengths, by_module)
     add_logits(graph, model, decoder, normed, by_module)
@@ -64,9 +76,10 @@ def fast_graph(
 
 
 def _rotated_before(decoder: Decoder) -> bool:
-    """Whether attention cannot rotate by itself: two tables to choose from, or a part of each head."""
+    """Whether attention cannot rotate by itself: two tables to choose from, a part of each head, or norms after it."""
     rope = decoder.ropes[FULL]
-    return two_tables(rope, decoder.positions) or rope.size(decoder.head_size) != decoder.head_size
+    parted = two_tables(rope, decoder.positions) or rope.size(decoder.head_size) != decoder.head_size
+    return parted or decoder.family.normed_late
 
 
 def _lengths(graph: Graph, decoder: Decoder) -> _Lengths:
@@ -107,16 +120,13 @@ def _layer(
     """One layer; gives the hidden state before its last addition's normalisation, and the normalised one."""
     path, out = f"model.layers.{n}", f"layer{n}"
     mixed = linear(_attention(graph, decoder, n, normed, lengths, linear), f"{path}.self_attn.o_proj")
-    after = "post_attention_layernorm"
-    if decoder.layers[n].parts.has("pre_feedforward_layernorm"):
-        mixed = norm(graph, decoder, mixed, f"{path}.{after}", f"{out}.mixed_normed")
-        after = "pre_feedforward_layernorm"
-    hidden, normed = _add_norm(graph, decoder, hidden, mixed, f"{path}.{after}", f"{out}.middle")
-    down = feed_forward(graph, decoder, n, normed, linear)
-    if decoder.layers[n].parts.has("post_feedforward_layernorm"):
-        down = norm(graph, decoder, down, f"{path}.post_feedforward_layernorm", f"{out}.down_normed")
+    mixed = added(graph, decoder, n, mixed, 0)
+    middle = decoder.layers[n].parts.before[1]
+    hidden, normed = _add_norm(graph, decoder, hidden, mixed, f"{path}.{middle}" if middle else "", f"{out}.middle")
+    down = added(graph, decoder, n, feed_forward(graph, decoder, n, normed, linear), 1)
     last = n + 1 == len(decoder.layers)
-    following = "model.norm" if last else f"model.layers.{n + 1}.input_layernorm"
+    next_norm = "" if last else decoder.layers[n + 1].parts.before[0]
+    following = "model.norm" if last else f"model.layers.{n + 1}.{next_norm}" if next_norm else ""
     return _add_norm(graph, decoder, hidden, down, following, f"{out}.end")
 
 
@@ -128,6 +138,8 @@ def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, lengths: _Le
         for at, name in enumerate("qk"):
             heads[at] = _rotate(graph, decoder, heads[at], name, [lengths.positions, *tables], out)
         tables = []
+    if decoder.family.normed_late:
+        heads[:2] = (qk_norm(graph, decoder, n, heads[at], name) for at, name in enumerate("qk"))
     past = [cache_names(n, side)[0] for side in SIDES]
     present = [cache_names(n, side)[1] for side in SIDES]
     optional: dict[str, Any] = {}
@@ -145,7 +157,7 @@ def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, lengths: _Le
         kv_num_heads=decoder.kv_heads,
         scale=decoder.scale,
         do_rotary=int(bool(tables)),
-        rotary_interleaved=0,
+        rotary_interleaved=int(decoder.family.interleaved),
         **optional,
     )
 
@@ -156,11 +168,16 @@ def _rotate(graph: Graph, decoder: Decoder, x: str, name: str, inputs: list[str]
     size = decoder.ropes[FULL].size(decoder.head_size)
     if size != decoder.head_size:
         partial = {"rotary_embedding_dim": size, "num_heads": decoder.heads if name == "q" else decoder.kv_heads}
+    if decoder.family.interleaved:
+        partial["interleaved"] = 1
     return graph.add("RotaryEmbedding", [x, *inputs], f"{out}.{name}_rotated", domain=MS, **partial)
 
 
 def _add_norm(graph: Graph, decoder: Decoder, hidden: str, change: str, module: str, out: str) -> tuple[str, str]:
-    """hidden + change, and its normalisation, in one node."""
+    """hidden + change, and its normalisation, in one node; where there is no norm, the sum twice."""
+    if not module:
+        total = graph.add("Add", [hidden, change], f"{out}.sum")
+        return total, total
     graph.add(
         "SkipSimplifiedLayerNormalization",
         [hidden, change, f"{module}.weight"],

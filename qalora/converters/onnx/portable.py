@@ -22,6 +22,7 @@ from qalora.converters.onnx.decoder import (
     Linear,
     add_logits,
     add_softcap,
+    added,
     embed,
     feed_forward,
     norm,
@@ -147,20 +148,15 @@ def _attention_biases(graph: Graph, decoder: Decoder) -> dict[int | None, str]:
 
 
 def _layer(graph: Graph, decoder: Decoder, n: int, hidden: str, positions: str, bias: str, linear: Linear) -> str:
-    path, out = f"model.layers.{n}", f"layer{n}"
-    normed = norm(graph, decoder, hidden, f"{path}.input_layernorm", f"{out}.normed")
-    mixed = _attention(graph, decoder, n, normed, positions, bias, linear)
-    after = "post_attention_layernorm"
-    if decoder.layers[n].parts.has("pre_feedforward_layernorm"):
-        mixed = norm(graph, decoder, mixed, f"{path}.{after}", f"{out}.mixed_normed")
-        after = "pre_feedforward_layernorm"
-    hidden = graph.add("Add", [hidden, mixed], f"{out}.middle")
-    down = feed_forward(
-        graph, decoder, n, norm(graph, decoder, hidden, f"{path}.{after}", f"{out}.middle_normed"), linear
-    )
-    if decoder.layers[n].parts.has("post_feedforward_layernorm"):
-        down = norm(graph, decoder, down, f"{path}.post_feedforward_layernorm", f"{out}.down_normed")
-    return graph.add("Add", [hidden, down], f"{out}.end")
+    out, (first, second) = f"layer{n}", decoder.layers[n].parts.before
+
+    def normed(x: str, module: str, name: str) -> str:
+        return norm(graph, decoder, x, f"model.layers.{n}.{module}", name) if module else x
+
+    mixed = _attention(graph, decoder, n, normed(hidden, first, f"{out}.normed"), positions, bias, linear)
+    hidden = graph.add("Add", [hidden, added(graph, decoder, n, mixed, 0)], f"{out}.middle")
+    down = feed_forward(graph, decoder, n, normed(hidden, second, f"{out}.middle_normed"), linear)
+    return graph.add("Add", [hidden, added(graph, decoder, n, down, 1)], f"{out}.end")
 
 
 def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, positions: str, bias: str, linear: Linear) -> str:
@@ -172,6 +168,9 @@ def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, positions: s
         turned = graph.add("Transpose", [split], f"{out}.{name}_heads", perm=[0, 2, 1, 3])
         if name != "v" and layer.rope is not None:
             turned = _rotate(graph, decoder, turned, layer.rope, positions, f"{out}.{name}_rotated")
+        if name != "v" and decoder.family.normed_late:
+            module = f"model.layers.{n}.{layer.parts.named(f'attn_{name}_norm')}"
+            turned = norm(graph, decoder, turned, module, f"{out}.{name}_normed")
         heads.append(turned)
     attended = _attend(graph, decoder, n, heads, bias)
     back = graph.add("Transpose", [attended], f"{out}.attended_split", perm=[0, 2, 1, 3])
@@ -183,6 +182,8 @@ def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, positions: s
 def _rotate(graph: Graph, decoder: Decoder, x: str, kind: str, positions: str, out: str) -> str:
     size = decoder.ropes[kind].size(decoder.head_size)
     partial: dict[str, Any] = {} if size == decoder.head_size else {"rotary_embedding_dim": size}
+    if decoder.family.interleaved:
+        partial["interleaved"] = 1
     tables = [f"{TABLES[kind]}.{side}" for side in ("cos", "sin")]
     return graph.add("RotaryEmbedding", [x, *tables, positions], out, **partial)
 
