@@ -10,6 +10,7 @@ from qalora.converters.families import (
     gemma3_text,
     llama,
     mistral,
+    olmo2,
     phi3,
     qwen2,
     qwen3,
@@ -29,6 +30,7 @@ _ALL = (
     gemma3_text.FAMILY,
     phi3.FAMILY,
     smollm3.FAMILY,
+    olmo2.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
