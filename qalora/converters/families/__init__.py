@@ -11,6 +11,7 @@ from qalora.converters.families import (
     llama,
     mistral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
@@ -31,6 +32,7 @@ _ALL = (
     phi3.FAMILY,
     smollm3.FAMILY,
     olmo2.FAMILY,
+    olmo3.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
