@@ -8,6 +8,7 @@ from typing import Any
 from qalora.converters.families import (
     gemma2,
     gemma3_text,
+    granite,
     llama,
     mistral,
     olmo2,
@@ -33,6 +34,7 @@ _ALL = (
     smollm3.FAMILY,
     olmo2.FAMILY,
     olmo3.FAMILY,
+    granite.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
