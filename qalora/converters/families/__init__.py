@@ -16,6 +16,7 @@ from qalora.converters.families import (
     phi3,
     qwen2,
     qwen3,
+    seed_oss,
     smollm3,
 )
 from qalora.converters.families.record import EVERYWHERE, LAYER_KINDS, Family, LayerParts
@@ -35,6 +36,7 @@ _ALL = (
     olmo2.FAMILY,
     olmo3.FAMILY,
     granite.FAMILY,
+    seed_oss.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
