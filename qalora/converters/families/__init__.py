@@ -9,6 +9,7 @@ from qalora.converters.families import (
     gemma2,
     gemma3_text,
     granite,
+    hunyuan_v1_dense,
     llama,
     mistral,
     olmo2,
@@ -37,6 +38,7 @@ _ALL = (
     olmo3.FAMILY,
     granite.FAMILY,
     seed_oss.FAMILY,
+    hunyuan_v1_dense.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
