@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora.converters.families import (
+    ernie4_5,
     gemma2,
     gemma3_text,
     granite,
@@ -39,6 +40,7 @@ _ALL = (
     granite.FAMILY,
     seed_oss.FAMILY,
     hunyuan_v1_dense.FAMILY,
+    ernie4_5.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
