@@ -9,6 +9,7 @@ from qalora.converters.families import (
     ernie4_5,
     gemma2,
     gemma3_text,
+    glm4,
     granite,
     hunyuan_v1_dense,
     llama,
@@ -41,6 +42,7 @@ _ALL = (
     seed_oss.FAMILY,
     hunyuan_v1_dense.FAMILY,
     ernie4_5.FAMILY,
+    glm4.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
