@@ -7,6 +7,7 @@ from typing import Any
 
 from qalora.converters.families import (
     ernie4_5,
+    exaone4,
     gemma2,
     gemma3_text,
     glm4,
@@ -43,6 +44,7 @@ _ALL = (
     hunyuan_v1_dense.FAMILY,
     ernie4_5.FAMILY,
     glm4.FAMILY,
+    exaone4.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
