@@ -5,6 +5,7 @@ FORMS are what is tested: families, and what their configs can vary. A new famil
 `qalora/converters/README.md` says what else.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,35 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3 that never rotates": ("smollm3", {"no_rope_layers": [0, 0, 0, 0]}),
     "smollm3 with biases": ("smollm3", {"attention_bias": True}),
     "mistral without a window": ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+    "olmo2": ("olmo2", {}),
+    "olmo2 whose output layer is the embedding": ("olmo2", {"tie_word_embeddings": True}),
+    "olmo3": ("olmo3", {}),
+    "olmo3 with yarn where it has no window": (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e5,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            }
+        },
+    ),
+    "granite": ("granite", {}),
+    "granite with biases": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    "seed_oss": ("seed_oss", {}),
+    "seed_oss with a bias at the output of attention": ("seed_oss", {"attention_out_bias": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
+    "hunyuan_v1_dense with alpha": ("hunyuan_v1_dense", rope("dynamic", alpha=1000.0, factor=1.0)),
+    "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5 with biases": ("ernie4_5", {"use_bias": True}),
+    "glm4": ("glm4", {}),
+    "glm4 whose output layer is the embedding": ("glm4", {"tie_word_embeddings": True}),
+    "exaone4": ("exaone4", {}),
+    "exaone4 with llama3 scaling": ("exaone4", rope("llama3", factor=8.0, **LLAMA3)),
 }
 
 MAIN = [form for form, (family, config) in FORMS.items() if form == family]
@@ -102,6 +132,9 @@ NOT_IN_GGUF = {
     "smollm3 that never rotates": "no_rope_layers: expected layers without rotary positions at every 4th",
     "smollm3 with biases": "llama.cpp reads no such bias of a smollm3",
     "gemma2 with a scale of its own": "query_pre_attn_scalar: expected 32, which gemma2 has, got 24",
+    "olmo2 whose output layer is the embedding": "llama.cpp wants an output layer in a olmo2",
+    "seed_oss with a bias at the output of attention": "llama.cpp reads no such bias of a seed_oss",
+    "ernie4_5 with biases": "llama.cpp reads no such bias of a ernie4_5",
 }
 """Forms that llama.cpp does not do, and what their refusal says."""
 
@@ -109,6 +142,7 @@ NOT_IN_MLX = {
     "qwen3 with biases, one head of keys": "mlx: attention_bias: expected a qwen3 without",
     "gemma2 with an output layer": "mlx: lm_head: expected a gemma2 whose output layer is the embedding",
     "gemma3_text with linear scaling and caps": "mlx: final_logit_softcapping: expected a gemma3_text without",
+    "glm4 whose output layer is the embedding": "mlx: lm_head: expected a glm4 with an output layer of its own",
 }
 """Forms that mlx-lm does not do, and what their refusal says."""
 
@@ -348,7 +382,8 @@ LINEAR = rope("linear", factor=4.0)
 def test_llama_cpp_scales_positions_as_its_loaders_say(family: str, kind: str, tmp_path: Path) -> None:
     """Every kind that a family's record names for llama.cpp; each other one is refused."""
     numbers = {"linear": LINEAR, "yarn": YARN, "llama3": rope("llama3", factor=8.0, **LLAMA3)}[kind]
-    if family == "gemma3_text":
+    numbers = copy.deepcopy(numbers)  # classes of transformers write into it
+    if FAMILIES[family].local_rope:
         local = {"rope_type": "default", "rope_theta": 10000.0}
         numbers = {"rope_parameters": {"full_attention": numbers["rope_parameters"], "sliding_attention": local}}
     config = {**numbers, **({"sliding_window": None} if family == "mistral" else {})}
