@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.converters.families import LAYER_KINDS, SOME, Family, family_of, reads
-from qalora.converters.rope import LOCAL_THETA, ORIGINAL, PLACES, SHARE, WITH_ORIGINAL
+from qalora.converters.rope import ALPHA, LOCAL_THETA, ORIGINAL, PLACES, SHARE, WITH_ORIGINAL
 from qalora.converters.settings import check_config, settings_of
 
 __all__ = ["tidied"]
@@ -69,7 +69,7 @@ def tidied(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tupl
         tidy = {key: value for key, value in tidy.items() if key not in unread}
         notes.append(f"{_values_text(config, unread)}: no {family.model_type} of transformers reads that")
     joined = settings["rope_parameters"]
-    over = list(_passed_over(config, joined, family))
+    over = [] if _stretched(config, family) else list(_passed_over(config, joined, family))
     if over:
         tidy = _with_rope(tidy, joined)
         notes.append(f"{', '.join(over)}, which is passed over: rotary positions are {_short(joined)}")
@@ -81,6 +81,12 @@ def tidied(config: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], tupl
     if others:
         notes.append(f"{_values_text(config, others)}: no {family.model_type} of transformers reads that")
     return tidy, tuple(f"{where.name}: config.json has {note}" for note in notes)
+
+
+def _stretched(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether the config says a rope with an alpha, which is another one in the settings."""
+    stated = config.get("rope_scaling") or config.get("rope_parameters")
+    return ALPHA in family.rope_keys and isinstance(stated, Mapping) and bool(stated.get(ALPHA))
 
 
 def _is_lost(key: str, value: object, family: Family) -> bool:

@@ -24,6 +24,8 @@ from qalora.converters.families.record import LAYER_KINDS
 from qalora.errors import InputError, shown
 
 __all__ = [
+    "ALPHA",
+    "BETA",
     "KINDS",
     "LISTS",
     "LOCAL_THETA",
@@ -52,9 +54,12 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """rope_type, and the numbers that it cannot do without."""
 
+ALPHA, BETA = "alpha", "llama_4_scaling_beta"
+"""Numbers that the classes of some families alone read: see `Family.rope_keys`."""
+
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "dynamic": ("alpha",),
-    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "dynamic": (ALPHA,),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", BETA),
     "longrope": ("factor", "attention_factor"),
 }
 
@@ -97,6 +102,12 @@ class Rope:
         return math.sqrt(1 + math.log(factor) / math.log(self.original)) if factor > 1 else 1.0
 
     @property
+    def temperature(self) -> float | None:
+        """The beta by which queries grow: times 1 + beta * ln(1 + floor(position / original))."""
+        beta = self.numbers.get(BETA)
+        return None if beta is None else float(beta)
+
+    @property
     def original(self) -> int:
         """The context before it was extended; only of kinds that have one."""
         return int(self.numbers[ORIGINAL])
@@ -108,7 +119,9 @@ class Rope:
         return {"rope_type": self.kind, "rope_theta": self.theta, **partial, **numbers}
 
 
-def joined_parameters(settings: Mapping[str, Any], where: object, aliases: Mapping[str, str]) -> dict[str, Any]:
+def joined_parameters(
+    settings: Mapping[str, Any], where: object, aliases: Mapping[str, str], own: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """`rope_parameters` of all places of a config, with theta, share and original context in them.
 
     One object; or, where the settings have LOCAL_THETA, one for each of LAYER_KINDS. rope_scaling replaces
@@ -117,6 +130,7 @@ def joined_parameters(settings: Mapping[str, Any], where: object, aliases: Mappi
 
     settings  a config with its family's defaults
     aliases   other names of kinds: {"su": "longrope"}
+    own       which of ALPHA and BETA the family's class reads; others are left out
 
     Raises InputError for what is no such object, and for an object by kinds of layers where all layers are alike.
     """
@@ -127,7 +141,8 @@ def joined_parameters(settings: Mapping[str, Any], where: object, aliases: Mappi
     if parts:
         expected = "one object, for layers that all have the same positions"
         raise InputError(f"{where}: rope_parameters", expected=expected, got=f"one for {parts[0]!r:.40}")
-    return _completed(parameters, settings, where, aliases, settings.get("rope_theta", 10000.0))
+    result = _completed(parameters, settings, where, aliases, settings.get("rope_theta", 10000.0))
+    return {key: value for key, value in result.items() if key not in (ALPHA, BETA) or key in own}
 
 
 def _by_layer(settings: Mapping[str, Any], where: object, aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -181,7 +196,7 @@ def stretched(parameters: Mapping[str, Any], size: int, where: object) -> dict[s
     """
     if type(size) is not int or size <= 2:
         raise InputError(f"{where}: head size", expected="more than 2 for a rope with alpha", got=shown(size))
-    theta, alpha = (_number(where, key, parameters[key]) for key in ("rope_theta", "alpha"))
+    theta, alpha = (_number(where, key, parameters[key]) for key in ("rope_theta", ALPHA))
     base = theta * alpha ** (size / (size - 2))
     return {"rope_type": "default", "rope_theta": _number(where, "rope_theta", base)}
 
@@ -261,7 +276,7 @@ def rotary_table(rope: Rope, head_size: int, positions: int, where: object) -> t
 
     check_rope(rope, head_size, where)
     size = rope.size(head_size)
-    whole = {key: value for key, value in rope.parameters().items() if key != SHARE}
+    whole = {key: value for key, value in rope.parameters().items() if key not in (SHARE, BETA)}
     config = LlamaConfig(
         head_dim=size, hidden_size=size, num_attention_heads=1, max_position_embeddings=positions, rope_parameters=whole
     )

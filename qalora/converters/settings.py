@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora.converters.families import LAYER_KINDS, Family, LayerParts, family_of, reads
-from qalora.converters.rope import LOCAL_THETA, PLACES, SHARE, joined_parameters, rope_of, stretched
+from qalora.converters.rope import ALPHA, LOCAL_THETA, PLACES, SHARE, joined_parameters, rope_of, stretched
 from qalora.errors import InputError, shown
 
 __all__ = [
@@ -42,8 +42,8 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     types = settings.get("layer_types")
     if family.aliases and isinstance(types, list):
         settings["layer_types"] = [family.aliases.get(kind, kind) if isinstance(kind, str) else kind for kind in types]
-    joined = joined_parameters(settings, where, family.rope_aliases)
-    if family.alpha_rope and joined.get("alpha"):
+    joined = joined_parameters(settings, where, family.rope_aliases, family.rope_keys)
+    if joined.get(ALPHA):
         size = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
         joined = stretched(joined, size, where)
     return {**{key: value for key, value in settings.items() if key not in PLACES}, "rope_parameters": joined}
@@ -103,6 +103,11 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         if family.ropes and rope.kind not in family.ropes:
             expected = f"{' or '.join(family.ropes)} in a {family.model_type}"
             raise InputError(f"{where}: rope_type", expected=expected, got=shown(rope.kind))
+        lacking = [key for key in family.rope_keys if family.ropes and key not in rope.numbers]
+        if lacking:
+            raise InputError(
+                f"{where}: rope_parameters", expected=f"a {lacking[0]} in a {family.model_type}", got="none"
+            )
         if share != 1 and SHARE not in family.defaults:
             raise InputError(f"{where}: {SHARE}", expected=f"none in a {family.model_type}", got=str(share))
 

@@ -119,6 +119,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5 with biases": ("ernie4_5", {"use_bias": True}),
     "glm4": ("glm4", {}),
     "glm4 whose output layer is the embedding": ("glm4", {"tie_word_embeddings": True}),
+    "ministral3": ("ministral3", {}),
     "exaone4": ("exaone4", {}),
     "exaone4 with llama3 scaling": ("exaone4", rope("llama3", factor=8.0, **LLAMA3)),
 }
@@ -387,8 +388,8 @@ def test_llama_cpp_scales_positions_as_its_loaders_say(family: str, kind: str, t
         local = {"rope_type": "default", "rope_theta": 10000.0}
         numbers = {"rope_parameters": {"full_attention": numbers["rope_parameters"], "sliding_attention": local}}
     config = {**numbers, **({"sliding_window": None} if family == "mistral" else {})}
-    if family == "phi3":
-        return  # its config class takes default and longrope only
+    if FAMILIES[family].ropes:
+        return  # its config class takes those only
     folder = tiny_model(tmp_path / "model", family, tokenizer=byte_tokenizer(), config=config)
     model = load(folder)
     if kind not in FAMILIES[family].gguf.ropes:

@@ -14,6 +14,7 @@ from qalora.converters.families import (
     granite,
     hunyuan_v1_dense,
     llama,
+    ministral3,
     mistral,
     olmo2,
     olmo3,
@@ -45,6 +46,7 @@ _ALL = (
     ernie4_5.FAMILY,
     glm4.FAMILY,
     exaone4.FAMILY,
+    ministral3.FAMILY,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

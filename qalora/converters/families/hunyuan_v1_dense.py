@@ -12,7 +12,7 @@ FAMILY = Family(
     layers=(LayerParts(norms=(*NORMS, *HEAD_NORMS)),),
     biased={"attention_bias": ATTENTION},
     defaults={**DEFAULTS, "rms_norm_eps": 1e-5, "attention_bias": False},
-    alpha_rope=True,
+    rope_keys=("alpha",),
     normed_late=True,
     gguf=LlamaCpp(architecture="hunyuan-dense", ropes=("default",)),
     mlx=MlxLm(

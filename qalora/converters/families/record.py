@@ -45,6 +45,7 @@ EVERYWHERE = frozenset(
         "original_max_position_embeddings",
         "partial_rotary_factor",
         "rms_norm_eps",
+        "rope_parameters",
         "rope_theta",
         "tie_word_embeddings",
         "vocab_size",
@@ -135,6 +136,7 @@ class LlamaCpp:
     untied        files have an output layer always
     unclipped     a file without attention.sliding_window has no window in any layer
     scaled        it multiplies embeddings, scores, and what is added to the residual, and divides logits
+    tempered      it reads what queries grow by, and takes yarn to have mscale and mscale_all_dim of 1
     switched      rope.scaling.finetuned, where it is false, switches rotary positions off
     sized         files give attention.key_length where it is hidden/heads too
     """
@@ -153,6 +155,7 @@ class LlamaCpp:
     untied: bool = False
     unclipped: bool = False
     scaled: bool = False
+    tempered: bool = False
     switched: bool = False
     sized: bool = True
 
@@ -169,6 +172,7 @@ class MlxLm:
                 no lm_head then ("stored"), or nothing, as it always is, or never
     aliases     other names of rope kinds
     parameters  it reads rope_parameters where rope_theta and rope_scaling are not there
+    inside      it reads rope_parameters alone
     ordered     it rotates transformers' pairs of elements, whatever rope_traditional says
     rounded     it multiplies embeddings with a root of hidden_size that it rounds to bfloat16
     padded      it takes a batch that is padded on the left
@@ -181,6 +185,7 @@ class MlxLm:
     ties: Literal["said", "stored", "always", "never"] = "said"
     aliases: Mapping[str, str] = field(default_factory=dict)
     parameters: bool = False
+    inside: bool = False
     ordered: bool = False
     rounded: bool = False
     padded: bool = True
@@ -203,7 +208,9 @@ class Family:
     only            the one value of a key that is read here, where transformers' class takes others too
     aliases         other names that configs have for the kinds of layers
     rope_aliases    other names of rope kinds
-    alpha_rope      a dynamic rope with an alpha is one of fixed frequencies, of the base theta * alpha^(d / (d - 2))
+    rope_keys       numbers of rope_parameters that this family's class alone reads. alpha: a dynamic rope with it has
+                    fixed frequencies, of the base theta * alpha^(d / (d - 2)); llama_4_scaling_beta: see
+                    `Rope.temperature`
     ropes           the kinds that transformers' class takes, where it does not take every one
     activation      the one activation of the family, and the key that names it
     norm_offset     norms multiply with 1 + weight; GGUF and the graphs hold that sum
@@ -236,7 +243,7 @@ class Family:
     only: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
-    alpha_rope: bool = False
+    rope_keys: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ()
     activation: str = "silu"
     activation_key: str = "hidden_act"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qalora.converters.families import FAMILIES, LAYER_KINDS, Family
 from qalora.converters.gguf.hyperparameters import CARRIED, CONFIG, FREQS, LONGROPE, MODEL_TYPE, yarn_attention
-from qalora.converters.gguf.loaders import SCALES, check_keys
-from qalora.converters.rope import ORIGINAL, SHARE, llama3_factors, rope_of
+from qalora.converters.gguf.loaders import LOG_MULTIPLIER, SCALES, TEMPERATURE, check_keys
+from qalora.converters.rope import BETA, ORIGINAL, SHARE, llama3_factors, rope_of
 from qalora.converters.settings import ATTENTION_SCALE
 from qalora.errors import FormatError, InputError, shown
 from qalora.formats.gguf import Metadata
@@ -276,6 +276,12 @@ def _yarn_of(read: _Numbers, factor: float) -> dict[str, Any]:
             numbers[key] = float(read(f"rope.scaling.yarn_{key}"))
     if read.has("rope.scaling.attn_factor"):
         numbers["attention_factor"] = float(read("rope.scaling.attn_factor")) * yarn_attention(factor)
+    if read.has(LOG_MULTIPLIER):
+        if read(LOG_MULTIPLIER) != 1:
+            raise InputError(f"{read.where}: {LOG_MULTIPLIER}", expected="1", got=shown(read(LOG_MULTIPLIER)))
+        numbers |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    if read.has(TEMPERATURE):
+        numbers[BETA] = float(read(TEMPERATURE))
     return numbers
 
 

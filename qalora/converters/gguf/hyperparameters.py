@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qalora.converters.decoder import FULL, LOCAL, Decoder
-from qalora.converters.gguf.loaders import SCALES, clipped_window, refuse
+from qalora.converters.gguf.loaders import LOG_MULTIPLIER, SCALES, TEMPERATURE, clipped_window, refuse
 from qalora.converters.rope import Rope, llama3_factors
 from qalora.formats.gguf import Value
 
@@ -76,6 +76,8 @@ def hyperparameters(decoder: Decoder, settings: Mapping[str, Any], where: object
         integers["attention.sliding_window"] = windows[0]
     if loader.scaled:
         floats |= {SCALES[key]: float(settings[key]) for key in SCALES}
+    if loader.tempered:
+        floats |= {TEMPERATURE: decoder.ropes[FULL].temperature or 0.0, LOG_MULTIPLIER: 1.0}
     if LOCAL in decoder.ropes and loader.local:
         floats["rope.freq_base_swa"] = decoder.ropes[LOCAL].theta
     for key, cap in (("attn", decoder.softcap), ("final", decoder.logit_softcap)):

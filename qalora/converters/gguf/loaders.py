@@ -16,7 +16,9 @@ from qalora.converters.settings import ATTENTION_SCALE, EMBEDDING_SCALE, LOGIT_D
 from qalora.errors import InputError, shown
 
 __all__ = [
+    "LOG_MULTIPLIER",
     "SCALES",
+    "TEMPERATURE",
     "check_keys",
     "check_tensors",
     "clipped_window",
@@ -49,6 +51,8 @@ READ = (
 )
 """Keys of any architecture that `configs` reads."""
 
+TEMPERATURE, LOG_MULTIPLIER = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"
+
 SCALES = {
     EMBEDDING_SCALE: "embedding_scale",
     RESIDUAL_SCALE: "residual_scale",
@@ -73,6 +77,7 @@ def check_keys(keys: Mapping[str, Any], family: Family, where: object) -> None:
     read |= {"final_logit_softcapping"} if loader.logits else set()
     read |= {"rope.freq_base_swa"} if loader.local else set()
     read |= set(SCALES.values()) if loader.scaled else set()
+    read |= {TEMPERATURE, LOG_MULTIPLIER} if loader.tempered else set()
     read |= {"rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"} if "yarn" in loader.ropes else set()
     for key, value in keys.items():
         if key.startswith(prefix) and key.removeprefix(prefix) not in read and value:
@@ -104,7 +109,12 @@ def refuse(decoder: Decoder, where: object) -> None:
                 todo="use gptq" if rope.kind == "dynamic" else "export it to onnx or gptq",
             )
         check_rope(rope, decoder.head_size, where)
-        if rope.kind == "yarn" and (rope.numbers.get("truncate") is False or "mscale" in rope.numbers):
+        mscales = {key: rope.numbers[key] for key in ("mscale", "mscale_all_dim") if key in rope.numbers}
+        if rope.kind == "yarn" and loader.tempered and (set(mscales.values()) != {1} or len(mscales) != 2):
+            raise InputError(f"{where}: yarn", expected="mscale and mscale_all_dim of 1", got=str(mscales)[:90])
+        if rope.kind == "yarn" and (
+            rope.numbers.get("truncate") is False or ("mscale" in mscales and not loader.tempered)
+        ):
             raise InputError(f"{where}: yarn", expected="no truncate or mscale", got=str(dict(rope.numbers))[:90])
     if LOCAL in decoder.ropes and not loader.local and decoder.ropes[LOCAL].theta != decoder.ropes[FULL].theta:
         expected = f"{decoder.ropes[FULL].theta:g} in layers with a window too, as {loader.architecture} has it"

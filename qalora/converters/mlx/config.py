@@ -134,6 +134,9 @@ def _rope(parameters: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
         keys[SHARE] = parameters[SHARE]
     if rope.kind == "default":
         return keys
+    if mlx.inside:
+        _check_inside(rope)
+        return keys
     scaling = {**parameters, "type": rope.kind}
     if rope.kind == "yarn":
         scaling |= _yarn(rope)
@@ -142,6 +145,15 @@ def _rope(parameters: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
         keys[ORIGINAL] = rope.original
         scaling |= {"long_factor": parameters["short_factor"], ORIGINAL: rope.original}
     return {**keys, "rope_scaling": scaling}
+
+
+def _check_inside(rope: Rope) -> None:
+    """What mlx-lm makes of the numbers of yarn in rope_parameters, as they are."""
+    numbers = rope.numbers
+    if numbers.get("truncate") is False:
+        raise _refuse("rope truncate", "True", "False")
+    if "attention_factor" in numbers or ("mscale" in numbers) != ("mscale_all_dim" in numbers):
+        raise _refuse("yarn", "mscale and mscale_all_dim, or neither, and no attention_factor", dict(numbers))
 
 
 def _yarn(rope: Rope) -> dict[str, Any]:

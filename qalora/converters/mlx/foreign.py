@@ -108,6 +108,8 @@ def _rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     scaling = config.get("rope_scaling") if "rope_scaling" not in mlx.unread else None
     theta = config.get("rope_theta", mlx.defaults["rope_theta"])
     parameters = config.get("rope_parameters")
+    if mlx.inside and isinstance(parameters, Mapping):
+        return {"rope_parameters": dict(parameters)}
     if mlx.parameters and isinstance(parameters, Mapping):
         theta = parameters.get("rope_theta") if theta is None else theta
         scaling = parameters if scaling is None else scaling

@@ -32,6 +32,7 @@ __all__ = [
     "qk_norm",
     "rotary_parts",
     "rotary_tables",
+    "tempered",
     "used_ropes",
 ]
 
@@ -125,6 +126,26 @@ def qk_norm(graph: Graph, decoder: Decoder, n: int, flat: str, name: str) -> str
     split = norm(graph, decoder, split, path, f"{out}_normed")
     whole = graph.constant(f"flat_{count}", [0, 0, count * decoder.head_size])
     return graph.add("Reshape", [split, whole], f"{out}_flat")
+
+
+def tempered(graph: Graph, decoder: Decoder, queries: str, positions: str, axes: list[int], out: str) -> str:
+    """Queries times 1 + beta * ln(1 + floor(position / original)), in a family that has such a beta.
+
+    positions  int64 [batch, sequence]
+    axes       those of queries that positions have not
+    """
+    beta = decoder.ropes[FULL].temperature
+    if beta is None:
+        return queries
+    one = graph.number(1.0)
+    original = graph.constant("original_context", decoder.ropes[FULL].original)
+    turns = graph.once("Div", [positions, original], "position_turns")
+    wide = graph.once("Cast", [turns], "position_turns_float", to=1)  # TensorProto.FLOAT
+    grown = graph.once("Log", [graph.once("Add", [wide, one], "position_turns_next")], "position_log")
+    times = graph.once("Mul", [grown, graph.number(beta)], "position_growth")
+    factor = graph.once("Add", [times, one], "position_temperature")
+    shape = graph.constant(f"temperature_axes_{len(axes)}", axes)
+    return graph.add("Mul", [queries, graph.once("Unsqueeze", [factor, shape], "query_temperature")], out)
 
 
 def feed_forward(graph: Graph, decoder: Decoder, n: int, normed: str, linear: Linear) -> str:

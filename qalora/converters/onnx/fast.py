@@ -27,6 +27,7 @@ from qalora.converters.onnx.decoder import (
     norm,
     projections,
     qk_norm,
+    tempered,
 )
 from qalora.converters.onnx.embedding import look_up
 from qalora.converters.onnx.graph import MS, OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
@@ -76,10 +77,11 @@ def fast_graph(
 
 
 def _rotated_before(decoder: Decoder) -> bool:
-    """Whether attention cannot rotate by itself: two tables to choose from, a part of each head, or norms after it."""
+    """Whether attention cannot rotate by itself: two tables to choose from, a part of each head, or what comes between
+    the rotation and the scores: norms, or a factor of queries."""
     rope = decoder.ropes[FULL]
     parted = two_tables(rope, decoder.positions) or rope.size(decoder.head_size) != decoder.head_size
-    return parted or decoder.family.normed_late
+    return parted or decoder.family.normed_late or rope.temperature is not None
 
 
 def _lengths(graph: Graph, decoder: Decoder) -> _Lengths:
@@ -137,6 +139,7 @@ def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, lengths: _Le
     if layer.rope is not None and lengths.positions is not None:
         for at, name in enumerate("qk"):
             heads[at] = _rotate(graph, decoder, heads[at], name, [lengths.positions, *tables], out)
+        heads[0] = tempered(graph, decoder, heads[0], lengths.positions, [2], f"{out}.q_tempered")
         tables = []
     if decoder.family.normed_late:
         heads[:2] = (qk_norm(graph, decoder, n, heads[at], name) for at, name in enumerate("qk"))

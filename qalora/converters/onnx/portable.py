@@ -27,6 +27,7 @@ from qalora.converters.onnx.decoder import (
     feed_forward,
     norm,
     projections,
+    tempered,
 )
 from qalora.converters.onnx.embedding import unpack
 from qalora.converters.onnx.graph import OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
@@ -168,6 +169,8 @@ def _attention(graph: Graph, decoder: Decoder, n: int, normed: str, positions: s
         turned = graph.add("Transpose", [split], f"{out}.{name}_heads", perm=[0, 2, 1, 3])
         if name != "v" and layer.rope is not None:
             turned = _rotate(graph, decoder, turned, layer.rope, positions, f"{out}.{name}_rotated")
+        if name == "q":
+            turned = tempered(graph, decoder, turned, positions, [1, 3], f"{out}.q_tempered")
         if name != "v" and decoder.family.normed_late:
             module = f"model.layers.{n}.{layer.parts.named(f'attn_{name}_norm')}"
             turned = norm(graph, decoder, turned, module, f"{out}.{name}_normed")
