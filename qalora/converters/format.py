@@ -152,7 +152,7 @@ class Layout:
     findings   what `inspect` warns of in it alone
     suffixes   what the names of files of weights end with
     metadata_of  the metadata in a file of its folder, where PROVENANCE is; None for a file that has no place for it
-    memory     bytes that a runtime takes for a byte of weights on disk; 0 where it maps the file
+    memory     bytes that a runtime takes for a byte of weights on disk, for a path; 0 where it maps the file
     """
 
     name: str
@@ -178,7 +178,7 @@ class Layout:
     findings: Callable[[Checkpoint], Iterable[Any]] = lambda model: ()
     suffixes: tuple[str, ...] = (".safetensors",)
     metadata_of: Callable[[Path], Mapping[str, Any] | None] = _metadata
-    memory: int = 1
+    memory: Callable[[Path], float] = lambda path: 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -321,5 +321,5 @@ LAYOUT = Layout(
     by_config=lambda folder, config: config.get("quantization_config") is None,
     runtimes=("transformers",),
     rounding=exact,
-    memory=2,  # of 16-bit floats, in float32
+    memory=lambda path: 2,  # of 16-bit floats, in float32
 )

@@ -308,7 +308,7 @@ FORMAT = Format(
     end=".codes",
     runtimes=("torch",),
     rounding=exact,
-    memory=8,  # dequantized, in float32: at least 8 times the bytes of 4-bit codes
+    memory=lambda path: 8,  # dequantized, in float32: at least 8 times the bytes of 4-bit codes
     usage=lambda released: _USAGE,
     openings=_openings,
 )

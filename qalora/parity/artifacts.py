@@ -6,6 +6,7 @@ file with a GGUF LoRA in the same folder is one artefact: the base, and the adap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -165,4 +166,4 @@ def _weight_bytes(artifact: Artifact) -> int:
 
 def memory_needed(artifact: Artifact) -> int:
     """About how many bytes a runtime takes for an artefact's weights; 0 where it maps the file and reads as it goes."""
-    return artifact.layout.memory and artifact.layout.memory * _weight_bytes(artifact)
+    return math.ceil(artifact.layout.memory(artifact.path) * _weight_bytes(artifact))

@@ -28,7 +28,7 @@ from qalora.engines import Engine
 from qalora.errors import InputError, shown
 from qalora.folding import check_minima
 from qalora.options.words import Level
-from qalora.parity.artifacts import Artifact, open_artifact, recognize, runtimes_of
+from qalora.parity.artifacts import Artifact, memory_needed, open_artifact, recognize, runtimes_of
 from qalora.parity.baseline import Baseline
 from qalora.parity.evidence import Evidence
 from qalora.parity.foldcheck import compare_adapters
@@ -96,7 +96,8 @@ def verify(
     read = None if adapter is None else given_adapter(adapter, base, convention=convention)
     contents = [holds(read, *pair) for pair in opened]
     room = available_memory() if memory is None else memory
-    models = ReferenceModels.of(base, read, minima, contents, memory=0 if level == "weights" else room)
+    left = max(0, room - _needed([artifact for artifact, _ in opened], room) - _table_bytes(base))
+    models = ReferenceModels.of(base, read, minima, contents, memory=0 if level == "weights" else left)
     gates, weights = _read_back(models, opened, contents, progress, engine)
     if level == "weights":
         return _report(models, level, weights, gates)
@@ -105,7 +106,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="qalora-verify-") as folder:
         share = _Share(progress, len(inputs.windows) * _passes(models, [artifact for artifact, _ in opened], contents))
         share.stage("reference")
-        baseline = Baseline.of(models, inputs, Path(folder), memory=room, device=place, tick=share.tick)
+        baseline = Baseline.of(models, inputs, Path(folder), memory=left, device=place, tick=share.tick)
         runner = Runner(
             baseline=baseline,
             models=models,
@@ -132,6 +133,17 @@ def verify(
             with _keep_threads(), keep_settings():
                 comparison = runner.dynamic_int8()
         return replace(_report(models, level, reports, gates, baseline), reference_runs=own, comparison=comparison)
+
+
+def _needed(artifacts: Sequence[Artifact], room: int) -> int:
+    """What the largest of the runtimes that there is room for takes: the reference has to leave it."""
+    return max((needed for artifact in artifacts if (needed := memory_needed(artifact)) <= room), default=0)
+
+
+def _table_bytes(model: Checkpoint) -> int:
+    """What embedding and output layer take in the reference, in float32."""
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    return sum(4 * math.prod(model.tensors[name].shape) for name in tables if name in model.tensors)
 
 
 def _check_options(level: str, minima: str | None, **numbers: int | None) -> None:

@@ -34,7 +34,7 @@ FORMAT = Format(
     ),
     runtimes=("llama.cpp",),
     rounding=lambda path: Rounding(kind="q8"),
-    memory=0,
+    memory=lambda path: 0,
     ends="llama.cpp",
     findings=late("qalora.inspection.gguf", "findings"),
     suffixes=(".gguf",),

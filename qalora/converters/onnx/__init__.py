@@ -12,7 +12,16 @@ float32.
 """
 
 from qalora.converters.format import Format, LoraFile, late
-from qalora.converters.onnx.files import MODEL, file_metadata, graphs, is_decoder, rounding, source_files, weight_files
+from qalora.converters.onnx.files import (
+    MODEL,
+    file_metadata,
+    graphs,
+    is_decoder,
+    memory,
+    rounding,
+    source_files,
+    weight_files,
+)
 from qalora.converters.onnx.running import openings, usage
 
 __all__ = ["FORMAT", "plan", "read", "write"]
@@ -45,6 +54,7 @@ FORMAT = Format(
     also=("onnxruntime-cuda", "onnx.reference"),
     generators=("onnxruntime-genai",),
     rounding=rounding,
+    memory=memory,
     slots=True,
     ends="onnxruntime-genai",
     findings=late("qalora.inspection.onnx", "findings"),

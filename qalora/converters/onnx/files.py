@@ -19,6 +19,7 @@ __all__ = [
     "graphs",
     "is_decoder",
     "is_standard",
+    "memory",
     "rounding",
     "source_files",
     "weight_files",
@@ -78,6 +79,13 @@ def accuracy_level(path: Path) -> int:
     nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
     levels = [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"]
     return max(levels, default=0)
+
+
+def memory(path: Path) -> float:
+    """Bytes that ONNX Runtime takes while it opens a graph, for a byte of its files: it keeps codes for its own
+    operators, and floats for standard ones. Seen on a model of 8 billion weights, and on one of a billion.
+    """
+    return 4 if is_standard(path) else 1.25
 
 
 def is_standard(path: Path) -> bool:
