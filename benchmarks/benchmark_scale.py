@@ -156,7 +156,8 @@ def whole_story(bench: Bench, shape: str) -> None:
             prove = ("verify", base, out, "--adapter", adapter, "--level")
             bench.run(f"verify {target}, weights", (*prove, "weights"))
             if target in ("gguf", "onnx"):
-                bench.run(f"verify {target}, logits of 64 tokens", (*prove, "logits", "--max-tokens", 64, "--allow-unproven"))
+                line = (*prove, "logits", "--max-tokens", 64, "--allow-unproven")
+                bench.run(f"verify {target}, logits of 64 tokens", line)
             shutil.rmtree(work / "dist")
     if bench.asked("release"):
         line = ("release", base, "--adapter", adapter, "--to", "gguf", "--level", "weights", "-o", work / "release")

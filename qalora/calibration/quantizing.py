@@ -25,7 +25,7 @@ from qalora.quantization.model import plan_specs
 from qalora.quantization.options import QuantizeOptions, quantize_weight
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
-__all__ = ["quantize_calibrated"]
+__all__ = ["keeping", "quantize_calibrated"]
 
 
 def quantize_calibrated(
@@ -111,6 +111,29 @@ def _quantized(
 
     stream(model, windows, visit, tick, known, device=device)
     return file
+
+
+def keeping(
+    model: Checkpoint, quantized: Checkpoint, options: QuantizeOptions, keep: Path, *, device: torch.device = CPU
+) -> Checkpoint:
+    """A model whose linear weights, once they were quantized, are kept in a file: a later call with the same model and
+    options takes them from there.
+
+    model, quantized  before, and what `qalora.quantization.quantize` gives for it
+    """
+    wanted = {name: quantized.tensors[name] for name in quantized.linears}
+    key = _key(model, torch.empty(0), dict.fromkeys(quantized.linears, options), device)
+    file = TensorFile(keep, key, wanted)
+
+    def kept(lazy: LazyTensor) -> LazyTensor:
+        def read(start: int, stop: int) -> GroupQuantTensor:
+            if lazy.name not in file:
+                file.put(lazy.name, lazy.load_quantized())
+            return file.rows(lazy.name, start, stop)
+
+        return replace(lazy, read=read)
+
+    return replace(quantized, tensors={**quantized.tensors, **{name: kept(lazy) for name, lazy in wanted.items()}})
 
 
 def _quantized_layer(options: Mapping[str, QuantizeOptions], threads: int, layer: LinearLayer) -> GroupQuantTensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qalora.calibration.quantizing import keeping
 from qalora.calibration.text import Calibration, quantize_on_text
 from qalora.calibration.widths import WIDTHS
 from qalora.checkpoint import Checkpoint
@@ -41,7 +42,7 @@ def quantize_model(
 ) -> Checkpoint:
     """The model with its linear weights quantized; nothing is read yet, unless widths are to be chosen.
 
-    keep  where inputs are computed: a file for the layers that are done, from which a later call goes on
+    keep  a file for the layers that are done, from which a later call goes on
     tick  called after each decoder layer, where inputs are computed
     engine  shares what can be shared then, see `quantize_calibrated`
     """
@@ -51,7 +52,8 @@ def quantize_model(
     device = find_device(options.device, float64=False)
     if options.calibration is None:
         settings = {one.name: getattr(layer, one.name) for one in fields_of(QuantizeOptions)}
-        return quantize(model, requantize=options.requantize, device=device, **settings)
+        quantized = quantize(model, requantize=options.requantize, device=device, **settings)
+        return quantized if keep is None else keeping(model, quantized, layer, keep, device=device)
     return quantize_on_text(
         model,
         Calibration(data=options.calibration, tokens=options.calibration_tokens, length=options.calibration_length),

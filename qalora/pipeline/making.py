@@ -72,8 +72,8 @@ def make_base(
 ) -> Plan:
     """Quantize a model and write it as a folder of ours; gives the plan of what is written.
 
-    Decoder layers that are quantized on a text are kept beside the output until it is there: where the process is
-    killed or interrupted, the same call goes on from them.
+    Layers that are searched, or quantized on a text, are kept beside the output until it is there: where the process
+    is killed or interrupted, the same call goes on from them. Those that an engine searches are not kept.
     """
     check_apart(out, model)
     check_output(out, force=force, names=["config.json"])
@@ -83,12 +83,13 @@ def make_base(
     if not dry_run:
         check_writable(out)
     layers = int(source.config.get("num_hidden_layers") or 1)
-    slow = options.calibration is not None and not dry_run
+    calibrated = options.calibration is not None and not dry_run
+    searched = options.method != "rtn" and engine is None and not dry_run
     with ExitStack() as stack:
-        keep = stack.enter_context(_kept_layers(out)) if slow else None
+        keep = stack.enter_context(_kept_layers(out)) if calibrated or searched else None
         with watch.layers(layers) as tick:
             quantized = quantize_model(source, options, keep=keep, tick=tick, engine=engine)
-            if slow:
+            if calibrated:
                 # this does the work; `rows` would name this tensor where another is at fault
                 quantized.tensors[quantized.linears[0]].read(0, 1)
         size = options.max_shard_size

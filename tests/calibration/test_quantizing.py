@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qalora
+from public_world import same_files
 from qalora.calibration import Calibration, bits_per_weight, calibration_windows, choose_widths, quantize_calibrated
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
@@ -122,6 +123,35 @@ def test_a_run_that_was_left_goes_on_from_its_layers(
     assert len(visited) == 7
     read(QuantizeOptions(bits=4, method="gptq", group_size=16))
     assert len(visited) == 14
+
+
+def test_searched_layers_are_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("quantize", place / "float", "--method", "hqq")
+    assert run(*words, "-o", tmp_path / "whole").exit_code == 0
+    visited: list[int] = []
+
+    def interrupted(*given: Any) -> Any:
+        if len(visited) == 5:
+            raise KeyboardInterrupt
+        visited.append(1)
+        return quantize_weight(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qalora.quantization.model.quantize_weight", interrupted)
+        left = run(*words, "-o", tmp_path / "out")
+    assert left.exit_code == 1
+    assert "the same command goes on from them" in left.stderr
+
+    def counted(*given: Any) -> Any:
+        visited.append(1)
+        return quantize_weight(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qalora.quantization.model.quantize_weight", counted)
+        assert run(*words, "-o", tmp_path / "out").exit_code == 0
+    assert len(visited) == 14  # each of the linear layers of two decoder layers once
+    assert same_files(tmp_path / "out", tmp_path / "whole")
+    assert not [*tmp_path.glob(".out*")]
 
 
 def test_an_interrupt_says_how_to_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
