@@ -39,6 +39,7 @@ class LazyTensor:
     dtype   the float dtype it is stored in; None if quantized
     spec    what is known of it if quantized; None if float
     nbytes  bytes that hold it in the files it was read from; None where its reader does not tell
+    by_rows   whether a part of its rows is read without the others; else a part takes as long as all of them
     read    rows start..stop-1, a torch tensor of `dtype` or a GroupQuantTensor of `spec`
     """
 
@@ -47,6 +48,7 @@ class LazyTensor:
     dtype: torch.dtype | None = None
     spec: QuantSpec | None = None
     nbytes: int | None = None
+    by_rows: bool = False
     read: Callable[[int, int], Tensor | GroupQuantTensor] = field(repr=False)
 
     def load(self) -> Tensor | GroupQuantTensor:
@@ -82,6 +84,24 @@ class LazyTensor:
         step = self.tile_rows(tile_bytes)
         for start in range(0, self.shape[0], step):
             yield start, self.rows(start, min(start + step, self.shape[0]))
+
+    def pieces(
+        self, tile_bytes: int = TILE_BYTES, *, multiple: int = 1
+    ) -> Iterator[tuple[int, Tensor | GroupQuantTensor]]:
+        """As `tiles`, and read once: rows of the whole where no part is read without the others.
+
+        multiple  rows of a tile are a multiple of it; but for it they are at most `tile_bytes`
+        """
+        count, whole = self.shape[0] if self.shape else 1, None if self.by_rows and self.shape else self.load()
+        step = max(1, self.tile_rows(tile_bytes) // multiple) * multiple
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            if whole is None:
+                yield start, self.rows(start, stop)
+            elif step >= count:
+                yield start, whole
+            else:
+                yield start, whole.rows(start, stop) if isinstance(whole, GroupQuantTensor) else whole[start:stop]
 
     def tile_rows(self, tile_bytes: int = TILE_BYTES) -> int:
         """Rows of a tile of at most `tile_bytes` in float32; at least one."""

@@ -77,15 +77,14 @@ def write_folder(
     folder: Path,
     progress: Progress,
     write_rows: Callable[[ShardedWriter, LazyTensor, int, Tensor | GroupQuantTensor], None],
-    whole: Callable[[LazyTensor], bool] | None = None,
+    whole: Callable[[LazyTensor], bool] = lambda lazy: False,
     *,
     share: Share,
 ) -> None:
-    """Write a planned folder, a tensor at a time.
+    """Write a planned folder, some rows of a tensor at a time.
 
     write_rows  writes rows of a tensor, from the row that it is told; in a thread, while the next rows are read
-    whole       whether a tensor comes in one piece, as it is small enough: the linear weights by default; embedding and
-                output layer go by rows
+    whole       whether a tensor comes in one piece; all others go by rows
     share       what of the folder is written here
     """
     if not isinstance(plan, FolderPlan):
@@ -97,7 +96,6 @@ def write_folder(
             if not share.writes(tensor.name):
                 continue
             lazy = model.tensors[tensor.name]
-            at_once = tensor.name in model.linears if whole is None else whole(lazy)
-            for row, tile in [(0, lazy.load())] if at_once else lazy.tiles(JOB_BYTES):
+            for row, tile in [(0, lazy.load())] if whole(lazy) else lazy.pieces(JOB_BYTES):
                 workers.do(write_rows, weights, lazy, row, tile)
             progress(tensor.name, tensor.nbytes)

@@ -104,7 +104,9 @@ def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:
         check_finite(name, tensor)
         return tensor
 
-    return LazyTensor(name=name, shape=entry.shape, dtype=entry.dtype, nbytes=entry.nbytes, read=read_rows)
+    return LazyTensor(
+        name=name, shape=entry.shape, dtype=entry.dtype, nbytes=entry.nbytes, by_rows=True, read=read_rows
+    )
 
 
 def read(folder: Path) -> Checkpoint:

@@ -145,7 +145,7 @@ def _quantized(name: str, module: StoredModule) -> LazyTensor:
         )
 
     size = sum(entry.nbytes for _, entry in entries.values())
-    return LazyTensor(name=f"{name}.weight", shape=module.shape, spec=spec, nbytes=size, read=read_rows)
+    return LazyTensor(name=f"{name}.weight", shape=module.shape, spec=spec, nbytes=size, by_rows=True, read=read_rows)
 
 
 def _sizes(where: str, module: str, layout: Mapping[str, Any]) -> tuple[int, int, int | None]:

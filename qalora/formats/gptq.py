@@ -38,12 +38,16 @@ BITS = (2, 3, 4, 8)
 Version = Literal["gptq", "gptq_v2"]
 VERSIONS: tuple[Version, ...] = ("gptq", "gptq_v2")
 
+TILE = 1 << 17
+"""Words that are transposed at a time, in the cache."""
+
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """1 in every field of a word."""
 
 
-def pack_qweight(packed: Tensor) -> Tensor:
-    """qweight int32 [in*b/32, out] of packed codes uint8 [out, in*b/8]; inverse of `unpack_qweight`.
+def pack_qweight(packed: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """qweight int32 [in*b/32, out] of packed codes uint8 [out, in*b/8], or its rows start..stop-1; inverse of
+    `unpack_qweight`.
 
     Raises InputError where a row does not fill whole words.
     """
@@ -51,7 +55,12 @@ def pack_qweight(packed: Tensor) -> Tensor:
         raise InputError(
             "packed codes", expected="uint8 [out, bytes] in whole words", got=f"{packed.dtype} {list(packed.shape)}"
         )
-    return _view(packed, torch.int32).t().contiguous()
+    words = _view(packed, torch.int32)[:, start:stop]
+    out = torch.empty(words.shape[1], words.shape[0], dtype=torch.int32)
+    step = max(1, TILE // max(1, words.shape[0]))
+    for first in range(0, words.shape[1], step):
+        out[first : first + step] = words[:, first : first + step].contiguous().t()
+    return out
 
 
 def unpack_qweight(qweight: Tensor) -> Tensor:

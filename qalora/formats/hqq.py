@@ -51,36 +51,39 @@ def packed_shape(groups: int, group_size: int, bits: int) -> tuple[int, int]:
     return (-(-groups // _WORD) if bits == 3 else groups // fields), group_size
 
 
-def pack_groups(packed: Tensor, group_size: int, bits: int) -> Tensor:
-    """W_q of packed codes uint8 [out, in*b/8], as in `qalora.tensor`; `unpack_groups` gives the codes."""
+def pack_groups(packed: Tensor, group_size: int, bits: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """W_q of packed codes uint8 [out, in*b/8], as in `qalora.tensor`, or its rows start..stop-1; `unpack_groups` gives
+    the codes.
+    """
     shape = packed_shape(packed.numel() * 8 // bits // group_size, group_size, bits)
-    if bits == 4:
-        return _pack_nibbles(packed, shape)
-    rows = unpack_codes(packed, bits).reshape(-1, group_size)
-    if shape[0] == rows.shape[0]:
-        return rows.contiguous()
+    start, stop, _ = slice(start, stop).indices(shape[0])
+    if group_size % 8:  # groups that share bytes
+        groups, bits_there = unpack_codes(packed, bits).reshape(-1, group_size), 8
+    else:
+        groups, bits_there = packed.reshape(-1, group_size * bits // 8), bits
+    if bits_there == 4:
+        return _pack_nibbles(groups[start:stop], groups[shape[0] + start : shape[0] + stop])
+    if shape[0] == groups.shape[0]:
+        return unpack_codes(groups[start:stop], bits_there).contiguous()
     fields = _WORD if bits == 3 else 8 // bits
-    out = torch.zeros(shape, dtype=torch.int32 if bits == 3 else torch.uint8)
-    step = max(1, TILE // group_size)
+    out = torch.zeros(stop - start, group_size, dtype=torch.int32 if bits == 3 else torch.uint8)
     for k in range(fields):
-        part = rows[k * shape[0] : (k + 1) * shape[0]]
-        for start in range(0, part.shape[0], step):
-            tile = part[start : start + step].to(out.dtype)
-            out[start : start + tile.shape[0]] |= tile << (bits * (fields - 1 - k))
+        codes = unpack_codes(groups[k * shape[0] + start : k * shape[0] + stop], bits_there)
+        out[: codes.shape[0]] |= codes.to(out.dtype) << (bits * (fields - 1 - k))
     return out
 
 
-def _pack_nibbles(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """W_q of codes of 4 bits, which need not be unpacked.
+def _pack_nibbles(first: Tensor, last: Tensor) -> Tensor:
+    """W_q of packed codes of 4 bits, which need not be unpacked: those of the first half of all groups, and the last.
 
-    Two bytes of W_q hold two codes of the first half of all groups, which are one byte of ours, and two of the last.
+    Two bytes of W_q hold two codes of the first half, which are one byte of ours, and two of the last.
     """
-    out = torch.empty(shape, dtype=torch.uint8)
-    first, last = packed.reshape(2, -1)
+    out = torch.empty(first.shape[0], 2 * first.shape[1], dtype=torch.uint8)
     words = out.view(-1).view(torch.int16)
+    ours, theirs = first.reshape(-1), last.reshape(-1)
     for start in range(0, words.shape[0], TILE):
-        ours, theirs = first[start : start + TILE], last[start : start + TILE]
-        even, odd = (ours << 4) | (theirs & 0x0F), (ours & 0xF0) | (theirs >> 4)
+        one, two = ours[start : start + TILE], theirs[start : start + TILE]
+        even, odd = (one << 4) | (two & 0x0F), (one & 0xF0) | (two >> 4)
         torch.add(even.to(torch.int16), odd.to(torch.int16), alpha=256, out=words[start : start + TILE])
     return out
 

@@ -168,7 +168,7 @@ def _lazy(file: GgufFile, info: TensorInfo, name: str, heads: int | None) -> Laz
             got=info.type,
             todo="start from another quantization of this model",
         )
-    lazy = LazyTensor(name=name, shape=shape, dtype=dtype, spec=spec, nbytes=info.nbytes, read=read)
+    lazy = LazyTensor(name=name, shape=shape, dtype=dtype, spec=spec, nbytes=info.nbytes, by_rows=True, read=read)
     return lazy if heads is None else _reordered(lazy, heads)
 
 

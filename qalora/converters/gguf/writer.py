@@ -247,8 +247,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
                 continue
             lazy = model.tensors[tensor.name]
             heads = head_count(family, model.config, lazy.name)
-            whole = heads is not None or lazy.name in model.linears
-            for row, tile in [(0, lazy.load())] if whole else lazy.tiles(JOB_BYTES):
+            for row, tile in lazy.pieces(JOB_BYTES, multiple=1 if heads is None else lazy.shape[0] // heads):
                 workers.do(_write_rows, files[tensor.file], tensor, plan, row, tile, heads=heads, family=family)
             progress(tensor.name, tensor.nbytes)
     if share.frame:
@@ -265,9 +264,9 @@ def _write_rows(
     heads: int | None,
     family: Family,
 ) -> None:
-    """Write rows of a tensor from `row` on; all of them where their order is that of heads."""
+    """Write rows of a tensor from `row` on; those of whole heads where their order is that of `heads`."""
     info = plan.layouts[planned.file].tensors[plan.names[planned.name]]
-    ordered = tile if heads is None else take_rows(tile, rows_to(tile.shape[0], heads))
+    ordered = tile if heads is None else take_rows(tile, rows_to(tile.shape[0], tile.shape[0] * heads // info.shape[0]))
     at = info.offset + row * info.row_bytes
     if isinstance(ordered, Tensor):
         values = ordered.float() + 1 if family.adds_one(planned.name) else ordered

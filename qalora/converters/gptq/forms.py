@@ -32,6 +32,9 @@ __all__ = ["Encoded", "Form", "encode"]
 
 Form = Literal["own", "symmetric", "nearest", "round", "eight-bit"]
 
+TILE = 1 << 21
+"""Weights whose groups are computed at a time, in float64."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Encoded:
@@ -54,7 +57,21 @@ class Encoded:
 
 
 def encode(tensor: GroupQuantTensor, form: Form) -> Encoded:
-    """A layer in one of the forms. Raises InputError for scales beyond float16's range."""
+    """A layer in one of the forms, made some rows at a time. Raises InputError for scales beyond float16's range."""
+    step = max(1, TILE // tensor.shape[1])
+    parts = [_encode(tensor.rows(row, row + step), form) for row in range(0, tensor.shape[0], step)]
+    same, left = parts[0].bits == tensor.bits, [part.c for part in parts if part.c is not None]
+    return Encoded(
+        packed=tensor.packed if same else torch.cat([part.packed for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat([part.zero for part in parts]),
+        bits=parts[0].bits,
+        c=torch.cat(left) if left else None,
+        exact=all(part.exact for part in parts),
+    )
+
+
+def _encode(tensor: GroupQuantTensor, form: Form) -> Encoded:
     if form == "eight-bit":
         return _eight_bit(tensor)
     scale = _float16(tensor.scale)

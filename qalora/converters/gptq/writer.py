@@ -29,6 +29,9 @@ from qalora.tensor import GroupQuantTensor
 
 __all__ = ["write"]
 
+WORDS = 1 << 20
+"""Words that are laid out at a time."""
+
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
     """Write the folder. Raises ExactnessError if a residual needs more than float32 and that was not allowed."""
@@ -50,7 +53,12 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
             if not share.writes(name):
                 continue
             if name in plan.words:
-                workers.do(_write_linear, plan, lazy.name, lazy.load_quantized(), weights, beside)
+                tensor = lazy.load_quantized()
+                if plan.form != "eight-bit" or name == HEAD:
+                    step = max(1, WORDS // tensor.shape[0])
+                    for start in range(0, tensor.packed.shape[1] // 4, step):
+                        workers.do(_write_words, weights, module_of(name), tensor.packed, start, start + step)
+                workers.do(_write_linear, plan, lazy.name, tensor, weights, beside)
             else:
                 for start, tile in lazy.tiles(JOB_BYTES):
                     workers.do(_write_float, weights, lazy, start, tile)
@@ -70,12 +78,17 @@ def _write_float(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tenso
     weights.write(lazy.name, decoded(lazy, tile, weights.layout.entry(lazy.name).dtype), row)
 
 
+def _write_words(weights: ShardedWriter, module: str, packed: Tensor, start: int, stop: int) -> None:
+    weights.write(f"{module}.qweight", pack_qweight(packed, start, stop), start)
+
+
 def _write_linear(
     plan: GptqPlan, weight: str, tensor: GroupQuantTensor, weights: ShardedWriter, beside: SafetensorsWriter | None
 ) -> None:
     module, columns = module_of(weight), tensor.shape[1]
     layer = encode(tensor, "own" if weight == HEAD else plan.form)
-    weights.write(f"{module}.qweight", pack_qweight(layer.packed))
+    if layer.packed is not tensor.packed:
+        weights.write(f"{module}.qweight", pack_qweight(layer.packed))
     weights.write(
         f"{module}.qzeros", pack_qzeros(layer.zero, layer.bits, plan.config["quantization_config"]["checkpoint_format"])
     )

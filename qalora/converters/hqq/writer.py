@@ -41,7 +41,11 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
 
 def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec, tensor: GroupQuantTensor) -> None:
     module, dtype = module_of(lazy.name), parameter_type(spec)
-    weights.write(f"{module}.W_q", pack_groups(tensor.packed, spec.group_size, spec.bits))
+    words = weights.layout.entry(f"{module}.W_q").shape[0]
+    step = max(1, ENCODED // spec.group_size)
+    for start in range(0, words, step):
+        part = pack_groups(tensor.packed, spec.group_size, spec.bits, start, start + step)
+        weights.write(f"{module}.W_q", part, start)
     step = max(1, ENCODED // lazy.shape[1])
     for start in range(0, lazy.shape[0], step):
         scale, zero = _scale_and_zero(lazy.name, tensor.rows(start, start + step), spec)

@@ -106,7 +106,9 @@ def _quantized(folder: Path, module: str, stored: _Stored, settings: Mapping[str
         )
 
     size = sum(entry.nbytes for _, entry in parts.values())
-    return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, nbytes=size, read=read_rows)
+    return LazyTensor(
+        name=f"{module}.weight", shape=(rows, columns), spec=spec, nbytes=size, by_rows=True, read=read_rows
+    )
 
 
 def _narrowest(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,8 @@
-"""Write the graphs and their data, a layer at a time: while one is read, those before it are encoded and written."""
+"""Write the graphs and their data, some rows at a time: while some are read, those before are encoded and written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +21,7 @@ from qalora.formats.files import OutputFile
 from qalora.formats.onnx import Initializer
 from qalora.formats.output import write_json
 from qalora.formats.share import Share
-from qalora.formats.workers import Workers
+from qalora.formats.workers import JOB_BYTES, Workers
 from qalora.tensor import GroupQuantTensor
 
 __all__ = ["write"]
@@ -41,9 +41,11 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
                 continue
             lazy = model.tensors[row.name]
             if row.name in plan.coded:
-                workers.do(_write_quantized, file, lazy, lazy.load_quantized())
+                for start, tile in lazy.pieces(JOB_BYTES):
+                    workers.do(_write_quantized, file, lazy, start, tile)
             elif row.name in model.linears:
-                workers.do(_write_float, file, row.name, 0, lazy.load_float().T, 0.0)
+                for start, part in _transposed(lazy):
+                    workers.do(_write_float, file, row.name, start, part, 0.0)
             else:
                 offset = 1.0 if decoder.family.adds_one(row.name) else 0.0
                 for start, tile in lazy.float_tiles():
@@ -107,14 +109,22 @@ def _gaps(items: Iterable[Initializer]) -> list[tuple[int, int]]:
     return found
 
 
-def _write_quantized(file: _Data, lazy: LazyTensor, tensor: GroupQuantTensor) -> None:
-    if lazy.spec is None:
+def _write_quantized(file: _Data, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
+    if lazy.spec is None or isinstance(tile, Tensor):
         raise TypeError(f"{lazy.name} has no spec")
     module = module_of(lazy.name)
-    for name, data in encode(module, tensor, lazy.spec).items():
-        file.write(name, data)
-    if file.has(f"{module}{ORDER}"):
-        file.write(f"{module}{ORDER}", order_of(module, tensor))
+    for name, data in encode(module, tile, lazy.spec).items():
+        file.write(name, data, row)
+    if row == 0 and file.has(f"{module}{ORDER}"):
+        file.write(f"{module}{ORDER}", order_of(module, tile))
+
+
+def _transposed(lazy: LazyTensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of the transpose of a float weight."""
+    whole = lazy.load_float()
+    step = max(1, JOB_BYTES // (4 * whole.shape[0]))
+    for start in range(0, whole.shape[1], step):
+        yield start, whole[:, start : start + step].T
 
 
 def _write_float(file: _Data, name: str, row: int, tile: Tensor, offset: float) -> None:
