@@ -95,7 +95,7 @@ def _show_data(base: Checkpoint, options: TrainOptions, *, as_json: bool) -> Non
     """What would be learned, and the first documents; InputError as the training itself."""
     from qalora.adapter import ADAPTER_FILES
     from qalora.formats.output import check_output
-    from qalora.training.loop import planned_data
+    from qalora.training.plan import planned_data
 
     check_output(options.out, force=options.force, names=ADAPTER_FILES)
     account = planned_data(base, options)

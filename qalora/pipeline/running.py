@@ -35,7 +35,7 @@ from qalora.releasing.options import ReleaseOptions
 from qalora.releasing.package import preview
 from qalora.tensor import BITS
 from qalora.training.data import READING
-from qalora.training.loop import untrained
+from qalora.training.plan import untrained
 
 __all__ = ["Pipeline", "Row", "open_recipe", "run"]
 

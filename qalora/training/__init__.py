@@ -15,6 +15,7 @@ state        checkpoints
 distributed  a run in several processes
 interrupt    Ctrl-C waits for the step
 pace         what a run says of itself
+plan         what a run would train, and on what
 loop         steps, held-out loss, the adapter's folder
 """
 

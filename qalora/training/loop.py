@@ -17,25 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora.adapter import ADAPTER_FILES, Adapter, AdapterLayer, convert, write_adapter
+from qalora.adapter import ADAPTER_FILES, Adapter, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.devices import find_device
-from qalora.errors import DivergedError, InputError, OutputError, shown
+from qalora.errors import DivergedError, OutputError
 from qalora.folding import FLOAT16_MAX
 from qalora.formats.output import check_apart, check_writable, new_folder, write_json
 from qalora.options.train import TrainOptions
 from qalora.training.checks import check_before
 from qalora.training.compute import dtype_of
-from qalora.training.data import Blocks, training_blocks
+from qalora.training.data import Blocks
 from qalora.training.distributed import ALONE, Processes, joined
 from qalora.training.documents import Account
 from qalora.training.fast import SharedInput, refresh, share_inputs
 from qalora.training.interrupt import Interrupted, deferred
-from qalora.training.layer import FoldedLinear, folded_size
+from qalora.training.layer import FoldedLinear
 from qalora.training.lean import checkpoint_layers, fit
 from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.pace import Pace, Progress, StepReport
+from qalora.training.plan import data_of, targets_of
 from qalora.training.starting import SEQUENCES, first_rows
 from qalora.training.state import (
     State,
@@ -49,7 +50,7 @@ from qalora.training.state import (
 )
 from qalora.training.strength import Tried, at_strength, best_of, try_strengths
 
-__all__ = ["LOG", "planned_data", "train", "untrained"]
+__all__ = ["LOG", "train"]
 
 LOG = "training.json"
 
@@ -81,8 +82,8 @@ def train(
             check_apart(options.out, model.path)
             if processes.first:
                 check_writable(options.out)
-            targets = _targets(model, options)
-            training, evaluation = _data(model, options)
+            targets = targets_of(model, options)
+            training, evaluation = data_of(model, options)
             if processes.first:
                 on_account(training.account)
             run = _Run(model, options, targets, training, evaluation, processes)
@@ -95,63 +96,6 @@ def train(
                 if processes.first:
                     run.write(adapter, state)
     return adapter
-
-
-def untrained(model: Checkpoint, options: TrainOptions) -> Adapter:
-    """An adapter of the form that `train` gives, which adds nothing: to plan with. Raises as `train` does."""
-    layers = {}
-    for path in sorted(_targets(model, options)):
-        lazy = model.tensors[f"{path}.weight"]
-        pool = options.pool_size or (1 if lazy.spec is None else lazy.spec.group_size)
-        layers[path] = AdapterLayer(
-            a=torch.zeros(options.first_rank, lazy.shape[1] // pool),
-            b=torch.zeros(lazy.shape[0], options.first_rank),
-            pool_size=pool,
-            scaling=options.scaling,
-            factor=options.scaling,
-        )
-    return Adapter(layers=layers, convention="paper", minima=options.minima)
-
-
-def planned_data(model: Checkpoint, options: TrainOptions) -> Account:
-    """What `train` would learn; raises as it does where model or data are not as they should be."""
-    _targets(model, options)
-    return _data(model, options)[0].account
-
-
-def _targets(model: Checkpoint, options: TrainOptions) -> frozenset[str]:
-    """The modules to train."""
-    specs = {name.removesuffix(".weight"): model.tensors[name].spec for name in model.linears}
-    if not any(specs.values()):
-        raise InputError(
-            f"{model.path} holds no integers, and QA-LoRA is trained on integer weights",
-            todo=f"quantize it first: qalora quantize {model.path} -o DIR",
-        )
-    targets = {
-        module
-        for module, spec in specs.items()
-        if spec is not None
-        and (not options.target_modules or any(f".{module}".endswith(f".{end}") for end in options.target_modules))
-    }
-    unmatched = [end for end in options.target_modules if not any(f".{path}".endswith(f".{end}") for path in targets)]
-    if unmatched:
-        kinds = sorted({module.rpartition(".")[2] for module in specs})
-        raise InputError(field="target_modules", expected=f"some of {', '.join(kinds)}", got=shown(unmatched[0]))
-    for module, spec in sorted(specs.items()):
-        if spec is not None and spec.act_order:
-            raise InputError(
-                f"{module} was quantized with act-order: its groups are not runs of columns, and an adapter over them "
-                "cannot be folded",
-                todo="quantize without act-order",
-            )
-        if spec is not None and module in targets and options.pool_size is not None:
-            columns = model.tensors[f"{module}.weight"].shape[1]
-            folded_size(module, columns, spec.group_size, options.pool_size)
-    return frozenset(targets)
-
-
-def _data(model: Checkpoint, options: TrainOptions) -> tuple[Blocks, Blocks]:
-    return training_blocks(model, options.data, options.max_length, options.held_out)
 
 
 class _Run:

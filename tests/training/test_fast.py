@@ -16,7 +16,8 @@ from qalora.training import TrainOptions
 from qalora.training import layer as layers
 from qalora.training.fast import SharedInput, refresh, share_inputs
 from qalora.training.layer import FoldedLinear
-from qalora.training.loop import _data, _Run, _targets
+from qalora.training.loop import _Run
+from qalora.training.plan import data_of, targets_of
 from qalora.training.state import State
 
 OUTS = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
@@ -204,7 +205,7 @@ def losses(base: Checkpoint, text: Path, out: Path, weights: Any) -> tuple[Tenso
     chosen = TrainOptions(
         data=str(text), out=out, max_steps=24, rank=4, evaluate_every=6, max_length=32, weights=weights
     )
-    run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
+    run = _Run(base, chosen, targets_of(base, chosen), *data_of(base, chosen))
     state = State()
     run.to_the_end(state, lambda report: None)
     held_out = [loss for _, loss in state.held_out]

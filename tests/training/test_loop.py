@@ -24,7 +24,8 @@ from qalora.quantization import quantize
 from qalora.testing import random_tensor
 from qalora.training import StepReport, TrainOptions, train
 from qalora.training.fast import refresh
-from qalora.training.loop import _data, _order, _Run, _targets
+from qalora.training.loop import _order, _Run
+from qalora.training.plan import data_of, targets_of
 from qalora.training.state import State
 
 Leave = Callable[[Checkpoint, TrainOptions, int], None]
@@ -64,7 +65,7 @@ def test_the_trained_model_is_the_folded_model(
 ) -> None:
     """Written, read again, folded, and run: the very minima and, in float32, logits of the model that was trained."""
     chosen = options(text, tmp_path / "adapter", minima=minima, pool_size=pool_size, dtype=compute)
-    run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
+    run = _Run(base, chosen, targets_of(base, chosen), *data_of(base, chosen))
     run.to_the_end(State(), lambda report: None)
     train(base, chosen)
     folded = qalora.fold(base, tmp_path / "adapter")
@@ -107,8 +108,8 @@ def test_the_loss_falls_and_is_logged(base: Checkpoint, text: Path, tmp_path: Pa
 def test_the_held_out_loss_is_the_model_s_own(base: Checkpoint, text: Path, tmp_path: Path) -> None:
     """Against transformers' logits of the untrained base, in float64."""
     chosen = options(text, tmp_path / "adapter", max_steps=1)
-    kept, held = _data(base, chosen)
-    found = _Run(base, chosen, _targets(base, chosen), kept, held).evaluate()
+    kept, held = data_of(base, chosen)
+    found = _Run(base, chosen, targets_of(base, chosen), kept, held).evaluate()
     logits = build(base).double()(input_ids=held.tokens).logits
     wanted = nn.functional.cross_entropy(logits.flatten(0, 1), held.targets.flatten(), ignore_index=-100)
     # float32 logits of 64-term sums in a dozen layers, of values up to the largest logit
@@ -121,7 +122,7 @@ def test_a_step_is_adamw_on_the_mean_loss(base: Checkpoint, text: Path, tmp_path
     for name, batch, accumulation in (("a", 4, 1), ("b", 2, 2)):
         parts_of = {"batch_size": batch, "gradient_accumulation_steps": accumulation}
         chosen = options(text, tmp_path / name, max_steps=1, warmup=0.0, dtype="float32", **parts_of)
-        run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
+        run = _Run(base, chosen, targets_of(base, chosen), *data_of(base, chosen))
         run._optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
         run._optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
         loss = run._step(0)
@@ -221,7 +222,7 @@ def test_target_modules(base: Checkpoint, tiny: Path, text: Path, tmp_path: Path
     """The others are the base's, also where their minima are not float16's: the model is the folded one."""
     whole = quantize(load(tiny), bits=4, group_size=32, zeros="integer")
     chosen = options(text, tmp_path / "a", target_modules=("q_proj", "mlp.up_proj"))
-    run = _Run(whole, chosen, _targets(whole, chosen), *_data(whole, chosen))
+    run = _Run(whole, chosen, targets_of(whole, chosen), *data_of(whole, chosen))
     run.to_the_end(State(), lambda report: None)
     train(whole, chosen)
     names = read_header(tmp_path / "a" / "adapter_model.safetensors").entries
@@ -242,7 +243,7 @@ def test_steps_are_adamw_with_clipped_gradients_on_a_schedule(base: Checkpoint, 
     rate, decay, limit = 0.01, 0.1, 0.05
     more = {"learning_rate": rate, "weight_decay": decay, "max_gradient_norm": limit, "warmup": 0.34}
     chosen = options(text, tmp_path / "a", start="uniform", **more)
-    run = _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
+    run = _Run(base, chosen, targets_of(base, chosen), *data_of(base, chosen))
     parameters = run._parameters
     count = sum(parameter.numel() for parameter in parameters.values())
     moments = {name: [torch.zeros(p.shape, dtype=torch.float64) for _ in range(2)] for name, p in parameters.items()}
@@ -320,7 +321,7 @@ def test_bases_that_differ_in_one_layer_or_norm_are_told_apart(base: Checkpoint,
     chosen = options(text, tmp_path / "a")
 
     def digest(model: Checkpoint) -> str:
-        run = _Run(model, chosen, _targets(model, chosen), *_data(model, chosen))
+        run = _Run(model, chosen, targets_of(model, chosen), *data_of(model, chosen))
         return str(run._identity["model_sha256"])
 
     middle = base.linears[len(base.linears) // 2]

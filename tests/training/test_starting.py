@@ -14,7 +14,8 @@ from qalora.errors import InputError
 from qalora.folding import prove_fold
 from qalora.training import TrainOptions, train
 from qalora.training.fast import refresh
-from qalora.training.loop import _data, _order, _Run, _targets
+from qalora.training.loop import _order, _Run
+from qalora.training.plan import data_of, targets_of
 from qalora.training.starting import SEQUENCES, allocate, first_rows, principal_rows
 
 
@@ -24,7 +25,7 @@ def options(text: Path, out: Path, **changes: Any) -> TrainOptions:
 
 
 def run_of(base: Checkpoint, chosen: TrainOptions) -> _Run:
-    return _Run(base, chosen, _targets(base, chosen), *_data(base, chosen))
+    return _Run(base, chosen, targets_of(base, chosen), *data_of(base, chosen))
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

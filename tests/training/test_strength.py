@@ -15,7 +15,8 @@ from qalora.cli import main
 from qalora.converters.exports import export
 from qalora.errors import InputError
 from qalora.training import StepReport, TrainOptions, train
-from qalora.training.loop import _data, _Run, _targets
+from qalora.training.loop import _Run
+from qalora.training.plan import data_of, targets_of
 from qalora.training.strength import STRENGTHS, best_of, try_strengths
 
 
@@ -60,7 +61,7 @@ def test_it_is_a_factor_of_what_was_learned(base: Checkpoint, tmp_path: Path, st
         assert torch.equal(part.layers[path].a, layer.a)
         assert torch.equal(part.layers[path].b, layer.b * kept)
     folded = qalora.fold(base, tmp_path / "part")
-    run = _Run(folded, chosen, _targets(folded, chosen), *_data(folded, chosen))
+    run = _Run(folded, chosen, targets_of(folded, chosen), *data_of(folded, chosen))
     assert run.evaluate() == seen[-1].held_out, "an adapter of zeros on the folded model"
 
 
