@@ -214,6 +214,7 @@ def train(
     save_every: int = 100,
     weights: Literal["kept", "packed"] = "kept",
     gradient_checkpointing: bool = False,
+    shard: bool = False,
     progress: Callable[[StepReport], None] = lambda report: None,
 ) -> Adapter:
     """Train a QA-LoRA adapter on text, write it to the folder `out` and return it.

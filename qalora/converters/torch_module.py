@@ -6,6 +6,7 @@ twice. A `linear` factory decides what a decoder's linear layer is: by default a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,14 +34,18 @@ def float_linear(path: str, weight: LazyTensor, bias: Tensor | None) -> nn.Modul
     return linear
 
 
-def build(model: Checkpoint, linear: LinearFactory = float_linear) -> Any:
+def build(
+    model: Checkpoint, linear: LinearFactory = float_linear, complete: Callable[[nn.Module], None] = lambda layer: None
+) -> Any:
     """A transformers *ForCausalLM of the model in eval mode: float32, frozen, on the CPU.
+
+    complete  called with each decoder layer once its linear layers are in place, when its norms are not filled yet
 
     Raises InputError for a config that transformers does not take, FormatError for a tensor of another shape than the
     config says.
     """
     module = _empty(model.config, model.path)
-    names = set(model.linears)
+    names, waiting = set(model.linears), Counter(map(_decoder_layer, model.linears))
     for name in model.linears:
         path = name.removesuffix(".weight")
         _check_shape(model, name, module.get_submodule(path).weight)
@@ -48,6 +53,9 @@ def build(model: Checkpoint, linear: LinearFactory = float_linear) -> Any:
         layer = linear(path, model.tensors[name], None if bias is None else bias.load_float().float())
         names.add(f"{path}.bias")
         module.set_submodule(path, layer)
+        waiting[_decoder_layer(name)] -= 1
+        if not waiting[_decoder_layer(name)]:
+            complete(module.get_submodule(_decoder_layer(name)))
     for name, parameter in list(module.named_parameters()):
         if name.rsplit(".", 1)[0] + ".weight" not in names and parameter.is_meta:
             _fill(model, module, name, parameter)
@@ -57,6 +65,11 @@ def build(model: Checkpoint, linear: LinearFactory = float_linear) -> Any:
     if left:
         raise FormatError(f"{model.path}: missing tensor {left[0]}, which config.json requires")
     return module.eval()
+
+
+def _decoder_layer(name: str) -> str:
+    """model.layers.N, where a tensor of this name is."""
+    return ".".join(name.split(".")[:3])
 
 
 def _empty(config: Mapping[str, Any], where: object) -> Any:

@@ -29,7 +29,8 @@ class TrainOptions(Options):
     learning rate means the same. batch_size * gradient_accumulation_steps sequences make a step, which the processes
     share, where there are several: the step is the same for any number of them. The rate rises over `warmup` of the
     steps and falls linearly to 0. Adapter, AdamW and held-out losses are in float32, whatever layers multiply. Weights
-    "packed" and gradient_checkpointing give the same adapter, to the bit, in less memory and more time.
+    "packed" and gradient_checkpointing give the same adapter, to the bit, in less memory and more time; shard gives
+    that of as many processes without it.
     """
 
     data: str = option(
@@ -130,6 +131,13 @@ class TrainOptions(Options):
     gradient_checkpointing: bool = option(
         False,
         "Compute activations again in the backward pass: less memory, about a third more time, the same adapter.",
+        matters=False,
+        expert=True,
+    )
+    shard: bool = option(
+        False,
+        "Spread the base's weights over the processes (FSDP2): less memory in each, more to send, the same adapter.",
+        call=True,
         matters=False,
         expert=True,
     )

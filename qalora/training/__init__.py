@@ -13,6 +13,7 @@ starting     the rows that A starts with, and the rank of each layer
 loss         cross entropy without the whole logits
 state        checkpoints
 distributed  a run in several processes
+sharding     the base, spread over them
 interrupt    Ctrl-C waits for the step
 pace         what a run says of itself
 plan         what a run would train, and on what

@@ -32,7 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from qalora.errors import InputError, shown
 
-__all__ = ["ALONE", "Processes", "joined"]
+__all__ = ["ALONE", "Processes", "joined", "launched"]
 
 SENTENCE = 1000
 """Bytes of a text that processes tell each other."""
@@ -72,6 +72,20 @@ class Processes:
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Every process's rows [n, ...], as many in each, one after the other; itself in one process."""
+        if self.size == 1:
+            return rows
+        gathered = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        if rows.is_cpu:  # gloo gathers into memory of its own, of the whole size, and copies it
+            parts = torch.split(gathered, len(rows))
+            parts[self.rank].copy_(rows)
+            for rank, part in enumerate(parts):
+                _call(dist.broadcast, part, rank)
+        else:  # the new name of torch 2.13, which warns of the old one
+            _call(getattr(dist, "all_gather_single", dist.all_gather_into_tensor), gathered, rows)
+        return gathered
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A block that every process runs, and none leaves before all are through it.
@@ -92,6 +106,16 @@ class Processes:
         for sentence in sentences:
             if sentence:
                 raise InputError(sentence)
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """A block in which torch sends something by itself: an end of another process is said as elsewhere."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise _lost(error) from error
 
     def check_same(self, facts: Mapping[str, object]) -> None:
         """InputError that names the first of some facts (their text, shortened) that is not the same in all."""
@@ -128,6 +152,13 @@ class Processes:
 
 ALONE = Processes()
 """The one process of a run without a launcher."""
+
+
+def launched() -> int:
+    """How many processes a launcher started, or a caller of torch.distributed; InputError as `joined` raises it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return _number("WORLD_SIZE", 1)
 
 
 @contextmanager
@@ -189,7 +220,9 @@ def _call(collective: Callable[..., object], *tensors: object) -> None:
     try:
         collective(*tensors)
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"another process of this run has ended ({reason[:200]})", todo="continue with `resume`"
-        ) from error
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"another process of this run has ended ({reason[:200]})", todo="continue with `resume`")

@@ -74,14 +74,20 @@ class SharedInput:
             rows[:, self.added] = change
 
     def weight(self) -> Tensor:
-        """The weight; made of the packed codes where it was not kept, to the same bits."""
+        """The weight; made of the packed codes where it was not kept, to the same bits.
+
+        Without a `refresh` so far min' - min are made too, of the parameters as they are now.
+        """
         if self._kept is not None:
             return self._kept
         device = self.layers[0].packed.device
         filled = self._fill(torch.empty(self.size, dtype=self.dtype, device=device))
-        if self._change is not None:
-            filled[:, self.added] = self._change
+        if self.trained:
+            filled[:, self.added] = self._changes() if self._change is None else self._change
         return filled
+
+    def _changes(self) -> Tensor:
+        return torch.cat([folded_changes([layer])[0] for layer in self.layers])
 
     def joined(self, rows: Tensor, pooled: Tensor) -> Tensor:
         """[x | pool(x) | zeros]."""

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qalora.adapter import ADAPTER_FILES, Adapter, convert, write_adapter
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
+from qalora.converters.torch_module import LinearFactory
 from qalora.devices import find_device
 from qalora.errors import DivergedError, OutputError
 from qalora.folding import FLOAT16_MAX
@@ -37,6 +39,7 @@ from qalora.training.lean import checkpoint_layers, fit
 from qalora.training.loss import IGNORED, summed_cross_entropy
 from qalora.training.pace import Pace, Progress, StepReport
 from qalora.training.plan import data_of, targets_of
+from qalora.training.sharding import Sharding, Table, whole
 from qalora.training.starting import SEQUENCES, first_rows
 from qalora.training.state import (
     State,
@@ -44,6 +47,7 @@ from qalora.training.state import (
     fingerprint,
     forget_state,
     has_state,
+    layer_digest,
     read_ranks,
     read_state,
     write_state,
@@ -90,8 +94,9 @@ def train(
             state = run.resumed() if options.resume else State()
         run.check_same(state)
         with deferred(options.save_every > 0) as interrupted:
-            run.to_the_end(state, progress if processes.first else lambda report: None, interrupted)
-            adapter = convert(run.adapter(), options.convention)
+            with processes.noticing():
+                run.to_the_end(state, progress if processes.first else lambda report: None, interrupted)
+                adapter = convert(run.adapter(), options.convention)
             with processes.together():
                 if processes.first:
                     run.write(adapter, state)
@@ -110,12 +115,12 @@ class _Run:
         evaluation: Blocks,
         processes: Processes = ALONE,
     ) -> None:
-        from qalora.converters.torch_module import build
-
         self._options, self._training, self._evaluation, self._processes = options, training, evaluation, processes
         self._device = find_device(options.device)
         self._dtype = dtype_of(options.dtype, self._device)
+        self._sharding = Sharding(processes, self._device) if options.shard else None
         self._layers: dict[str, FoldedLinear] = {}
+        digests: dict[str, bytes] = {}
         self._tried: Tried = ()
         self._pace = Pace()
         self._say: Callable[[], None] = lambda: None
@@ -140,18 +145,18 @@ class _Run:
             )
             if trained:
                 self._layers[path] = layer
+            digests[path] = layer_digest(layer)
             return layer
 
-        self._module = build(model, linear).to(self._device)
+        self._build(model, linear)
         decoder = decoder_of(model.config, model.path)
         self._softcap, self._divisor = decoder.logit_softcap, decoder.logit_divisor
         self._shared: list[SharedInput] = []
         if self._dtype != torch.float32 or options.weights == "kept":
             fit(self._module, decoder, self._dtype)
             layers = ((path, part) for path, part in self._module.named_modules() if isinstance(part, FoldedLinear))
-            self._shared = share_inputs(layers, self._dtype, keep=options.weights == "kept")
-        head = self._module.lm_head.weight
-        self._heads = {dtype: head.detach().to(dtype) for dtype in (torch.float32, self._dtype)}
+            shared = share_inputs(layers, self._dtype, keep=options.weights == "kept" and not options.shard)
+            self._shared = [] if options.shard else shared
         if options.gradient_checkpointing:
             checkpoint_layers(self._module)
         self._take_parameters()
@@ -166,8 +171,22 @@ class _Run:
         self._identity = {
             **self._chosen,
             "data_sha256": training.digest() + evaluation.digest(),
-            "model_sha256": fingerprint(model.config, self._module),
+            "model_sha256": fingerprint(model.config, self._module, digests),
         }
+
+    def _build(self, model: Checkpoint, linear: LinearFactory) -> None:
+        """The module on its device, the embedding, and the output layer in each dtype that it is used in."""
+        from qalora.converters.torch_module import build
+
+        if self._sharding is None:
+            self._module = build(model, linear).to(self._device)
+            self._embedding = Table(self._module.model.embed_tokens.weight.detach())
+            head = Table(self._module.lm_head.weight.detach())
+        else:
+            self._module = build(model, linear, self._sharding.take_layer)
+            self._embedding, head = self._sharding.take_rest(self._module)
+            self._module.to(self._device)
+        self._heads = {dtype: head.to(dtype) for dtype in (torch.float32, self._dtype)}
 
     def _take_parameters(self) -> None:
         """The layers' A and B by name, and a new optimizer for them."""
@@ -345,7 +364,7 @@ class _Run:
         count = max(1, int((targets != IGNORED).sum()))
         total = 0.0
         for rows in self._forwards(sequences, self._options.batch_size):
-            loss = self._loss(tokens[rows], targets[rows], self._dtype)
+            loss = self._loss(*_of_rows(tokens, targets, rows), self._dtype)
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
             if say:
@@ -354,17 +373,25 @@ class _Run:
         return self._processes.sum(total) / count
 
     def _forwards(self, sequences: int, most: int) -> Iterator[Tensor]:
-        """This process's share of some sequences, so many at most at a time."""
-        return (rows for rows in torch.split(self._processes.share(sequences), most) if len(rows))
+        """This process's share of some sequences, so many at most at a time; where the base is spread over processes,
+        none at the end, so that all make as many forwards.
+        """
+        forwards = [rows for rows in torch.split(self._processes.share(sequences), most) if len(rows)]
+        if self._sharding is not None:
+            all_of_them = math.ceil(math.ceil(sequences / self._processes.size) / most)
+            forwards += [torch.empty(0, dtype=torch.int64)] * (all_of_them - len(forwards))
+        return iter(forwards)
 
     def _loss(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        embedded = self._module.model.embed_tokens(tokens.to(self._device)).to(dtype)
+        table = {"weight": self._embedding.whole()}
+        embedded = functional_call(self._module.model.embed_tokens, table, tokens.to(self._device)).to(dtype)
+        del table
         out = self._module.model(inputs_embeds=embedded, use_cache=False)
         hidden = out.last_hidden_state.flatten(0, 1)
         if self._divisor != 1.0:  # of the logits, which are linear in it
             hidden = hidden / self._divisor
         flat_targets = targets.to(self._device).flatten()
-        return summed_cross_entropy(hidden, self._heads[dtype], flat_targets, self._softcap)
+        return summed_cross_entropy(hidden, self._heads[dtype].whole(), flat_targets, self._softcap)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -373,7 +400,8 @@ class _Run:
         total = 0.0
         self._pace.begin()
         for rows in self._forwards(len(self._evaluation), max(options.batch_size, EVALUATED // options.max_length)):
-            total += self._loss(*self._evaluation.take(rows), torch.float32).item()
+            held_out = self._evaluation.tokens, self._evaluation.targets
+            total += self._loss(*_of_rows(*held_out, rows), torch.float32).item()
             self._pace.evaluated(len(rows) * self._processes.size)
             self._say()
         return self._processes.sum(total) / int((self._evaluation.targets != IGNORED).sum())
@@ -384,8 +412,7 @@ class _Run:
         DivergedError for minima that float16 does not reach.
         """
         with at_strength(list(self._layers.values()), best_of(self._tried)[0]):
-            for path, layer in self._layers.items():
-                largest = float(layer.folded().abs().max())
+            for path, largest in self._largest_minima():
                 if self._options.minima == "float16" and not largest <= FLOAT16_MAX:
                     raise DivergedError(
                         f"the minima of {path}",
@@ -399,6 +426,14 @@ class _Run:
                 minima=self._options.minima,
             )
 
+    def _largest_minima(self) -> Iterator[tuple[str, float]]:
+        """The largest |min'| of each layer that is trained."""
+        paths = {layer: path for path, layer in self._layers.items()}
+        for decoder_layer in self._module.model.layers:
+            with whole(decoder_layer):
+                for layer in filter(paths.__contains__, decoder_layer.modules()):
+                    yield paths[layer], float(layer.folded().abs().max())
+
     def log(self, state: State) -> dict[str, Any]:
         """What training.json holds. The last held-out loss is that of the adapter that is written."""
         strength, last = best_of(self._tried)
@@ -410,6 +445,7 @@ class _Run:
                 "weights": self._options.weights,
                 "gradient_checkpointing": self._options.gradient_checkpointing,
                 **({"processes": self._processes.size} if self._processes.size > 1 else {}),
+                **({"shard": True} if self._options.shard else {}),
             },
             "data_sha256": self._identity["data_sha256"],
             "data": self._training.account.to_json(),
@@ -421,6 +457,13 @@ class _Run:
             "strength": strength,
             "strengths": [{"strength": tried, "held_out_loss": _short(loss)} for tried, loss in self._tried],
         }
+
+
+def _of_rows(tokens: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequences of these numbers; for none the first, of which nothing is learned."""
+    if len(rows):
+        return tokens[rows], targets[rows]
+    return tokens[:1], torch.full_like(targets[:1], IGNORED)
 
 
 def _short(value: float) -> float:

@@ -41,6 +41,7 @@ __all__ = [
     "fingerprint",
     "forget_state",
     "has_state",
+    "layer_digest",
     "read_ranks",
     "read_state",
     "write_state",
@@ -255,16 +256,26 @@ def _load(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.O
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
 
 
-def fingerprint(config: Mapping[str, Any], module: nn.Module) -> str:
-    """SHA-256 of the config, of every quantized layer's scales and minima, and of norms and biases: what tells one base
-    from another.
+def layer_digest(layer: FoldedLinear) -> bytes:
+    """SHA-256 of a layer's scales and minima."""
+    digest = hashlib.sha256()
+    for value in (layer.scale, layer.minimum):
+        digest.update(value.contiguous().cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def fingerprint(config: Mapping[str, Any], module: nn.Module, layers: Mapping[str, bytes]) -> str:
+    """SHA-256 of the config, of the digest of every quantized layer, and of norms and biases: what tells one base from
+    another.
+
+    layers  `layer_digest` of each, by its module path
     """
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8"))
     for path, part in module.named_modules():
-        values = [part.scale, part.minimum] if isinstance(part, FoldedLinear) else []
-        values += [parameter.detach() for parameter in part.parameters(recurse=False) if parameter.ndim == 1]
-        for value in values:
+        digests = [layers[path]] if path in layers else []
+        vectors = (parameter.detach() for parameter in part.parameters(recurse=False) if parameter.ndim == 1)
+        for data in [*digests, *(vector.contiguous().cpu().numpy().tobytes() for vector in vectors)]:
             digest.update(path.encode("utf-8"))
-            digest.update(value.contiguous().cpu().numpy().tobytes())
+            digest.update(data)
     return digest.hexdigest()

@@ -142,6 +142,13 @@ def _(world: World) -> None:
     assert held[True] != held[False]
 
 
+@effect("train", "shard")
+def _(world: World) -> None:
+    """tests/training/test_distributed.py has what it does with several processes."""
+    with pytest.raises(InputError, match="expected several processes, to spread the base over, got one"):
+        world.trained("a", shard=True)
+
+
 def left(world: World, name: str, **options: Any) -> Path:
     """A run that was left after its second step; gives its output."""
 

@@ -20,6 +20,7 @@ from qalora.demo import demo_text
 from qalora.errors import InputError
 from qalora.testing import byte_tokenizer, tiny_llama
 from qalora.training.distributed import ALONE, Processes, joined
+from qalora.training.sharding import Table
 from said import besides_data
 
 STEPS = 4
@@ -102,7 +103,7 @@ def ours(stderr: str) -> list[str]:
     return besides_data(lines)
 
 
-def assert_same_training(one: Path, other: Path, processes: int) -> None:
+def assert_same_training(one: Path, other: Path, processes: int, *, shard: bool = False) -> None:
     """The same up to the order of float32 sums.
 
     A loss is of logits from 64-term sums in a dozen products: 12 * 64 * 2^-24 of the largest. Gradients differ by 2^-14
@@ -113,6 +114,7 @@ def assert_same_training(one: Path, other: Path, processes: int) -> None:
     logs = [json.loads((folder / "training.json").read_text("utf-8")) for folder in (one, other)]
     assert "processes" not in logs[0]["options"]
     assert logs[1]["options"].pop("processes") == processes
+    assert logs[1]["options"].pop("shard", False) == shard
     curves = [log.pop("losses") + [entry["loss"] for entry in log["held_out"]] for log in logs]
     for log in logs:
         for entry in log["held_out"]:
@@ -241,6 +243,157 @@ def test_the_launcher_ends_a_run_of_which_a_process_was_killed(by_torchrun: Star
     assert len(ours(stderr)) <= 1  # the launcher may end the other before it has noticed
     assert (tmp_path / "adapter.checkpoint" / "state.json").is_file()
     assert not (tmp_path / "adapter").exists()
+
+
+# ---- a base that is spread over the processes
+
+FIVE = ("--batch-size", 1, "--gradient-accumulation-steps", 5)
+"""Two processes have 3 and 2 sequences of a step, each a forward of its own: one of them makes an idle one."""
+
+SPREAD: dict[str, tuple[object, ...]] = {
+    "float32": FIVE,
+    "bfloat16": ("--dtype", "bfloat16", "--gradient-checkpointing", "--rank", "auto", "--budget", 6000),
+    "packed": (*FIVE, "--weights", "packed", "--target-modules", "q_proj", "--target-modules", "down_proj"),
+}
+
+COUNT = """
+import gc, json, sys
+import torch
+import qalora.training.loop as loop
+from torch.distributed.tensor import DTensor
+from qalora.training.layer import FoldedLinear
+from qalora.training.sharding import Table
+held = loop._schedule
+def schedule(*given):
+    found = gc.get_objects()
+    mine = whole = 0
+    for layer in (one for one in found if type(one) is FoldedLinear):
+        for value in (layer.packed, layer.scale, layer.minimum):
+            mine += (value.to_local() if isinstance(value, DTensor) else value).nbytes
+            whole += value.nbytes
+    tables = {one._rows.data_ptr(): len(one._rows) for one in found if type(one) is Table}
+    codes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found
+             if type(one) in (torch.Tensor, torch.nn.Parameter) and one.dtype == torch.uint8}
+    counted = {"mine": mine, "whole": whole, "rows": list(tables.values()), "codes": sum(codes.values())}
+    sys.stderr.write(f"counted {json.dumps(counted)}\\n")
+    return held(*given)
+loop._schedule = schedule
+"""
+"""What a process holds of the base at the end of a step's backward, to stderr: bytes of the layers, and of every uint8
+tensor that there is, and rows of each table."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SPREAD)
+def test_a_base_that_is_spread_trains_to_the_same_bits(forked: Start, place: Path, tmp_path: Path, kind: str) -> None:
+    """Each process holds half of the base's bytes: every weight here has an even number of rows."""
+    counts = {}
+    for name, flags in (("kept", ()), ("spread", ("--shard",))):
+        words = train(place, tmp_path / name, *SPREAD[kind], *flags)
+        statuses, stderr = forked(2, words, before=COUNT)
+        assert statuses == [0, 0], stderr
+        assert "Warning" not in stderr
+        lines = [line.removeprefix("counted ") for line in stderr.splitlines() if line.startswith("counted ")]
+        assert len(lines) == 2 * STEPS
+        (line,) = set(lines)
+        counts[name] = json.loads(line)
+    kept, spread = counts["kept"], counts["spread"]
+    assert kept["mine"] == kept["whole"] == spread["whole"] == 2 * spread["mine"] > 0
+    assert [-(-rows // 2) for rows in kept["rows"]] == spread["rows"]
+    assert kept["codes"] == 2 * spread["codes"] > 0
+    assert_same_bytes(tmp_path / "kept", tmp_path / "spread")
+
+
+def assert_same_bytes(kept: Path, spread: Path) -> None:
+    """The same adapter, and the same log but for the word that says it was spread."""
+    logs = [json.loads((folder / "training.json").read_text("utf-8")) for folder in (kept, spread)]
+    logs[1]["options"].pop("shard", None)
+    assert logs[0] == logs[1]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (kept, spread)]
+    assert names[0] == names[1]
+    for name in set(names[0]) - {"training.json"}:
+        assert (kept / name).read_bytes() == (spread / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_a_base_that_is_spread_or_not(forked: Start, place: Path, tmp_path: Path) -> None:
+    """Steps 1 and 3 and 4 spread, step 2 not: the bytes of a run without it."""
+    assert forked(2, train(place, tmp_path / "kept"))[0] == [0, 0]
+    out, stop = tmp_path / "adapter", IN_STEP_2.replace("steps == 2", "steps == 1").format(number="SIGINT")
+    for flags, before, status in (
+        (("--shard",), stop, 1),
+        (("--resume",), stop, 1),
+        (("--resume", "--shard"), "", 0),
+    ):
+        statuses, stderr = forked(2, train(place, out, *flags), before=before)
+        assert statuses == [status, status], stderr
+    assert_same_bytes(tmp_path / "kept", out)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_torchrun_spreads_a_base(place: Path, tmp_path: Path) -> None:
+    done = launched(TORCHRUN, 2, "-m", "qalora", *train(place, tmp_path / "adapter", "--shard"))
+    assert done.returncode == 0, done.stderr
+    assert_same_training(place / "one", tmp_path / "adapter", 2, shard=True)
+
+
+@pytest.mark.slow
+def test_one_process_has_nothing_to_spread_over(forks: Forks, place: Path, tmp_path: Path) -> None:
+    done = forks.run("-m", "qalora", *train(place, tmp_path / "adapter", "--shard"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        "qalora: --shard: expected several processes, to spread the base over, got one; "
+        "start them with torchrun --nproc-per-node 2 -m qalora train ...\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+IN_A_LAYER = """
+import os, signal
+import qalora.training.fast as fast
+import qalora.training.loop as loop
+held, weight, left = loop._schedule, fast.SharedInput.weight, None
+def schedule(*given):
+    global left
+    left = 3
+    return held(*given)
+def counted(self):
+    global left
+    if left is not None and os.environ["RANK"] == "1":
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return weight(self)
+loop._schedule, fast.SharedInput.weight = schedule, counted
+"""
+"""A process is killed in the first layer of step 2, while the other waits for the second layer's weights."""
+
+
+@pytest.mark.slow
+def test_the_others_notice_a_kill_while_a_layer_is_gathered(forked: Start, place: Path, tmp_path: Path) -> None:
+    words = train(place, tmp_path / "adapter", "--shard", "--save-every", 1, "--evaluate-every", 0)
+    statuses, stderr = forked(2, words, before=IN_A_LAYER)
+    assert statuses == [2, -signal.SIGKILL], stderr
+    (sentence,) = ours(stderr)
+    assert sentence.startswith("qalora: another process of this run has ended (")
+    assert sentence.endswith("; continue with --resume")
+    assert (tmp_path / "adapter.checkpoint" / "state.json").is_file()
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_a_table_is_its_processes_rows(rows: int, size: int) -> None:
+    weight = torch.rand(rows, 3)
+    parts = [Table.spread(weight, Processes(rank=n, size=size), torch.device("cpu")) for n in range(size)]
+    held = [part._rows for part in parts]
+    assert {len(part) for part in held} == {-(-rows // size)}
+    assert torch.equal(torch.cat(held)[:rows], weight)
+    assert {part.untyped_storage().nbytes() for part in held} == {-(-rows // size) * 3 * 4}  # no view of the whole
+
+
+# ---- parts
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 100])
