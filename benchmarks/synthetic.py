@@ -1,10 +1,10 @@
 """Write a synthetic Llama of a real model's shape, a layer at a time: random codes, or random floats.
 
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 16},
-python benchmarks/synthetic.py FOLDER [--shape 1b|8b|70b] [--layers N] [--bits 4] [--group-size 32] [--floats]
+python benchmarks/synthetic.py FOLDER [--shape SHAPE] [--layers N] [--bits 4] [--group-size 32] [--floats]
 
-Shapes are those of Llama 3.2 1B, 3.1 8B and 3.1 70B. Floats are bfloat16, normal with a deviation of its own for each
-row, as trained weights have; they come with SmolLM2's tokenizer, whose tokens are among the vocabulary's 128,256.
+1b, 8b and 70b are the shapes of Llama 3.2 1B, 3.1 8B and 3.1 70B. Floats are bfloat16, normal with a deviation of its
+own for each row, as trained weights have; they come with SmolLM2's tokenizer, whose tokens are among the vocabulary's
+128,256.
 """
 
 from __future__ import annotations
@@ -28,6 +28,22 @@ from qalora.tensor import GroupQuantTensor, QuantSpec, packed_row_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 16},
+    "least": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "small": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -41,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config_of(shape: str, layers: int | None) -> dict[str, Any]:
-    """A Llama config of a shape, with 8 key-value heads and a vocabulary of 128,256."""
+    """A Llama config of a shape, with 8 key-value heads, and a vocabulary of 128,256 where the shape has none."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
