@@ -21,6 +21,7 @@ from qalora.converters.decoder import decoder_of, tensor_shape
 from qalora.converters.families import Family, text_family
 from qalora.converters.format import Layout, exact
 from qalora.converters.settings import bias_names, linear_names, norm_names, settings_of
+from qalora.converters.variants import as_family
 from qalora.errors import FormatError, InputError
 from qalora.formats.around import instead_of_config
 from qalora.formats.files import check_content, contained, may_be_of_the_hub
@@ -111,8 +112,7 @@ def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:
 
 def read(folder: Path) -> Checkpoint:
     """Open a float model folder; reads config and headers only."""
-    config, stored = read_config(folder), stored_tensors(folder)
-    notes: tuple[str, ...] = ()
+    config, stored, notes = as_family(read_config(folder), stored_tensors(folder), folder)
     family = text_family(config)
     if family is not None:
         config, stored, notes = _text_part(config, family, stored, folder)

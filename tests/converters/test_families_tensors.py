@@ -1,6 +1,7 @@
 """What tensors a family has, in folders and in GGUF files: read by transformers, or missing, or called otherwise."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,68 @@ def test_the_text_part_of_gemma_3_is_read(renamed: bool, gemma: Path, tmp_path: 
         found = module(input_ids=TOKENS).logits
         noise = float((module.double()(input_ids=TOKENS).logits - found).abs().max())
     assert float((found - wanted).abs().max()) <= 8 * noise  # as in test_families
+
+
+@pytest.fixture(scope="module")
+def granite_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Granite 4 without experts and Mamba, as transformers saves it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "shared_intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    factors = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1}
+    plain = {"num_local_experts": 0, "position_embedding_type": "rope", "layer_types": ["attention"] * 2}
+    more = {"vocab_size": 256, "num_key_value_heads": 2, "logits_scaling": 6.0, "tie_word_embeddings": True}
+    config = AutoConfig.for_model("granitemoehybrid", **sizes, **factors, **plain, **more)
+    torch.manual_seed(1)
+    whole = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+    folder = tmp_path_factory.mktemp("granite") / "model"
+    whole.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_granite_4_without_experts_is_a_granite(published: bool, granite_4: Path, tmp_path: Path) -> None:
+    """Against transformers' own class; its config as transformers 5 writes it, and as it is published."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(granite_4, tmp_path / "model")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    if published:
+        path = tmp_path / "model" / "config.json"
+        config = json.loads(path.read_text())
+        del config["rope_parameters"]
+        config |= {"layer_types": ["attention"] * 2, "rope_theta": 10000, "rope_scaling": None}
+        path.write_text(json.dumps(config))
+    model = load(tmp_path / "model")
+    assert "is a granite: it is read as one" in model.notes[0]
+    assert not [key for key in model.config if key.startswith(("mamba", "shared"))]
+    with torch.no_grad():
+        wanted, module = whole(input_ids=TOKENS).logits, build(model)
+        found = module(input_ids=TOKENS).logits
+        noise = float((module.double()(input_ids=TOKENS).logits - found).abs().max())
+    assert float((found - wanted).abs().max()) <= 8 * noise  # as in test_families
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_local_experts": 8}, "num_local_experts: expected 0: of granitemoehybrid, what a granite computes"),
+        ({"position_embedding_type": "nope"}, 'position_embedding_type: expected "rope"'),
+        ({"layer_types": ["attention", "mamba"]}, "layer_types: expected attention or full_attention alone"),
+        ({"layer_types": None}, "layer_types: expected attention or full_attention alone"),
+    ],
+)
+def test_a_granite_4_that_is_no_granite_is_refused(
+    changes: dict[str, Any], words: str, granite_4: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(granite_4, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=words):
+        load(tmp_path / "model")
 
 
 TWICE: dict[str, tuple[bool, dict[str, Any], dict[str, Any], str]] = {

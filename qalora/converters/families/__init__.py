@@ -12,6 +12,7 @@ from qalora.converters.families import (
     gemma3_text,
     glm4,
     granite,
+    granitemoehybrid,
     hunyuan_v1_dense,
     llama,
     ministral3,
@@ -24,10 +25,21 @@ from qalora.converters.families import (
     seed_oss,
     smollm3,
 )
-from qalora.converters.families.record import EVERYWHERE, LAYER_KINDS, Family, LayerParts
+from qalora.converters.families.record import EVERYWHERE, LAYER_KINDS, Family, LayerParts, Variant
 from qalora.errors import InputError, shown
 
-__all__ = ["FAMILIES", "LAYER_KINDS", "SOME", "Family", "LayerParts", "family_of", "reads", "text_family"]
+__all__ = [
+    "FAMILIES",
+    "LAYER_KINDS",
+    "SOME",
+    "VARIANTS",
+    "Family",
+    "LayerParts",
+    "Variant",
+    "family_of",
+    "reads",
+    "text_family",
+]
 
 _ALL = (
     llama.FAMILY,
@@ -48,6 +60,9 @@ _ALL = (
     exaone4.FAMILY,
     ministral3.FAMILY,
 )
+
+VARIANTS: dict[str, Variant] = {variant.model_type: variant for variant in (granitemoehybrid.VARIANT,)}
+"""What is read as a family of another name, by transformers' config.model_type."""
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 """Each family by transformers' config.model_type."""

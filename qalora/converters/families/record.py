@@ -27,6 +27,7 @@ __all__ = [
     "LayerParts",
     "LlamaCpp",
     "MlxLm",
+    "Variant",
 ]
 
 Names = tuple[tuple[str, str], ...]
@@ -277,3 +278,27 @@ class Family:
         what is read back, and w' + 1 is the same again.
         """
         return self.norm_offset and name.endswith("norm.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Another model_type, some of whose models are ones of a family under other names.
+
+    model_type  transformers' config.model_type
+    family      the model_type of the family
+    which       the models that are ones of the family, in words
+    only        what a config has to say, so that its model is one of the family
+    lists       the words that a list in a config may hold then
+    keys        the family's key of a number, and the one here
+    dropped     how the keys begin that say nothing in the family
+    modules     a module of a layer, and the family's modules whose rows it holds, equally many each
+    """
+
+    model_type: str
+    family: str
+    which: str
+    only: Mapping[str, Any]
+    lists: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, str]
+    dropped: tuple[str, ...]
+    modules: Mapping[str, tuple[str, ...]]
