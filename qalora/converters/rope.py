@@ -187,17 +187,24 @@ def _completed(
     return result
 
 
-def stretched(parameters: Mapping[str, Any], size: int, where: object) -> dict[str, Any]:
+def stretched(parameters: Mapping[str, Any], settings: Mapping[str, Any], where: object) -> dict[str, Any]:
     """`rope_parameters` of the default kind with the frequencies that a dynamic one with a fixed alpha has.
 
-    size  of a head, more than 2
+    settings  they have the size of a head, which is more than 2
 
     Source: transformers, modeling_hunyuan_v1_dense.py, compute_ntk_alpha_rope_parameters.
     """
+    hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    size = settings.get("head_dim")
+    if size is None and type(hidden) is int and type(heads) is int and heads > 0:
+        size = hidden // heads
     if type(size) is not int or size <= 2:
         raise InputError(f"{where}: head size", expected="more than 2 for a rope with alpha", got=shown(size))
     theta, alpha = (_number(where, key, parameters[key]) for key in ("rope_theta", ALPHA))
-    base = theta * alpha ** (size / (size - 2))
+    try:
+        base = float(theta) * float(alpha) ** (size / (size - 2))
+    except OverflowError:
+        base = math.inf
     return {"rope_type": "default", "rope_theta": _number(where, "rope_theta", base)}
 
 

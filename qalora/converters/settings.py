@@ -16,6 +16,7 @@ __all__ = [
     "ATTENTION_SCALE",
     "EMBEDDING_SCALE",
     "LOGIT_DIVISOR",
+    "MULTIPLIERS",
     "RESIDUAL_SCALE",
     "bias_names",
     "check_config",
@@ -27,6 +28,7 @@ __all__ = [
 
 EMBEDDING_SCALE, RESIDUAL_SCALE = "embedding_multiplier", "residual_multiplier"
 ATTENTION_SCALE, LOGIT_DIVISOR = "attention_multiplier", "logits_scaling"
+MULTIPLIERS = (EMBEDDING_SCALE, RESIDUAL_SCALE, ATTENTION_SCALE, LOGIT_DIVISOR)
 """Granite's names of its factors, which another family may have too."""
 
 
@@ -44,8 +46,7 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
         settings["layer_types"] = [family.aliases.get(kind, kind) if isinstance(kind, str) else kind for kind in types]
     joined = joined_parameters(settings, where, family.rope_aliases, family.rope_keys)
     if joined.get(ALPHA):
-        size = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
-        joined = stretched(joined, size, where)
+        joined = stretched(joined, settings, where)
     return {**{key: value for key, value in settings.items() if key not in PLACES}, "rope_parameters": joined}
 
 
@@ -87,6 +88,8 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     epsilon = settings.get("rms_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise InputError(f"{where}: rms_norm_eps", expected="a number between 0 and 1", got=shown(epsilon))
+    for key in (key for key in MULTIPLIERS if key in settings and settings[key] is None):
+        raise InputError(f"{where}: {key}", expected="a number above 0", got="null")
     for key in _FACTORS:
         value = settings.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9):
@@ -133,10 +136,7 @@ _FACTORS = (
     "query_pre_attn_scalar",
     "attn_logit_softcapping",
     "final_logit_softcapping",
-    EMBEDDING_SCALE,
-    RESIDUAL_SCALE,
-    ATTENTION_SCALE,
-    LOGIT_DIVISOR,
+    *MULTIPLIERS,
 )
 """Factors that a family may have; one that it has not is not in its settings."""
 

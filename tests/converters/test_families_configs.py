@@ -21,7 +21,7 @@ from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperp
 from qalora.converters.gguf.names import gguf_names
 from qalora.converters.huggingface import _text_part
 from qalora.converters.onnx.decoder import check_decoder
-from qalora.converters.settings import check_config, settings_of
+from qalora.converters.settings import bias_names, check_config, settings_of
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value
 from tests.support.published_configs import PUBLISHED as LATER
@@ -241,7 +241,9 @@ def test_published_models_have_a_place_in_gguf(name: str) -> None:
     entries = hyperparameters(decoder, settings_of(config, name), name)
     metadata = Metadata(entries={**entries, "general.architecture": Value.text(decoder.family.gguf.architecture)})
     assert family_of_metadata(metadata, name) is decoder.family
+    names = gguf_names(decoder.family, len(decoder.layers))
     shapes = {"token_embd.weight": (decoder.vocabulary, decoder.hidden)}
+    shapes |= {names[bias]: (0,) for bias in bias_names(config, name)}
     again = config_of(metadata, decoder.family, name, shapes=shapes, factors=factor_tensors(decoder))
     assert essentials(again) == essentials(config)
 
@@ -389,9 +391,9 @@ def test_damaged_configs_raise_input_errors_only(name: str) -> None:
             key = rng.choice([*config, *more])
             inner = config.get(key)
             if isinstance(inner, dict) and inner and rng.random() < 0.7:
-                inner[rng.choice(list(inner))] = rng.choice(ABSURD)
+                inner[rng.choice(list(inner))] = copy.deepcopy(rng.choice(ABSURD))
             else:
-                config[key] = rng.choice(ABSURD)
+                config[key] = copy.deepcopy(rng.choice(ABSURD))
         with contextlib.suppress(InputError):
             check_config(config, "here")
             decoder = decoder_of(config, "here")

@@ -87,7 +87,10 @@ def config_of(
         known = isinstance(token, int) and 0 <= token < vocab_size
         config[ours] = token if known else None  # transformers' classes have numbers of their own for what is not said
     _check_sizes(read, family, config)
-    return config | _of_the_family(read, family, config) | _carried_by(metadata, where)
+    carried = _carried_by(metadata, where)
+    if family.local_rope:  # it is in the object of its kind of layer
+        carried.pop("rope_parameters", None)
+    return config | _of_the_family(read, family, config) | carried
 
 
 def config_notes(metadata: Metadata, family: Family, where: Path) -> tuple[str, ...]:
