@@ -7,10 +7,12 @@ from pathlib import Path
 
 from qalora.adapter import Convention
 from qalora.converters import load, loras
+from qalora.errors import InputError
 from qalora.formats.output import Progress
 from qalora.inspection.adapter import inspect_adapter, inspect_lora
 from qalora.inspection.model import inspect_model
 from qalora.inspection.records import AdapterReport, FolderReport, ModelReport, Report
+from qalora.inspection.unknown import unknown_family
 
 __all__ = ["inspect"]
 
@@ -53,7 +55,12 @@ def _one(
     for kind in loras().values() if place.is_file() else ():
         if kind.holds(place):
             return inspect_lora(place, kind)
-    model = load(path, checkpoint_format=checkpoint_format)
+    try:
+        model = load(path, checkpoint_format=checkpoint_format)
+    except InputError as error:
+        if place.is_dir():
+            raise unknown_family(place, error) from error
+        raise
     counted = sum(_size(lazy.shape) for lazy in model.tensors.values())
     return inspect_model(model, Path(path), quick=quick, progress=None if progress is None else progress(counted))
 

@@ -25,6 +25,7 @@ from qalora.converters.families import (
     seed_oss,
     smollm3,
 )
+from qalora.converters.families.mechanisms import missing_in
 from qalora.converters.families.record import EVERYWHERE, LAYER_KINDS, Family, LayerParts, Variant
 from qalora.errors import InputError, shown
 
@@ -96,13 +97,6 @@ def text_family(config: Mapping[str, Any]) -> Family | None:
     return next((family for family in _ALL if config.get("model_type") in family.wrappers), None)
 
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
 def _missing(config: Mapping[str, Any]) -> str:
     """What a model of no family here would need."""
-    if any(isinstance(config.get(key), int) and config[key] > 1 for key in _EXPERTS):
-        return "a mixture of experts: its expert weights and their router are not read yet"
-    if isinstance(config.get("text_config"), Mapping):
-        return "a model of text and images: save its text part as a model of its own"
-    return "see the README"
+    return "; ".join(words for words, _ in missing_in(config)) or "see the README"
