@@ -1,4 +1,4 @@
-"""A model of a family that is not read: what is missing, which family is nearest, what the issue tracker wants to hear."""
+"""A model of a family that is not read: what is missing, the nearest family, and what the tracker wants to hear."""
 
 from __future__ import annotations
 
