@@ -167,18 +167,12 @@ class OnnxRuntime(DecoderRuntime):
 
     def __init__(self, path: Path, threads: int | None, provider: str = "CPUExecutionProvider") -> None:
         installed = check_installed()
-        import onnxruntime
-
         self._file = path / "model.onnx" if path.is_dir() else path
         self._threads = threads or torch.get_num_threads()
         self._providers: list[Any] = [provider]
         if provider == "CUDAExecutionProvider":  # without TF32, whose products have 11 significant bits
             self._providers = [(provider, {"use_tf32": "0"}), "CPUExecutionProvider"]
-        options = self._options()
-        try:
-            self._session = onnxruntime.InferenceSession(str(self._file), options, providers=self._providers)
-        except Exception as error:  # onnxruntime has no error tree that could be named
-            raise _refused(self._file, "load", error) from error
+        self._open: Any = None
         inputs = {node.name: (node.type, node.shape) for node in self._session.get_inputs()}
         outputs = [node.name for node in self._session.get_outputs()]
         if "input_ids" not in inputs or "logits" not in outputs:
@@ -195,6 +189,18 @@ class OnnxRuntime(DecoderRuntime):
             dtype="float16" if any(kind == "tensor(float16)" for kind, _ in inputs.values()) else "float32",
             threads=self._threads,
         )
+
+    @property
+    def _session(self) -> Any:
+        """The graph in ONNX Runtime, opened where it is not open."""
+        import onnxruntime
+
+        if self._open is None:
+            try:
+                self._open = onnxruntime.InferenceSession(str(self._file), self._options(), providers=self._providers)
+            except Exception as error:  # onnxruntime has no error tree that could be named
+                raise _refused(self._file, "load", error) from error
+        return self._open
 
     def _options(self) -> Any:
         import onnxruntime
@@ -213,7 +219,9 @@ class OnnxRuntime(DecoderRuntime):
         return values
 
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
-        """float32 [tokens, hidden] after each layer: from a second session, whose graph has these outputs too."""
+        """float32 [tokens, hidden] after each layer: from another session, whose graph has these outputs too. The first
+        one is closed for it, as two take twice the memory.
+        """
         import onnx
         import onnxruntime
 
@@ -226,13 +234,14 @@ class OnnxRuntime(DecoderRuntime):
         )
         options = self._options()
         options.add_session_config_entry(FOLDER, str(self._file.parent.resolve()))
+        self.close()
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=self._providers)
         feed = self._feed(torch.tensor([list(tokens)]), torch.ones(1, len(tokens), dtype=torch.int64), {})
         return [torch.from_numpy(output[0]).float() for output in session.run(names, feed)]
 
     def close(self) -> None:
-        """Free the session."""
-        del self._session
+        """Free the session; it is opened again where it is needed."""
+        self._open = None
 
 
 def _refused(file: Path, verb: str, error: Exception) -> FormatError:
