@@ -36,25 +36,44 @@ def _by_decoder(model: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
         if rope.kind == "longrope" and count <= rope.original:
             cos, sin = (table[:count].double() for table in tables[kind])
         half = rope.size(size) // 2
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        rest = x[..., 2 * half :]
+        if decoder.family.interleaved:
+            a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+            return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2), rest], dim=-1)
+        a, b = x[..., :half], x[..., half : 2 * half]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+    def grown(x: torch.Tensor, kind: str) -> torch.Tensor:
+        rope = decoder.ropes[kind]
+        if rope.temperature is None:
+            return x
+        turns = torch.arange(count).div(rope.original, rounding_mode="floor").double()
+        return x * (1 + rope.temperature * torch.log(1 + turns))[:, None]
+
+    def named(x: torch.Tensor, path: str, module: str) -> torch.Tensor:
+        return norm(x, f"{path}.{module}") if module else x
 
     tables = {kind: rotary_table(rope, size, decoder.positions, "here") for kind, rope in decoder.ropes.items()}
     distance = torch.arange(count)[:, None] - torch.arange(count)
     x = tensors["model.embed_tokens.weight"][tokens] * decoder.embedding_scale
     for n, layer in enumerate(decoder.layers):
         path = f"model.layers.{n}"
-        normed = norm(x, f"{path}.input_layernorm")
+        normed = named(x, path, layer.parts.before[0])
+        q_norm, k_norm = layer.parts.named("attn_q_norm"), layer.parts.named("attn_k_norm")
         sizes = [count * size for count in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
         if layer.parts.has("self_attn.qkv_proj"):
             parts = list(linear(normed, f"{path}.self_attn.qkv_proj").split(sizes, dim=-1))
         else:
             parts = [linear(normed, f"{path}.self_attn.{name}_proj") for name in "qkv"]
+        if decoder.family.normed == "all":
+            parts[:2] = named(parts[0], path, q_norm), named(parts[1], path, k_norm)
         q, k, v = (part.view(count, -1, size).transpose(0, 1) for part in parts)
-        if layer.parts.has("self_attn.q_norm"):
-            q, k = norm(q, f"{path}.self_attn.q_norm"), norm(k, f"{path}.self_attn.k_norm")
+        if decoder.family.normed == "head" and not decoder.family.normed_late:
+            q, k = named(q, path, q_norm), named(k, path, k_norm)
         if layer.rope is not None:
-            q, k = rotated(q, layer.rope), rotated(k, layer.rope)
+            q, k = grown(rotated(q, layer.rope), layer.rope), rotated(k, layer.rope)
+        if decoder.family.normed_late:
+            q, k = named(q, path, q_norm), named(k, path, k_norm)
         k, v = (part.repeat_interleave(decoder.heads // decoder.kv_heads, dim=0) for part in (k, v))
         scores = q @ k.transpose(1, 2) * decoder.scale
         if decoder.softcap is not None:
@@ -62,9 +81,8 @@ def _by_decoder(model: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
         seen = (distance >= 0) & (distance < (layer.window or count))
         found = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
         found = linear(found.transpose(0, 1).reshape(count, -1), f"{path}.self_attn.o_proj")
-        around = layer.parts.has("pre_feedforward_layernorm")
-        x = x + (norm(found, f"{path}.post_attention_layernorm") if around else found)
-        normed = norm(x, f"{path}.{'pre_feedforward' if around else 'post_attention'}_layernorm")
+        x = x + decoder.residual_scale * named(found, path, layer.parts.after[0])
+        normed = named(x, path, layer.parts.before[1])
         if layer.parts.has("mlp.gate_up_proj"):
             gate, up = linear(normed, f"{path}.mlp.gate_up_proj").chunk(2, dim=-1)
         else:
@@ -75,8 +93,8 @@ def _by_decoder(model: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
             "gelu_pytorch_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
         }[decoder.activation]
         found = linear(active(gate) * up, f"{path}.mlp.down_proj")
-        x = x + (norm(found, f"{path}.post_feedforward_layernorm") if around else found)
+        x = x + decoder.residual_scale * named(found, path, layer.parts.after[1])
     head = "model.embed_tokens" if model.tied else "lm_head"
-    logits = linear(norm(x, "model.norm"), head)
+    logits = linear(norm(x, "model.norm"), head) / decoder.logit_divisor
     cap = decoder.logit_softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)

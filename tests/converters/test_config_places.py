@@ -34,6 +34,8 @@ OWN: dict[str, Change] = {
     "gemma2": SMALL,
     "gemma3_text": SMALL,
     "phi3": {"sliding_window": 5, "hidden_size": 64},
+    "olmo3": {"sliding_window": 5},
+    **{family: {"head_dim": 16} for family in ("seed_oss", "hunyuan_v1_dense", "ernie4_5", "glm4", "ministral3")},
 }
 
 
@@ -251,6 +253,12 @@ REFUSED: dict[str, str] = {
 """Cases that may be refused where transformers computes something, and what the refusal says."""
 
 
+OF_FAMILIES = {
+    "exaone4": "sliding_window: expected null, since no other exaone4 is read here",
+    "ministral3": "rope_type: expected yarn in a ministral3|a llama_4_scaling_beta in a ministral3",
+}
+"""What is refused of a family wherever it stands."""
+
 PLAIN = ("no head size, as null", "a theta of null", "a longer list of layer_types")
 """Cases that transformers does not take in some families, and whose meaning is plain."""
 
@@ -273,7 +281,8 @@ def test_one_number_in_two_places(
     try:
         wanted = by_transformers(config, load_file(folder / "model.safetensors"))
     except Exception:  # whatever a config makes it raise
-        if case in PLAIN:
+        no_list = family == "exaone4" and CASES[case].get("layer_types") is GONE  # it divides by a pattern of 0 then
+        if case in PLAIN or no_list:
             return
         with pytest.raises(InputError):
             by_decoder(load(folder), TOKENS[0])
@@ -282,7 +291,8 @@ def test_one_number_in_two_places(
         model = load(folder)
         got = by_decoder(model, TOKENS[0])
     except InputError as error:
-        assert re.search(REFUSED.get(case, "not to be refused"), str(error)), str(error)
+        allowed = f"{REFUSED.get(case, 'not to be refused')}|{OF_FAMILIES.get(family, 'not to be refused')}"
+        assert re.search(allowed, str(error)), str(error)
         return
     assert_same(got, wanted)
     assert_same(by_transformers(dict(model.config), load_file(folder / "model.safetensors")), wanted)
