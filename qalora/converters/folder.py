@@ -96,6 +96,10 @@ def write_folder(
             if not share.writes(tensor.name):
                 continue
             lazy = model.tensors[tensor.name]
-            for row, tile in [(0, lazy.load())] if whole(lazy) else lazy.pieces(JOB_BYTES):
-                workers.do(write_rows, weights, lazy, row, tile)
+            if whole(lazy):
+                workers.wait(1)
+                workers.do(write_rows, weights, lazy, 0, lazy.load())
+            else:
+                for row, tile in lazy.pieces(JOB_BYTES):
+                    workers.do(write_rows, weights, lazy, row, tile)
             progress(tensor.name, tensor.nbytes)

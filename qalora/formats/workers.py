@@ -35,9 +35,13 @@ class Workers:
 
     def do(self, job: Callable[Arguments, object], *args: Arguments.args, **options: Arguments.kwargs) -> None:
         """Begin a job as soon as there is room. Its arguments are its own from now on."""
-        while len(self._jobs) >= IN_FLIGHT:
-            self._jobs.popleft().result()
+        self.wait(IN_FLIGHT - 1)
         self._jobs.append(self._pool.submit(job, *args, **options))
+
+    def wait(self, most: int) -> None:
+        """Wait until at most so many jobs are not done; of large jobs, fewer are to be in memory."""
+        while len(self._jobs) > most:
+            self._jobs.popleft().result()
 
     def __enter__(self) -> Workers:
         return self

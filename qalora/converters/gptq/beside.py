@@ -61,15 +61,16 @@ def lora_names(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
-def pooling_matrix(columns: int, group_size: int, g_idx: Tensor | None) -> Tensor:
-    """A: float32 [in/group_size, in], 1 where the column belongs to the group, else 0."""
+def pooling_matrix(
+    columns: int, group_size: int, g_idx: Tensor | None, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """A: float32 [in/group_size, in], 1 where the column belongs to the group, else 0; or its rows start..stop-1."""
     index = torch.arange(columns) // group_size if g_idx is None else g_idx.long()
     if index.shape[0] != columns or int(index.min()) < 0 or int(index.max()) >= columns // group_size:
         got = f"{index.shape[0]} values in {int(index.min())}..{int(index.max())}"
         raise FormatError("g_idx", expected=f"{columns} values in 0..{columns // group_size - 1}", got=got)
-    matrix = torch.zeros(columns // group_size, columns)
-    matrix[index, torch.arange(columns)] = 1
-    return matrix
+    start, stop, _ = slice(start, stop).indices(columns // group_size)
+    return (index == torch.arange(start, stop)[:, None]).float()
 
 
 def plain_lora(layer: AdapterLayer) -> tuple[Tensor, Tensor]:

@@ -53,12 +53,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
             if not share.writes(name):
                 continue
             if name in plan.words:
-                tensor = lazy.load_quantized()
-                if plan.form != "eight-bit" or name == HEAD:
-                    step = max(1, WORDS // tensor.shape[0])
-                    for start in range(0, tensor.packed.shape[1] // 4, step):
-                        workers.do(_write_words, weights, module_of(name), tensor.packed, start, start + step)
-                workers.do(_write_linear, plan, lazy.name, tensor, weights, beside)
+                _write_linear(plan, lazy, weights, beside, workers)
             else:
                 for start, tile in lazy.tiles(JOB_BYTES):
                     workers.do(_write_float, weights, lazy, start, tile)
@@ -78,11 +73,27 @@ def _write_float(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tenso
     weights.write(lazy.name, decoded(lazy, tile, weights.layout.entry(lazy.name).dtype), row)
 
 
+def _write_linear(
+    plan: GptqPlan,
+    lazy: LazyTensor,
+    weights: ShardedWriter,
+    beside: SafetensorsWriter | None,
+    workers: Workers,
+) -> None:
+    """Groups first, then the words, which need the codes only."""
+    tensor = lazy.load_quantized()
+    workers.do(_write_groups, plan, lazy.name, tensor, weights, beside)
+    if plan.form != "eight-bit" or lazy.name == HEAD:
+        step = max(1, WORDS // tensor.shape[0])
+        for start in range(0, tensor.packed.shape[1] // 4, step):
+            workers.do(_write_words, weights, module_of(lazy.name), tensor.packed, start, start + step)
+
+
 def _write_words(weights: ShardedWriter, module: str, packed: Tensor, start: int, stop: int) -> None:
     weights.write(f"{module}.qweight", pack_qweight(packed, start, stop), start)
 
 
-def _write_linear(
+def _write_groups(
     plan: GptqPlan, weight: str, tensor: GroupQuantTensor, weights: ShardedWriter, beside: SafetensorsWriter | None
 ) -> None:
     module, columns = module_of(weight), tensor.shape[1]
@@ -99,12 +110,16 @@ def _write_linear(
     if beside is None or weight == HEAD:
         return
     if plan.adapter is None:
-        parts = pooling_matrix(columns, tensor.group_size, tensor.g_idx), _residual(plan, weight, layer)
+        step = max(1, WORDS // columns)
+        for start in range(0, tensor.groups, step):
+            rows = pooling_matrix(columns, tensor.group_size, tensor.g_idx, start, start + step)
+            beside.write(a, rows.to(beside.layout.entries[a].dtype), start)
+        parts = {b: _residual(plan, weight, layer)}
     elif module in plan.adapter.layers:
-        parts = plain_lora(plan.adapter.layers[module])
+        parts = dict(zip((a, b), plain_lora(plan.adapter.layers[module]), strict=True))
     else:
         return
-    for name, part in zip((a, b), parts, strict=True):
+    for name, part in parts.items():
         beside.write(name, narrowed(name, part, beside.layout.entries[name].dtype))
 
 
