@@ -12,8 +12,9 @@ table has the last row of each command.
 
 A row: seconds (wall clock); seconds for a billion weights; processor seconds; peak resident memory of the process;
 bytes written; and, where a command moves bytes, the ratio to copying what it wrote, 8 MB at a time, right after it.
-The 70B shape is planned only, from files with holes in place of tensors. With --write the table goes between the
-markers of that page.
+The 70B shape is planned only, from files with holes in place of tensors; and one decoder layer of its widths, with a
+small vocabulary, goes through each writer and is compared with what was written. With --write the table goes between
+the markers of that page.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ from pathlib import Path
 
 from benchmark_export import bring_to_disk, copy
 from marked_page import put
-from synthetic import config_of, floats, synthetic, write_floats, write_hollow
+from synthetic import config_of, floats, synthetic, write, write_floats, write_hollow
+
+from qalora.checkpoint import Checkpoint
+
+FEW_TOKENS = 1024
+"""The vocabulary beside one layer."""
 
 SLOW = 2
 """Layers of what searches or calibrates."""
@@ -129,8 +135,12 @@ class Bench:
 
 
 def weights_of(shape: str) -> float:
+    """Billions of weights of a shape."""
+    return billions(synthetic(shape))
+
+
+def billions(model: Checkpoint) -> float:
     """Billions of weights."""
-    model = synthetic(shape)
     return sum(math.prod(lazy.shape) for lazy in model.tensors.values()) / 1e9
 
 
@@ -191,6 +201,22 @@ def plans(bench: Bench, shape: str) -> None:
         bench.run(f"export {target} --dry-run", line)
 
 
+def one_layer(bench: Bench, shape: str) -> None:
+    """One decoder layer of the shape's widths through each writer, and its weights compared."""
+    model, whole = synthetic(shape, layers=1, vocabulary=FEW_TOKENS), bench.weights
+    bench.weights = billions(model)
+    base, dist = bench.work / "layer", bench.work / "dist"
+    write(model, base)
+    for target in FORMATS:
+        if bench.asked(f"export {target}"):
+            bench.run(f"export {target}, 1 layer", ("export", base, "--to", target, "-o", dist), dist / target)
+            prove = ("verify", base, dist / target, "--level", "weights")
+            bench.run(f"verify {target}, weights of 1 layer", prove)
+            shutil.rmtree(dist)
+    shutil.rmtree(base)
+    bench.weights = whole
+
+
 def main() -> None:
     """Run all, and print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,6 +234,7 @@ def main() -> None:
         print(f"{head}\n|---|---:|---:|---:|---:|---:|---:|")
         if chosen.shape == "70b":
             plans(bench, chosen.shape)
+            one_layer(bench, chosen.shape)
         else:
             whole_story(bench, chosen.shape)
             slow_methods(bench, chosen.shape)

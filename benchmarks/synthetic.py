@@ -56,7 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(shape: str, layers: int | None) -> dict[str, Any]:
+def config_of(shape: str, layers: int | None, vocabulary: int | None = None) -> dict[str, Any]:
     """A Llama config of a shape, with 8 key-value heads, and a vocabulary of 128,256 where the shape has none."""
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -72,6 +72,7 @@ def config_of(shape: str, layers: int | None) -> dict[str, Any]:
         "eos_token_id": 2,
         **SHAPES[shape],
     }
+    config["vocab_size"] = vocabulary or config["vocab_size"]
     return {**config, "num_hidden_layers": layers or config["num_hidden_layers"]}
 
 
@@ -103,7 +104,7 @@ def _quantized(
         minimum = (-scale * zero).half().float() if zeros == "real" else -scale * zero.round()
         return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=bits, group_size=group_size)
 
-    return LazyTensor(name=name, shape=shape, spec=spec, read=read)
+    return LazyTensor(name=name, shape=shape, spec=spec, by_rows=True, read=read)
 
 
 def _float(name: str, shape: tuple[int, ...], make: Callable[..., torch.Tensor]) -> LazyTensor:
@@ -111,6 +112,7 @@ def _float(name: str, shape: tuple[int, ...], make: Callable[..., torch.Tensor])
         name=name,
         shape=shape,
         dtype=torch.bfloat16,
+        by_rows=True,
         read=lambda start, stop: make(stop - start, *shape[1:]).to(torch.bfloat16),
     )
 
@@ -122,9 +124,10 @@ def synthetic(
     bits: int = 4,
     group_size: int = 32,
     zeros: Literal["real", "integer"] = "real",
+    vocabulary: int | None = None,
 ) -> Checkpoint:
     """The model, lazily: each layer is made when it is read."""
-    config = config_of(shape, layers)
+    config = config_of(shape, layers, vocabulary)
     linears = linear_names(config, shape)
     tensors = {name: _quantized(name, _shape(name, config), bits, group_size, zeros) for name in linears}
     _add_others(tensors, config, torch.randn)
