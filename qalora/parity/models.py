@@ -63,16 +63,20 @@ class ReferenceModels:
         """The reference, with the adapter folded if one of the artefacts holds the folded model.
 
         memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once; of others the
-                last one is kept
+                last one is kept where there is an adapter, so that base, fold and artefacts are compared in one go
         """
         carried = carry(base, adapter)
-        base, own = _keep(carried, memory // 4), reference_artifact(carried)
+        base, own = with_cached_weights(carried, memory // 4), reference_artifact(carried)
+        if base is carried and adapter is not None:
+            base = with_last_weight(carried)
         dtype = minima or (adapter.minima if adapter is not None else None) or "float16"
         folded = base if adapter is None else None
         if adapter is not None and FOLDED in contents:
             from qalora.folding import fold
 
-            folded = _keep(fold(base, adapter, minima=dtype), memory // 4)
+            fresh = fold(base, adapter, minima=dtype)
+            folded = with_cached_weights(fresh, memory // 4)
+            folded = with_last_weight(fresh) if folded is fresh else folded
         return cls(
             base=base,
             own=own,
@@ -110,8 +114,3 @@ class ReferenceModels:
         if self.adapter is None:
             return Forward(weights="base")
         return Forward(weights=self.adapter.minima or "side")
-
-
-def _keep(model: Checkpoint, budget: int) -> Checkpoint:
-    kept = with_cached_weights(model, budget)
-    return with_last_weight(model) if kept is model else kept

@@ -88,12 +88,30 @@ class Comparison:
             return False
         if self._family is not None and self._family.adds_one(name):
             mine, theirs = _plus_one(mine), _plus_one(theirs)
-        parts, floats = [], not self._reference.quantized
-        for row, a, b in _read_both(mine, theirs, reader, whole=name in self._reference.linears):
-            part = compare_tensors(name, a, b, _dtypes(theirs), residual=self._residual, floats=floats)
-            parts.append(at_row(part, row))
-        self.differences[name] = parts[0] if len(parts) == 1 else add_up(name, parts)
+        self.differences[name] = self._difference(name, mine, theirs, reader)
         return self.differences[name].same
+
+    def _difference(self, name: str, mine: LazyTensor, theirs: LazyTensor, reader: Executor) -> TensorDifference:
+        """Rows by rows; a linear weight that differs is compared whole: its rows may be elsewhere, or its columns."""
+        linear = name in self._reference.linears
+        if not linear or (mine.by_rows and theirs.by_rows):
+            parts: list[TensorDifference] = []
+            for part in self._parts(name, mine, theirs, reader, whole=False):
+                parts.append(part)
+                if linear and not part.same:
+                    break
+            else:
+                return parts[0] if len(parts) == 1 else add_up(name, parts)
+        (whole,) = self._parts(name, mine, theirs, reader, whole=True)
+        return whole
+
+    def _parts(
+        self, name: str, mine: LazyTensor, theirs: LazyTensor, reader: Executor, *, whole: bool
+    ) -> Iterator[TensorDifference]:
+        floats = not self._reference.quantized
+        for row, a, b in _read_both(mine, theirs, reader, whole=whole):
+            part = compare_tensors(name, a, b, _dtypes(theirs), residual=self._residual, floats=floats)
+            yield at_row(part, row)
 
     def metrics(self) -> WeightMetrics:
         """What was compared so far, in the reference's order."""
