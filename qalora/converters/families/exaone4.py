@@ -2,14 +2,7 @@
 
 from dataclasses import replace
 
-from qalora.converters.families.record import (
-    AFTER,
-    DEFAULTS,
-    QK_NORMS,
-    Family,
-    LlamaCpp,
-    MlxLm,
-)
+from qalora.converters.families.record import AFTER, DEFAULTS, QK_NORMS, Family, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY"]
 

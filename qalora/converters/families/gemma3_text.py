@@ -4,14 +4,7 @@ window that have rotary positions of their own. The larger ones are the text par
 from dataclasses import replace
 
 from qalora.converters.families.gemma2 import GEMMA, TINY
-from qalora.converters.families.record import (
-    AROUND,
-    ATTENTION,
-    QK_NORMS,
-    Family,
-    LlamaCpp,
-    MlxLm,
-)
+from qalora.converters.families.record import AROUND, ATTENTION, QK_NORMS, Family, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY"]
 

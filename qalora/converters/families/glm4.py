@@ -1,17 +1,10 @@
 """GLM-4 of 2025: norms around attention and MLP, half of a head rotated, neighbour by neighbour, a fused MLP."""
 
-from qalora.converters.families.record import DEFAULTS, QKV, Family, LayerParts, LlamaCpp, MlxLm
+from qalora.converters.families.phi3 import FUSED
+from qalora.converters.families.record import DEFAULTS, LINEARS, QKV, Family, LayerParts, LlamaCpp, MlxLm
 
 __all__ = ["FAMILY"]
 
-LINEARS = (
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("mlp.gate_up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-)
 NORMS = (
     ("input_layernorm", "attn_norm"),
     ("post_self_attn_layernorm", "post_attention_norm"),
@@ -22,7 +15,11 @@ NORMS = (
 FAMILY = Family(
     model_type="glm4",
     architecture="Glm4ForCausalLM",
-    layers=(LayerParts(linears=LINEARS, norms=NORMS, after=("post_self_attn_layernorm", "post_mlp_layernorm")),),
+    layers=(
+        LayerParts(
+            linears=(*LINEARS[:4], *FUSED[2:]), norms=NORMS, after=("post_self_attn_layernorm", "post_mlp_layernorm")
+        ),
+    ),
     biased={"attention_bias": QKV},
     defaults={
         **DEFAULTS,

@@ -2,7 +2,7 @@
 
 from qalora.converters.families.record import DEFAULTS, Family, LayerParts, LlamaCpp, MlxLm
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "FUSED"]
 
 FUSED = (
     ("self_attn.qkv_proj", "attn_qkv"),
