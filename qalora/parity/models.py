@@ -62,8 +62,8 @@ class ReferenceModels:
     ) -> ReferenceModels:
         """The reference, with the adapter folded if one of the artefacts holds the folded model.
 
-        memory  bytes that there are: weights that fit into a quarter of it are read, and folded, once; of others the
-                last one is kept where there is an adapter, so that base, fold and artefacts are compared in one go
+        memory  bytes that there are: weights that fit into a quarter of it are read once; of others, where there is an
+                adapter, the last one is kept, and so it is of the folded ones: all is asked of it in one go
         """
         carried = carry(base, adapter)
         base, own = with_cached_weights(carried, memory // 4), reference_artifact(carried)
@@ -74,9 +74,7 @@ class ReferenceModels:
         if adapter is not None and FOLDED in contents:
             from qalora.folding import fold
 
-            fresh = fold(base, adapter, minima=dtype)
-            folded = with_cached_weights(fresh, memory // 4)
-            folded = with_last_weight(fresh) if folded is fresh else folded
+            folded = with_last_weight(fold(base, adapter, minima=dtype))
         return cls(
             base=base,
             own=own,

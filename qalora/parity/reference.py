@@ -84,7 +84,8 @@ def rounded_minima(tensor: GroupQuantTensor, layer: AdapterLayer, minima: Minima
 def with_minima(tensor: GroupQuantTensor, whole: Tensor, group_size: int, minima: Minima) -> GroupQuantTensor:
     """A tensor in finer groups with minima that are given in float64, rounded once."""
     minimum = _nearest_float16(whole) if minima == "float16" else whole.float()
-    scale = tensor.scale.repeat_interleave(tensor.group_size // group_size, dim=1)
+    times = tensor.group_size // group_size
+    scale = tensor.scale if times == 1 else tensor.scale.repeat_interleave(times, dim=1)
     return replace(tensor, scale=scale, min=minimum, group_size=group_size)
 
 
