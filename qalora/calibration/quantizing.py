@@ -21,6 +21,7 @@ from qalora.devices import CPU
 from qalora.engines import Engine
 from qalora.errors import InputError
 from qalora.formats.output import json_bytes
+from qalora.formats.workers import JOB_BYTES
 from qalora.quantization.model import plan_specs
 from qalora.quantization.options import QuantizeOptions, quantize_weight
 from qalora.tensor import GroupQuantTensor, QuantSpec
@@ -128,12 +129,19 @@ def keeping(
     def kept(lazy: LazyTensor) -> LazyTensor:
         def read(start: int, stop: int) -> GroupQuantTensor:
             if lazy.name not in file:
-                file.put(lazy.name, lazy.load_quantized())
+                file.put(lazy.name, _by_rows(lazy))
             return file.rows(lazy.name, start, stop)
 
-        return replace(lazy, read=read)
+        return replace(lazy, by_rows=True, read=read)
 
     return replace(quantized, tensors={**quantized.tensors, **{name: kept(lazy) for name, lazy in wanted.items()}})
+
+
+def _by_rows(lazy: LazyTensor) -> GroupQuantTensor:
+    """A whole tensor, made some rows at a time: a search needs many times the memory of its weights."""
+    tiles = [tile for _, tile in lazy.pieces(JOB_BYTES) if isinstance(tile, GroupQuantTensor)]
+    packed, scale, minimum = (torch.cat([getattr(tile, part) for tile in tiles]) for part in ("packed", "scale", "min"))
+    return replace(tiles[0], packed=packed, scale=scale, min=minimum)
 
 
 def _quantized_layer(options: Mapping[str, QuantizeOptions], threads: int, layer: LinearLayer) -> GroupQuantTensor:

@@ -60,4 +60,4 @@ def _lazily(source: LazyTensor, options: QuantizeOptions, spec: QuantSpec, devic
         weight = rows if isinstance(rows, torch.Tensor) else rows.dequantize()
         return quantize_weight(weight.to(device), options).to(CPU)
 
-    return LazyTensor(name=source.name, shape=source.shape, spec=spec, read=read)
+    return LazyTensor(name=source.name, shape=source.shape, spec=spec, by_rows=source.by_rows, read=read)
