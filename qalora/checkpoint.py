@@ -25,7 +25,7 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 if TYPE_CHECKING:
     from qalora.formats.gguf import Metadata
 
-__all__ = ["Checkpoint", "LazyTensor", "cache_bytes", "module_of", "with_cached_weights", "with_last_weight"]
+__all__ = ["Checkpoint", "LazyTensor", "Wrapper", "cache_bytes", "module_of", "with_cached_weights", "with_last_weight"]
 
 TILE_BYTES = 32 << 20
 """Float32 bytes of a tile where a tensor is streamed by rows."""
@@ -118,6 +118,32 @@ def _as_float(tensor: Tensor | GroupQuantTensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Wrapper:
+    """What a model of text and images has around its decoder: carried along as it is, and never computed with.
+
+    model_type  transformers' config.model_type of the whole
+    config      config.json of the whole, without quantization_config
+    text        the decoder's config as it was made of that; what a model's config has otherwise goes back into it
+    names       (beginning on disk, beginning here) of the decoder's tensors
+    carried     every other tensor by its name on disk, in any dtype
+    files       companion files of the whole by name, such as those of the processor of images
+    """
+
+    model_type: str
+    config: Mapping[str, Any]
+    text: Mapping[str, Any]
+    names: tuple[tuple[str, str], ...]
+    carried: Mapping[str, LazyTensor]
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def on_disk(self, name: str) -> str:
+        """What a tensor of the decoder, or a part or module of one, is called in the files of the whole."""
+        whole = f"{name}."
+        found = (disk + whole.removeprefix(here) for disk, here in self.names if whole.startswith(here))
+        return next(found, whole).removesuffix(".")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Checkpoint:
     """A model as its files tell it.
 
@@ -132,6 +158,7 @@ class Checkpoint:
     notes     what a reader saw that the user should know
     stored    the model as its reader gave it, None where there is no such file
     beside    the folder of an adapter that lies beside the weights and is no part of them, or None
+    wrapper   what is around this decoder in a model of text and images, or None
     """
 
     path: Path
@@ -143,6 +170,7 @@ class Checkpoint:
     gguf: Metadata | None = None
     notes: tuple[str, ...] = ()
     beside: Path | None = None
+    wrapper: Wrapper | None = None
     stored: Checkpoint | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -167,8 +195,13 @@ class Checkpoint:
         read.
         """
         read = self.stored
-        parts = ("tensors", "config", "files", "gguf")
+        parts = ("tensors", "config", "files", "gguf", "wrapper")
         return read is not None and all(getattr(self, part) is getattr(read, part) for part in parts)
+
+    @property
+    def everything(self) -> Mapping[str, LazyTensor]:
+        """Every tensor, those that are carried along too."""
+        return self.tensors if self.wrapper is None else {**self.tensors, **self.wrapper.carried}
 
     @property
     def quantized(self) -> bool:

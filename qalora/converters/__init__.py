@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qalora.checkpoint import Checkpoint
+from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.format import Format, Layout, LoraFile
 from qalora.errors import FormatError, InputError, shown
 from qalora.formats.files import InputFile
@@ -142,5 +142,11 @@ def load(
 
 def _of_url(model: Checkpoint) -> Checkpoint:
     """A model whose tensors can be read in other processes too, and that no runtime can open where it is."""
-    tensors = {name: replace(lazy, read=knowing(lazy.read)) for name, lazy in model.tensors.items()}
-    return replace(model, tensors=tensors, stored=None)
+
+    def known(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        return {name: replace(lazy, read=knowing(lazy.read)) for name, lazy in tensors.items()}
+
+    around = model.wrapper
+    if around is not None:
+        around = replace(around, carried=known(around.carried))
+    return replace(model, tensors=known(model.tensors), wrapper=around, stored=None)

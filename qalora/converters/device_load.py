@@ -47,7 +47,7 @@ class DeviceLoad:
 
     linear     the weights of the decoder's linear layers
     embedding  the embedding, and an output layer of its own
-    other      norms and biases
+    other      norms and biases, and what a model of text and images has beside its decoder
     """
 
     linear: Share
@@ -72,8 +72,8 @@ def with_device_load(plan: AnyPlan, model: Checkpoint) -> AnyPlan:
 
 def device_load_of(model: Checkpoint) -> DeviceLoad | None:
     """What a device loads of the files that a model was read from; None where its reader does not tell."""
-    sizes = {name: lazy.nbytes for name, lazy in model.tensors.items() if lazy.nbytes is not None}
-    return _device_load(sizes, model) if len(sizes) == len(model.tensors) else None
+    sizes = {name: lazy.nbytes for name, lazy in model.everything.items() if lazy.nbytes is not None}
+    return _device_load(sizes, model) if len(sizes) == len(model.everything) else None
 
 
 def _sizes(rows: Collection[PlannedTensor]) -> dict[str, int]:
@@ -88,11 +88,11 @@ def _sizes(rows: Collection[PlannedTensor]) -> dict[str, int]:
 
 
 def _device_load(sizes: Mapping[str, int], model: Checkpoint) -> DeviceLoad:
-    linears = {*model.linears}
+    linears, everything = {*model.linears}, model.everything
     outer = {EMBEDDING, HEAD}
 
     def share(names: Collection[str]) -> Share:
-        weights = sum(math.prod(model.tensors[name].shape) for name in names)
+        weights = sum(math.prod(everything[name].shape) for name in names)
         return Share(weights=weights, nbytes=sum(sizes[name] for name in names))
 
     return DeviceLoad(

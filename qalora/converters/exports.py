@@ -107,7 +107,7 @@ def export_jobs(
         folded = fold(model, adapter, minima=minima or adapter.minima or "float16")
     jobs = []
     for name, writer in writers.items():
-        source = model if name in beside else folded
+        source = writer.source(model if name in beside else folded)
         with about("targets"):
             plan = writer.plan(source, replace(options, adapter=adapter if name in beside else None))
             plan.check(options.allow_loss)

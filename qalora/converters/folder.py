@@ -5,6 +5,7 @@ A format of such a folder says what each tensor becomes (`lay_out`), and writes 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.ends import GENERATION, generation_bytes, write_generation
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor, Progress
 from qalora.converters.tokenizer import converted_files, write_tokenizer
+from qalora.converters.wrapping import CARRIED, carried_parts, names_on_disk
 from qalora.formats.output import write_json
 from qalora.formats.safetensors import Part, ShardedLayout, ShardedWriter, plan_shards
 from qalora.formats.share import Share
 from qalora.formats.workers import JOB_BYTES, Workers
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["FolderPlan", "folder_files", "lay_out", "write_beside", "write_folder"]
+__all__ = ["FolderPlan", "carried_rows", "companions", "folder_files", "lay_out", "write_beside", "write_folder"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -34,23 +36,40 @@ class FolderPlan(Plan):
 
 
 def lay_out(
+    model: Checkpoint,
     parts: Mapping[str, Sequence[Part]],
     carriers: Mapping[str, tuple[str, Loss | None]],
     metadata: Mapping[str, str],
     options: ExportOptions,
 ) -> tuple[ShardedLayout, tuple[PlannedTensor, ...]]:
-    """The layout of the weights' files, and each tensor's place in it.
+    """The layout of the weights' files, and each tensor's place in it; what is carried along is the last in it.
 
     parts     what each tensor of the model becomes
     carriers  the word for that, and what it loses
     metadata  of every file, beside the provenance
     """
-    layout = plan_shards(list(parts.values()), {**metadata, **options.provenance}, max_size=options.max_shard_size)
+    carried = carried_parts(model)
+    layout = plan_shards(
+        [*parts.values(), *carried.values()],
+        {**metadata, **options.provenance},
+        max_size=options.max_shard_size,
+        called=names_on_disk(model, parts),
+    )
     tensors = []
     for name, (carrier, loss) in carriers.items():
         file, offset, size = layout.place(part for part, _, _ in parts[name])
         tensors.append(PlannedTensor(name=name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
-    return layout, tuple(tensors)
+    return layout, (*tensors, *carried_rows(layout, carried))
+
+
+def carried_rows(layout: ShardedLayout, carried: Mapping[str, Sequence[Part]]) -> list[PlannedTensor]:
+    """The places of the tensors that are carried along."""
+    rows = []
+    for name, parts in carried.items():
+        file, offset, size = layout.place([name])
+        carrier = f"{str(parts[0][1]).removeprefix('torch.')}, {CARRIED}"
+        rows.append(PlannedTensor(name=name, carrier=carrier, file=file, offset=offset, nbytes=size))
+    return rows
 
 
 def folder_files(model: Checkpoint, layout: ShardedLayout) -> dict[str, int | None]:
@@ -59,14 +78,21 @@ def folder_files(model: Checkpoint, layout: ShardedLayout) -> dict[str, int | No
         **layout.sizes,
         "config.json": None,
         **dict.fromkeys(converted_files(model)),
-        **{name: path.stat().st_size for name, path in model.files.items()},
+        **{name: path.stat().st_size for name, path in companions(model).items()},
         GENERATION: len(generation_bytes(model)),
     }
 
 
+def companions(model: Checkpoint) -> dict[str, Path]:
+    """The companion files, those of the whole model too."""
+    return {**model.files, **({} if model.wrapper is None else model.wrapper.files)}
+
+
 def write_beside(config: Mapping[str, Any], model: Checkpoint, folder: Path) -> None:
-    """Write tokenizer, generation_config.json and config.json."""
+    """Write tokenizer, generation_config.json, config.json, and what a model of text and images has beside."""
     write_tokenizer(model, folder)
+    for name, path in ({} if model.wrapper is None else model.wrapper.files).items():
+        shutil.copyfile(path, folder / name)
     write_generation(model, folder)
     write_json(folder / "config.json", config)
 
@@ -91,11 +117,12 @@ def write_folder(
         raise TypeError(f"expected FolderPlan, got {type(plan).__name__}")
     if share.frame:
         write_beside(plan.config, model, folder)
+    everything = model.everything
     with ShardedWriter(folder, plan.layout, share) as weights, Workers() as workers:
         for tensor in plan.tensors:
             if not share.writes(tensor.name):
                 continue
-            lazy = model.tensors[tensor.name]
+            lazy = everything[tensor.name]
             if whole(lazy):
                 workers.wait(1)
                 workers.do(write_rows, weights, lazy, 0, lazy.load())

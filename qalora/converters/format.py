@@ -14,8 +14,9 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from qalora.adapter import Adapter
-from qalora.checkpoint import Checkpoint
+from qalora.checkpoint import Checkpoint, Wrapper
 from qalora.converters.plan import ExportOptions, Plan, Progress
+from qalora.converters.wrapping import CARRIED, text_alone
 from qalora.errors import FormatError, shown
 from qalora.formats.safetensors import read_header
 from qalora.formats.share import Share
@@ -30,6 +31,7 @@ __all__ = [
     "Released",
     "Rounding",
     "exact",
+    "for_the_whole",
     "late",
     "plain_name",
     "quantized_by",
@@ -200,6 +202,14 @@ class Pushed:
     files: tuple[str, ...]
 
 
+def for_the_whole(text: str, told: Iterable[str]) -> str:
+    """Text that opens a model in transformers, with the class of models of text and images where carriers, or the names
+    of files, tell that it is one.
+    """
+    sees = any(word.endswith(CARRIED) or word.endswith("processor_config.json") for word in told)
+    return text.replace("AutoModelForCausalLM", "AutoModelForImageTextToText") if sees else text
+
+
 class Writer(Protocol):
     """Writes the planned files into an empty folder, a layer at a time."""
 
@@ -222,6 +232,8 @@ class Format(Layout):
     openings  what opens it on the Hub: commands, or lines of Python
     library   the Hub's word for the library that opens it, or None
     packages  what brings top-level modules, beside those that every format needs, that decide the bytes written
+    carries   whether the whole of a model of text and images is written, or its decoder alone
+    without   what a user should know where it is not, as the end of a sentence that says so
     """
 
     runs: str
@@ -233,6 +245,14 @@ class Format(Layout):
     slots: bool = False
     library: str | None = None
     packages: tuple[str, ...] = ()
+    carries: Callable[[Wrapper], bool] = lambda wrapper: False
+    without: Callable[[Wrapper], str] = lambda wrapper: ""
+
+    def source(self, model: Checkpoint) -> Checkpoint:
+        """What is written of a model: all of it, or, with a note, its decoder alone."""
+        if model.wrapper is None or self.carries(model.wrapper):
+            return model
+        return text_alone(model, self.name, self.without(model.wrapper))
 
 
 def plain_name(name: str) -> str:

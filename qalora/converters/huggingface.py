@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from qalora.adapter.saved import TOKENIZER
-from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, Wrapper
 from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of, tensor_shape
-from qalora.converters.families import Family, text_family
 from qalora.converters.format import Layout, exact
 from qalora.converters.settings import bias_names, linear_names, norm_names, settings_of
 from qalora.converters.variants import as_family
+from qalora.converters.wrapping import opened
 from qalora.errors import FormatError, InputError
 from qalora.formats.around import instead_of_config
 from qalora.formats.files import check_content, contained, may_be_of_the_hub
@@ -113,12 +113,10 @@ def float_tensor(name: str, path: Path, entry: Entry) -> LazyTensor:
 def read(folder: Path) -> Checkpoint:
     """Open a float model folder; reads config and headers only."""
     config, stored, notes = as_family(read_config(folder), stored_tensors(folder), folder)
-    family = text_family(config)
-    if family is not None:
-        config, stored, notes = _text_part(config, family, stored, folder)
     _check_floats(folder, stored)
-    tensors = {name: float_tensor(name, *where) for name, where in stored.items()}
-    return model_of(folder, "huggingface", config, tensors, notes=notes)
+    found = opened(folder, config, stored)
+    tensors = {name: float_tensor(name, *where) for name, where in found.stored.items()}
+    return model_of(folder, "huggingface", found.config, tensors, notes=(*notes, *found.notes), wrapper=found.wrapper)
 
 
 Stored = dict[str, tuple[Path, Entry]]
@@ -157,50 +155,6 @@ def _is_awq(name: str, stored: Stored) -> bool:
     if scales is None or f"{module}.g_idx" in stored or len(words) != 2 or len(scales[1].shape) != 2:
         return False
     return words[1] != scales[1].shape[1] and words[1] * 32 % scales[1].shape[1] == 0
-
-
-def _text_part(
-    config: Mapping[str, Any], family: Family, stored: Stored, folder: Path
-) -> tuple[dict[str, Any], Stored, tuple[str, ...]]:
-    """Config, tensors and a note of the decoder, of this family, in a model of text and images."""
-    text = {**config["text_config"], "model_type": family.model_type}
-    outer_keys = {key: config[key] for key in _SHARED_KEYS if key in config}
-    sizes = {key: value for key, value in family.defaults.items() if key in _SIZE_KEYS}
-    outer = {
-        key: outer_keys[key] for key in _TOKEN_KEYS if outer_keys.get(key) is not None
-    }  # as in transformers' generation
-    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}  # the outer class's, and its default
-    twice = [key for key in text if key != "model_type" and key in config and config[key] != text[key]]
-    text = {**sizes, **outer_keys, **text, **outer, **tied, "architectures": [family.architecture]}
-    text_tensors = {}
-    for name, where in stored.items():
-        for prefix, ours in _TEXT_PREFIXES:
-            if name.startswith(prefix):
-                whole = ours + name.removeprefix(prefix)
-                if whole in text_tensors:
-                    raise FormatError(f"{folder}: tensor {name}: a second tensor with the name {whole}")
-                text_tensors[whole] = where
-                break
-    left = len(stored) - len(text_tensors)
-    notes = [f"{folder.name}: the text part of a {config['model_type']}; {left} tensors are left out"]
-    if twice:
-        listed = ", ".join(f"{key} {text[key]!r:.60}" for key in twice)
-        notes.append(f"{folder.name}: text_config of config.json and what is outside differ; what counts: {listed}")
-    return text, text_tensors, tuple(notes)
-
-
-_TEXT_PREFIXES = (
-    ("language_model.model.", "model."),
-    ("model.language_model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("lm_head.", "lm_head."),
-)
-"""What a decoder's tensors are called there, by the versions of transformers."""
-
-_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SHARED_KEYS = (*_TOKEN_KEYS, "tie_word_embeddings", "dtype", "torch_dtype")
-_SIZE_KEYS = ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-"""Sizes that text_config leaves out where they are those of its class."""
 
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -257,12 +211,14 @@ def model_of(
     notes: tuple[str, ...] = (),
     others: Literal["pass over", "refuse"] = "pass over",
     silent: Collection[str] = (),
+    wrapper: Wrapper | None = None,
 ) -> Checkpoint:
     """The model that a reader of a folder has found, checked, with the folder's companion files.
 
     others  what becomes of tensors that the config does not announce. transformers passes them over with a warning,
             which is a note here; where the format's owner does not load such a file, or uses them, it is refused
     silent  those of them that need no note
+    wrapper what is around the decoder, in a model of text and images
 
     tie_word_embeddings is what the tensors say: an output layer that is stored is used, as transformers does whatever
     the config says. Where the config says that there is one, and none is stored, transformers makes up a random one,
@@ -279,7 +235,14 @@ def model_of(
     notes = (*notes, *more, *_others_note(folder, [name for name in unknown if name not in silent]))
     files = companion_files(folder)
     model = Checkpoint(
-        path=folder, layout=layout, config=config, tensors=tensors, linears=linears, files=files, notes=notes
+        path=folder,
+        layout=layout,
+        config=config,
+        tensors=tensors,
+        linears=linears,
+        files=files,
+        notes=notes,
+        wrapper=wrapper,
     )
     ties = bool(settings_of(config, folder).get("tie_word_embeddings"))
     if model.tied and not ties:

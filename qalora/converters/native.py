@@ -13,6 +13,8 @@ model.safetensors   (or several and their index, above --max-shard-size)
                     <module>.zero   uint8 [out, groups]            min = -scale * zero; absent where the config has it
                     <module>.g_idx  int32 [in]                     act-order only
                     and every other tensor under its own name and dtype
+A model of text and images has its whole config and its own names there, of modules too, and its other tensors as they
+were.
 metadata.gguf       the metadata of the GGUF file that the model came from, if it did
 generation_config.json, tokenizer and other companion files
 """
@@ -31,10 +33,11 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.ends import config_with_ends, end_notes
 from qalora.converters.folder import FolderPlan, folder_files, lay_out, write_folder
-from qalora.converters.format import Format, Pushed, exact, quantized_by
+from qalora.converters.format import Format, Pushed, exact, for_the_whole, quantized_by
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.plan import ExportOptions, Plan, Progress
 from qalora.converters.specs import narrowed
+from qalora.converters.wrapping import opened, whole_config
 from qalora.errors import FormatError, shown
 from qalora.formats.files import contained
 from qalora.formats.safetensors import Entry, Part, ShardedWriter, load_tensor
@@ -87,13 +90,17 @@ def read(folder: Path) -> Checkpoint:
     config = read_config(folder)
     layout = config.pop("quantization_config")
     check_version(layout, folder)
-    stored = stored_tensors(folder)
+    found = opened(folder, config, stored_tensors(folder), end=".codes")
+    stored, own = found.stored, layout.get("modules")
+    if isinstance(own, dict):
+        layout = {**layout, "modules": found.keyed(own)}
     modules = stored_modules(folder, stored, layout)
     parts = {f"{module}.{part}" for module in modules for part in PARTS}
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in parts}
     for name, module in modules.items():
         tensors[f"{name}.weight"] = _quantized(name, module)
-    return replace(model_of(folder, "qalora", config, tensors), gguf=_gguf_metadata(folder))
+    model = model_of(folder, "qalora", found.config, tensors, notes=found.notes, wrapper=found.wrapper)
+    return replace(model, gguf=_gguf_metadata(folder))
 
 
 def _gguf_metadata(folder: Path) -> Any:
@@ -190,7 +197,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:
     """Everything is held exactly: scale and min in the narrowest of float16 and float32 that the spec guarantees."""
     parts = {name: _parts(lazy) for name, lazy in model.tensors.items()}
     carriers = {name: (_carrier(lazy), None) for name, lazy in model.tensors.items()}
-    layout, tensors = lay_out(parts, carriers, {"format": "pt"}, options)
+    layout, tensors = lay_out(model, parts, carriers, {"format": "pt"}, options)
     return FolderPlan(
         target="qalora",
         tensors=tensors,
@@ -240,13 +247,17 @@ def _config(model: Checkpoint) -> dict[str, Any]:
         "bits": common[0],
         "group_size": common[1],
         "zero": common[2],
-        "modules": {module: list(size) for module, size in sizes.items() if size != common},
+        "modules": {_on_disk(model, module): list(size) for module, size in sizes.items() if size != common},
     }
     config = config_with_ends(model)
     if not {"dtype", "torch_dtype"} & set(config):
         floats = Counter(str(lazy.dtype).removeprefix("torch.") for lazy in model.tensors.values() if lazy.spec is None)
         config["dtype"] = floats.most_common(1)[0][0] if floats else "float32"
-    return {**config, "quantization_config": quantization}
+    return {**whole_config(model, config), "quantization_config": quantization}
+
+
+def _on_disk(model: Checkpoint, module: str) -> str:
+    return module if model.wrapper is None else model.wrapper.on_disk(module)
 
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
@@ -294,7 +305,8 @@ It can be exported again and fine-tuned further: `qalora.load("qalora")`."""
 
 
 def _openings(pushed: Pushed) -> Sequence[str]:
-    return [f'import qalora; AutoModelForCausalLM.from_pretrained("{pushed.repo}", subfolder="qalora")']
+    text = f'import qalora; AutoModelForCausalLM.from_pretrained("{pushed.repo}", subfolder="qalora")'
+    return [for_the_whole(text, pushed.files)]
 
 
 FORMAT = Format(
@@ -305,10 +317,11 @@ FORMAT = Format(
     write=write,
     read=read,
     by_config=quantized_by("qalora"),
+    carries=lambda wrapper: True,
     end=".codes",
     runtimes=("torch",),
     rounding=exact,
     memory=lambda path: 8,  # dequantized, in float32: at least 8 times the bytes of 4-bit codes
-    usage=lambda released: _USAGE,
+    usage=lambda released: for_the_whole(_USAGE, released.carriers),
     openings=_openings,
 )

@@ -126,7 +126,7 @@ def layer_outputs(module: Any, tokens: Sequence[int]) -> list[Tensor]:
     def keep(layer: nn.Module, inputs: object, output: Any) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu().clone())
 
-    hooks = [layer.register_forward_hook(keep) for layer in module.model.layers]
+    hooks = [layer.register_forward_hook(keep) for layer in module.get_decoder().layers]
     try:
         module(input_ids=torch.tensor([list(tokens)]).to(module.device), use_cache=False)
     finally:

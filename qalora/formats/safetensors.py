@@ -109,12 +109,14 @@ class ShardedLayout:
     where       the name of the file that holds a tensor, by the tensor's
     index_name  `<stem>.safetensors.index.json`
     index       its bytes; empty where there is one file, which needs none
+    names       what a tensor is called in its file, where that is not what it is called here
     """
 
     files: Mapping[str, Layout]
     where: Mapping[str, str]
     index_name: str
     index: bytes = field(repr=False)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -129,7 +131,7 @@ class ShardedLayout:
 
     def entry(self, name: str) -> Entry:
         """Where a tensor stands in its file."""
-        return self.files[self.where[name]].entries[name]
+        return self.files[self.where[name]].entries[self.names.get(name, name)]
 
     def place(self, names: Iterable[str]) -> tuple[str, int, int]:
         """The file of tensors that stay together, the first one's offset in it, and the bytes of all."""
@@ -278,11 +280,14 @@ def plan_shards(
     *,
     max_size: int = SHARD_SIZE,
     stem: str = "model",
+    called: Mapping[str, str] | None = None,
 ) -> ShardedLayout:
     """Lay a model out in files of at most `max_size` bytes of tensors, in the order given; one file if all fit.
 
     The tensors of a group stay together; a group that is larger gets a file of its own. As in transformers, headers do
     not count: some 100 bytes a tensor. Raises InputError for a size that makes more than MAX_SHARDS files.
+
+    called  the names in the files, of parts that have another one there
     """
     files = _split(groups, max_size)
     if len(files) > MAX_SHARDS:
@@ -299,12 +304,18 @@ def plan_shards(
     if len(where) != sum(map(len, files)):
         raise ValueError("a tensor name appears twice")
     total = sum(_part_bytes(part) for parts in files for part in parts)
-    content = {"metadata": {"total_size": total}, "weight_map": where}
+    called = called or {}
+    weight_map = {called.get(name, name): file for name, file in where.items()}
+    if len(weight_map) != len(where):
+        raise ValueError("a tensor name appears twice in the files")
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    in_files = [[(called.get(name, name), dtype, shape) for name, dtype, shape in parts] for parts in files]
     return ShardedLayout(
-        files={name: plan_layout(parts, metadata) for name, parts in zip(names, files, strict=True)},
+        files={name: plan_layout(parts, metadata) for name, parts in zip(names, in_files, strict=True)},
         where=where,
         index_name=f"{stem}.safetensors.index.json",
         index=json_bytes(content) if len(files) > 1 else b"",
+        names=called,
     )
 
 
@@ -374,7 +385,7 @@ class ShardedWriter:
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Write `tensor` as the rows of `name` from `row` on; ValueError if dtype or shape is not as planned."""
-        self._writers[self.layout.where[name]].write(name, tensor, row)
+        self._writers[self.layout.where[name]].write(self.layout.names.get(name, name), tensor, row)
 
     def __enter__(self) -> ShardedWriter:
         return self

@@ -10,6 +10,7 @@ from pathlib import Path
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import layout
 from qalora.converters.device_load import device_load_of
+from qalora.converters.folder import companions
 from qalora.formats.remote import size_of
 from qalora.inspection.companions import companion_findings, end_tokens
 from qalora.inspection.records import Finding, ModelReport, TensorKind
@@ -39,13 +40,13 @@ def inspect_model(
         family=str(model.config.get("model_type")),
         layers=int(model.config["num_hidden_layers"]),
         tied=model.tied,
-        weights=sum(math.prod(lazy.shape) for lazy in model.tensors.values()),
+        weights=sum(math.prod(lazy.shape) for lazy in model.everything.values()),
         nbytes=sum(size_of(file) for file in files),
         device_load=device_load_of(model),
-        tensors=_kinds(model.tensors.values()),
+        tensors=_kinds(model.everything.values()),
         histogram=histogram,
         ends=ends,
-        files=tuple(sorted({*(file.name for file in files), *model.files})),
+        files=tuple(sorted({*(file.name for file in files), *companions(model)})),
         notes=(*model.notes, *notes),
         warnings=tuple(findings),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from qalora.converters.families import FAMILIES, SOME, VARIANTS, Family
 from qalora.converters.families.mechanisms import missing_in
+from qalora.converters.families.wrappers import WRAPPERS
 from qalora.converters.huggingface import read_config, stored_tensors
 from qalora.errors import InputError, shown
 
@@ -34,7 +35,7 @@ def unknown_family(folder: Path, error: InputError) -> InputError:
         shapes = _first_layer(folder)
     except InputError:
         return error
-    if not isinstance(kind, str) or any(kind in family.wrappers for family in FAMILIES.values()):
+    if not isinstance(kind, str) or kind in WRAPPERS:
         return error
     what = [f"{words} ({said})" for words, said in missing_in(config)] or ["no architecture that is known here"]
     near = _nearest(config, {name.rpartition(".")[0] for name in shapes})

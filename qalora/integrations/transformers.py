@@ -33,6 +33,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qalora.converters.families.wrappers import WRAPPERS
 from qalora.converters.native import StoredModule, check_version, stored_modules
 from qalora.errors import FormatError, InputError
 from qalora.formats.safetensors import read_header
@@ -85,8 +86,8 @@ class QaloraQuantizer(HfQuantizer):  # type: ignore[misc]
         modules = stored_modules(where, stored, layout)
         if not modules:
             raise FormatError(f"{where}", expected="tensors named <module>.codes", got="none")
-        for path, module in modules.items():
-            _replace(model, path, module, dtype or torch.float32, where)
+        for name, module in modules.items():
+            _replace(model, _path(model, name), module, dtype or torch.float32, where)
         return model
 
     def is_serializable(self) -> bool:
@@ -121,6 +122,19 @@ def _float_linear(module: QuantizedLinear | TiedHead, dtype: torch.dtype) -> nn.
     linear.weight = nn.Parameter(module.plain_weight().to(dtype), requires_grad=False)
     linear.bias = module.bias
     return linear
+
+
+def _path(model: Any, name: str) -> str:
+    """Where a module is in transformers' model; in one of text and images its name in the files may be another."""
+    kind = WRAPPERS.get(model.config.model_type)
+    if kind is None:
+        return name
+    for begin, head in kind.places:
+        if name.startswith(tuple(begin + part for part in ("layers.", "embed_tokens"))):
+            return f"{kind.inside}.{name.removeprefix(begin)}"
+        if f"{name}." == head:
+            return "lm_head"
+    return name
 
 
 def _replace(model: Any, path: str, module: StoredModule, dtype: torch.dtype, where: object) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from qalora.parity.findings import TensorDifference, add_up
 from qalora.tensor import GroupQuantTensor, same_bits
 
-__all__ = ["at_row", "compare_tensors", "transposed", "ulp"]
+__all__ = ["at_row", "compare_bytes", "compare_tensors", "transposed", "ulp"]
 
 _FORMATS = {torch.float16: (-14, 10), torch.bfloat16: (-126, 7), torch.float32: (-126, 23)}  # least exponent, mantissa
 
@@ -74,6 +74,21 @@ def compare_tensors(
         if transposed(mine, theirs):
             return TensorDifference(name=name, transposed=1, codes=difference.codes, values=difference.values)
     return _with_errors(difference, mine, theirs)
+
+
+def compare_bytes(name: str, mine: Tensor, theirs: Tensor) -> TensorDifference:
+    """Compare two tensors of one shape that nothing computes with: a value that has other bytes, or another type, is
+    beyond what anything explains.
+    """
+    count = theirs.numel()
+    if mine.dtype != theirs.dtype:
+        return TensorDifference(name=name, values=count, values_differ=count, values_beyond=count)
+    a, b = (part.contiguous().reshape(-1).view(torch.uint8).view(count, -1) for part in (mine, theirs))
+    differ = int((a != b).any(dim=1).sum()) if count else 0
+    error = (mine.double() - theirs.double()).abs().nan_to_num(0.0, 0.0) if differ else torch.zeros(1)
+    return TensorDifference(
+        name=name, values=count, values_differ=differ, values_max=float(error.max()), values_beyond=differ
+    )
 
 
 def _the_same(name: str, mine: Tensor | GroupQuantTensor, theirs: Tensor | GroupQuantTensor) -> TensorDifference | None:

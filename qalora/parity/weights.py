@@ -18,7 +18,8 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.essentials import differences as config_differences
 from qalora.converters.families import FAMILIES
-from qalora.parity.differences import at_row, compare_tensors, transposed, ulp
+from qalora.converters.wrapping import around_differences, around_notes
+from qalora.parity.differences import at_row, compare_bytes, compare_tensors, transposed, ulp
 from qalora.parity.findings import TensorDifference, add_up
 from qalora.tensor import GroupQuantTensor
 
@@ -37,7 +38,7 @@ class WeightMetrics:
     extra      the other way round
     shapes     "name: [shape] instead of [shape]", and whether it is the transpose
     config     "key: value instead of value", for what changes the logits
-    notes      what differs and changes no logits: the longest context
+    notes      what differs and changes no logits: the longest context; what is around the decoder in one of the two
     total      the sums of the counts and the largest of the rest
     different  the tensors that differ, in the reference's order
     """
@@ -62,7 +63,8 @@ class Comparison:
     """An artefact's tensors against the reference's, one by one in any order; `residual` as in `compare_tensors`.
 
     Where the reference is quantized, its floats are to stay floats; a float model may be held in integers, and the
-    metrics then tell how far they are from its weights, in steps. An output layer that one side ties to the embedding
+    metrics then tell how far they are from its weights, in steps. What both carry along around the decoder is compared
+    byte for byte. An output layer that one side ties to the embedding
     and the other writes out is compared with that embedding.
 
     shapes, differences  what was found so far, by the tensors' names
@@ -73,6 +75,7 @@ class Comparison:
         self.pairs, self._missing, self._extra = _pairs(artifact, reference)
         self.shapes: dict[str, str] = {}
         self.differences: dict[str, TensorDifference] = {}
+        self._carried = () if reference.wrapper is None else reference.wrapper.carried
         self._family = FAMILIES.get(str(reference.config.get("model_type")))
 
     def clear(self) -> None:
@@ -86,6 +89,11 @@ class Comparison:
             turned = _turned(mine, theirs)
             self.shapes[name] = f"{name}: {list(mine.shape)} instead of {list(theirs.shape)}{turned}"
             return False
+        if name in self._carried:
+            tiles = _read_both(mine, theirs, reader, whole=False)
+            same = [compare_bytes(name, a, b) for _, a, b in tiles if isinstance(a, Tensor) and isinstance(b, Tensor)]
+            self.differences[name] = add_up(name, same)
+            return self.differences[name].same
         if self._family is not None and self._family.adds_one(name):
             mine, theirs = _plus_one(mine), _plus_one(theirs)
         self.differences[name] = self._difference(name, mine, theirs, reader)
@@ -123,10 +131,10 @@ class Comparison:
             missing=self._missing,
             extra=self._extra,
             shapes=shapes,
-            config=config_differences(mine, theirs),
+            config=(*config_differences(mine, theirs), *around_differences(self._artifact, self._reference)),
             total=add_up("all", differences),
             different=tuple(difference for difference in differences if not difference.same),
-            notes=_notes(mine, theirs),
+            notes=(*_notes(mine, theirs), *around_notes(self._artifact, self._reference)),
         )
 
 
@@ -154,7 +162,8 @@ def _pairs(
 ) -> tuple[dict[str, tuple[LazyTensor, LazyTensor]], tuple[str, ...], tuple[str, ...]]:
     """(artefact's, reference's) by name of what both have, in the reference's order; names missing and extra."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    mine, theirs = dict(artifact.tensors), dict(reference.tensors)
+    both = artifact.wrapper is not None and reference.wrapper is not None
+    mine, theirs = (dict(one.everything if both else one.tensors) for one in (artifact, reference))
     if head in mine and head not in theirs and embedding in theirs:
         theirs[head] = theirs[embedding]
     elif head in theirs and head not in mine and embedding in mine:

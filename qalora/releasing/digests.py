@@ -78,7 +78,7 @@ def tensor_digest(lazy: LazyTensor) -> TensorDigest:
 
 def model_digests(model: Checkpoint) -> dict[str, TensorDigest]:
     """`tensor_digest` of every tensor, by name. Reads the whole model, a tile at a time."""
-    return {name: tensor_digest(lazy) for name, lazy in model.tensors.items()}
+    return {name: tensor_digest(lazy) for name, lazy in model.everything.items()}
 
 
 def adapter_digests(adapter: Adapter) -> dict[str, LayerDigest]:

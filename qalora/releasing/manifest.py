@@ -18,7 +18,9 @@ from qalora._version import __version__
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
 from qalora.converters import packages
+from qalora.converters.folder import companions
 from qalora.converters.plan import PROVENANCE, Plan, PlannedTensor
+from qalora.converters.wrapping import whole_config
 from qalora.errors import InputError, shown
 from qalora.formats.files import files_below
 from qalora.formats.json_text import read_json
@@ -75,10 +77,10 @@ def base_part(model: Checkpoint) -> BaseEntry:
         source=_source(model),
         license=_license(model),
         layout=model.layout,
-        parameters=sum(math.prod(lazy.shape) for lazy in model.tensors.values()),
+        parameters=sum(math.prod(lazy.shape) for lazy in model.everything.values()),
         digest=combined_digest(tensors),
-        config=content_digest(json_bytes(_portable(model.config))),
-        files={name: file_digest(path) for name, path in sorted(model.files.items())},
+        config=content_digest(json_bytes(_portable(whole_config(model, model.config)))),
+        files={name: file_digest(path) for name, path in sorted(companions(model).items())},
         tensors=tensors,
     )
 

@@ -16,12 +16,13 @@ from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of
 from qalora.converters.essentials import essentials
 from qalora.converters.families import FAMILIES, family_of
+from qalora.converters.families.wrappers import WRAPPERS
 from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import FREQS, factor_tensors, hyperparameters
 from qalora.converters.gguf.names import gguf_names
-from qalora.converters.huggingface import _text_part
 from qalora.converters.onnx.decoder import check_decoder
 from qalora.converters.settings import bias_names, check_config, settings_of
+from qalora.converters.wrapping import text_settings
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value
 from tests.support.published_configs import PUBLISHED as LATER
@@ -219,7 +220,7 @@ def test_a_text_config_that_says_what_differs_only() -> None:
         "sliding_window": 1024,
     }
     config = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text_config}
-    found, _, _ = _text_part(config, FAMILIES["gemma3_text"], {}, Path("gemma-3-4b"))
+    found, _ = text_settings(config, WRAPPERS["gemma3"], Path("gemma-3-4b"))
     whole = AutoConfig.for_model(**copy.deepcopy(config))
     assert essentials(found) == essentials(whole.text_config.to_dict())
     assert found["eos_token_id"] == [1, 106]

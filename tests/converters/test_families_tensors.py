@@ -99,7 +99,7 @@ def test_the_text_part_of_gemma_3_is_read(renamed: bool, gemma: Path, tmp_path: 
     model = load(tmp_path / "model")
     assert model.config["model_type"] == "gemma3_text"
     assert set(model.tensors) == set(text.tensors)
-    assert "the text part of a gemma3" in model.notes[0]
+    assert "the decoder of a gemma3" in model.notes[0]
     with torch.no_grad():
         wanted, module = whole(input_ids=TOKENS).logits, build(model)
         found = module(input_ids=TOKENS).logits

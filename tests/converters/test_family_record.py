@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from qalora.adapter.keys import PEFT, plain_name
 from qalora.converters.decoder import decoder_of
 from qalora.converters.families import FAMILIES, SOME, VARIANTS, LayerParts
 from qalora.converters.families.record import LINEARS, NORMS
+from qalora.converters.families.wrappers import WRAPPERS, WrapperKind
 from qalora.converters.gguf.configs import config_of, family_of_metadata
 from qalora.converters.gguf.hyperparameters import MODEL_TYPE, hyperparameters
 from qalora.converters.gguf.names import gguf_names
@@ -21,10 +23,19 @@ def test_families_of_an_architecture_share_what_llama_cpp_takes_for_granted() ->
     assert all(by_architecture[family.gguf.architecture] == family.gguf for family in FAMILIES.values())
 
 
-def test_a_model_of_text_and_images_has_one_decoder() -> None:
-    wrappers = [name for family in FAMILIES.values() for name in family.wrappers]
-    assert len(set(wrappers)) == len(wrappers)
-    assert not set(wrappers) & set(FAMILIES)
+def test_a_model_of_text_and_images_has_a_decoder_of_a_family() -> None:
+    assert not set(WRAPPERS) & set(FAMILIES)
+    decoders = [one for kind in WRAPPERS.values() for one in kind.decoders]
+    assert {one.family for one in decoders} <= set(FAMILIES)
+    assert len({one.model_type for one in decoders}) == len(decoders)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_places_of_a_decoder_are_known_in_names_of_adapters(kind: WrapperKind) -> None:
+    """On disk, and where transformers' class has it: PEFT names modules so."""
+    module = "layers.0.self_attn.q_proj"
+    for begin in (f"{kind.inside}.", *(place[0] for place in kind.places)):
+        assert plain_name(f"{PEFT}{begin}{module}") == f"model.{module}"
 
 
 def test_a_key_is_read_where_a_family_has_it() -> None:

@@ -39,7 +39,6 @@ __all__ = [
     "Variant",
     "family_of",
     "reads",
-    "text_family",
 ]
 
 _ALL = (
@@ -88,13 +87,6 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
             todo=_missing(config),
         )
     return FAMILIES[model_type]
-
-
-def text_family(config: Mapping[str, Any]) -> Family | None:
-    """The family of the decoder in a model of text and images, by its config; None where it is no such model."""
-    if not isinstance(config.get("text_config"), Mapping):
-        return None
-    return next((family for family in _ALL if config.get("model_type") in family.wrappers), None)
 
 
 def _missing(config: Mapping[str, Any]) -> str:

@@ -29,7 +29,6 @@ FAMILY = Family(
     scaled_embedding=True,
     windows="alternate",
     local_rope=True,
-    wrappers=("gemma3",),
     gguf=LlamaCpp(architecture="gemma3", ropes=("default", "linear"), window=6, logits=True, local=True, big=62),
     mlx=MlxLm(
         defaults={

@@ -224,7 +224,6 @@ class Family:
     normed_late     norms of queries and keys come after the rotation
     local_rope      layers with a window have rotary positions of their own
     skips_rope      some layers have no rotary positions
-    wrappers        model_types of models of text and images whose decoder is one of the family
     gguf, mlx       what llama.cpp and mlx-lm take for granted
     genai           model.type in onnxruntime-genai's config, where it is not model_type
     tiny            what the config of a tiny model has beside `qalora.testing`'s sizes: windows small enough to matter
@@ -257,7 +256,6 @@ class Family:
     normed_late: bool = False
     local_rope: bool = False
     skips_rope: bool = False
-    wrappers: tuple[str, ...] = ()
     genai: str = ""
     tiny: Mapping[str, Any] = field(default_factory=dict)
 

@@ -1,8 +1,10 @@
 """GGUF files, read and written; the codes move as they are. `qalora.formats.gguf` and `gguf_blocks` hold the bytes."""
 
+from qalora.checkpoint import Wrapper
 from qalora.converters.format import Format, LoraFile, Rounding, late
 from qalora.converters.gguf.files import file_metadata, is_gguf, models
 from qalora.converters.gguf.running import openings, usage
+from qalora.converters.wrapping import kind_of
 from qalora.formats.gguf_split import split_files
 
 __all__ = ["FORMAT", "plan", "read", "write"]
@@ -10,6 +12,15 @@ __all__ = ["FORMAT", "plan", "read", "write"]
 plan = late("qalora.converters.gguf.writer", "plan")
 read = late("qalora.converters.gguf.reader", "read")
 write = late("qalora.converters.gguf.writer", "write")
+
+
+def _without(wrapper: Wrapper) -> str:
+    """What becomes of the images that llama.cpp takes from a second file, mmproj."""
+    wanted = kind_of(wrapper).gguf
+    if wanted:
+        return f"; llama.cpp takes images only with a text model of its architecture {wanted}, which this is not"
+    return "; the mmproj file that was made of the same model stays valid beside it, as a fold changes nothing in it"
+
 
 FORMAT = Format(
     name="gguf",
@@ -44,4 +55,5 @@ FORMAT = Format(
     openings=openings,
     library="gguf",
     tokenizer=True,
+    without=_without,
 )

@@ -55,4 +55,5 @@ FORMAT = Format(
     usage=usage,
     openings=openings,
     library="transformers",
+    carries=lambda wrapper: True,
 )

@@ -24,7 +24,7 @@ The first kind is recognised on reading and belongs to the model; any other adap
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,11 @@ def plain_lora(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     return layer.a.repeat_interleave(layer.pool_size, dim=1), layer.b
 
 
-def peft_config(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """PEFT's config for {module: (rank, alpha)}; the commonest pair is the default, the rest go into patterns."""
+def peft_config(layers: Mapping[str, tuple[int, float]], *, by_suffix_alone: bool = True) -> dict[str, Any]:
+    """PEFT's config for {module: (rank, alpha)}; the commonest pair is the default, the rest go into patterns.
+
+    by_suffix_alone  whether a module is named by its last part, which no other module of the model has
+    """
     common = Counter(layers.values()).most_common(1)[0][0]
     by_suffix: dict[str, set[tuple[int, float]]] = {}
     for module, pair in layers.items():
@@ -100,7 +103,7 @@ def peft_config(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
         "lora_alpha": _number(common[1]),
         "rank_pattern": {key: rank for key, (rank, _) in patterns.items()},
         "alpha_pattern": {key: _number(alpha) for key, (_, alpha) in patterns.items()},
-        "target_modules": sorted(by_suffix),
+        "target_modules": sorted(by_suffix if by_suffix_alone else layers),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -135,11 +138,14 @@ class StoredResidual:
 
 
 def find_residual(
-    folder: Path, layers: Mapping[str, tuple[int, int, int, Tensor | None]]
+    folder: Path,
+    layers: Mapping[str, tuple[int, int, int, Tensor | None]],
+    called: Callable[[str], str] = lambda module: module,
 ) -> tuple[dict[str, StoredResidual], bool]:
     """The residual beside a checkpoint, by module; and whether another adapter lies there, which is none.
 
     layers  module: (out, in, group_size, g_idx)
+    called  where transformers has a module
     """
     if not (folder / ADAPTER_CONFIG).exists():
         return {}, False
@@ -150,7 +156,7 @@ def find_residual(
     entries = read_header(path).entries
     found: dict[str, StoredResidual] = {}
     for module, (rows, columns, group_size, _) in layers.items():
-        a, b = (entries.get(name) for name in lora_names(module))
+        a, b = (entries.get(name) for name in lora_names(called(module)))
         groups = columns // group_size
         if a is None or b is None or not _is_residual(a, b, (groups, columns), (rows, groups)):
             return {}, True

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.wrapping import in_transformers
 from qalora.tensor import QuantSpec
 
-__all__ = ["HEAD", "head_fits", "head_settings", "is_read_by_transformers"]
+__all__ = ["HEAD", "block_settings", "head_fits", "head_settings", "is_read_by_transformers"]
 
 HEAD = "lm_head.weight"
 
@@ -26,8 +27,11 @@ BLOCKS = "block_name_to_quantize"
 
 
 def head_fits(model: Checkpoint, bits: int, group_size: int | None) -> bool:
-    """Whether the output layer can be words of `bits` in groups of `group_size` (-1: whole rows) with its own zeros."""
-    spec: QuantSpec | None = None if model.tied else model.tensors[HEAD].spec
+    """Whether the output layer can be words of `bits` in groups of `group_size` (-1: whole rows) with its own zeros.
+
+    In a model of text and images it cannot: transformers would look for words around the decoder too.
+    """
+    spec: QuantSpec | None = None if model.tied or model.wrapper is not None else model.tensors[HEAD].spec
     if spec is None or spec.zeros == "real" or spec.bits != bits or spec.scale_dtype != torch.float16:
         return False
     rows, columns = model.tensors[HEAD].shape
@@ -38,6 +42,11 @@ def head_fits(model: Checkpoint, bits: int, group_size: int | None) -> bool:
 def head_settings(words: bool) -> dict[str, Any]:
     """quantization_config's entries for the output layer."""
     return {"lm_head": True, BLOCKS: ""} if words else {"lm_head": False}
+
+
+def block_settings(model: Checkpoint) -> dict[str, Any]:
+    """The entry that tells transformers where the words are, in a model that has linear layers elsewhere too."""
+    return {} if model.wrapper is None else {BLOCKS: in_transformers(model.wrapper, "model.layers")}
 
 
 def is_read_by_transformers(settings: Mapping[str, Any]) -> bool:

@@ -28,13 +28,14 @@ from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part
 from qalora.converters.ends import config_with_ends, end_notes
 from qalora.converters.families import family_of
-from qalora.converters.folder import FolderPlan, folder_files
+from qalora.converters.folder import FolderPlan, carried_rows, folder_files
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
 from qalora.converters.gptq.forms import Form, encode
-from qalora.converters.gptq.head import HEAD, head_fits, head_settings
+from qalora.converters.gptq.head import HEAD, block_settings, head_fits, head_settings
 from qalora.converters.gptq.reader import MAKER
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, PlannedTensor
 from qalora.converters.specs import narrowest
+from qalora.converters.wrapping import carried_parts, in_transformers, names_on_disk, whole_config
 from qalora.errors import AdapterError, InputError, shown
 from qalora.formats.gptq import BITS
 from qalora.formats.safetensors import Layout, Part, ShardedLayout, plan_layout, plan_shards
@@ -58,6 +59,7 @@ class GptqPlan(FolderPlan):
     words           the tensors that become words, and their width there
     symmetric       whether all zero points are 2**(bits-1), so that the label is "gptq" (v1)
     beside          layout of adapter_model.safetensors, which PEFT reads whole, or None
+    lora            the names of A and B in it, by module
     adapter         the adapter that goes there, or None where it is the residual
     rounds          whether a residual that float32 does not hold was allowed
     adapter_config  adapter_config.json, or None
@@ -67,6 +69,7 @@ class GptqPlan(FolderPlan):
     words: Mapping[str, int]
     symmetric: bool
     beside: Layout | None
+    lora: Mapping[str, tuple[str, str]]
     adapter: Adapter | None
     rounds: bool
     adapter_config: Mapping[str, Any] | None
@@ -96,7 +99,9 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     allowed = options.allow_loss
     parts = {name: _parts(lazy, words.get(name), allowed) for name, lazy in model.tensors.items()}
     metadata = {"format": "pt", **options.provenance}
-    main = plan_shards(list(parts.values()), metadata, max_size=options.max_shard_size)
+    carried, called = carried_parts(model), names_on_disk(model, parts)
+    groups = [*parts.values(), *carried.values()]
+    main = plan_shards(groups, metadata, max_size=options.max_shard_size, called=called)
     ranks = _ranks(model, specs, form, options.adapter)
     rounds = "residual" in allowed
     beside = plan_layout(_lora_parts(model, ranks, form, options.adapter), metadata) if ranks else None
@@ -106,7 +111,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
         files |= {ADAPTER_WEIGHTS: beside.size, ADAPTER_CONFIG: None}
     return GptqPlan(
         target="gptq",
-        tensors=tuple(rows),
+        tensors=(*rows, *carried_rows(main, carried)),
         files=files,
         notes=(
             *_cheaper(model, specs, beside, options.adapter),
@@ -120,10 +125,11 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
         symmetric=symmetric,
         layout=main,
         beside=beside,
+        lora={module: lora_names(in_transformers(model.wrapper, module)) for module in ranks},
         adapter=options.adapter,
         rounds=rounds,
         config=_config(model, words, symmetric, beside is not None, _minima(specs, form, rounds)),
-        adapter_config=peft_config(ranks) if ranks else None,
+        adapter_config=_peft_config(model, ranks) if ranks else None,
     )
 
 
@@ -245,10 +251,19 @@ def _lora_parts(
         dtype = narrowest(part for layer in adapter.layers.values() for part in (layer.a, layer.b))
     parts: list[Part] = []
     for module, (rank, _) in ranks.items():
-        (rows, columns), (a, b) = model.tensors[f"{module}.weight"].shape, lora_names(module)
+        (rows, columns), (a, b) = (
+            model.tensors[f"{module}.weight"].shape,
+            lora_names(in_transformers(model.wrapper, module)),
+        )
         parts.append((a, dtype, (rank, columns)))
         parts.append((b, dtype, (rows, rank)))
     return parts
+
+
+def _peft_config(model: Checkpoint, ranks: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Of modules as transformers has them; around a decoder there are others whose names end alike."""
+    modules = {in_transformers(model.wrapper, module): pair for module, pair in ranks.items()}
+    return peft_config(modules, by_suffix_alone=model.wrapper is None)
 
 
 def _rows(
@@ -266,7 +281,7 @@ def _rows(
         own = form if lazy.name in model.linears else "own"
         carrier, loss, rounded = _carrier(lazy, bits, own, allowed)
         rows.append(PlannedTensor(name=lazy.name, carrier=carrier, file=file, offset=offset, nbytes=size, loss=loss))
-        names = lora_names(module_of(lazy.name))
+        names = lora_names(in_transformers(model.wrapper, module_of(lazy.name)))
         if beside is None or names[0] not in beside.entries:
             continue
         a, b = (beside.entries[name] for name in names)
@@ -361,11 +376,13 @@ def _config(model: Checkpoint, words: Mapping[str, int], symmetric: bool, beside
         "desc_act": any(spec.act_order for spec in specs.values()),
         "sym": symmetric,
         **head_settings(HEAD in words),
+        **block_settings(model),
         "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "meta": meta,
     }
-    config = {"architectures": [family_of(model.config, model.path).architecture], **config_with_ends(model)}
+    own = {"architectures": [family_of(model.config, model.path).architecture], **config_with_ends(model)}
+    config = whole_config(model, own)
     dtype = config.pop("torch_dtype", None)
     config["dtype"] = "float32" if beside else config.get("dtype") or dtype or "float32"
     return {**config, "quantization_config": quantization}

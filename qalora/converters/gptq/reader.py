@@ -14,8 +14,9 @@ Not read: 5 to 7 bits (planar words), Marlin and BitBLAS words, other methods (A
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from qalora.converters.gptq.beside import ADAPTER_CONFIG, StoredResidual, find_r
 from qalora.converters.gptq.dynamic import Rule, check_rules, parse_rules, rule_of
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.settings import linear_names
+from qalora.converters.wrapping import in_transformers, opened
 from qalora.errors import FormatError, InputError, json_kind, shown
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import BITS, Version, unpack_qweight, unpack_qzeros
@@ -50,9 +52,15 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _Stored = Mapping[str, tuple[Path, Entry]]
 
 
+def _same(module: str) -> str:
+    return module
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settings:
-    """What quantization_config says. group_size -1: whole rows. rules: of layers that differ; where: it was read."""
+    """What quantization_config says. group_size -1: whole rows. rules: of layers that differ; where: it was read;
+    on_disk: what rules and files call a module.
+    """
 
     bits: int
     group_size: int
@@ -62,6 +70,7 @@ class _Settings:
     minima: torch.dtype
     rules: tuple[Rule, ...]
     where: str
+    on_disk: Callable[[str], str] = _same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,18 +117,20 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     """
     config = read_config(folder)
     said = config.pop("quantization_config", None)
-    settings = _settings(folder, said)
-    stored = stored_tensors(folder)
+    found = opened(folder, config, stored_tensors(folder), end=".qweight")
+    config, stored, wrapper = found.config, found.stored, found.wrapper
+    settings = replace(_settings(folder, said), on_disk=_same if wrapper is None else wrapper.on_disk)
     modules = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
     if not modules:
         raise FormatError(f"{folder}", expected="tensors named <layer>.qweight", got="none")
-    check_rules(settings.rules, modules, settings.where)
+    check_rules(settings.rules, list(map(settings.on_disk, modules)), settings.where)
     layers = {module: _layer(folder, module, stored, settings) for module in modules}
     version, symmetric, notes = _version(folder, settings, list(layers.values()), checkpoint_format)
     linears = linear_names(config, folder)
     decoder = [layers[name.removesuffix(".weight")] for name in linears if name.removesuffix(".weight") in layers]
     shapes = {layer.module: (layer.rows, layer.columns, layer.group_size, layer.g_idx) for layer in decoder}
-    residuals, other = find_residual(folder, shapes) if shapes else ({}, False)
+    place = partial(in_transformers, wrapper)
+    residuals, other = find_residual(folder, shapes, place) if shapes else ({}, False)
     taken = {f"{module}.{part}" for module in modules for part in PARTS}
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
     for module, layer in layers.items():
@@ -127,9 +138,9 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     if other:
         own = f"{folder / ADAPTER_CONFIG} is an adapter of its own; it is not part of the model as it is read here"
         notes = (*notes, own)
-    notes = (*notes, *_said_twice(folder, said))
+    notes = (*found.notes, *notes, *_said_twice(folder, said))
     silent = _zero_biases(tensors, modules)
-    model = model_of(folder, "gptq", config, tensors, notes=notes, silent=silent)
+    model = model_of(folder, "gptq", config, tensors, notes=notes, silent=silent, wrapper=wrapper)
     return replace(model, beside=folder if other else None)
 
 
@@ -237,7 +248,7 @@ def _check_dtypes(where: str, entries: Mapping[str, Entry]) -> None:
 
 def _sizes(module: str, settings: _Settings) -> tuple[int, int, str]:
     """Width and group size of one layer by the rules, and a word about the rule; FormatError if one leaves it out."""
-    rule = rule_of(settings.rules, module)
+    rule = rule_of(settings.rules, settings.on_disk(module))
     if rule is None:
         return settings.bits, settings.group_size, ""
     told = f"the rule {rule.text[:120]!r} of dynamic"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qalora.converters.format import Pushed, Released
+from qalora.converters.format import Pushed, Released, for_the_whole
 
 __all__ = ["openings", "usage"]
 
@@ -28,11 +28,12 @@ def usage(released: Released) -> str:
     """A block for transformers, with the words' width that most carriers say."""
     found = [word for carrier in released.carriers if (word := carrier.partition("-bit")[0]).isdigit()]
     bits = int(max(set(found), key=lambda word: (found.count(word), word))) if found else 4
-    return _TRANSFORMERS.format(bits=bits)
+    return for_the_whole(_TRANSFORMERS.format(bits=bits), released.carriers)
 
 
 def openings(pushed: Pushed) -> Sequence[str]:
     """From the Hub where transformers can; its `subfolder` (5.23) fails with an adapter beside the weights."""
+    text = f'AutoModelForCausalLM.from_pretrained("{pushed.repo}", subfolder="gptq")'
     if "adapter_config.json" in pushed.files:
-        return [f'{pushed.fetch}, then AutoModelForCausalLM.from_pretrained("{pushed.local}/gptq")']
-    return [f'AutoModelForCausalLM.from_pretrained("{pushed.repo}", subfolder="gptq")']
+        text = f'{pushed.fetch}, then AutoModelForCausalLM.from_pretrained("{pushed.local}/gptq")'
+    return [for_the_whole(text, pushed.files)]

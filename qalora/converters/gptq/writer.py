@@ -12,7 +12,8 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoded import decoded
 from qalora.converters.folder import write_beside
-from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, plain_lora, pooling_matrix
+from qalora.converters.format import for_the_whole
+from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, plain_lora, pooling_matrix
 from qalora.converters.gptq.forms import Encoded, encode
 from qalora.converters.gptq.head import HEAD
 from qalora.converters.gptq.planner import GptqPlan
@@ -49,7 +50,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
         if plan.beside is not None:
             beside = files.enter_context(SafetensorsWriter(folder / ADAPTER_WEIGHTS, plan.beside, share))
         workers = files.enter_context(Workers())
-        for name, lazy in model.tensors.items():
+        for name, lazy in model.everything.items():
             if not share.writes(name):
                 continue
             if name in plan.words:
@@ -66,6 +67,7 @@ def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
     if plan.adapter_config is not None:
         write_json(folder / ADAPTER_CONFIG, plan.adapter_config)
     text = readme(plan.config, plan.adapter_config, residual=plan.adapter is None, name="path/to/this/folder")
+    text = for_the_whole(text, (row.carrier for row in plan.tensors))
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -106,9 +108,9 @@ def _write_groups(
     weights.write(f"{module}.scales", layer.scale.t().contiguous())
     natural = (torch.arange(columns) // tensor.group_size).to(torch.int32)
     weights.write(f"{module}.g_idx", natural if tensor.g_idx is None else tensor.g_idx)
-    a, b = lora_names(module)
-    if beside is None or weight == HEAD:
+    if beside is None or module not in plan.lora:
         return
+    a, b = plan.lora[module]
     if plan.adapter is None:
         step = max(1, WORDS // columns)
         for start in range(0, tensor.groups, step):

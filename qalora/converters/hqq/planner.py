@@ -55,7 +55,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:
     parts = {name: _parts(lazy, model, allowed) for name, lazy in model.tensors.items()}
     carriers = {name: _carrier(lazy, model, allowed) for name, lazy in model.tensors.items()}
     metadata = {"format": "pt", TENSORS: specs_text({module_of(name): spec for name, spec in specs.items()})}
-    layout, tensors = lay_out(parts, carriers, metadata, options)
+    layout, tensors = lay_out(model, parts, carriers, metadata, options)
     return FolderPlan(
         target="hqq",
         tensors=tensors,

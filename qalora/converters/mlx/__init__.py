@@ -45,4 +45,6 @@ FORMAT = Format(
     usage=usage,
     openings=openings,
     library="mlx",
+    carries=late("qalora.converters.mlx.around", "carries"),
+    without=lambda wrapper: "; mlx-lm does not open the whole",
 )

@@ -21,6 +21,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.ends import Ends, config_with_ends, end_notes, ends_of, mark_text
 from qalora.converters.families import family_of
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
+from qalora.converters.mlx.around import module_path, whole_mlx_config, wrapped_for_mlx
 from qalora.converters.mlx.config import mlx_config
 from qalora.converters.plan import ExportOptions
 from qalora.converters.specs import TENSORS, refuse_act_order, specs_text
@@ -37,6 +38,7 @@ MODE = "affine"
 
 def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:
     """Decide everything. ExactnessError for groups that MLX does not have; nothing is lost in those it has."""
+    model = wrapped_for_mlx(model)
     family = family_of(model.config, model.path)
     ends = ends_of(model)
     config, notes, longest = mlx_config(config_with_ends(model), tied=model.tied)
@@ -44,7 +46,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:
     specs = {module_of(name): lazy.spec for name, lazy in model.tensors.items() if lazy.spec is not None}
     metadata = {"format": "mlx", **mark_text(model, ends), **({TENSORS: specs_text(specs)} if specs else {})}
     carriers = {name: (_carrier(lazy), None) for name, lazy in model.tensors.items()}
-    layout, tensors = lay_out(parts, carriers, metadata, options)
+    layout, tensors = lay_out(model, parts, carriers, metadata, options)
     return FolderPlan(
         target="mlx",
         tensors=tensors,
@@ -125,7 +127,7 @@ def _end_note(model: Checkpoint, ends: Ends) -> list[str]:
 def _config(model: Checkpoint, config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     quantization = _quantization(model)
     sizes = {} if quantization is None else {"quantization": quantization, "quantization_config": quantization}
-    return {"architectures": [architecture], **config, **sizes}
+    return {**whole_mlx_config(model, {"architectures": [architecture], **config}), **sizes}
 
 
 def _quantization(model: Checkpoint) -> dict[str, Any] | None:
@@ -137,7 +139,7 @@ def _quantization(model: Checkpoint) -> dict[str, Any] | None:
     if not sizes:
         return None
     common = Counter(sizes.values()).most_common(1)[0][0]
-    others = {module: _entry(*size) for module, size in sizes.items() if size != common}
+    others = {module_path(model, module): _entry(*size) for module, size in sizes.items() if size != common}
     return {**_entry(*common), **others}
 
 

@@ -15,8 +15,10 @@ import torch
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.families import family_of
 from qalora.converters.huggingface import HEAD, float_tensor, model_of, read_config, stored_tensors
+from qalora.converters.mlx.around import modules_here
 from qalora.converters.mlx.foreign import as_it_was, as_mlx_reads, ties
 from qalora.converters.specs import TENSORS, restored, stored_specs
+from qalora.converters.wrapping import opened
 from qalora.errors import FormatError, json_kind, shown
 from qalora.formats.mlx import GROUP_SIZES, unpack_words
 from qalora.formats.safetensors import Entry, load_tensor
@@ -36,7 +38,9 @@ def read(folder: Path) -> Checkpoint:
     copy = config.pop("quantization_config", None)
     if not isinstance(settings, dict):
         raise FormatError(f"{folder}: quantization", expected="an object", got=json_kind(settings))
-    stored = stored_tensors(folder)
+    found = opened(folder, config, stored_tensors(folder), end=".scales")
+    config, stored = found.config, found.stored
+    said, settings = settings, modules_here(settings, found.wrapper)
     modules = sorted(name.removesuffix(".scales") for name in stored if name.endswith(".scales"))
     taken = {f"{module}.{part}" for module in modules for part in PARTS}
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
@@ -48,15 +52,17 @@ def read(folder: Path) -> Checkpoint:
         if name not in tensors:
             raise FormatError(f"{folder}: {TENSORS}", expected="tensors of the file", got=shown(name))
         tensors[name] = restored(tensors[name], spec)
-    notes: tuple[str, ...] = ()
+    notes = found.notes
     if not ours:
-        config, tensors, notes = _as_mlx_reads(folder, config, tensors)
+        config, tensors, more = _as_mlx_reads(folder, config, tensors)
+        notes = (*notes, *more)
     elif "rope_parameters" in config:  # what it was; the keys beside it are as mlx-lm wants them
-        config, notes = as_it_was(config, folder.name, tied=HEAD not in tensors)
-    if copy not in (None, settings):
+        config, more = as_it_was(config, folder.name, tied=HEAD not in tensors)
+        notes = (*notes, *more)
+    if copy not in (None, said):
         notes = (*notes, f"{folder.name}: quantization counts, as in mlx-lm, not quantization_config beside it")
     config["tie_word_embeddings"] = HEAD not in tensors  # mlx-lm has another default than transformers
-    return model_of(folder, "mlx", config, tensors, others="refuse", notes=notes)
+    return model_of(folder, "mlx", config, tensors, others="refuse", notes=notes, wrapper=found.wrapper)
 
 
 def _as_mlx_reads(

@@ -30,7 +30,7 @@ from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.settings import quiet
-from qalora.parity.runtimes.torch import ModuleRuntime, runtime_ends
+from qalora.parity.runtimes.torch import ModuleRuntime, auto_class, runtime_ends
 
 __all__ = ["open_artifact"]
 
@@ -73,7 +73,7 @@ def _keep_variable(keep: bool) -> Iterator[None]:
 
 
 def _load(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+    from transformers import AutoConfig, GPTQConfig
 
     from qalora.converters.huggingface import read_config
 
@@ -89,11 +89,12 @@ def _load(folder: Path) -> Any:
         redirect_stderr(StringIO()),
     ):
         warnings.simplefilter("ignore")  # and it prints banners
+        opens = auto_class(folder)
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             if head:
                 config.quantization_config = {**config.quantization_config, **head}
-            module = AutoModelForCausalLM.from_pretrained(
+            module = opens.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.families import FAMILIES
+from qalora.converters.families import FAMILIES, Family
+from qalora.converters.families.wrappers import WRAPPERS
 from qalora.errors import FormatError
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
@@ -78,6 +79,17 @@ class MlxRuntime:
         own = tokenizer.eos_token_id
         return RuntimeEnds(ids=frozenset(tokenizer.eos_token_ids), own=frozenset() if own is None else frozenset({own}))
 
+    @property
+    def _decoder(self) -> Any:
+        """The decoder, in a model of text and images too."""
+        return getattr(self._model, "language_model", self._model)
+
+    @property
+    def _family(self) -> Family:
+        within = {one.model_type: one.family for kind in WRAPPERS.values() for one in kind.decoders}
+        name = self._decoder.model_type
+        return FAMILIES[within.get(name, name)]
+
     def _cache(self) -> Any:
         from mlx_lm.models.cache import make_prompt_cache
 
@@ -100,7 +112,7 @@ class MlxRuntime:
         from mlx_lm.models.cache import BatchKVCache, KVCache
 
         cache = self._cache()
-        padded = FAMILIES[self._model.model_type].mlx.padded
+        padded = self._family.mlx.padded
         if not padded or not all(type(part) is KVCache for part in cache):
             return [self.logits(sequence) for sequence in sequences]
         ids, mask = pad(sequences, "left")
@@ -112,7 +124,7 @@ class MlxRuntime:
     def layers(self, tokens: Sequence[int]) -> list[Tensor]:
         """float32 [tokens, hidden] after each layer."""
         outputs: list[Tensor] = []
-        decoder = self._model.model
+        decoder = self._decoder.model
         plain = decoder.layers
         decoder.layers = [_Recorder(layer, outputs) for layer in plain]
         try:

@@ -18,7 +18,7 @@ from qalora.errors import FormatError
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.settings import quiet
-from qalora.parity.runtimes.torch import ModuleRuntime, runtime_ends
+from qalora.parity.runtimes.torch import ModuleRuntime, auto_class, runtime_ends
 
 __all__ = ["open_artifact"]
 
@@ -30,8 +30,9 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
     if threads is not None:
         torch.set_num_threads(threads)
     with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        opens = auto_class(path)
         try:
-            module = transformers.AutoModelForCausalLM.from_pretrained(
+            module = opens.from_pretrained(
                 path,
                 dtype=torch.float32,
                 attn_implementation="eager",

@@ -12,11 +12,12 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.torch_module import build, layer_outputs
+from qalora.errors import FormatError
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import pad, positions, unpad
 
-__all__ = ["ModuleRuntime", "ends_in_transformers", "open_artifact", "runtime_ends"]
+__all__ = ["ModuleRuntime", "auto_class", "ends_in_transformers", "open_artifact", "runtime_ends"]
 
 
 class ModuleRuntime:
@@ -89,6 +90,21 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
         name="torch", version=torch.__version__, backend="cpu", dtype="float32", threads=torch.get_num_threads()
     )
     return ModuleRuntime(build(model), info, ends=ends_in_transformers(model.path) if model is not path else None)
+
+
+def auto_class(folder: Path) -> Any:
+    """transformers' class that opens a folder: of causal language models, or of text and images. FormatError for a
+    config that it does not take.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a foreign loader raises what it likes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{folder}: transformers does not load it ({reason})") from error
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def ends_in_transformers(folder: Path) -> RuntimeEnds | None:
