@@ -196,8 +196,9 @@ class OnnxRuntime(DecoderRuntime):
         import onnxruntime
 
         if self._open is None:
+            options = self._options()
             try:
-                self._open = onnxruntime.InferenceSession(str(self._file), self._options(), providers=self._providers)
+                self._open = onnxruntime.InferenceSession(str(self._file), options, providers=self._providers)
             except Exception as error:  # onnxruntime has no error tree that could be named
                 raise _refused(self._file, "load", error) from error
         return self._open
