@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qalora
-from public_world import same_files
+from folders import same_files
 from qalora.calibration import Calibration, bits_per_weight, calibration_windows, choose_widths, quantize_calibrated
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 import qalora
-from public_world import same_files
+from folders import same_files
 from qalora.converters import load
 from qalora.converters.exports import export, plan_folder
 from qalora.engines import engine_of

@@ -11,7 +11,8 @@ import pytest
 
 import qalora
 from elsewhere import Elsewhere
-from public_world import Effects, World, assert_no_engine, same_files, spec_of, unrecorded
+from folders import same_files
+from public_world import Effects, World, assert_no_engine, spec_of, unrecorded
 from qalora.adapter import read_adapter, write_adapter
 from qalora.converters import load
 from qalora.converters.onnx.files import accuracy_level

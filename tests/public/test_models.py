@@ -13,7 +13,8 @@ import torch
 
 import qalora
 from elsewhere import Elsewhere
-from public_world import SUBJECTS, Effects, World, assert_no_engine, same_files, spec_of, unlike, unrecorded
+from folders import same_files
+from public_world import SUBJECTS, Effects, World, assert_no_engine, spec_of, unlike, unrecorded
 from qalora.adapter import write_adapter
 from qalora.calibration import bits_per_weight
 from qalora.checkpoint import Checkpoint

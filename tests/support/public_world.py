@@ -53,15 +53,6 @@ class World:
         return self.out / name / target
 
 
-def same_files(one: Path, two: Path) -> bool:
-    """Whether two folders have the same files with the same bytes."""
-    files = [
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (one, two)
-    ]
-    return bool(files[0]) and files[0] == files[1]
-
-
 def assert_no_engine(call: Callable[..., object]) -> None:
     """An engine that there is not, and a cluster that does not answer, are refused before anything is done."""
     with pytest.raises(InputError, match="engine: expected local or ray, got 'dask'"):
