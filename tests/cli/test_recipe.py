@@ -92,7 +92,7 @@ def change(place: Path, *pairs: tuple[str, str]) -> None:
     (place / "recipe.toml").write_text(text, encoding="utf-8")
 
 
-CALLS = {"force", "dry_run", "as_json", "log_format", "resume", "jobs", "engine"}
+CALLS = {"force", "dry_run", "as_json", "log_format", "resume", "jobs", "engine", "shard"}
 """Options that belong to a call, and are in no recipe."""
 
 
