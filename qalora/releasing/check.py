@@ -144,7 +144,10 @@ class _Checks:
 
 def _is_opened(path: Path) -> bool:
     """Whether a runtime would open a file, or look for files behind it, as behind a link."""
-    return path.suffix in weight_suffixes() or path.is_symlink()
+    try:
+        return path.suffix in weight_suffixes() or path.is_symlink()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _signature(checks: _Checks, folder: Path, public_key: Path | None) -> None:

@@ -422,6 +422,15 @@ def test_what_lies_behind_a_link_is_given_to_no_runtime(dist: Path) -> None:
     assert check.skipped == "weights are not as listed, and are given to no runtime"
 
 
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_name_that_no_file_can_have_is_a_finding(dist: Path, length: int) -> None:
+    with (dist / SUMS).open("a", encoding="utf-8") as file:
+        file.write(f"{'0' * 64}  {'x' * length}/model.bin\n")
+    result = CliRunner().invoke(main, ["check", str(dist)])
+    assert result.exit_code == 1
+    assert "xxx" in result.stdout
+
+
 def test_a_folder_that_is_no_release_is_bad_input(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a release"):
         check_release(tmp_path)
