@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qalora.errors import InputError
+from qalora.errors import InputError, first_line
 
 __all__ = ["CPU", "double", "find_device"]
 
@@ -27,7 +27,7 @@ def find_device(name: str, *, float64: bool = True) -> torch.device:
         # "meta" is a device too, and holds no values
         torch.ones(1, device=device, dtype=torch.float64 if float64 else torch.float32).item()
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         expected = f"a device that torch has here{', with float64' if float64 else ''}"
         raise InputError(field="device", expected=expected, got=f"{name!r} ({reason})") from error
     return device

@@ -40,6 +40,7 @@ __all__ = [
     "ProofError",
     "QaloraError",
     "about",
+    "first_line",
     "json_kind",
     "shown",
     "with_options",
@@ -72,6 +73,11 @@ def shown(value: object, most: int = 60) -> str:
     if len(text) <= most:
         return text
     return f"{text[: most - 4]}...{text[-1] if text[0] in '{[' or text[0] == text[-1] else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in a line; the name of its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 _KINDS = {type(None): "null", bool: "true or false", str: "text", list: "a list", tuple: "a list", dict: "an object"}

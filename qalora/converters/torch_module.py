@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
-from qalora.errors import FormatError, InputError
+from qalora.errors import FormatError, InputError, first_line
 
 __all__ = ["LinearFactory", "build", "float_linear", "layer_outputs"]
 
@@ -84,7 +84,7 @@ def _empty(config: Mapping[str, Any], where: object) -> Any:
     except InputError:  # of ours, and a sentence already
         raise
     except Exception as error:  # whatever a config that is damaged makes transformers raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"{where}: config.json", expected="a config that transformers takes", got=reason) from error
 
 

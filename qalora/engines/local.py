@@ -16,7 +16,7 @@ import cloudpickle
 from loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
 from qalora.engines import Piece, Result
-from qalora.errors import EngineError
+from qalora.errors import EngineError, first_line
 
 __all__ = ["Processes", "processes"]
 
@@ -62,7 +62,7 @@ class Processes:
                 self.end()
                 if deaths == DEATHS:
                     raise EngineError(
-                        f"a process that shared the work died {DEATHS} times ({_first_line(error)})",
+                        f"a process that shared the work died {DEATHS} times ({first_line(error)})",
                         todo="give fewer `jobs`, as its memory may not have been enough",
                     ) from error
         file.unlink()
@@ -111,7 +111,3 @@ def _do(file: Path, piece: Any) -> Any:
         _kept = None  # before the next is read
         _kept = file, cloudpickle.loads(file.read_bytes())  # of the process that began this one
     return _kept[1](piece)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

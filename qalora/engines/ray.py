@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.engines import Piece, Result
-from qalora.errors import EngineError, MissingLibraryError, shown
+from qalora.errors import EngineError, MissingLibraryError, first_line, shown
 
 __all__ = ["Cluster", "cluster"]
 
@@ -41,7 +41,7 @@ def cluster(jobs: int | None) -> Iterator[Cluster]:
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             address = os.environ.get("RAY_ADDRESS", "none")
             raise EngineError(
-                "no connection to a Ray cluster", got=f"RAY_ADDRESS {address}: {_first_line(error)}"
+                "no connection to a Ray cluster", got=f"RAY_ADDRESS {address}: {first_line(error)}"
             ) from error
     try:
         yield Cluster(jobs or max(1, int(ray.cluster_resources().get("CPU", 1))))
@@ -61,7 +61,7 @@ def _check_address(address: str) -> None:
         raise EngineError(
             "RAY_ADDRESS",
             expected="host:port of a Ray cluster that answers",
-            got=f"{shown(address)} ({_first_line(error)})",
+            got=f"{shown(address)} ({first_line(error)})",
             todo="begin the cluster with ray start, or unset it to use this machine alone",
         ) from error
 
@@ -107,8 +107,4 @@ def _result(done: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None  # what `work` raised
     except ray.exceptions.RayError as error:
-        raise EngineError(f"Ray gave a piece of the work up ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise EngineError(f"Ray gave a piece of the work up ({first_line(error)})") from error

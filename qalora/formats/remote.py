@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from qalora.errors import FormatError, InputError, shown
+from qalora.errors import FormatError, InputError, first_line, shown
 
 __all__ = ["Ranges", "bring", "is_url", "knowing", "ranges_of", "size_of"]
 
@@ -151,4 +151,4 @@ def _opened(url: str) -> tuple[Any, str]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file or folder"
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return first_line(error) or type(error).__name__

@@ -19,7 +19,7 @@ from importlib.resources import files
 from typing import Any
 
 from qalora.converters import TARGETS, target
-from qalora.errors import InputError, shown
+from qalora.errors import InputError, first_line, shown
 from qalora.parity.gates import worst
 from qalora.parity.report import ParityReport, RunReport
 from qalora.releasing.digests import content_digest
@@ -115,7 +115,7 @@ def _check_front(text: str) -> None:
     try:
         ModelCard(text)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"the card's template: its front matter is not read ({reason})") from error
 
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from qalora.errors import InputError, shown
+from qalora.errors import InputError, first_line, shown
 
 __all__ = ["ALONE", "Processes", "joined", "launched"]
 
@@ -186,7 +186,7 @@ def joined(device: str = "auto") -> Iterator[Processes]:
         store, rank, size = next(rendezvous("env://"))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"the {size} processes of this run did not meet: {reason}") from error
     try:
         yield Processes(rank=rank, size=size, store=store)
@@ -224,5 +224,5 @@ def _call(collective: Callable[..., object], *tensors: object) -> None:
 
 
 def _lost(error: RuntimeError) -> InputError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return InputError(f"another process of this run has ended ({reason[:200]})", todo="continue with `resume`")

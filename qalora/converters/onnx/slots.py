@@ -31,7 +31,7 @@ from qalora.adapter import Adapter, AdapterLayer, check_plain
 from qalora.checkpoint import Checkpoint
 from qalora.converters.format import LoraContent
 from qalora.converters.onnx.order import ungathered
-from qalora.errors import AdapterError, FormatError, InputError, OutputError
+from qalora.errors import AdapterError, FormatError, InputError, OutputError, first_line
 from qalora.formats.files import check_content
 
 __all__ = ["RANK", "add_slots", "content", "read_adapter_file", "rounded_modules", "slot_names", "write_adapter_file"]
@@ -148,7 +148,7 @@ def read_adapter_file(path: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
     try:
         values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
     except Exception as error:  # onnxruntime has no error tree that could be named
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FormatError(f"{path}", expected="an ONNX Runtime adapter", got=reason) from error
     found = {name: torch.from_numpy(value.numpy().copy()) for name, value in values.items()}
     modules = sorted({name.rpartition(".lora_")[0] for name in found})

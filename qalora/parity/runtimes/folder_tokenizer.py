@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora.converters.tokenizer import TOKENIZER_FILES
-from qalora.errors import FormatError, QaloraError
+from qalora.errors import FormatError, QaloraError, first_line
 from qalora.parity.runtimes.settings import quiet
 
 __all__ = ["FolderTokenizer", "folder_tokenizer"]
@@ -40,7 +40,7 @@ def folder_tokenizer(folder: Path, load: Callable[[Path], Any] | None = None) ->
     except QaloraError:
         raise
     except Exception as error:  # whatever damaged files make a foreign loader raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FormatError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
     tokenizer.model_max_length = 1 << 30  # or it warns of a text that no model is to see
     return FolderTokenizer(tokenizer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
-from qalora.errors import FormatError
+from qalora.errors import FormatError, first_line
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.onnxruntime import check_installed
@@ -43,7 +43,7 @@ class GenaiRuntime:
         try:
             self._model = onnxruntime_genai.Model(str(folder))
         except Exception as error:  # the library raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise FormatError(f"{folder}: onnxruntime-genai does not load it ({reason})") from error
         self._opened: Any = None
         self.words = self
@@ -76,7 +76,7 @@ class GenaiRuntime:
             try:
                 self._opened = self._library.Tokenizer(self._model)
             except Exception as error:  # the library raises what it likes
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 raise FormatError(
                     f"{self._folder}: onnxruntime-genai does not take its tokenizer ({reason})"
                 ) from error

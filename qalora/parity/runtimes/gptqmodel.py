@@ -25,7 +25,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.gptq.kernels import has_head_in_words
-from qalora.errors import FormatError
+from qalora.errors import FormatError, first_line
 from qalora.parity.memory import available_memory
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
@@ -103,7 +103,7 @@ def _load(folder: Path) -> Any:
                 local_files_only=True,
             )
         except Exception as error:  # a foreign loader raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise FormatError(f"{folder}: transformers does not load it ({reason})") from error
     for layer in module.modules():
         vars(layer).pop("dequantize_weight", None)  # the compiled form of the method of that name

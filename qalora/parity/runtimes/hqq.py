@@ -18,7 +18,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters import load
 from qalora.converters.huggingface import stored_tensors
 from qalora.converters.torch_module import build, float_linear
-from qalora.errors import FormatError
+from qalora.errors import FormatError, first_line
 from qalora.formats.safetensors import load_tensor
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.torch import ModuleRuntime, ends_in_transformers
@@ -55,6 +55,6 @@ def _layer(folder: Path, module: str, state: dict[str, Tensor]) -> nn.Module:
         layer: Any = HQQLinear(None, None, compute_dtype=torch.float32, device="cpu")
         layer.load_state_dict(state)
     except Exception as error:  # the library raises what it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FormatError(f"{folder}: {module}: hqq does not load it ({reason})") from error
     return layer  # type: ignore[no-any-return]

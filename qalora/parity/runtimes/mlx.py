@@ -20,7 +20,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.converters.families import FAMILIES, Family
 from qalora.converters.families.wrappers import WRAPPERS
-from qalora.errors import FormatError
+from qalora.errors import FormatError, first_line
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
@@ -47,7 +47,7 @@ class MlxRuntime:
                 self._model.set_dtype(mlx.core.float32)
                 mlx.core.eval(self._model.parameters())
         except Exception as error:  # the library raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise FormatError(f"{folder}: mlx-lm does not load it ({reason})") from error
         self.words = folder_tokenizer(folder, lambda path: load_tokenizer(path)._tokenizer)
         self.info = RuntimeInfo(
@@ -74,7 +74,7 @@ class MlxRuntime:
         try:
             tokenizer = load_tokenizer(self._folder, eos_token_ids=load_config(self._folder).get("eos_token_id"))
         except Exception as error:  # the library raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise FormatError(f"{self._folder}: mlx-lm does not load its tokenizer ({reason})") from error
         own = tokenizer.eos_token_id
         return RuntimeEnds(ids=frozenset(tokenizer.eos_token_ids), own=frozenset() if own is None else frozenset({own}))

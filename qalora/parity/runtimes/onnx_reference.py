@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.onnx.files import is_standard
-from qalora.errors import FormatError
+from qalora.errors import FormatError, first_line
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.onnxruntime import LAYER, DecoderRuntime
 
@@ -41,7 +41,7 @@ class OnnxReference(DecoderRuntime):
             model = onnx.load(str(file))
             self._evaluator: Any = ReferenceEvaluator(model)
         except Exception as error:  # whatever a graph that it does not know makes it raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise FormatError(f"{file}: onnx.reference does not load it ({reason})") from error
         initialized = {item.name for item in model.graph.initializer}
         inputs = {

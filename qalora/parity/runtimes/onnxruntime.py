@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.huggingface import read_config
-from qalora.errors import FormatError, InputError, MissingLibraryError
+from qalora.errors import FormatError, InputError, MissingLibraryError, first_line
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import Side, pad, positions, unpad
@@ -246,7 +246,7 @@ class OnnxRuntime(DecoderRuntime):
 
 
 def _refused(file: Path, verb: str, error: Exception) -> FormatError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return FormatError(f"{file}: ONNX Runtime does not {verb} it ({reason})")
 
 

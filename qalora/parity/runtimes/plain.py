@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from qalora.checkpoint import Checkpoint
-from qalora.errors import FormatError
+from qalora.errors import FormatError, first_line
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.settings import quiet
@@ -41,7 +41,7 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
                 use_safetensors=True,
             )
         except Exception as error:  # a foreign loader raises what it likes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise FormatError(f"{path}: transformers does not load it ({reason})") from error
     info = RuntimeInfo(
         name="transformers",

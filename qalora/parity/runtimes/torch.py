@@ -12,7 +12,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.torch_module import build, layer_outputs
-from qalora.errors import FormatError
+from qalora.errors import FormatError, first_line
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import pad, positions, unpad
@@ -101,7 +101,7 @@ def auto_class(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a foreign loader raises what it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FormatError(f"{folder}: transformers does not load it ({reason})") from error
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
