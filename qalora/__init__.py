@@ -125,13 +125,11 @@ def save(
     """
     sharing = Sharing(jobs=jobs, engine=engine)
 
-    from qalora.converters.exports import save as save_model
+    from qalora.converters.exports import save as write
     from qalora.engines import engine_of
 
     with engine_of(sharing) as workers:
-        return save_model(
-            model, Path(out), max_shard_size=max_shard_size, force=force, progress=progress, engine=workers
-        )
+        return write(model, Path(out), max_shard_size=max_shard_size, force=force, progress=progress, engine=workers)
 
 
 def quantize(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qalora import tensor
+from qalora.errors import first_line
 
 __all__ = ["dequantize"]
 
@@ -65,7 +66,7 @@ def _proven(device: torch.device, bits: int, dtype: torch.dtype) -> ModuleType |
         wrong = _differing(kernel, device, bits, dtype)
         why = f"gives {wrong} other weights at {bits} bits" if wrong else ""
     except Exception as error:  # whatever a compiler, a driver or an old GPU may say
-        why = f"does not run ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        why = f"does not run ({first_line(error)})"
     if not why:
         return kernel
     warnings.warn(f"the kernel on {device} {why}: weights are made by plain torch, more slowly", stacklevel=3)
