@@ -102,11 +102,11 @@ def _quantized(
     work = partial(_quantized_layer, options, torch.get_num_threads())
 
     def visit(stage: Sequence[LinearLayer]) -> Iterator[Tensor]:
-        known = {}
+        apart = {}
         if engine is not None and len(stage) > 1:
-            known = {layer.name: tensor for layer, tensor in engine.map(work, stage)}
+            apart = {layer.name: tensor for layer, tensor in engine.map(work, stage)}
         for layer in stage:
-            tensor = known[layer.name] if known else work(layer)
+            tensor = apart[layer.name] if apart else work(layer)
             file.put(layer.name, tensor.to(CPU))
             yield tensor.to(device).dequantize()
 

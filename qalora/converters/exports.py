@@ -147,15 +147,15 @@ def write_jobs(jobs: Sequence[tuple[ExportJob, Path]], progress: Progress, engin
             target(job.plan.target).write(job.plan, job.model, folder, progress)
         return
     frame = Share(())
+    sizes = [_sizes(job.plan) for job, _ in jobs]
     pieces = []
     for number, (job, folder) in enumerate(jobs):
         target(job.plan.target).write(job.plan, job.model, folder, progress, frame)
-        pieces += [(number, names) for names in pieces_of(_sizes(job.plan), engine.jobs)]
+        pieces += [(number, names) for names in pieces_of(sizes[number], engine.jobs)]
     for (number, names), written in engine.map(partial(_write_piece, jobs), pieces):
         frame.add(written)
-        sizes = _sizes(jobs[number][0].plan)
         for name in names:
-            progress(name, sizes[name])
+            progress(name, sizes[number][name])
     frame.check()
 
 

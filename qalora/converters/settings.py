@@ -41,9 +41,6 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     family = family_of(config, where)
     filled = {key: value for key, value in config.items() if value is not None or key not in _NEVER_NULL}
     settings = {**family.defaults, **{key: filled[key] for key in filled if reads(family, key)}, **family.fixed}
-    types = settings.get("layer_types")
-    if family.aliases and isinstance(types, list):
-        settings["layer_types"] = [family.aliases.get(kind, kind) if isinstance(kind, str) else kind for kind in types]
     joined = joined_parameters(settings, where, family.rope_aliases, family.rope_keys)
     if joined.get(ALPHA):
         joined = stretched(joined, settings, where)

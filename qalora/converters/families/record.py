@@ -207,7 +207,6 @@ class Family:
                     stands here in other families only is one that transformers' class does not read
     fixed           what holds in every model of the family, whatever a config says
     only            the one value of a key that is read here, where transformers' class takes others too
-    aliases         other names that configs have for the kinds of layers
     rope_aliases    other names of rope kinds
     rope_keys       numbers of rope_parameters that this family's class alone reads. alpha: a dynamic rope with it has
                     fixed frequencies, of the base theta * alpha^(d / (d - 2)); llama_4_scaling_beta: see
@@ -241,7 +240,6 @@ class Family:
     biased: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     rope_keys: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ()
