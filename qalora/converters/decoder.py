@@ -1,6 +1,6 @@
 """What a decoder computes: the numbers of a config, with what transformers assumes where the config is silent.
 
-The ONNX graphs, GGUF's metadata and the comparison of configs all read this, so that a key of transformers' is
+Graphs, GGUF's metadata and the comparison of configs all read this, so that a key of transformers' is
 understood in one place, whatever version wrote it.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qalora.checkpoint import Checkpoint, module_of
 from qalora.converters.families import LAYER_KINDS, Family, LayerParts, family_of
 from qalora.converters.rope import Rope, rope_of
 from qalora.converters.settings import (
@@ -18,11 +19,22 @@ from qalora.converters.settings import (
     LOGIT_DIVISOR,
     RESIDUAL_SCALE,
     layer_parts,
+    norm_names,
     settings_of,
 )
 from qalora.errors import InputError, shown
 
-__all__ = ["FULL", "LOCAL", "Decoder", "Layer", "check_activation", "decoder_of", "tensor_shape"]
+__all__ = [
+    "FULL",
+    "LOCAL",
+    "Decoder",
+    "Layer",
+    "check_activation",
+    "check_tensors",
+    "decoder_of",
+    "tensor_shape",
+    "used_ropes",
+]
 
 FULL, LOCAL = "full", "local"
 """The two kinds of rotary positions."""
@@ -112,6 +124,31 @@ def check_activation(decoder: Decoder, where: object) -> None:
     family = decoder.family
     if decoder.activation != family.activation:
         raise InputError(f"{where}: {family.activation_key}", expected=family.activation, got=shown(decoder.activation))
+
+
+def used_ropes(decoder: Decoder) -> list[str]:
+    """The kinds of rotary positions that some layer has."""
+    return [kind for kind in decoder.ropes if any(layer.rope == kind for layer in decoder.layers)]
+
+
+def check_tensors(model: Checkpoint) -> None:
+    """Refuse a model whose tensors are not those that a graph of its decoder has."""
+    family = family_of(model.config, model.path)
+    known = {name for name, _ in family.outer} | set(model.linears) | {f"{module_of(n)}.bias" for n in model.linears}
+    norms = norm_names(model.config, model.path)
+    for name in sorted({*norms, "model.embed_tokens.weight"}):
+        if name not in model.tensors:
+            raise InputError(f"{model.path}: missing tensor {name}, which config.json requires")
+    unknown = sorted(set(model.tensors) - known - set(norms))
+    if unknown:
+        raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in the graph of a {family.model_type}")
+    decoder, table = decoder_of(model.config, model.path), model.tensors["model.embed_tokens.weight"].shape
+    if table != (decoder.vocabulary, decoder.hidden):
+        raise InputError(
+            f"{model.path}: model.embed_tokens.weight",
+            expected=f"shape {[decoder.vocabulary, decoder.hidden]}, as config.json says",
+            got=str(list(table)),
+        )
 
 
 def tensor_shape(decoder: Decoder, name: str) -> tuple[int, ...] | None:

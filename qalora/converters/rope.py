@@ -35,6 +35,7 @@ __all__ = [
     "WITH_ORIGINAL",
     "Rope",
     "check_rope",
+    "frequencies",
     "joined_parameters",
     "llama3_factors",
     "rope_of",
@@ -278,20 +279,37 @@ def rotary_table(rope: Rope, head_size: int, positions: int, where: object) -> t
     Row p is position p. A longrope whose context was extended has two tables, one below the other: `original` rows for
     sequences within the original context, then `positions` rows for longer ones.
     """
+    check_rope(rope, head_size, where)
+    size, rotary = rope.size(head_size), _rotary(rope, head_size, positions)
+    spans = [positions] if not two_tables(rope, positions) else [rope.original, positions]
+    tables = [rotary(torch.zeros(1, dtype=torch.float32), torch.arange(span)[None]) for span in spans]
+    cos, sin = (torch.cat([table[part][0, :, : size // 2] for table in tables]).contiguous() for part in (0, 1))
+    return cos, sin
+
+
+def frequencies(rope: Rope, head_size: int, positions: int, where: object) -> tuple[list[Tensor], float]:
+    """float32 [rotated elements / 2] for angles of position * frequency, and what cos and sin are multiplied with; by
+    the same module. A longrope whose context was extended has two: within the original context, and beyond it.
+    """
+    check_rope(rope, head_size, where)
+    rotary = _rotary(rope, head_size, positions)
+    found = [rotary.inv_freq.clone()]
+    if two_tables(rope, positions):
+        rotary(torch.zeros(1, dtype=torch.float32), torch.tensor([[rope.original]]))  # a position beyond it
+        found.append(rotary.inv_freq.clone())
+    return found, float(rotary.attention_scaling)
+
+
+def _rotary(rope: Rope, head_size: int, positions: int) -> Any:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    check_rope(rope, head_size, where)
     size = rope.size(head_size)
     whole = {key: value for key, value in rope.parameters().items() if key not in (SHARE, BETA)}
     config = LlamaConfig(
         head_dim=size, hidden_size=size, num_attention_heads=1, max_position_embeddings=positions, rope_parameters=whole
     )
-    rotary = LlamaRotaryEmbedding(config)
-    spans = [positions] if not two_tables(rope, positions) else [rope.original, positions]
-    tables = [rotary(torch.zeros(1, dtype=torch.float32), torch.arange(span)[None]) for span in spans]
-    cos, sin = (torch.cat([table[part][0, :, : size // 2] for table in tables]).contiguous() for part in (0, 1))
-    return cos, sin
+    return LlamaRotaryEmbedding(config)
 
 
 def llama3_factors(rope: Rope, size: int) -> Tensor:

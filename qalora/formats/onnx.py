@@ -65,6 +65,10 @@ class Initializer:
         """Bytes of the data."""
         return math.prod(self.shape) * DTYPES[self.dtype][1] // 8
 
+    def row_at(self, row: int) -> int:
+        """Bytes before a row."""
+        return row * (self.nbytes // self.shape[0]) if row else 0
+
 
 def lay_out(initializers: Sequence[Initializer]) -> tuple[dict[str, Initializer], int]:
     """Give each its offset, in the order given; gives them by name, and the size of the file."""

@@ -18,8 +18,8 @@ from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.cli import main
 from qalora.converters import load
+from qalora.converters.column_order import natural, order_of, ordered
 from qalora.converters.onnx import read
-from qalora.converters.onnx.order import natural, order_of, ordered
 from qalora.converters.onnx.slots import write_adapter_file
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build

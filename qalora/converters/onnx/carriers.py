@@ -35,7 +35,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qalora.converters.onnx.order import natural, ordered
+from qalora.converters.column_order import natural, ordered
+from qalora.converters.onnx.order import ORDER
 from qalora.errors import ExactnessError, FormatError
 from qalora.formats.onnx import Initializer
 from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros, pack_codes, unpack_codes
@@ -130,7 +131,7 @@ def _is(kind: str, part: Initializer) -> bool:
 
 def encode(module: str, tensor: GroupQuantTensor, spec: QuantSpec) -> dict[str, Tensor]:
     """The data of `parts`, by name."""
-    tensor = ordered(module, tensor)
+    tensor = ordered(f"onnx: {module}", tensor)
     data = {f"{module}.scale": _narrowed(module, tensor.scale, spec.scale_dtype)}
     if spec.zeros == "real":
         data[f"{module}.min"] = _narrowed(module, tensor.min, spec.min_dtype)
@@ -181,7 +182,8 @@ def decode(module: str, fetch: Fetch, spec: QuantSpec) -> GroupQuantTensor:
     else:
         minimum = -scale * _joined_zeros(module, fetch, spec, scale.shape[1])
     tensor = GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=spec.bits, group_size=spec.group_size)
-    return natural(module, tensor, fetch(f"{module}.order")) if spec.act_order else tensor
+    order = f"{module}{ORDER}"
+    return natural(order, tensor, fetch(order)) if spec.act_order else tensor
 
 
 def _joined_codes(module: str, fetch: Fetch, bits: int) -> Tensor:

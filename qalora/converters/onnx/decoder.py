@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint
-from qalora.converters.decoder import FULL, LOCAL, Decoder, check_activation
+from qalora.converters.decoder import FULL, LOCAL, Decoder, check_activation, used_ropes
 from qalora.converters.onnx.graph import Graph
 from qalora.converters.rope import check_rope, rotary_table, table_rows
 from qalora.errors import InputError
@@ -33,7 +33,6 @@ __all__ = [
     "rotary_parts",
     "rotary_tables",
     "tempered",
-    "used_ropes",
 ]
 
 MAX_POSITIONS = 1 << 20
@@ -58,11 +57,6 @@ def check_decoder(decoder: Decoder, where: object) -> None:
         )
     for kind in used_ropes(decoder):
         check_rope(decoder.ropes[kind], decoder.head_size, where)
-
-
-def used_ropes(decoder: Decoder) -> list[str]:
-    """The kinds of rotary positions that some layer has."""
-    return [kind for kind in decoder.ropes if any(layer.rope == kind for layer in decoder.layers)]
 
 
 def rotary_parts(decoder: Decoder) -> list[Initializer]:

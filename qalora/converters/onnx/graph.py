@@ -23,7 +23,7 @@ class Graph:
 
     data      the weights by name
     location  the file that holds them, seen from the graph's folder
-    orders    what `order.shared_orders` gives
+    orders    what `column_order.shared_orders` gives
     """
 
     data: Mapping[str, Initializer]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.decoder import decoder_of
+from qalora.converters.column_order import shared_orders
+from qalora.converters.decoder import check_tensors, decoder_of
 from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
 from qalora.converters.families import family_of
 from qalora.converters.onnx.carriers import as_blocks, as_rows, block_size, is_part, parts
@@ -27,15 +28,13 @@ from qalora.converters.onnx.fast import fast_graph
 from qalora.converters.onnx.files import VERSION, VERSION_KEY
 from qalora.converters.onnx.genai import genai_config
 from qalora.converters.onnx.graph import DATA
-from qalora.converters.onnx.order import ORDER, order_part, shared_orders
+from qalora.converters.onnx.order import ORDER, order_part
 from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.onnx.slots import add_slots
 from qalora.converters.onnx.tokenizer import NOTE, genai_files
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor
-from qalora.converters.settings import norm_names
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import converted_files
-from qalora.errors import InputError
 from qalora.formats.onnx import Initializer, lay_out
 
 __all__ = ["GRAPH", "PORTABLE", "GraphPlan", "OnnxPlan", "plan"]
@@ -79,10 +78,10 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
     """
     decoder = decoder_of(model.config, model.path)
     check_decoder(decoder, model.path)
-    _check_tensors(model)
+    check_tensors(model)
     coded = _coded(model, options)
     computed = dict.fromkeys([*model.linears, *model.tensors])  # the first to use an order gives it its name
-    orders = shared_orders(model.tensors[name] for name in computed if name in coded)
+    orders = shared_orders("onnx", (model.tensors[name] for name in computed if name in coded))
     data, size = lay_out(_initializers(model, orders, coded))
     metadata = _metadata(model, coded, options)
     file = f"{PORTABLE}/{DATA}" if options.onnx_graphs == "both" else DATA
@@ -145,25 +144,6 @@ def _as_rows(data: Mapping[str, Initializer]) -> dict[str, Initializer]:
 def _config(model: Checkpoint) -> dict[str, Any]:
     architecture = family_of(model.config, model.path).architecture
     return {"architectures": [architecture], **config_with_ends(model)}
-
-
-def _check_tensors(model: Checkpoint) -> None:
-    family = family_of(model.config, model.path)
-    known = {name for name, _ in family.outer} | set(model.linears) | {f"{module_of(n)}.bias" for n in model.linears}
-    norms = norm_names(model.config, model.path)
-    for name in sorted({*norms, "model.embed_tokens.weight"}):
-        if name not in model.tensors:
-            raise InputError(f"{model.path}: missing tensor {name}, which config.json requires")
-    unknown = sorted(set(model.tensors) - known - set(norms))
-    if unknown:
-        raise InputError(f"{model.path}: tensor {unknown[0]!r} has no place in the graph of a {family.model_type}")
-    decoder, table = decoder_of(model.config, model.path), model.tensors["model.embed_tokens.weight"].shape
-    if table != (decoder.vocabulary, decoder.hidden):
-        raise InputError(
-            f"{model.path}: model.embed_tokens.weight",
-            expected=f"shape {[decoder.vocabulary, decoder.hidden]}, as config.json says",
-            got=str(list(table)),
-        )
 
 
 def _coded(model: Checkpoint, options: ExportOptions) -> frozenset[str]:

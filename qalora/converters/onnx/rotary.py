@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qalora.converters.decoder import Decoder
-from qalora.converters.onnx.decoder import TABLES, used_ropes
+from qalora.converters.decoder import Decoder, used_ropes
+from qalora.converters.onnx.decoder import TABLES
 from qalora.converters.rope import LISTS, Rope, llama3_factors, two_tables
 from qalora.errors import FormatError
 from qalora.formats.onnx import Stored, read_stored

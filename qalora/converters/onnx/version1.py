@@ -22,8 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qalora.converters.column_order import natural
 from qalora.converters.onnx.carriers import Fetch, block_size, from_nibbles, halves
-from qalora.converters.onnx.order import natural
+from qalora.converters.onnx.order import ORDER
 from qalora.errors import FormatError
 from qalora.formats.onnx import Initializer
 from qalora.residual import from_residual
@@ -93,7 +94,8 @@ def _joined(
     else:
         minimum = from_residual(scale, zero, fetch(f"{module}.residual").T)
     tensor = GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=spec.bits, group_size=spec.group_size)
-    return natural(module, tensor, fetch(f"{module}.order")) if spec.act_order else tensor
+    order = f"{module}{ORDER}"
+    return natural(order, tensor, fetch(order)) if spec.act_order else tensor
 
 
 def decode_portable(module: str, fetch: Fetch, spec: QuantSpec) -> GroupQuantTensor:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
+from qalora.converters.column_order import order_of
 from qalora.converters.decoder import decoder_of
 from qalora.converters.ends import GENERATION, write_generation
 from qalora.converters.onnx.carriers import encode
 from qalora.converters.onnx.decoder import rotary_tables
-from qalora.converters.onnx.order import ORDER, order_of
+from qalora.converters.onnx.order import ORDER
 from qalora.converters.onnx.planner import GRAPH, OnnxPlan
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
-from qalora.formats.files import OutputFile
-from qalora.formats.onnx import Initializer
+from qalora.formats.data_file import DataFile
 from qalora.formats.output import write_json
 from qalora.formats.share import Share
 from qalora.formats.workers import JOB_BYTES, Workers
@@ -35,7 +34,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
     if share.frame:
         _write_small_files(plan, model, folder)
     decoder = decoder_of(model.config, model.path)
-    with _Data(folder / plan.file, plan, share) as file, Workers() as workers:
+    with DataFile(folder / plan.file, plan.data, plan.size, share) as file, Workers() as workers:
         for row in plan.tensors:
             if not share.writes(row.name):
                 continue
@@ -70,53 +69,14 @@ def _write_small_files(plan: OnnxPlan, model: Checkpoint, folder: Path) -> None:
         (place / GRAPH).write_bytes(graph.proto.SerializeToString(deterministic=True))
 
 
-class _Data:
-    """A data file that is filled by the initializers' names."""
-
-    def __init__(self, path: Path, plan: OnnxPlan, share: Share) -> None:
-        self._items = plan.data
-        self._frame = share.frame
-        self._file = OutputFile(path, plan.size, share)
-
-    def has(self, name: str) -> bool:
-        """Whether the file has an initializer of that name."""
-        return name in self._items
-
-    def write(self, name: str, data: Tensor, row: int = 0) -> None:
-        """Write an initializer, or its rows from `row` on."""
-        item = self._items[name]
-        start = row * (item.nbytes // item.shape[0]) if row else 0
-        self._file.write(item.offset + start, data)
-
-    def __enter__(self) -> _Data:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None and self._frame:
-            for offset, length in _gaps(self._items.values()):
-                self._file.zeros(offset, length)
-        self._file.__exit__(kind, error, at)
-
-
-def _gaps(items: Iterable[Initializer]) -> list[tuple[int, int]]:
-    """(offset, length) of what alignment leaves between the initializers."""
-    found, at = [], 0
-    for item in items:
-        if item.offset > at:
-            found.append((at, item.offset - at))
-        at = item.offset + item.nbytes
-    return found
-
-
-def _write_quantized(file: _Data, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
+def _write_quantized(file: DataFile, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
     if lazy.spec is None or isinstance(tile, Tensor):
         raise TypeError(f"{lazy.name} has no spec")
     module = module_of(lazy.name)
     for name, data in encode(module, tile, lazy.spec).items():
         file.write(name, data, row)
     if row == 0 and file.has(f"{module}{ORDER}"):
-        file.write(f"{module}{ORDER}", order_of(module, tile))
+        file.write(f"{module}{ORDER}", order_of(f"onnx: {module}", tile))
 
 
 def _transposed(lazy: LazyTensor) -> Iterator[tuple[int, Tensor]]:
@@ -127,6 +87,6 @@ def _transposed(lazy: LazyTensor) -> Iterator[tuple[int, Tensor]]:
         yield start, whole[:, start : start + step].T
 
 
-def _write_float(file: _Data, name: str, row: int, tile: Tensor, offset: float) -> None:
+def _write_float(file: DataFile, name: str, row: int, tile: Tensor, offset: float) -> None:
     wide = tile.float().contiguous()
     file.write(name, wide + offset if offset else wide, row)
