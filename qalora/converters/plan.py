@@ -120,6 +120,7 @@ class ExportOptions(Writing):
     onnx_embedding  "auto" (codes of the embedding, shared with a tied output, where the base has them; a third of its
                     bytes at 8 bits), "float32" or "quantized" (codes, or an error)
     onnx_graphs     "both", "fast" or "portable"
+    openvino_precision  "float32", or "fast": what OpenVINO does by itself
     lora_slots      ONNX: modules whose products take a LoRA at run time, an .onnx_adapter file
     adapter         an adapter to ship beside the base instead of folding it (targets that say they can)
     provenance      what the files say of where they come from: GGUF keys, safetensors and ONNX metadata, all strings

@@ -72,6 +72,13 @@ class Writing(Options):
         target="onnx",
         expert=True,
     )
+    openvino_precision: Literal["float32", "fast"] = option(
+        "float32",
+        "OpenVINO: the precision that the model asks for. fast: the runtime's own, such as bfloat16 and a cache of 8 "
+        "bits.",
+        target="openvino",
+        expert=True,
+    )
     max_shard_size: int = shard_size()
     split_max_size: int | None = option(
         None,

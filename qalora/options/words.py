@@ -40,6 +40,7 @@ TARGETS = {
     "gptq": "qalora.converters.gptq",
     "gguf": "qalora.converters.gguf",
     "onnx": "qalora.converters.onnx",
+    "openvino": "qalora.converters.openvino",
     "mlx": "qalora.converters.mlx",
     "hqq": "qalora.converters.hqq",
     "qalora": "qalora.converters.native",

@@ -27,6 +27,7 @@ __all__ = [
     "recognize",
     "reference_artifact",
     "runtimes_of",
+    "takes",
 ]
 
 
@@ -135,7 +136,7 @@ def runtimes_of(artifact: Artifact) -> tuple[str, ...]:
     """The runtimes that an artefact is proven in: those of its kind, CUDA where there is a device, and, for a small
     graph of standard operators, onnx.reference.
     """
-    return (*artifact.layout.runtimes, *(one for one in _also(artifact.layout) if _takes(one, artifact)))
+    return (*artifact.layout.runtimes, *(one for one in _also(artifact.layout) if takes(one, artifact)))
 
 
 def may_run(kind: str) -> tuple[str, ...]:
@@ -148,7 +149,8 @@ def _also(known_layout: Layout) -> list[str]:
     return [one for one in known_layout.also if not RUNTIMES[one].cuda or _has_cuda()]
 
 
-def _takes(kind: str, artifact: Artifact) -> bool:
+def takes(kind: str, artifact: Artifact) -> bool:
+    """Whether a runtime takes an artefact, as far as it asks."""
     parts = RUNTIMES[kind]
     return not parts.picky or bool(import_module(parts.module).takes(artifact.path, _weight_bytes(artifact)))
 

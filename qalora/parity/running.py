@@ -19,7 +19,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.devices import CPU
 from qalora.errors import FormatError, MissingLibraryError
-from qalora.parity.artifacts import Artifact, memory_needed, runtimes_of
+from qalora.parity.artifacts import Artifact, memory_needed, runtimes_of, takes
 from qalora.parity.baseline import Baseline
 from qalora.parity.ends import EndDifferences
 from qalora.parity.evidence import Evidence, Generation, TokenizerFindings
@@ -104,7 +104,7 @@ class Runner:
         done = [self._run(kind, artifact, contents, weights) for kind in runtimes_of(artifact)]
         logits = done[0].own or done[0].logits
         if self.generate and logits is not None and artifact.path.parent.name != "portable":
-            for kind in artifact.layout.generators:
+            for kind in (one for one in artifact.layout.generators if takes(one, artifact)):
                 run = self._generator(kind, artifact, contents, logits.max)
                 done += [] if run is None else [run]
         return tuple(done)

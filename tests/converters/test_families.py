@@ -330,6 +330,42 @@ def test_both_graphs_compute_the_same(form: str, tiny_of: Any, exported: Any) ->
         assert_close(steps(opened, place, TOKENS), stepped, tiny.noise)
 
 
+class InOpenvino:
+    """An OpenVINO graph on one thread; `longer` lets a call go on from the cache of the one before."""
+
+    def __init__(self, folder: Path) -> None:
+        import openvino
+
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", options)
+        self.request = compiled.create_infer_request()
+
+    def logits(self, tokens: torch.Tensor, mask: torch.Tensor, *, longer: bool = False) -> np.ndarray:
+        if not longer:
+            self.request.reset_state()
+        new = {"input_ids": tokens.numpy(), "attention_mask": mask.numpy(), "beam_idx": np.arange(2, dtype=np.int32)}
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
+        return self.request.infer({**new, "position_ids": positions.numpy()})["logits"].copy()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_openvino_graph_computes_the_same(form: str, tiny_of: Any, exported: Any) -> None:
+    """At once, in batches padded on either side, and step by step with the cache beyond the window."""
+    tiny, folder = tiny_of(form), exported(form, "openvino")
+    assert_same_model(load(folder), tiny.model)
+    opened, whole = InOpenvino(folder), torch.ones_like(TOKENS)
+    assert_close(opened.logits(TOKENS, whole), tiny.logits, tiny.noise)
+    for side in ("right", "left"):
+        tokens, mask, rows = padded(side)
+        found = opened.logits(tokens, mask)
+        assert_close(found[0], tiny.logits[0], tiny.noise)
+        assert_close(found[1, rows], tiny.logits[1, :25], tiny.noise)
+    stops = [5, *range(6, TOKENS.shape[1] + 1)]
+    pairs = zip([0, *stops], stops, strict=False)
+    stepped = [opened.logits(TOKENS[:, at:stop], whole[:, :stop], longer=at > 0) for at, stop in pairs]
+    assert_close(np.concatenate(stepped, axis=1), transformers_steps(tiny, form), tiny.noise)
+
+
 @pytest.mark.parametrize("form", MAIN)
 def test_the_portable_graph_is_standard(form: str, tiny_of: Any, exported: Any) -> None:
     """Checked in full, and run by onnx.reference, which knows no operator of a vendor's."""

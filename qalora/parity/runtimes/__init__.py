@@ -44,7 +44,7 @@ class RuntimeParts:
 
 
 _HERE = "qalora.parity.runtimes"
-_ONNX = "running an ONNX artefact"
+_ONNX, _OPENVINO = "running an ONNX artefact", "running an OpenVINO artefact"
 
 RUNTIMES = {
     "torch": RuntimeParts(module=f"{_HERE}.torch", imports=("torch", "transformers")),
@@ -65,6 +65,14 @@ RUNTIMES = {
         imports=("onnxruntime_genai", "onnxruntime"),
         purpose="generating with an ONNX artefact",
         extra="genai",
+    ),
+    "openvino": RuntimeParts(module=f"{_HERE}.openvino", imports=("openvino",), purpose=_OPENVINO, extra="openvino"),
+    "openvino-genai": RuntimeParts(
+        module=f"{_HERE}.openvino_genai",
+        imports=("openvino_genai", "openvino_tokenizers", "openvino"),
+        picky=True,
+        purpose="generating with an OpenVINO artefact",
+        extra="openvino",
     ),
     "gptqmodel": RuntimeParts(
         module=f"{_HERE}.gptqmodel",
