@@ -98,13 +98,15 @@ class _Builder:
     def _shapes(self) -> _Shapes:
         graph = self.graph
         size = graph.add("ShapeOf", ["input_ids"], "ids_shape", outputs=("i64",))
+        batch = graph.add("Gather", [size, graph.sizes(0), graph.whole(0)], "batch", outputs=("i64",))
+        new = graph.add("Gather", [size, graph.whole(1), graph.whole(0)], "new", outputs=("i64",))
         return _Shapes(
-            batch=graph.add("Gather", [size, graph.sizes(0), graph.whole(0)], "batch", outputs=("i64",)),
-            biases=self._biases(graph.add("Gather", [size, graph.whole(1), graph.whole(0)], "new", outputs=("i64",))),
+            batch=batch,
+            biases=self._biases(batch, new),
             angles={kind: self._angles(kind) for kind in used_ropes(self.decoder)},
         )
 
-    def _biases(self, new: str) -> dict[int | None, str]:
+    def _biases(self, batch: str, new: str) -> dict[int | None, str]:
         graph, flag = self.graph, ("boolean",)
         size = graph.add("ShapeOf", ["attention_mask"], "mask_shape", outputs=("i64",))
         total = graph.add("Gather", [size, graph.whole(1), graph.whole(0)], "total", outputs=("i64",))
@@ -117,14 +119,32 @@ class _Builder:
         kept = graph.add("Unsqueeze", [kept, graph.sizes(1, 2)], "kept_wide", outputs=flag)
         found: dict[int | None, str] = {}
         for window in dict.fromkeys(layer.window for layer in self.decoder.layers):
-            seen, name = causal, "bias" if window is None else f"bias_{window}"
-            if window is not None:
-                edge = graph.add("Subtract", [rows, graph.whole(window)], f"edge_{window}", outputs=("i64",))
-                within = graph.add("Greater", [columns, edge], f"within_{window}", outputs=flag)
-                seen = graph.add("LogicalAnd", [causal, within], f"seen_{window}", outputs=flag)
-            allowed = graph.add("LogicalAnd", [seen, kept], f"{name}.allowed", outputs=flag)
-            found[window] = graph.add("Select", [allowed, graph.number(0.0), graph.number(MASKED)], name)
+            if window is None:
+                allowed = graph.add("LogicalAnd", [causal, kept], "allowed", outputs=flag)
+                found[None] = graph.add("Select", [allowed, graph.number(0.0), graph.number(MASKED)], "bias")
+            else:
+                whole = [batch, graph.sizes(1), *(self._vector(size) for size in (new, total))]
+                shape = graph.add("Concat", whole, "bias_shape", outputs=("i64",), axis="0")
+                found[window] = self._window_bias(window, columns, rows, causal, kept, shape)
         return found
+
+    def _vector(self, x: str) -> str:
+        return self.graph.add("Unsqueeze", [x, self.graph.sizes(0)], f"{x}_vector", outputs=("i64",))
+
+    def _window_bias(self, window: int, columns: str, rows: str, causal: str, kept: str, shape: str) -> str:
+        """The bias of a window, in the form by which openvino-genai's paged attention finds the window's size: it drops
+        any mask, and knows a window by the layers that transformers' gpt-oss makes of one. Source: openvino,
+        state_management_pattern.cpp, gpt_oss_sliding_window_pattern.
+        """
+        graph, name = self.graph, f"bias_{window}"
+        edge = graph.add("Add", [rows, graph.whole(-window)], f"{name}.edge", outputs=("i64",))
+        seen = graph.add("Greater", [columns, edge], f"{name}.within", outputs=("boolean",))
+        for n, pair in enumerate(((causal, None), (None, kept), (causal, None), (None, kept))):
+            inputs = [seen if one is None else one for one in pair]
+            seen = graph.add("BitwiseAnd", inputs, f"{name}.seen{n}", outputs=("boolean",))
+        every = graph.add("Broadcast", [seen, shape], f"{name}.every", outputs=("boolean",), mode="numpy")
+        chosen = graph.add("Select", [every, graph.number(0.0), graph.number(MASKED)], f"{name}.chosen")
+        return graph.sliced(chosen, 0, LAST, 1, 3, name)
 
     def _angles(self, kind: str) -> tuple[str, str]:
         """cos and sin of position times frequency, each half of the rotated elements the same; half of them where

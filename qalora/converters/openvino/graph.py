@@ -20,6 +20,7 @@ _PAIRWISE = {"auto_broadcast": "numpy"}
 _KINDS: dict[str, tuple[str, Mapping[str, str]]] = {
     **dict.fromkeys(("Add", "Subtract", "Multiply", "Power", "Select", "Maximum"), ("opset1", _PAIRWISE)),
     **dict.fromkeys(("Equal", "LessEqual", "Greater", "NotEqual", "LogicalAnd"), ("opset1", _PAIRWISE)),
+    "BitwiseAnd": ("opset13", _PAIRWISE),
     "Divide": ("opset1", {**_PAIRWISE, "m_pythondiv": "true"}),
     **dict.fromkeys(("Negative", "Sqrt", "Sin", "Cos", "Tanh", "Log", "Transpose"), ("opset1", {})),
     **dict.fromkeys(("Unsqueeze", "Squeeze", "VariadicSplit", "Concat", "Convert", "Result"), ("opset1", {})),

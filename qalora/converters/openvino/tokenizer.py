@@ -15,8 +15,9 @@ __all__ = ["tokenizer_files"]
 
 NAMES = ("openvino_tokenizer", "openvino_detokenizer")
 
-_NUMBERED = re.compile(rb'(\b(?:output_)?names?=")([A-Za-z]+)_(\d+)"')
-"""A layer's name of its kind and a number that counts all layers that the process has made."""
+_NAMES = re.compile(rb'(?<=[ _]name=")[^"]*(?=")|(?<=names=")[^"]*(?=")')
+_NUMBERED = re.compile(rb"(?<![^,])([A-Za-z][A-Za-z0-9]*_)(\d+)(?![^.,])")
+"""Among the names of a layer or a tensor, one of its kind and a number that counts all layers of the process."""
 
 
 def tokenizer_files(model: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -54,7 +55,7 @@ def _renumbered(graph: bytes) -> bytes:
     numbers: dict[bytes, int] = {}
 
     def own(match: re.Match[bytes]) -> bytes:
-        begin, kind, number = match.groups()
-        return begin + kind + b"_%d" % numbers.setdefault(number, len(numbers)) + b'"'
+        begin, number = match.groups()
+        return begin + b"%d" % numbers.setdefault(number, len(numbers))
 
-    return _NUMBERED.sub(own, graph)
+    return _NAMES.sub(lambda names: _NUMBERED.sub(own, names.group()), graph)
