@@ -30,7 +30,7 @@ from qalora.training.data import make_blocks, read_documents
 
 TOKENS = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(7))
 
-FORMATS = ("qalora", "gptq", "gguf", "onnx", "mlx", "hqq")
+FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "mlx", "hqq")
 
 CLIPPED = ("mistral", "phi3", "gemma2")
 """Families whose window of 12 tokens some runtime does not have, and is held to (docs/families.md)."""
@@ -81,7 +81,7 @@ def test_every_format_holds_the_same_model(story: Story) -> None:
 def test_from_the_folder_to_a_proof(story: Story) -> None:
     """Proven in each format's own runtime against base and adapter."""
     tokens = TOKENS[0, : 12 if story.family in CLIPPED else 40].tolist()
-    artefacts = [story.gguf, *(story.root / name for name in ("onnx", "onnx/portable", "mlx"))]
+    artefacts = [story.gguf, *(story.root / name for name in ("onnx", "onnx/portable", "openvino", "mlx"))]
     report = verify(story.base, artefacts, adapter=story.adapter, level="logits", tokens=tokens, threads=1)
     assert report.passed(), report.failure()
 

@@ -4,6 +4,7 @@
     JSON        a value replaced by another, a key dropped or renamed; the same for the header of safetensors
     GGUF        a value of the metadata replaced by another of its type, or dropped
     ONNX        a field of the protobuf changed, an entry of a list dropped or doubled
+    OpenVINO    a value of the XML replaced by another
     text        a line dropped, doubled or moved, a word replaced
 
 What is no longer of its structure is damaged blindly.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -42,6 +44,8 @@ def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
             return _gguf(data, rng)
         if suffix == ".onnx" and rng.random() < 0.7:
             return _onnx(data, rng)
+        if suffix == ".xml" and rng.random() < 0.7:
+            return _xml(data, rng)
         if name.endswith(LINES) and rng.random() < 0.7:
             return _lines(data, suffix, rng)
     except (ValueError, RecursionError, struct.error):
@@ -68,6 +72,16 @@ def _blind(data: bytes, rng: random.Random) -> bytes:
         else:
             out[at : at + 8] = struct.pack("<Q", rng.choice(EXTREMES))
     return bytes(out)
+
+
+def _xml(data: bytes, rng: random.Random) -> bytes:
+    """One value is that of another place, a number, or nothing."""
+    places = [match.span(1) for match in re.finditer(rb'="([^"]*)"', data)]
+    if not places:
+        raise ValueError("no values")
+    (start, stop), (first, last) = rng.choice(places), rng.choice(places)
+    value = rng.choice((data[first:last], str(rng.choice(EXTREMES)).encode(), b"", b"?,-1", b"f32", b"u2"))
+    return data[:start] + value + data[stop:]
 
 
 def _json(value: object, rng: random.Random) -> object:

@@ -111,6 +111,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "onnx-portable": _GRAPH,
     "onnx-version1": _GRAPH,
     "foreign": ("model.onnx", "genai_config.json"),
+    "openvino": ("openvino_model.xml", "config.json", "generation_config.json"),
     "mlx": _MODEL,
     "hqq": _MODEL,
     "adapter": (*_ADAPTER, "qalora_adapter.json"),
@@ -158,6 +159,7 @@ def models(root: Path) -> dict[str, Example]:
         "onnx-portable": Example(folder=root / "onnx" / "portable", read=_read_onnx, inspect="model.onnx"),
         "onnx-version1": Example(folder=earlier, read=_read_onnx, inspect="model.onnx"),
         "foreign": Example(folder=root / "foreign", read=_read_onnx, inspect="model.onnx"),
+        "openvino": Example(folder=root / "openvino", read=_read_model, inspect=""),
         "mlx": Example(folder=root / "mlx", read=_read_model, inspect=""),
         "hqq": Example(folder=root / "hqq", read=_read_model, inspect=""),
     }

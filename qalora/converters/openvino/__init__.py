@@ -10,7 +10,9 @@ Minima are real numbers: the fold is exact. OpenVINO divides by the scales when 
 
 from qalora.converters.format import Format, late
 from qalora.converters.openvino.files import (
+    MODEL,
     file_metadata,
+    graphs,
     is_graph,
     memory,
     rounding,
@@ -33,6 +35,8 @@ FORMAT = Format(
     write=write,
     read=read,
     by_files=is_graph,
+    artifacts=graphs,
+    called=lambda path: path.parent if path.name == MODEL else path,
     weights=weight_files,
     sources=source_files,
     runtimes=("openvino",),
