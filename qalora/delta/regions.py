@@ -1,4 +1,4 @@
-"""Where the tensors of a file are: GGUF, safetensors, and the external data of an ONNX model beside it.
+"""Where the tensors of a file are: GGUF, safetensors, and the data of an ONNX or OpenVINO graph beside it.
 
 What no reader of ours knows, or what it refuses, is a file without tensors: bytes like any others.
 """
@@ -73,4 +73,13 @@ def _onnx_data(path: Path) -> list[Region]:
     return regions
 
 
-_READERS = {".gguf": _gguf, ".safetensors": _safetensors, ".data": _onnx_data}
+def _openvino_bin(path: Path) -> list[Region]:
+    from qalora.formats.openvino import ELEMENTS, read_ir
+
+    return [
+        Region(name=item.name, offset=item.offset, nbytes=item.nbytes, block=max(1, ELEMENTS[item.element][1] // 8))
+        for item in read_ir(path.with_suffix(".xml")).constants.values()
+    ]
+
+
+_READERS = {".gguf": _gguf, ".safetensors": _safetensors, ".data": _onnx_data, ".bin": _openvino_bin}

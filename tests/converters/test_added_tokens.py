@@ -311,7 +311,7 @@ def test_every_name_of_a_rule_is_llama_cpps(rule: str, cut_file: Path, tmp_path:
 @pytest.mark.parametrize("pre", ["deepseek-llm", "default", "falcon"])
 def test_a_rule_that_is_not_known_is_carried_and_never_converted(pre: str, cut_file: Path, tmp_path: Path) -> None:
     model = load(renamed(cut_file, pre, tmp_path / "source"))
-    for target in ("onnx", "mlx", "gptq", "hqq", "qalora"):
+    for target in ("onnx", "openvino", "mlx", "gptq", "hqq", "qalora"):
         with pytest.raises(FormatError, match=rf"tokenizer\.ggml\.pre: expected a rule .* here: .*, got '{pre}'"):
             export(model, [target], tmp_path / "out")
         assert not (tmp_path / "out").exists()

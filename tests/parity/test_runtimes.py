@@ -17,7 +17,7 @@ TOKENS = [(7 * n) % 300 for n in range(20)]
 @pytest.fixture(scope="module")
 def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
     """What each runtime opens: one model in each format."""
-    places = {form: made(form, "base") for form in ("qalora", "onnx", "gguf", "gptq", "mlx", "hqq")}
+    places = {form: made(form, "base") for form in ("qalora", "onnx", "openvino", "gguf", "gptq", "mlx", "hqq")}
     return {
         "torch": places["qalora"],
         "transformers": tiny,
@@ -25,6 +25,7 @@ def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
         "onnxruntime-cuda": places["onnx"],
         "onnx.reference": places["onnx"] / "portable",
         "onnxruntime-genai": places["onnx"],
+        "openvino": places["openvino"],
         "llama.cpp": next(places["gguf"].glob("*.gguf")),
         "gptqmodel": places["gptq"],
         "mlx": places["mlx"],
@@ -47,6 +48,7 @@ def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
             else [],
         )
         for kind in RUNTIMES
+        if kind != "openvino-genai"  # it gives no logits: see test_openvino
     ],
 )
 def test_generation_follows_the_logits(kind: str, artefacts: dict[str, Path]) -> None:
@@ -83,10 +85,13 @@ def test_a_runtime_that_is_none(tmp_path: Path) -> None:
         ("onnxruntime-genai", "does not load it"),
         ("gptqmodel", "expected model.safetensors or model.safetensors.index.json, got neither"),
         ("mlx", "does not load it"),
+        ("openvino", "does not load it"),
+        ("openvino-genai", "does not load it"),
     ],
 )
 def test_what_they_do_not_load_is_one_sentence(kind: str, sentence: str, tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"nonsense")
+    for name in ("model.onnx", "openvino_model.xml"):
+        (tmp_path / name).write_bytes(b"nonsense")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FormatError, match=sentence) as caught:
         open_runtime(kind, tmp_path)
@@ -112,6 +117,8 @@ def test_two_onnxruntimes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("llama.cpp", ("xllamacpp", "llama_cpp"), r"qalora\[llama-cpp\]"),
         ("gptqmodel", ("optimum",), r"optimum, which is not installed; pip install 'qalora\[gptq\]'"),
         ("onnxruntime-genai", ("onnxruntime_genai",), r"qalora\[genai\]"),
+        ("openvino", ("openvino",), r"openvino, which is not installed; pip install 'qalora\[openvino\]'"),
+        ("openvino-genai", ("openvino_genai",), r"openvino-genai, which is not installed; .*qalora\[openvino\]"),
         ("hqq", ("hqq",), r"hqq, which is not installed; pip install 'qalora\[hqq\]'"),
         ("mlx", ("mlx_lm",), r"mlx-lm, which is not installed; pip install 'qalora\[mlx\]'"),
         ("mlx", ("mlx",), r"needs mlx, which is not installed; pip install 'qalora\[mlx\]'"),

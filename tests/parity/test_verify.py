@@ -18,6 +18,7 @@ from qalora.testing import assert_parity
 RUNS = {
     "qalora": ["torch"],
     "onnx": ["onnxruntime", "onnxruntime", "onnx.reference"],
+    "openvino": ["openvino"],
     "gguf": ["llama.cpp"],
     "gptq": ["gptqmodel"],
     "mlx": ["mlx"],

@@ -61,6 +61,9 @@ PACKAGES = [
     ("onnx", "onnxruntime_directml", "onnxruntime"),
     ("onnx", "onnxruntime_genai_cuda", "onnxruntime_genai"),
     ("onnx", "onnx", "onnx"),
+    ("openvino", "openvino", "openvino"),
+    ("openvino", "openvino_genai", "openvino_genai"),
+    ("openvino", "openvino_tokenizers", "openvino_tokenizers"),
     ("gptq", "gptqmodel", "gptqmodel"),
     ("gptq", "peft", "peft"),
     ("hqq", "hqq", "hqq"),
@@ -118,7 +121,7 @@ def test_the_record_has_every_import_of_a_runtime(kind: str) -> None:
 
 
 def test_what_runs_is_in_the_key_of_each_target() -> None:
-    for target in ("gptq", "gguf", "onnx", "mlx", "hqq", "qalora"):
+    for target in ("gptq", "gguf", "onnx", "openvino", "mlx", "hqq", "qalora"):
         found = proof_versions([target])
         assert {"torch", "transformers", "numpy", "qalora", "python"} <= set(found)
     assert "onnxruntime-genai-cuda" not in proof_versions(["gguf"])

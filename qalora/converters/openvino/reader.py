@@ -10,17 +10,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.decoder import Decoder, decoder_of, used_ropes
+from qalora.converters.decoder import decoder_of
 from qalora.converters.families import family_of
 from qalora.converters.huggingface import model_of, read_config
+from qalora.converters.openvino import foreign
 from qalora.converters.openvino.carriers import ORDER, constants, decode
-from qalora.converters.openvino.decoder import FREQUENCIES
 from qalora.converters.openvino.files import MODEL, VERSION, VERSION_KEY
-from qalora.converters.rope import frequencies
+from qalora.converters.openvino.rotary import check_rotary
 from qalora.converters.specs import TENSORS, check_values, parse_specs
 from qalora.errors import FormatError, shown
 from qalora.formats.openvino import DTYPES, Ir, Stored, read_ir, read_stored
@@ -28,24 +27,25 @@ from qalora.tensor import GroupQuantTensor, QuantSpec, check_finite
 
 __all__ = ["read"]
 
+COMPRESSED = "nncf/version"
+"""Of a graph that NNCF has changed."""
+
 
 def read(path: Path) -> Checkpoint:
     """Open a folder with openvino_model.xml, or the file, with config.json beside it. Reads the graph and no weights.
 
-    Raises FormatError for constants that are not what the graph says, and for a graph that qalora did not write.
+    Raises FormatError for constants that are not what the graph says, and what `foreign.read` raises for a graph that
+    qalora did not write.
     """
     file = path / MODEL if path.is_dir() else path
     ir = read_ir(file)
-    if TENSORS not in ir.info:
-        raise FormatError(
-            f"{file}: an OpenVINO graph that qalora did not write",
-            todo="start from the model that it was made of",
-        )
+    config = read_config(file.parent)
+    if TENSORS not in ir.info or COMPRESSED in ir.info:  # which may be made of a graph of ours
+        return replace(foreign.read(file, ir, config), path=path)
     if ir.info.get(VERSION_KEY) != VERSION:
         got = shown(ir.info.get(VERSION_KEY))
         raise FormatError(f"{file}: {VERSION_KEY}", expected=VERSION, got=got, todo="update qalora")
     stored = _by_name(ir)
-    config = read_config(file.parent)
     family, tensors = family_of(config, file.parent), dict[str, LazyTensor]()
     kinds = parse_specs(ir.info[TENSORS], str(file))
     orders = _orders(ir)
@@ -57,7 +57,7 @@ def read(path: Path) -> Checkpoint:
         if name not in used and name.startswith(("model.", "lm_head.")) and item.element in DTYPES:
             tensors[name] = _float(name, item, 1.0 if family.adds_one(name) else 0.0)
     model = model_of(file.parent, "openvino", config, tensors, others="refuse")
-    _check_rotary(file, stored, decoder_of(model.config, file.parent))
+    check_rotary(file, stored, decoder_of(model.config, file.parent))
     return replace(model, path=path)
 
 
@@ -130,24 +130,3 @@ def _float(name: str, item: Stored, offset: float) -> LazyTensor:
     return LazyTensor(
         name=name, shape=item.shape, dtype=DTYPES[item.element], nbytes=item.nbytes, by_rows=True, read=read_rows
     )
-
-
-def _check_rotary(file: Path, stored: Mapping[str, Stored], decoder: Decoder) -> None:
-    """Refuse a graph whose rotary frequencies are not those of the config, which may have been edited."""
-    for kind in used_ropes(decoder):
-        rope = decoder.ropes[kind]
-        wanted, _ = frequencies(rope, decoder.head_size, decoder.positions, file.parent)
-        for n, table in enumerate(wanted):
-            item = stored.get(FREQUENCIES.format(kind, "_beyond" * n))
-            if item is None or item.element != "f32" or not _close(read_stored(item).flatten(), table):
-                raise FormatError(
-                    f"{file}: {FREQUENCIES.format(kind, '_beyond' * n)}",
-                    expected=f"rotary positions as config.json says, {rope.parameters()!s:.120}",
-                    got="no such constant" if item is None else "different positions",
-                    todo="the graph counts: put back the config.json that was written with it",
-                )
-
-
-def _close(got: Tensor, wanted: Tensor) -> bool:
-    """Whether frequencies are the same but for what versions of torch compute otherwise: some ULP of 2^-24 each."""
-    return got.shape == wanted.shape and bool(torch.allclose(got, wanted, rtol=2.0**-19, atol=0.0))
