@@ -1,7 +1,7 @@
 """OpenVINO folders that optimum-intel 2.2 wrote, compressed by NNCF 3.4 or not, as bases.
 
-The files are as they wrote them, of models with a layer of 32 columns, beside transformers 5.5, beyond which it does not
-go: OVModelForCausalLM.from_pretrained(folder, export=True, quantization_config=OVWeightQuantizationConfig(bits=4,
+The files are as they wrote them, of models with a layer of 32 columns, beside transformers 5.5, beyond which it does
+not go: OVModelForCausalLM.from_pretrained(folder, export=True, quantization_config=OVWeightQuantizationConfig(bits=4,
 sym=False, group_size=16, ratio=1.0)), and so on.
 """
 

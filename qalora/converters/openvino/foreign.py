@@ -6,9 +6,9 @@ A weight is known by the chain of layers that it goes through:
       -> Convert -> Subtract (a zero point) -> Multiply (a scale) -> Reshape -> Convert -> MatMul or Gather
 
 and is called `self.<name>`, as transformers calls it. Norms and biases have lost their names: the layer that uses one
-is called `__module.<module>/...`. Signed codes are shifted by half of their range, and have the middle zero point. Every
-float of more than one element has to be one of these, or the frequencies of rotary positions, which are held against
-config.json: what an algorithm of NNCF adds to the graph (AWQ's factors, a correction by a LoRA) is refused.
+is called `__module.<module>/...`. Signed codes are shifted by half of their range, and have the middle zero point.
+Every float of more than one element has to be one of these, or the frequencies of rotary positions, which are held
+against config.json: what an algorithm of NNCF adds to the graph, such as a correction by a LoRA, is refused.
 """
 
 from __future__ import annotations

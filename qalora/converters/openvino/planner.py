@@ -32,6 +32,10 @@ __all__ = ["DATA", "EMBEDDING", "OpenvinoPlan", "plan"]
 DATA = "openvino_model.bin"
 EMBEDDING = "model.embed_tokens.weight"
 
+EXACT = (
+    "openvino: the graph asks for a float32 cache and activations that are not rounded, and cannot ask for float32 "
+    "arithmetic: on a processor with bfloat16 pass INFERENCE_PRECISION_HINT=f32"
+)
 FAST = (
     "openvino: `openvino_precision` fast leaves precision to the runtime, as most models do: it may compute in "
     "bfloat16, keep the cache in 8 bits and round activations to 8 bits; a proof asks it for float32"
@@ -86,7 +90,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OpenvinoPlan:
             *model.notes,
             *end_notes(model),
             *left_out,
-            *([FAST] if options.openvino_precision == "fast" else []),
+            FAST if options.openvino_precision == "fast" else EXACT,
         ),
         graph=content,
         data=data,

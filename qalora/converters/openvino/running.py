@@ -12,7 +12,7 @@ _GENAI = """```python
 # pip install openvino-genai
 import openvino_genai
 
-pipeline = openvino_genai.LLMPipeline("openvino", "CPU")
+pipeline = openvino_genai.LLMPipeline("openvino", "CPU", INFERENCE_PRECISION_HINT="f32")
 print(pipeline.generate("Once upon a time", max_new_tokens=20, do_sample=False, apply_chat_template=False))
 ```"""
 
@@ -23,7 +23,8 @@ import openvino
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("openvino")
-request = openvino.Core().compile_model("openvino/openvino_model.xml", "CPU").create_infer_request()
+options = {"INFERENCE_PRECISION_HINT": "f32"}
+request = openvino.Core().compile_model("openvino/openvino_model.xml", "CPU", options).create_infer_request()
 ids, past = tokenizer("Once upon a time")["input_ids"], 0
 new = ids
 for _ in range(20):
@@ -47,4 +48,5 @@ def usage(released: Released) -> str:
 
 def openings(pushed: Pushed) -> Sequence[str]:
     """openvino-genai opens folders, and knows no repository."""
-    return [f'{pushed.fetch}, then openvino_genai.LLMPipeline("{pushed.local}/openvino", "CPU")']
+    opened = f'LLMPipeline("{pushed.local}/openvino", "CPU", INFERENCE_PRECISION_HINT="f32")'
+    return [f"{pushed.fetch}, then openvino_genai.{opened}"]
