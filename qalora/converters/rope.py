@@ -43,6 +43,7 @@ __all__ = [
     "stretched",
     "table_rows",
     "two_tables",
+    "wide_frequencies",
 ]
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -298,6 +299,50 @@ def frequencies(rope: Rope, head_size: int, positions: int, where: object) -> tu
         rotary(torch.zeros(1, dtype=torch.float32), torch.tensor([[rope.original]]))  # a position beyond it
         found.append(rotary.inv_freq.clone())
     return found, float(rotary.attention_scaling)
+
+
+def wide_frequencies(rope: Rope, head_size: int, positions: int) -> tuple[list[Tensor], float]:
+    """The same in float64, by the formulas of transformers, modeling_rope_utils.py, which takes seconds to import; the
+    tests hold the two together.
+    """
+    size = rope.size(head_size)
+    plain = rope.theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    numbers, times = rope.numbers, 1.0
+    if rope.kind == "longrope":
+        times = rope.attention_factor(positions)
+        lists = LISTS if two_tables(rope, positions) else LISTS[:1]
+        found = [plain / torch.tensor(numbers[key], dtype=torch.float64) for key in lists]
+    elif rope.kind == "yarn":
+        times, found = _yarn_attention(rope), [_yarn(rope, plain)]
+    elif rope.kind == "llama3":
+        found = [plain / llama3_factors(rope, size)]
+    else:
+        found = [plain / numbers.get("factor", 1.0)]
+    return found, times
+
+
+def _yarn(rope: Rope, plain: Tensor) -> Tensor:
+    """Frequencies that turn often in the original context stay, slow ones are divided by the factor."""
+    numbers, size = rope.numbers, 2 * len(plain)
+    ends = [
+        size * math.log(rope.original / (numbers[key] * 2 * math.pi)) / (2 * math.log(rope.theta))
+        for key in ("beta_fast", "beta_slow")
+    ]
+    if numbers.get("truncate", True):
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    low, high = max(ends[0], 0), min(ends[1], size - 1)
+    high += 0.001 if low == high else 0
+    slow = ((torch.arange(len(plain), dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    frequencies: Tensor = plain / numbers["factor"] * slow + plain * (1 - slow)
+    return frequencies
+
+
+def _yarn_attention(rope: Rope) -> float:
+    numbers, step = rope.numbers, 0.1 * math.log(max(1.0, rope.numbers["factor"]))
+    if "attention_factor" in numbers:
+        return float(numbers["attention_factor"])
+    top, bottom = numbers.get("mscale"), numbers.get("mscale_all_dim")
+    return (1 + step * top) / (1 + step * bottom) if top and bottom else 1 + step
 
 
 def _rotary(rope: Rope, head_size: int, positions: int) -> Any:

@@ -46,8 +46,11 @@ __all__ = [
 ]
 
 ALIGN = 64
-LIMIT = 256 << 20
-"""Bytes of a graph: one of 70 billion weights has 10 MB."""
+LIMIT = 64 << 20
+"""Bytes of a graph: one of 70 billion weights has 5 MB."""
+
+MOST = 1 << 18
+"""Layers of a graph, a quarter of its edges, and entries of its rt_info: such a one has 16,000 layers."""
 
 ELEMENTS: dict[str, tuple[str, int, torch.dtype]] = {
     "f32": ("FP32", 32, torch.float32),
@@ -300,6 +303,7 @@ class _Parser:
         self.info: dict[str, str] = {}
         self._stack: list[str] = []
         self._layer: ReadLayer | None = None
+        self._edges = 0
 
     def fail(self, expected: str, got: str) -> FormatError:
         return FormatError(str(self.path), expected=expected, got=got)
@@ -323,6 +327,8 @@ class _Parser:
             self._edge(values)
         elif len(stack) >= 2 and stack[1] == "rt_info" and "value" in values:
             self.info["/".join([*stack[2:], tag])] = values["value"]
+            if len(self.info) > MOST:
+                raise self.fail(f"at most {MOST} entries of rt_info", "more")
         stack.append(tag)
         if len(stack) > 64:
             raise self.fail("an OpenVINO graph", "XML of more than 64 levels")
@@ -335,6 +341,8 @@ class _Parser:
     def _put(self, number: int, layer: ReadLayer) -> None:
         if number in self.layers:
             raise self.fail("layers with numbers of their own", f"two of number {number}")
+        if len(self.layers) == MOST:
+            raise self.fail(f"at most {MOST} layers", "more")
         self.layers[number] = layer
 
     def _edge(self, values: Mapping[str, str]) -> None:
@@ -343,6 +351,9 @@ class _Parser:
         if start not in self.layers or end not in self.layers or into in self.layers[end].inputs:
             raise self.fail("edges between its layers, one to a port", f"one from layer {start} to layer {end}")
         self.layers[end].inputs[into] = (start, out)
+        self._edges += 1
+        if self._edges > 4 * MOST:
+            raise self.fail(f"at most {4 * MOST} edges", "more")
 
 
 def _parsed(path: Path) -> _Parser:

@@ -245,7 +245,7 @@ DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "a type": (_replaced('element_type="u4"', 'element_type="q4"'), "got 'q4'"),
     "a name twice": (_replaced(f'name="{Q}.scale" type', f'name="{Q}.codes" type'), "two constants are called"),
     "a constant missing": (_replaced(f'name="{Q}.scale" type', 'name="other" type'), f"{Q}.scale: expected f16"),
-    "no metadata": (_replaced("<qalora.tensors", "<qalora.other"), "graph that qalora did not write"),
+    "no metadata": (_replaced("<qalora.tensors", "<qalora.other"), "a weight, a norm, a bias, or rotary positions"),
     "another layout": (_replaced('<qalora.openvino value="1"', '<qalora.openvino value="7"'), "update qalora"),
     "layers of one number": (_replaced('<layer id="1"', '<layer id="0"'), "layers with numbers of their own"),
     "an edge from nowhere": (_replaced('<edge from-layer="0"', '<edge from-layer="98765"'), "edges between its layers"),

@@ -64,7 +64,7 @@ def read(file: Path, ir: Ir, config: Mapping[str, Any]) -> Checkpoint:
             continue
         called = walk.vector(number)
         if called is None:
-            if not (ROTARY in walk.user(number).name and is_frequencies(item, decoder, file.parent)):
+            if not (ROTARY in walk.user(number).name and is_frequencies(item, decoder)):
                 raise FormatError(
                     f"{file}: the constant {shown(item.name)}",
                     expected="a weight, a norm, a bias, or rotary positions as config.json says",
