@@ -174,7 +174,6 @@ def test_the_graph_asks_for_float32(untied: Checkpoint, tmp_path: Path) -> None:
         assert (group == 0) == (precision == "float32")
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_genai_generates_the_same(family: str, tmp_path: Path) -> None:
     """By both ways of attention that openvino-genai has: its paged one drops any mask that it does not know, and the

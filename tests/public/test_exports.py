@@ -154,6 +154,13 @@ def _(world: World) -> None:
         assert len([*world.exported("onnx", graphs, onnx_graphs=graphs).rglob("model.onnx")]) == files
 
 
+@effect("export", "openvino_precision")
+def _(world: World) -> None:
+    for precision, asked in (("float32", True), ("fast", False)):
+        place = world.exported("openvino", precision, openvino_precision=precision)
+        assert ("KV_CACHE_PRECISION" in (place / "openvino_model.xml").read_text("utf-8")) == asked
+
+
 def _coded(world: World, name: str) -> Any:
     only = replace(world.base, tensors={name: load(world.float_model).tensors[name]}, linears=(name,))
     return quantize_model(only, bits=8, zeros="symmetric").tensors[name]

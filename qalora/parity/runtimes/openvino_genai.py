@@ -42,7 +42,7 @@ class GenaiRuntime:
         threads = threads or torch.get_num_threads()
         try:
             options = {**EXACT_OPTIONS, "INFERENCE_NUM_THREADS": threads, **chosen}
-            self._pipeline: Any = openvino_genai.LLMPipeline(str(folder), "CPU", options)
+            self._pipeline: Any = openvino_genai.LLMPipeline(str(folder), "CPU", **options)
         except Exception as error:  # the library raises what it likes
             raise FormatError(f"{folder}: openvino-genai does not load it ({first_line(error)})") from error
         self.words = self
