@@ -16,13 +16,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qalora.chat_layouts.published import LAYOUTS, SPACE, Facts
+from qalora.chat_layouts.facts import SPACE, Facts
+from qalora.chat_layouts.published import LAYOUTS
 from qalora.converters.cutting import CUTS
 from qalora.demo import demo_text
 
 __all__ = ["CHAT_LAYOUTS", "ChatLayout", "chat_layout"]
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+PIECES = ("gemma", "llama", "mistral", "ernie")
+"""Ways of SentencePiece."""
 
 WORDS = 384
 """Tokens that are learned, single bytes included."""
@@ -36,7 +40,7 @@ class ChatLayout:
     """What stands around the weights of a chat model.
 
     family      config.json's model_type
-    cut         the rule that cuts text, by llama.cpp's name of it; or "gemma", "llama", "mistral" of SentencePiece's
+    cut         the rule that cuts text, by llama.cpp's name of it; or one of PIECES
     tokenizer   as transformers' class, with its chat template
     rows        the rows of the embedding, which may be more than the tokenizer's tokens
     config      keys of config.json: the token ids, and what else the layout needs
@@ -99,7 +103,8 @@ def chat_layout(name: str) -> ChatLayout:
         f"{key}_token": token for key, token in (("bos", facts.bos), ("eos", facts.eos), ("pad", facts.pad)) if token
     }
     unknown = {"unk_token": "<unk>"} if "<unk>" in facts.first else {}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, clean_up_tokenization_spaces=False, **own, **unknown)
+    told = {**own, **unknown, **facts.more}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, clean_up_tokenization_spaces=False, **told)
     tokenizer.chat_template = facts.template
     rows = -(-len(tokenizer) // facts.rows) * facts.rows
     config: dict[str, Any] = {f"{key}_token_id": None for key in ("bos", "eos", "pad")}
@@ -133,7 +138,7 @@ def _ids(tokens: Mapping[str, Any], vocabulary: Any) -> dict[str, Any]:
 def _tokenizer(name: str) -> str:
     """tokenizer.json of a layout."""
     facts = LAYOUTS[name]
-    pieces = facts.cut in ("gemma", "llama", "mistral")
+    pieces = facts.cut in PIECES
     words, merges = _learned(pieces=pieces)
     special = set(facts.first)
     vocabulary = {token: n for n, token in enumerate((*facts.first, *(word for word in words if word not in special)))}
@@ -150,9 +155,9 @@ def _tokenizer(name: str) -> str:
     model |= {
         "unk_token": "<unk>" if pieces else None,
         "fuse_unk": pieces,
-        "ignore_merges": not pieces and CUTS[facts.cut].ignore_merges,
+        "ignore_merges": not pieces and facts.rule is None and CUTS[facts.cut].ignore_merges,
     }
-    normalizer, cutting, decoder = _way(facts.cut)
+    normalizer, cutting, decoder = _way(facts.cut, facts.rule)
     content = {
         "version": "1.0",
         "truncation": None,
@@ -181,7 +186,7 @@ def _beginning(facts: Facts, ids: Mapping[str, int]) -> dict[str, Any] | None:
     }
 
 
-def _way(cut: str) -> tuple[Any, Any, Any]:
+def _way(cut: str, rule: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:
     """Normalizer, pre-tokenizer and decoder of tokenizer.json."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
@@ -190,13 +195,15 @@ def _way(cut: str) -> tuple[Any, Any, Any]:
     if cut == "gemma":
         split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
         return replace, split, {"type": "Sequence", "decoders": fallen}
+    if cut == "ernie":
+        return {"type": "Sequence", "normalizers": [replace]}, None, {"type": "Sequence", "decoders": fallen}
     if cut == "llama":
         prepend = {"type": "Prepend", "prepend": SPACE}
         return {"type": "Sequence", "normalizers": [prepend, replace]}, None, stripped
     if cut == "mistral":
         return None, {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}, stripped
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {"type": "NFC"} if cut == "qwen2" else None, CUTS[cut].pre_tokenizer, level
+    return {"type": "NFC"} if cut == "qwen2" else None, rule or CUTS[cut].pre_tokenizer, level
 
 
 @cache

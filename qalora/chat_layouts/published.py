@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["LAYOUTS", "SPACE", "Facts"]
+from qalora.chat_layouts.facts import CHATML, SPACE, Facts
+from qalora.chat_layouts.later import LATER
 
-SPACE = "\u2581"
-_CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+__all__ = ["LAYOUTS"]
+
 _LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
     " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -42,49 +38,10 @@ _MISTRAL = (
 )
 _MISTRAL_PLAIN = _MISTRAL.replace("[/INST]", " [/INST]").replace("' ' + m", "m")
 _NEMO = _MISTRAL.replace("'[INST] '", "'[INST]'").replace("' ' + m", "m")
-_QWEN3 = _CHATML.replace(
+_QWEN3 = CHATML.replace(
     "assistant\n' }}{% endif",
     "assistant\n' + ('' if enable_thinking | default(true) else '<think>\n\n</think>\n\n') }}{% endif",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """A layout in terms of tokens' texts.
-
-    family          config.json's model_type
-    cut             how text is cut: a key of CUTS, or of SentencePiece's ways "gemma", "llama" and "mistral"
-    first, last     special tokens before and after the words; those of `plain` are added tokens that are not special
-    bos, eos, pad   the tokenizer's own; begins: it puts BOS before every text
-    right, left     tokens that drop white space behind them, and before them
-    kind, adds      tokenizer_config.json: tokenizer_class, and whether it says add_bos_token
-    apart           the chat template is a file of its own
-    config, generation   the tokens of config.json and generation_config.json, by key without "_token_id"; None: no
-                    such file
-    rows            the rows of the embedding are a multiple of this
-    settings        other keys of config.json
-    """
-
-    family: str
-    cut: str
-    template: str
-    first: tuple[str, ...] = ()
-    last: tuple[str, ...] = ()
-    plain: tuple[str, ...] = ()
-    bos: str | None = None
-    eos: str | None = None
-    pad: str | None = None
-    begins: bool = False
-    right: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    kind: str = "PreTrainedTokenizerFast"
-    adds: bool = False
-    apart: bool = False
-    config: Mapping[str, Any] = field(default_factory=dict)
-    generation: Mapping[str, Any] | None = None
-    rows: int = 1
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
 
 _LLAMA3_FIRST = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>")
 _LLAMA3_LAST = ("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>")
@@ -226,7 +183,7 @@ LAYOUTS: dict[str, Facts] = {
     "qwen2.5": Facts(
         family="qwen2",
         **_QWEN_FACTS,
-        template=_CHATML,
+        template=CHATML,
         last=(*_QWEN_SPECIAL, *_QWEN_PLAIN),
         plain=_QWEN_PLAIN,
         eos="<|im_end|>",
@@ -236,7 +193,7 @@ LAYOUTS: dict[str, Facts] = {
     "qwen2.5-base": Facts(
         family="qwen2",
         **_QWEN_FACTS,
-        template=_CHATML,
+        template=CHATML,
         last=(*_QWEN_SPECIAL, *_QWEN_PLAIN),
         plain=_QWEN_PLAIN,
         eos="<|endoftext|>",
@@ -280,7 +237,7 @@ LAYOUTS: dict[str, Facts] = {
     "smollm2": Facts(
         family="llama",
         cut="smollm",
-        template=_CHATML,
+        template=CHATML,
         first=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>"),
         bos="<|im_start|>",
         eos="<|im_end|>",
@@ -292,7 +249,7 @@ LAYOUTS: dict[str, Facts] = {
     "smollm3": Facts(
         family="smollm3",
         cut="llama-bpe",
-        template=_CHATML,
+        template=CHATML,
         last=(*_LLAMA3_FIRST, *_LLAMA3_LAST, "<|im_start|>", "<|im_end|>", *_THOUGHTS),
         plain=_THOUGHTS,
         bos=None,
@@ -302,4 +259,5 @@ LAYOUTS: dict[str, Facts] = {
         config={"bos": "<|begin_of_text|>", "eos": "<|im_end|>", "pad": "<|finetune_right_pad_id|>"},
         generation={"bos": "<|begin_of_text|>", "eos": "<|im_end|>", "pad": "<|finetune_right_pad_id|>"},
     ),
+    **LATER,
 }

@@ -18,16 +18,23 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _START = r"[^\r\n\p{L}\p{N}]?"
 _MARKED = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+_HAN_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_PUNCTUATED = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*"
+)
 
 
 def _byte_level(*, use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-def _by(regex: str) -> tuple[dict[str, Any], ...]:
-    """Cut by an expression alone."""
-    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return split, _byte_level(use_regex=False)
+def _by(*regexes: str) -> tuple[dict[str, Any], ...]:
+    """Cut by expressions, one after the other, and by nothing else."""
+    splits = (
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in regexes
+    )
+    return *splits, _byte_level(use_regex=False)
 
 
 def _cased(end: str) -> str:
@@ -96,6 +103,12 @@ CUTS: dict[str, Cut] = {
         ),
         also=("llama4", "kanana2"),
     ),
+    "deepseek-v3": Cut(
+        steps=_by(r"\p{N}{1,3}", _HAN_AND_KANA, f"{_PUNCTUATED}|{_SPACES}"), also=("hunyuan-dense", "joyai-llm")
+    ),
+    "seed-coder": Cut(
+        steps=_by(rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"),
+    ),
     "tekken": Cut(
         steps=_by(rf"{_cased('')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"),
         ignore_merges=True,
@@ -123,9 +136,12 @@ def name_of(pre_tokenizer: Mapping[str, Any] | None, *, ignore_merges: bool) -> 
 
 def _plain(step: Mapping[str, Any]) -> dict[str, Any]:
     """A step without what does not change the tokens. An expression that matches all of a text may cut at its matches
-    or remove what lies between them.
+    or remove what lies between them, and have line ends in it or what stands for them.
     """
     plain = {key: value for key, value in step.items() if key != "trim_offsets"}
+    pattern = plain.get("pattern")
+    if isinstance(pattern, Mapping) and isinstance(pattern.get("Regex"), str):
+        plain["pattern"] = {"Regex": pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n")}
     if plain.get("behavior") == "Removed" and plain.get("invert"):
         plain |= {"behavior": "Isolated", "invert": False}
     return plain

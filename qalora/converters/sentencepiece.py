@@ -40,7 +40,9 @@ def spaces_of(content: Mapping[str, Any]) -> Spaces | None:
         return None
     if normalizer == {"type": "Sequence", "normalizers": [_PREPEND, _REPLACE]} and cutting is None:
         return "each"
-    if normalizer == _REPLACE and (cutting is None or cutting.get("pattern") == {"String": " "}):
+    if normalizer in (_REPLACE, {"type": "Sequence", "normalizers": [_REPLACE]}) and (
+        cutting is None or cutting.get("pattern") == {"String": " "}
+    ):
         return "never"
     if normalizer is None and cutting is not None and cutting.get("type") == "Metaspace":
         whole = cutting.get("split") is False and cutting.get("replacement") == SPACE

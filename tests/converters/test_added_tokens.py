@@ -308,6 +308,33 @@ def test_every_name_of_a_rule_is_llama_cpps(rule: str, cut_file: Path, tmp_path:
         assert load_tokenizer(load(path))(TEXT, add_special_tokens=False)["input_ids"] == found, name
 
 
+@pytest.mark.parametrize(
+    ("layout", "pre"),
+    [
+        ("olmo2", "smaug-bpe"),
+        ("granite3", "smollm"),
+        ("granite4", "smaug-bpe"),
+        ("seed-oss", "seed-coder"),
+        ("hunyuan", "deepseek-v3"),
+        ("ernie4.5", "default"),
+        ("glm4", "smaug-bpe"),
+        ("exaone4", "gpt-2"),
+        ("ministral3", "tekken"),
+    ],
+)
+def test_rules_of_the_later_families_in_the_words_of_their_files(layout: str, pre: str, tmp_path: Path) -> None:
+    """Under a name of the rule in llama.cpp, whose tokens are the same; the first name that it has for it."""
+    model = random_model(load(chat_model(tmp_path / "model", layout)))
+    path = gguf_file(model, tmp_path / "out")
+    metadata = load(path).gguf
+    assert metadata is not None and metadata.get("tokenizer.ggml.pre") == pre
+    assert_the_same_in_llama_cpp(model, path)
+    text = TEXT + "    \n\n  x\r\n\r\n ... \u304b\u30ab\u6f22\ud55c e\u0301 #define @user.name (one)\n;;\n"
+    runtime = LlamaCpp(path, 1)
+    assert runtime.tokenize(text) == load_tokenizer(model)(text, add_special_tokens=False)["input_ids"]
+    runtime.close()
+
+
 @pytest.mark.parametrize("pre", ["deepseek-llm", "default", "falcon"])
 def test_a_rule_that_is_not_known_is_carried_and_never_converted(pre: str, cut_file: Path, tmp_path: Path) -> None:
     model = load(renamed(cut_file, pre, tmp_path / "source"))
