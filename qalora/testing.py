@@ -304,12 +304,16 @@ def chat_model(folder: Path, layout: ChatLayout | str, *, says: str | None = Non
 
 
 def _always(tensors: dict[str, torch.Tensor], token: int, *, plus_one: bool) -> None:
-    """Make a tied model say one token: the first element of a hidden state, which no layer changes, counts far more
-    than the others, which make the logits that they make."""
+    """Make a model say one token: the first element of a hidden state, which no layer changes, counts far more than
+    the others, which make the logits that they make. An adapter changes it little where no bias is large."""
     for name, values in tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             values[0] = 0
+        elif name.endswith("v_proj.bias"):
+            values[:] = 0
     embedding, norm = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
     embedding[:, 0] = 1
-    embedding[token, 0] = 4
+    output = tensors.get("lm_head.weight", embedding)
+    output[:, 0] = 1
+    output[token, 0] = 4
     norm[0] = 8 - plus_one

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CUTS", "Cut", "cut_named", "name_of"]
+__all__ = ["CUTS", "Cut", "cut_named", "in_known_words", "name_of"]
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD, _SIGNS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -27,6 +27,10 @@ _PUNCTUATED = (
 
 def _byte_level(*, use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+_ALIKE = ((r"|\p{N}{1}|", r"|\p{N}|"), (r"[^\s\p{L}\p{N}\r\n]", r"[^\s\p{L}\p{N}]"))
+"""Parts of expressions, and what CUTS has for them, which means the same: line ends are white space."""
 
 
 def _by(*regexes: str) -> tuple[dict[str, Any], ...]:
@@ -106,9 +110,7 @@ CUTS: dict[str, Cut] = {
     "deepseek-v3": Cut(
         steps=_by(r"\p{N}{1,3}", _HAN_AND_KANA, f"{_PUNCTUATED}|{_SPACES}"), also=("hunyuan-dense", "joyai-llm")
     ),
-    "seed-coder": Cut(
-        steps=_by(rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"),
-    ),
+    "seed-coder": Cut(steps=_by(rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}")),
     "tekken": Cut(
         steps=_by(rf"{_cased('')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"),
         ignore_merges=True,
@@ -127,21 +129,48 @@ def cut_named(name: object) -> Cut | None:
 
 def name_of(pre_tokenizer: Mapping[str, Any] | None, *, ignore_merges: bool) -> str | None:
     """llama.cpp's name for tokenizer.json's rule; None where it has none."""
-    cutting = pre_tokenizer or {}
-    steps = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
-    rule = [_plain(step) for step in steps]
+    rule = [_plain(step) for step in _steps(pre_tokenizer)]
     known = ((name, cut) for name, cut in CUTS.items() if cut.ignore_merges == ignore_merges)
     return next((name for name, cut in known if [_plain(step) for step in cut.steps] == rule), None)
 
 
+def in_known_words(pre_tokenizer: Mapping[str, Any] | None, *, ignore_merges: bool) -> Mapping[str, Any] | None:
+    """The words of CUTS for a rule that has others of `_ALIKE`, which not every runtime takes; None for one that has
+    none, or is not known here.
+    """
+    name = name_of(pre_tokenizer, ignore_merges=ignore_merges)
+    if name is None:
+        return None
+    regexes = [_regex(step) for step in _steps(pre_tokenizer)]
+    return CUTS[name].pre_tokenizer if any(_alike(regex) != regex for regex in regexes) else None
+
+
+def _steps(pre_tokenizer: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
+    cutting = pre_tokenizer or {}
+    steps: Sequence[Mapping[str, Any]] = cutting["pretokenizers"] if cutting.get("type") == "Sequence" else [cutting]
+    return steps
+
+
+def _regex(step: Mapping[str, Any]) -> str:
+    """A step's expression, with what stands for line ends in their place; "" for one that has none."""
+    pattern = step.get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, Mapping) else None
+    return regex.replace("\r", r"\r").replace("\n", r"\n") if isinstance(regex, str) else ""
+
+
+def _alike(regex: str) -> str:
+    for other, known in _ALIKE:
+        regex = regex.replace(other, known)
+    return regex
+
+
 def _plain(step: Mapping[str, Any]) -> dict[str, Any]:
     """A step without what does not change the tokens. An expression that matches all of a text may cut at its matches
-    or remove what lies between them, and have line ends in it or what stands for them.
+    or remove what lies between them; it may have line ends in it or what stands for them.
     """
     plain = {key: value for key, value in step.items() if key != "trim_offsets"}
-    pattern = plain.get("pattern")
-    if isinstance(pattern, Mapping) and isinstance(pattern.get("Regex"), str):
-        plain["pattern"] = {"Regex": pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n")}
+    if regex := _regex(step):
+        plain["pattern"] = {"Regex": _alike(regex)}
     if plain.get("behavior") == "Removed" and plain.get("invert"):
         plain |= {"behavior": "Isolated", "invert": False}
     return plain

@@ -103,3 +103,24 @@ def test_spaces_before_parts_of_a_text(scheme: str, template: bool, tmp_path: Pa
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert written(text, add_special_tokens=False)["input_ids"] == ids
         assert written.decode(ids) == tokenizer.decode(ids)
+
+
+def test_a_rule_in_words_that_it_does_not_take(tmp_path: Path) -> None:
+    r"""Seed-OSS's, which has \p{N}{1} for \p{N}: the folder says the same in words that the library knows, and so does
+    one that comes from a GGUF file.
+    """
+    model = random_model(load(chat_model(tmp_path / "model", "seed-oss")))
+    (plan,) = export(model, ["onnx"], tmp_path / "first")
+    assert any("its rule for cutting text in other words" in note for note in plan.notes)
+    export(model, ["gguf"], tmp_path)
+    export(load(next((tmp_path / "gguf").glob("*.gguf"))), ["onnx"], tmp_path / "second")
+    tokenizer = load_tokenizer(model)
+    chat = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    texts = (chat, "Don't  stop: 1234 na\u00efve \u65e5\u672c\u8a9e\n\n x = 1;// \U0001f642 ...\r\n")
+    for folder in (tmp_path / "first" / "onnx", tmp_path / "second" / "onnx"):
+        written, runtime = load_tokenizer(load(folder)), open_runtime("onnxruntime-genai", folder)
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert written(text, add_special_tokens=False)["input_ids"] == ids
+            assert runtime.words is not None and runtime.words.tokenize(text) == ids
+        runtime.close()

@@ -51,10 +51,14 @@ LIMITS: dict[str, set[tuple[str, str]]] = {
     "mistral": SPACES | GENAI,
     "smollm2": NAMES,
     "smollm3": NAMES,
+    "olmo2": NAMES,
+    "granite3": NAMES,
+    "granite4": NAMES,
+    "exaone4": NAMES,
 }
 """What is ambiguous of each layout's gates on tokenizers and ends; nothing else is."""
 
-LESSER = ("llama3", "llama3-base", "qwen2.5-base", "qwen3", "mistral-v0.1")
+LESSER = ("llama3", "llama3-base", "qwen2.5-base", "qwen3", "mistral-v0.1", "olmo3", "granite4")
 """Layouts of whose kind another is tried in every run."""
 
 

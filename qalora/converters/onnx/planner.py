@@ -31,7 +31,7 @@ from qalora.converters.onnx.graph import DATA
 from qalora.converters.onnx.order import ORDER, order_part
 from qalora.converters.onnx.portable import portable_graph
 from qalora.converters.onnx.slots import add_slots
-from qalora.converters.onnx.tokenizer import NOTE, genai_files
+from qalora.converters.onnx.tokenizer import genai_files
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor
 from qalora.converters.specs import TENSORS, specs_text
 from qalora.converters.tokenizer import converted_files
@@ -96,7 +96,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
         graphs.append(
             GraphPlan(folder=folder, proto=proto, genai=genai_config(model, decoder, portable=kind == "portable"))
         )
-    adapted = genai_files(model)
+    adapted, adapted_notes = genai_files(model)
     return OnnxPlan(
         target="onnx",
         tensors=tuple(_row(lazy, data, coded, file) for lazy in model.tensors.values()),
@@ -104,7 +104,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
         notes=(
             *model.notes,
             *end_notes(model),
-            *([NOTE] if "tokenizer.json" in adapted else []),
+            *adapted_notes,
             *_table_notes(model, coded),
         ),
         graphs=tuple(graphs),
