@@ -355,6 +355,10 @@ def test_a_config_that_makes_no_sense_is_one_sentence(changes: dict[str, Any], w
         ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
         ({"model_type": "llava", "text_config": {}}, "save its text part as a model of its own"),
         ({"model_type": "mamba"}, "see the README"),
+        (
+            {"model_type": "gemma3", "vision_config": {}},
+            r"got 'gemma3'; its decoder is read .* config\.json has text_conf",
+        ),
     ],
 )
 def test_what_is_no_family_here_is_refused_with_what_is_missing(config: dict[str, Any], words: str) -> None:

@@ -67,6 +67,7 @@ def test_inspect_says_what_is_missing(family: str, tmp_path: Path) -> None:
         ({"layer_types": ["chunked_attention", "full_attention"]}, ["a kind of layers that is not known here"]),
         ({"num_local_experts": 0, "num_experts": True, "layer_types": [3, None], "kv_lora_rank": None}, []),
         ({"model_type": "phi"}, []),
+        ({"model_type": "gemma3", "text_config": {"num_experts": 8}, "vision_config": {}}, ["a mixture of experts"]),
     ],
 )
 def test_what_a_config_says_that_no_family_has(config: dict[str, Any], found: list[str]) -> None:

@@ -27,6 +27,7 @@ from qalora.converters.families import (
 )
 from qalora.converters.families.mechanisms import missing_in
 from qalora.converters.families.record import EVERYWHERE, LAYER_KINDS, Family, LayerParts, Variant
+from qalora.converters.families.wrappers import WRAPPERS
 from qalora.errors import InputError, shown
 
 __all__ = [
@@ -90,5 +91,7 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
 
 
 def _missing(config: Mapping[str, Any]) -> str:
-    """What a model of no family here would need."""
+    """What a model of no family here would need, or where the decoder of a wrapper is read."""
+    if str(config.get("model_type")) in WRAPPERS:
+        return "its decoder is read from a folder of floats, GPTQ, MLX or ours, whose config.json has text_config"
     return "; ".join(words for words, _ in missing_in(config)) or "see the README"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora.converters.families.record import LAYER_KINDS
+from qalora.converters.families.wrappers import WRAPPERS
 
 __all__ = ["MECHANISMS", "Mechanism", "missing_in"]
 
@@ -44,11 +45,14 @@ class Mechanism:
         return next((key for key in config if self.begin and key.startswith(self.begin) and config[key]), "")
 
 
+AROUND = Mechanism(
+    words="a model of text and images: save its text part as a model of its own",
+    objects=("text_config", "vision_config", "audio_config"),
+)
+"""What is said of wrappers that are not among WRAPPERS."""
+
 MECHANISMS = (
-    Mechanism(
-        words="a model of text and images: save its text part as a model of its own",
-        objects=("text_config", "vision_config", "audio_config"),
-    ),
+    AROUND,
     Mechanism(
         words="a mixture of experts: its expert weights and their router are not read yet",
         counts=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -68,9 +72,9 @@ MECHANISMS = (
 
 def missing_in(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """The words of what a config says that no family has, each with what says it; of a decoder inside, too."""
-    inner = config.get("text_config")
+    inner, opened = config.get("text_config"), str(config.get("model_type")) in WRAPPERS
     found = []
-    for mechanism in MECHANISMS:
+    for mechanism in (one for one in MECHANISMS if one is not AROUND or not opened):
         said = mechanism.evidence(config)
         if not said and isinstance(inner, Mapping):
             said = mechanism.evidence(inner)
