@@ -34,11 +34,13 @@ __all__ = [
     "LAYOUT",
     "LICENCES",
     "TEMPLATES",
+    "TWO_FILES",
     "announced",
     "check_shapes",
     "companion_files",
     "download",
     "float_tensor",
+    "has_tokenizer_files",
     "model_of",
     "read",
     "read_config",
@@ -58,6 +60,9 @@ COMPANIONS = (
 
 TEMPLATES = "additional_chat_templates"
 """The folder of the chat templates that are not the default one, NAME.jinja, in transformers 5; they travel too."""
+
+TWO_FILES = ("vocab.json", "merges.txt")
+"""A byte-level BPE as transformers' own classes kept it before tokenizer.json."""
 
 BUFFERS = (".rotary_emb.inv_freq",)
 """Tensors of early Llama checkpoints that config.json determines, and no model of today has."""
@@ -79,6 +84,11 @@ def companion_files(folder: Path) -> dict[str, Path]:
     for path in files.values():
         check_content(path)
     return files
+
+
+def has_tokenizer_files(names: Collection[str]) -> bool:
+    """Whether files of these names are a tokenizer that is read here."""
+    return bool({"tokenizer.json", "tokenizer.model"} & set(names)) or set(names) >= {*TWO_FILES}
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
@@ -234,6 +244,7 @@ def model_of(
     check_shapes(folder, config, tensors)
     notes = (*notes, *more, *_others_note(folder, [name for name in unknown if name not in silent]))
     files = companion_files(folder)
+    notes = (*notes, *_tokenizer_note(folder, files))
     model = Checkpoint(
         path=folder,
         layout=layout,
@@ -288,3 +299,11 @@ LAYOUT = Layout(
     rounding=exact,
     memory=lambda path: 2,  # of 16-bit floats, in float32
 )
+
+
+def _tokenizer_note(folder: Path, files: Collection[str]) -> tuple[str, ...]:
+    """Of a tokenizer that only code of its own makes, as Hunyuan 7B's, or in files that are not read here."""
+    if "tokenizer_config.json" not in files or has_tokenizer_files(files):
+        return ()
+    said = "there is a tokenizer_config.json, and no tokenizer.json beside it: what is exported has no tokenizer"
+    return (f"{folder.name}: {said}",)

@@ -16,7 +16,7 @@ from typing import Any
 from qalora.checkpoint import Checkpoint
 from qalora.converters.added_tokens import strips
 from qalora.converters.cutting import CUTS
-from qalora.converters.huggingface import LICENCES, TEMPLATES
+from qalora.converters.huggingface import LICENCES, TEMPLATES, TWO_FILES, has_tokenizer_files
 from qalora.converters.tokenizer_tidy import cut_of, is_spm, tidy
 from qalora.errors import FormatError, InputError, json_kind, shown
 from qalora.formats.gguf import Metadata, Value, metadata_bytes
@@ -41,9 +41,6 @@ __all__ = [
 
 TOKENIZER_LIMIT = 256 << 20
 TEXT_ENDS = (".json", ".jinja", ".txt")
-TWO_FILES = ("vocab.json", "merges.txt")
-"""A byte-level BPE as transformers' own classes kept it before tokenizer.json."""
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", TWO_FILES[0])
 """A folder with a tokenizer has one of these."""
 
@@ -66,7 +63,7 @@ def has_tokenizer(model: Checkpoint) -> bool:
 
 
 def _has_files(model: Checkpoint) -> bool:
-    return bool({"tokenizer.json", "tokenizer.model"} & set(model.files)) or set(model.files) >= {*TWO_FILES}
+    return has_tokenizer_files(model.files)
 
 
 def write_tokenizer(model: Checkpoint, folder: Path) -> list[str]:

@@ -404,3 +404,17 @@ def test_a_model_without_one(tiny_untied: Path) -> None:
     assert not has_tokenizer(model)
     with pytest.raises(InputError, match=r"no tokenizer; put tokenizer\.json beside"):
         load_tokenizer(model)
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx", "gptq", "mlx", "hqq", "qalora"])
+def test_a_tokenizer_made_by_code_of_its_own_is_left_out_with_a_note(target: str, tmp_path: Path) -> None:
+    """Hunyuan 7B's: tokenizer_config.json names a class in Python beside it, and there is no file that is read."""
+    folder = tiny_llama(tmp_path / "model")
+    settings = {"tokenizer_class": "HYTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_hy.HYTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "hy.tiktoken").write_text("IQ== 0\n", encoding="utf-8")
+    (plan,) = export(random_model(load(folder)), [target], tmp_path)
+    assert (
+        "model: there is a tokenizer_config.json, and no tokenizer.json beside it: what is exported has no tokenizer"
+        in plan.notes
+    )
