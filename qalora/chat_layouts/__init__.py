@@ -21,7 +21,7 @@ from qalora.chat_layouts.published import LAYOUTS
 from qalora.converters.cutting import CUTS
 from qalora.demo import demo_text
 
-__all__ = ["CHAT_LAYOUTS", "ChatLayout", "chat_layout"]
+__all__ = ["CHAT_LAYOUTS", "PIECES", "ChatLayout", "chat_layout"]
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 

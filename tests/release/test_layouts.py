@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qalora.chat_layouts import PIECES
 from qalora.converters import load
 from qalora.parity import ParityReport
 from qalora.parity.runtimes import open_runtime
@@ -60,6 +61,22 @@ LIMITS: dict[str, set[tuple[str, str]]] = {
 
 LESSER = ("llama3", "llama3-base", "qwen2.5-base", "qwen3", "mistral-v0.1", "olmo3", "granite4")
 """Layouts of whose kind another is tried in every run."""
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def test_the_page_of_families_has_what_is_ambiguous() -> None:
+    said = ((NAMES, "llama.cpp ends at more, by names"), (SPACES, "llama.cpp: spaces"), (GENAI, "genai: plain text"))
+    wanted = []
+    for name in CHAT_LAYOUTS:
+        layout, limit = chat_layout(name), LIMITS.get(name, set())
+        words = "; ".join(text for kind, text in said if kind <= limit) or "nothing"
+        rule = "SentencePiece" if layout.cut in PIECES else layout.cut
+        wanted.append(f"| {name} | {layout.family} | {rule} | {words} |".replace("_", "\\_"))
+    page = PAGE.read_text("utf-8").splitlines()
+    start = next(n for n, line in enumerate(page) if line.startswith("| laid out as"))
+    assert page[start + 2 : start + 2 + len(wanted)] == wanted
+    assert not page[start + 2 + len(wanted)]
 
 
 @dataclass(frozen=True, kw_only=True)
