@@ -139,6 +139,12 @@ _STARCODER = (
 )
 _ROLES = ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>")
 _GRANITE4_TOKENS = ("<|pad|>", "<|end_of_text|>", "<|fim_prefix|>", "<|fim_pad|>", "<|filename|>", "<|reponame|>")
+_FACTORS = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.015625,
+    "logits_scaling": 8.0,
+}
 _GRANITE4_PLAIN = ("<tool_call>", "</tool_call>", "<think>", "</think>", "<documents>")
 _SEED_TOKENS = ("<seed:bos>", "<seed:pad>", "<seed:eos>", "<seed:think>", "</seed:think>", "<seed:cot_budget_reflect>")
 _HUNYUAN_TOKENS = (
@@ -186,6 +192,7 @@ LATER: dict[str, Facts] = {
         kind="GPT2Tokenizer",
         config=dict.fromkeys(("bos", "eos", "pad"), "<|end_of_text|>"),
         generation=dict.fromkeys(("bos", "eos", "pad"), "<|end_of_text|>"),
+        settings=_FACTORS,
     ),
     "granite4": Facts(
         family="granite",
@@ -202,6 +209,7 @@ LATER: dict[str, Facts] = {
         rows=32,
         config={"bos": "<|end_of_text|>", "eos": "<|end_of_text|>", "pad": "<|pad|>"},
         generation={"bos": "<|end_of_text|>", "eos": "<|end_of_text|>", "pad": "<|pad|>"},
+        settings=_FACTORS,
     ),
     "seed-oss": Facts(
         family="seed_oss",

@@ -24,7 +24,7 @@ from qalora.testing import CHAT_LAYOUTS, chat_layout, chat_model, random_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-FORMATS = ("gptq", "onnx", "gguf", "mlx", "hqq", "qalora")
+FORMATS = ("gptq", "onnx", "openvino", "gguf", "mlx", "hqq", "qalora")
 CHAT = [
     {"role": "user", "content": "Hello there, who are you?"},
     {"role": "assistant", "content": "I am a model.\nAsk me  something, in 2 lines."},
@@ -120,10 +120,11 @@ def limits(report: ParityReport) -> set[tuple[str, str]]:
 
 def spoken(place: Path, form: str, text: str) -> Iterator[tuple[str, list[int], list[int]]]:
     """(runtime, the tokens that it makes of a chat, what it says then), of each runtime of a format."""
-    if form == "onnx":
-        runtime = open_runtime("onnxruntime-genai", place)
+    if form in ("onnx", "openvino"):
+        name = {"onnx": "onnxruntime-genai", "openvino": "openvino-genai"}[form]
+        runtime = open_runtime(name, place)
         ids = runtime.words.tokenize(text, special=True)
-        yield "onnxruntime-genai", ids, runtime.generate(ids, 6)
+        yield name, ids, runtime.generate(ids, 6)
         runtime.close()
     elif form == "gguf":
         runtime = open_runtime("llama.cpp", place)
@@ -167,7 +168,8 @@ def test_a_published_layout_is_proven_in_every_format(name: str, tmp_path: Path)
     made = released(name, tmp_path)
     assert limits(made.report) == LIMITS.get(name, set())
     assert {run["kind"] for artifact in made.report.to_json()["artifacts"] for run in artifact["runs"]} >= {
-        *("gptqmodel", "onnxruntime", "onnxruntime-genai", "llama.cpp", "mlx", "hqq", "torch")
+        *("gptqmodel", "onnxruntime", "onnxruntime-genai", "openvino", "openvino-genai"),
+        *("llama.cpp", "mlx", "hqq", "torch"),
     }
     tokenizer = AutoTokenizer.from_pretrained(made.source)
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
