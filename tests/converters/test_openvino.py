@@ -24,7 +24,16 @@ from qalora.parity.runtimes import open_runtime
 from qalora.parity.runtimes.openvino_genai import open_artifact
 from qalora.quantization import quantize
 from qalora.tensor import BITS
-from qalora.testing import assert_same_model, byte_tokenizer, lazily, random_model, random_tensor, tiny_model
+from qalora.testing import (
+    assert_same_model,
+    byte_tokenizer,
+    lazily,
+    random_model,
+    random_tensor,
+    small_tokenizer,
+    tiny_llama,
+    tiny_model,
+)
 
 TOKENS = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(7))
 XML = "openvino_model.xml"
@@ -190,6 +199,24 @@ def test_genai_generates_the_same(family: str, tmp_path: Path) -> None:
         runtime = open_artifact(folder, 1, backend)
         assert runtime.generate(TOKENS.tolist(), 12) == tokens[len(TOKENS) :], backend
         runtime.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zeros", "survives"), [("symmetric", True), ("real", False)])
+def test_openvino_genai_rounds_the_zero_points_of_a_gguf_file(zeros: Any, survives: bool, tmp_path: Path) -> None:
+    """What docs/formats.md says of its own loader of GGUF files: it makes a graph of them, with whole zero points."""
+    import openvino_genai
+
+    model = quantize(load(tiny_llama(tmp_path / "float", tokenizer=small_tokenizer())), group_size=32, zeros=zeros)
+    export(model, "gguf", tmp_path)
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    openvino_genai.LLMPipeline(str(file), "CPU", enable_save_ov_model=True)
+    wanted, noise = float64(model)
+    got = open_runtime("openvino", tmp_path / "gguf" / XML, threads=1).logits(TOKENS.tolist()).double()
+    if survives:
+        assert float((got - wanted).abs().max()) <= 16 * noise
+    else:
+        assert float((got - wanted).norm() / wanted.norm()) > 0.1
 
 
 def test_a_tokenizer_has_the_same_bytes_at_every_run(tmp_path: Path) -> None:
