@@ -97,7 +97,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load(path: str | Path, *, checkpoint_format: CheckpointFormat | None = None) -> Checkpoint:
-    """Open a model, lazily: a qalora, GPTQ, MLX, HQQ or float folder, a GGUF or ONNX file, or a Hub id.
+    """Open a model, lazily: a folder of floats or of packed integers, a GGUF or ONNX file, or a Hub id.
 
     checkpoint_format  how a GPTQ folder stores its zero points, if its label is wrong; refused for any other model
     """

@@ -148,7 +148,7 @@ class Checkpoint:
     """A model as its files tell it.
 
     path      the folder or file it came from
-    layout    "huggingface", "gptq", "gguf", "mlx", "hqq", "onnx" or "qalora"
+    layout    the name of what it was read as: "huggingface", "gptq", "gguf", ... (`qalora.converters.format.Layout`)
     config    transformers' config.json, without quantization_config
     tensors   every tensor by transformers' name
     linears   the names of the decoder's linear weights, in the order of computation; quantize, train and fold

@@ -110,7 +110,7 @@ def _fail(ctx: click.Context, message: str, status: int) -> NoReturn:
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     example="qalora release base --adapter adapter --to gguf -o dist",
-    epilog="MODEL is a model folder (Hugging Face, GPTQ, MLX, HQQ or qalora), a GGUF or ONNX file, or a Hub id.\n\n"
+    epilog="MODEL is a model folder (of floats, or of integers in many formats), a GGUF or ONNX file, or a Hub id.\n\n"
     "Exit status: 0 done, 1 not proven, 2 bad usage or input.\n\n"
     'For bash completion put eval "$(_QALORA_COMPLETE=bash_source qalora)" into ~/.bashrc. zsh_source and '
     "fish_source are for zsh and fish.",

@@ -16,7 +16,7 @@ from qalora.errors import FormatError, InputError, shown
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import VERSIONS
 from qalora.formats.remote import bring, is_url, knowing
-from qalora.options.words import TARGETS
+from qalora.options.words import SOURCES, TARGETS
 
 __all__ = [
     "TARGETS",
@@ -41,10 +41,15 @@ def target(name: str) -> Format:
 
 
 def layouts() -> tuple[Layout, ...]:
-    """Everything that can be read: the formats, and last the folder of a float model."""
+    """Everything that can be read: the formats, what is read and not written, and last the folder of a float model."""
     from qalora.converters.huggingface import LAYOUT
 
-    return (*map(target, TARGETS), LAYOUT)
+    return (*map(target, TARGETS), *map(_source, SOURCES), LAYOUT)
+
+
+def _source(name: str) -> Layout:
+    form: Layout = importlib.import_module(SOURCES[name]).LAYOUT
+    return form
 
 
 def layout(name: str) -> Layout:
@@ -83,13 +88,13 @@ def by_config(folder: Path) -> Layout:
     for one in layouts():
         if one.by_config is not None and one.by_config(folder, config):
             return one
-    settings = config["quantization_config"]
+    settings, known = config["quantization_config"], [one.name for one in layouts() if one.by_config is not None]
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if not isinstance(method, str):
         raise FormatError(f"{folder}/config.json: quantization_config", expected="an object with a quant_method")
     raise FormatError(
         f"{folder}: quant_method",
-        expected=f"{', '.join(one for one in TARGETS if target(one).by_config is not None)}, or a float model",
+        expected=f"{', '.join(known[:-1])}, or a float model",
         got=shown(method),
         todo="see the README",
     )
@@ -107,7 +112,7 @@ def _not_recognised(path: Path) -> FormatError:
 def load(
     model: str | Path, *, checkpoint_format: str | None = None, note: Callable[[str], None] = lambda text: None
 ) -> Checkpoint:
-    """Open a model: our own folder, a GPTQ, MLX, HQQ or float folder, a GGUF file, an ONNX decoder, a Hub id, a URL.
+    """Open a model: a folder of any of the `layouts`, a GGUF file, an ONNX decoder, a Hub id, a URL.
 
     Reads headers only. A folder with model.onnx is an ONNX decoder where it has no safetensors. A URL is that of a
     folder of safetensors or of a GGUF file; what is asked for is read from there.

@@ -1,6 +1,7 @@
 """What a format is: a record that its folder makes. What treats formats alike reads it, and asks none for its name.
 
-A format has a line in `qalora.options.words.TARGETS`, with the module whose FORMAT is the record.
+A format has a line in `qalora.options.words.TARGETS`, with the module whose FORMAT is the record. What is read and not
+written has one in SOURCES, with the module whose LAYOUT is the record.
 """
 
 from __future__ import annotations

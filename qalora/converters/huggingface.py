@@ -132,7 +132,6 @@ def read(folder: Path) -> Checkpoint:
 Stored = dict[str, tuple[Path, Entry]]
 
 _INTEGERS = {
-    ".weight_packed": ("compressed-tensors", "it is not read here: start from the float model"),
     ".weight.absmax": ("bitsandbytes", "it is not read here: start from the float model"),
     ".weight_scale_inv": ("FP8", "it is not read here: start from the float model"),
 }

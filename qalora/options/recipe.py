@@ -38,7 +38,7 @@ class Base(Options):
     """The model that everything starts from."""
 
     model: str = option(
-        help="A model folder (Hugging Face, GPTQ, MLX, HQQ or qalora), a GGUF or ONNX file, or a Hub id.",
+        help="A model folder (of floats, or of integers in many formats), a GGUF or ONNX file, or a Hub id.",
         place="hub",
         example="base",
     )

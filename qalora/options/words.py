@@ -7,6 +7,7 @@ __all__ = [
     "LORA_FILES",
     "LOSSES",
     "SHARD_SIZE",
+    "SOURCES",
     "TARGETS",
     "CheckpointFormat",
     "Convention",
@@ -47,6 +48,11 @@ TARGETS = {
 }
 """Each format that `export` writes, and the module whose FORMAT says all of it (`qalora.converters.format`); our own
 folder is the last. An export's folder has the format's name."""
+
+SOURCES = {
+    "compressed-tensors": "qalora.converters.compressed_tensors",
+}
+"""Each layout that is read and not written, and the module whose LAYOUT says all of it; a float model's is not here."""
 
 LORA_FILES = ("gguf-lora", "onnx-adapter")
 """The files of adapters that runtimes of these formats apply, by the names that the formats' records give them."""

@@ -73,9 +73,9 @@ MODELS: list[tuple[str, Damage, str, str]] = [
     ("pickle", pickle, "@float", "pickled weights run code"),
     (
         "unknown quantization",
-        config("float/config.json", quantization_config={"quant_method": "awq"}),
+        config("float/config.json", quantization_config={"quant_method": "mine"}),
         "@float",
-        "awq",
+        "mine",
     ),
 ]
 

@@ -6,6 +6,7 @@ tests/test_fuzz.py damages them a few times with fixed seeds, tools/fuzz for hou
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from onnx import helper, numpy_helper
 from onnx import save as save_onnx
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qalora.adapter import read_adapter, to_plain_lora, write_adapter
 from qalora.checkpoint import Checkpoint
@@ -28,6 +30,7 @@ from qalora.converters.plan import ExportOptions
 from qalora.delta import apply_delta, write_delta
 from qalora.delta.records import DATA, INDEX
 from qalora.errors import InputError
+from qalora.formats import compressed_tensors
 from qalora.inspection import inspect
 from qalora.options.words import TARGETS
 from qalora.pipeline.recipe import read_recipe
@@ -36,6 +39,7 @@ from qalora.releasing.check import check_release
 from qalora.releasing.checksums import SUMS, write_sums
 from qalora.releasing.options import ReleaseOptions
 from qalora.releasing.package import plan_release, release
+from qalora.tensor import GroupQuantTensor, integer_zeros
 from qalora.testing import byte_tokenizer, random_adapter, small_tokenizer, tiny_llama
 from qalora.training.data import join_documents, read_documents
 from qalora.training.documents import Account
@@ -114,6 +118,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "openvino": ("openvino_model.xml", "config.json", "generation_config.json"),
     "mlx": _MODEL,
     "hqq": _MODEL,
+    "compressed-tensors": _MODEL,
     "adapter": (*_ADAPTER, "qalora_adapter.json"),
     "peft": _ADAPTER,
     "lora": ("lora.gguf",),
@@ -142,6 +147,7 @@ def models(root: Path) -> dict[str, Example]:
     whole = quantize(load(root / "float"), bits=4, group_size=32, zeros="integer")
     export(whole, ["gptq"], root / "integer")
     _write_as_others_do(root / "foreign")
+    _write_compressed(whole, root / "compressed")
     with tarfile.open(VERSION1) as archive:
         archive.extractall(root / "version1", filter="data")
     earlier = root / "version1" / "real4" / "onnx"
@@ -162,7 +168,46 @@ def models(root: Path) -> dict[str, Example]:
         "openvino": Example(folder=root / "openvino", read=_read_model, inspect=""),
         "mlx": Example(folder=root / "mlx", read=_read_model, inspect=""),
         "hqq": Example(folder=root / "hqq", read=_read_model, inspect=""),
+        "compressed-tensors": Example(folder=root / "compressed", read=_read_model, inspect=""),
     }
+
+
+def _write_packed(
+    model: Checkpoint,
+    folder: Path,
+    settings: dict[str, Any],
+    words: Callable[[GroupQuantTensor, Tensor], dict[str, Tensor]],
+) -> None:
+    """A folder whose linear layers are tensors that `words` makes of their codes and zero points."""
+    folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    for name, lazy in model.tensors.items():
+        tensor = lazy.load()
+        if isinstance(tensor, Tensor):
+            tensors[name] = tensor
+            continue
+        zero = integer_zeros(tensor)
+        assert zero is not None
+        tensors |= {f"{name.removesuffix('weight')}{part}": made for part, made in words(tensor, zero).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {**model.config, "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shutil.copy(model.files["generation_config.json"], folder)
+
+
+def _write_compressed(model: Checkpoint, folder: Path) -> None:
+    def words(tensor: GroupQuantTensor, zero: Tensor) -> dict[str, Tensor]:
+        return {
+            "weight_packed": compressed_tensors.pack_rows(tensor.packed),
+            "weight_scale": tensor.scale.half(),
+            "weight_zero_point": compressed_tensors.pack_zeros(zero, tensor.bits),
+            "weight_shape": torch.tensor(tensor.shape),
+        }
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear", "re:.*mlp"], "weights": weights, "input_activations": None}
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    _write_packed(model, folder, {**said, "ignore": ["lm_head"]}, words)
 
 
 def _write_as_others_do(folder: Path) -> None:

@@ -16,7 +16,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qalora.adapter.peft_config import PATTERNS, STEPS, is_safe, matching_steps
+from qalora.adapter.peft_config import PATTERNS
+from qalora.converters.patterns import check_steps, compiled
 from qalora.errors import FormatError, json_kind, shown
 from qalora.formats.gptq import BITS
 
@@ -72,7 +73,7 @@ def _rule(text: str, content: object, where: str) -> Rule:
     rule = {} if content is None else content
     if not isinstance(rule, dict):
         raise FormatError(where, expected="an object", got=json_kind(content))
-    pattern = _compiled(text[2:] if text[:2] in ("-:", "+:") else text, where)
+    pattern = compiled(text[2:] if text[:2] in ("-:", "+:") else text, where)
     if out:
         return Rule(text=text, pattern=pattern, out=True, bits=None, group_size=None)
     _check_keys(rule, where)
@@ -96,23 +97,9 @@ def _check_keys(rule: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _compiled(text: str, where: str) -> re.Pattern[str]:
-    if not is_safe(text):
-        raise FormatError(
-            f"{where}: an expression with repeated groups or too many repetitions, which could run for ever"
-        )
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(f"{where} is no regular expression: {error}") from error
-
-
 def check_rules(rules: Collection[Rule], modules: Collection[str], where: str) -> None:
     """FormatError for rules that could take long to be matched with the modules of a checkpoint."""
-    if matching_steps([rule.pattern.pattern for rule in rules], modules) > STEPS:
-        raise FormatError(
-            f"{where}: dynamic", expected=f"expressions that match in {STEPS} steps", got="some that could take longer"
-        )
+    check_steps([rule.pattern for rule in rules], modules, f"{where}: dynamic")
 
 
 def rule_of(rules: Collection[Rule], module: str) -> Rule | None:
