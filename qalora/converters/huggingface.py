@@ -141,7 +141,7 @@ is read here says so in its record."""
 
 def _check_floats(folder: Path, stored: Stored) -> None:
     """FormatError for a model whose config says nothing of the integers that it holds."""
-    from qalora.converters import layouts
+    from qalora.converters import layout, layouts
 
     ours = {one.end: (one.kind, one.unannounced) for one in layouts() if one.end}
     for end, (kind, todo) in {**ours, **_INTEGERS}.items():
@@ -149,7 +149,8 @@ def _check_floats(folder: Path, stored: Stored) -> None:
         if not names:
             continue
         if kind == "GPTQ" and _is_awq(names[0], stored):
-            kind, todo = "AWQ", "it is not read here: start from the float model, or from its GPTQ version"
+            awq = layout("awq")
+            kind, todo = awq.kind, awq.unannounced
         raise FormatError(
             f"{folder} holds {kind} integers, {len(names)} tensors such as {names[0]}, and config.json has no "
             "quantization_config",

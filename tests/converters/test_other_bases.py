@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from packed import by_compressed_tensors
+from packed import by_compressed_tensors, by_gptqmodel_awq
 from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
@@ -27,6 +27,7 @@ GROUP = {
 
 BASES: dict[str, Callable[[Path, Path], object]] = {
     "compressed-tensors": lambda source, folder: by_compressed_tensors(source, folder, {"group_0": GROUP}, moved=False),
+    "awq": lambda source, folder: by_gptqmodel_awq(source, folder, moved=False),
 }
 
 

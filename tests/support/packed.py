@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-__all__ = ["by_compressed_tensors"]
+__all__ = ["by_auto_round_awq", "by_compressed_tensors", "by_gptqmodel_awq", "change_config"]
 
 
 def float_model(source: Path, dtype: torch.dtype, *, moved: bool = True) -> Any:
@@ -62,6 +63,104 @@ def by_compressed_tensors(
     with_companions(source, folder)
     compressor.decompress_model(model)
     return {name: module.weight.data for name, module in packed.items()}
+
+
+def grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """float16 scales and whole zero points of each group of rows [out, in], from its least and greatest weight."""
+    grouped = weight.float().view(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
+    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    scale = ((high - low) / ((1 << bits) - 1)).half().clamp(min=2**-14)
+    return scale, (-low / scale.float()).round().clamp(0, (1 << bits) - 1)
+
+
+def on_grid(linear: torch.nn.Linear, scale: Tensor, zero: Tensor, bits: int) -> torch.nn.Linear:
+    """The layer with each weight on its grid, in float32, where packing rounds nothing."""
+    grouped = linear.weight.data.float().view(*scale.shape, -1)
+    codes = ((grouped / scale[..., None]).round() + zero[..., None]).clamp(0, (1 << bits) - 1)
+    made = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+    made.weight.data = ((codes - zero[..., None]) * scale.float()[..., None]).view(linear.weight.shape)
+    return made
+
+
+def save_layers(
+    source: Path,
+    folder: Path,
+    settings: Mapping[str, Any],
+    pack: Callable[[str, torch.nn.Linear], tuple[Any, Tensor] | None],
+    *,
+    moved: bool = True,
+) -> dict[str, Tensor]:
+    """A folder of a model's layers, packed by `pack`, which gives the packed module and its weight [out, in], or None.
+
+    The output layer is packed too where it is one of its own.
+    """
+    model = float_model(source, torch.float16, moved=moved)
+    tied, theirs = model.config.tie_word_embeddings, {}
+    tensors = {name: value for name, value in model.state_dict().items() if not (tied and name.startswith("lm_head"))}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or (tied and name == "lm_head"):
+            continue
+        made = pack(name, module)
+        if made is not None:
+            packed, theirs[f"{name}.weight"] = made
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{part}": value for part, value in packed.state_dict().items()}
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}), encoding="utf-8")
+    with_companions(source, folder)
+    return theirs
+
+
+def by_gptqmodel_awq(
+    source: Path, folder: Path, *, bits: int = 4, group_size: int = 32, moved: bool = True
+) -> dict[str, Tensor]:
+    """An AWQ folder by GPTQModel's layers, and its own dequantized weights in float16."""
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+    from gptqmodel.quantization import FORMAT, METHOD, QuantizeConfig
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    def pack(name: str, linear: torch.nn.Linear) -> tuple[Any, Tensor]:
+        scale, zero = grid(linear.weight.data, bits, group_size)
+        module = AwqTorchLinear(
+            bits=bits,
+            group_size=group_size,
+            sym=False,
+            desc_act=False,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+        )
+        module.pack(on_grid(linear, scale, zero, bits), scale, zero)
+        size = linear.in_features if group_size == -1 else group_size
+        return module, dequantize_gemm(module.qweight, module.qzeros, module.scales, bits, size).t().contiguous()
+
+    made = QuantizeConfig(
+        bits=bits, group_size=group_size, method=METHOD.AWQ, format=FORMAT.GEMM, offload_to_disk=False
+    )
+    settings = json.loads(json.dumps({**made.to_dict(), "meta": {"quantizer": ["gptqmodel:7.6.0"]}}))
+    return save_layers(source, folder, settings, pack, moved=moved)
+
+
+def by_auto_round_awq(
+    source: Path, folder: Path, settings: Mapping[str, Any], *, bits: int = 4, group_size: int = 32
+) -> dict[str, Tensor]:
+    """A folder by auto-round's own AWQ layers, and its own dequantized weights in float16."""
+    from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
+
+    def pack(name: str, linear: torch.nn.Linear) -> tuple[Any, Tensor]:
+        scale, zero = grid(linear.weight.data, bits, group_size)
+        module = WQLinear_GEMM.from_linear(
+            on_grid(linear, scale, zero, bits),
+            bits,
+            group_size,
+            scales=scale.t().contiguous(),
+            zeros=zero.t().contiguous(),
+        )
+        size = linear.in_features if group_size == -1 else group_size
+        return module, dequantize_gemm(module.qweight, module.qzeros, module.scales, bits, size).t().contiguous()
+
+    return save_layers(source, folder, settings, pack)
 
 
 def with_companions(source: Path, folder: Path) -> None:

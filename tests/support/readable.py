@@ -31,6 +31,7 @@ from qalora.delta import apply_delta, write_delta
 from qalora.delta.records import DATA, INDEX
 from qalora.errors import InputError
 from qalora.formats import compressed_tensors
+from qalora.formats.awq import ORDER
 from qalora.inspection import inspect
 from qalora.options.words import TARGETS
 from qalora.pipeline.recipe import read_recipe
@@ -39,7 +40,7 @@ from qalora.releasing.check import check_release
 from qalora.releasing.checksums import SUMS, write_sums
 from qalora.releasing.options import ReleaseOptions
 from qalora.releasing.package import plan_release, release
-from qalora.tensor import GroupQuantTensor, integer_zeros
+from qalora.tensor import GroupQuantTensor, integer_zeros, pack_codes
 from qalora.testing import byte_tokenizer, random_adapter, small_tokenizer, tiny_llama
 from qalora.training.data import join_documents, read_documents
 from qalora.training.documents import Account
@@ -119,6 +120,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "mlx": _MODEL,
     "hqq": _MODEL,
     "compressed-tensors": _MODEL,
+    "awq": _MODEL,
     "adapter": (*_ADAPTER, "qalora_adapter.json"),
     "peft": _ADAPTER,
     "lora": ("lora.gguf",),
@@ -148,6 +150,7 @@ def models(root: Path) -> dict[str, Example]:
     export(whole, ["gptq"], root / "integer")
     _write_as_others_do(root / "foreign")
     _write_compressed(whole, root / "compressed")
+    _write_awq(whole, root / "awq")
     with tarfile.open(VERSION1) as archive:
         archive.extractall(root / "version1", filter="data")
     earlier = root / "version1" / "real4" / "onnx"
@@ -169,6 +172,7 @@ def models(root: Path) -> dict[str, Example]:
         "mlx": Example(folder=root / "mlx", read=_read_model, inspect=""),
         "hqq": Example(folder=root / "hqq", read=_read_model, inspect=""),
         "compressed-tensors": Example(folder=root / "compressed", read=_read_model, inspect=""),
+        "awq": Example(folder=root / "awq", read=_read_model, inspect=""),
     }
 
 
@@ -208,6 +212,19 @@ def _write_compressed(model: Checkpoint, folder: Path) -> None:
     group = {"targets": ["Linear", "re:.*mlp"], "weights": weights, "input_activations": None}
     said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
     _write_packed(model, folder, {**said, "ignore": ["lm_head"]}, words)
+
+
+def _write_awq(model: Checkpoint, folder: Path) -> None:
+    def packed(codes: Tensor) -> Tensor:
+        """Rows of 4-bit codes in AWQ's order of columns."""
+        return pack_codes(codes.reshape(len(codes), -1, 8)[:, :, list(ORDER)].flatten(1), 4).view(torch.int32)
+
+    def words(tensor: GroupQuantTensor, zero: Tensor) -> dict[str, Tensor]:
+        scales = tensor.scale.half().t().contiguous()
+        return {"qweight": packed(tensor.codes().t()), "qzeros": packed(zero.t()), "scales": scales}
+
+    said = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+    _write_packed(model, folder, {**said, "modules_to_not_convert": ["lm_head", "model.norm.*"]}, words)
 
 
 def _write_as_others_do(folder: Path) -> None:

@@ -3,7 +3,7 @@
 The label checkpoint_format is often wrong, so it is believed only where the values say nothing. Symmetric zero points
 are all 2**(bits-1): stored as that they are gptq_v2, stored as one less they are gptq, whatever the label says. The
 first layers' qzeros are looked at when the folder is opened, as many as are needed to find one that is not symmetric
-and `SAMPLE` at most (some 100 KB each in a 7B model); where all of those are symmetric, every other layer is held
+and `words.SAMPLE` at most (some 100 KB each in a 7B model); where all of those are symmetric, every other layer is held
 against that when it is read, and one that differs is refused rather than guessed. Asymmetric zero points are read as
 the label says, with a note, or as the caller says.
 
@@ -21,35 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.gptq.beside import ADAPTER_CONFIG, StoredResidual, find_residual, pooling_matrix
+from qalora.converters.gptq.beside import ADAPTER_CONFIG, find_residual
 from qalora.converters.gptq.dynamic import Rule, check_rules, parse_rules, rule_of
+from qalora.converters.gptq.words import PARTS, Words, lazy_words, symmetric_version, words_of
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.settings import linear_names
 from qalora.converters.wrapping import in_transformers, opened
 from qalora.errors import FormatError, InputError, json_kind, shown
-from qalora.formats.files import InputFile
-from qalora.formats.gptq import BITS, Version, unpack_qweight, unpack_qzeros
-from qalora.formats.safetensors import Entry, load_tensor
-from qalora.residual import from_residual
-from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16
+from qalora.formats.gptq import BITS, Version, unpack_qzeros
 
 __all__ = ["MAKER", "read"]
-
-SAMPLE = 8
-"""Layers whose zero points are looked at before a model is taken for symmetric."""
 
 MAKER = "qalora"
 """Our name in meta.quantizer; a label of ours is right, and is believed."""
 
 SETTINGS = "quantize_config.json"
 """Where older tools keep what config.json has as quantization_config."""
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-_Stored = Mapping[str, tuple[Path, Entry]]
 
 
 def _same(module: str) -> str:
@@ -73,41 +62,6 @@ class _Settings:
     on_disk: Callable[[str], str] = _same
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layer:
-    """One quantized layer as the headers tell it."""
-
-    module: str
-    stored: _Stored
-    rows: int
-    columns: int
-    bits: int
-    group_size: int
-    g_idx: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(entry.nbytes for _, entry in self.stored.values())
-
-    def part(self, part: str) -> Tensor:
-        """A whole tensor of the layer."""
-        return load_tensor(*self.stored[part])
-
-    def columns_of(self, part: str, start: int, stop: int) -> Tensor:
-        """Columns start..stop-1 of a matrix; they are the rows of the weight."""
-        if stop - start == self.rows:
-            return self.part(part)
-        path, entry = self.stored[part]
-        size = entry.dtype.itemsize
-        with InputFile(path) as file:
-            lines = [
-                file.tensor(entry.offset + (row * self.rows + start) * size, (stop - start) * size)
-                for row in range(entry.shape[0])
-            ]
-        return torch.stack(lines).view(entry.dtype)
-
-
 def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     """Open a GPTQ folder; reads config, headers, g_idx and the zero points of a few layers.
 
@@ -124,7 +78,7 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     if not modules:
         raise FormatError(f"{folder}", expected="tensors named <layer>.qweight", got="none")
     check_rules(settings.rules, list(map(settings.on_disk, modules)), settings.where)
-    layers = {module: _layer(folder, module, stored, settings) for module in modules}
+    layers = {module: words_of(folder, module, stored, *_sizes(module, settings)) for module in modules}
     version, symmetric, notes = _version(folder, settings, list(layers.values()), checkpoint_format)
     linears = linear_names(config, folder)
     decoder = [layers[name.removesuffix(".weight")] for name in linears if name.removesuffix(".weight") in layers]
@@ -134,7 +88,13 @@ def read(folder: Path, *, checkpoint_format: str | None = None) -> Checkpoint:
     taken = {f"{module}.{part}" for module in modules for part in PARTS}
     tensors = {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
     for module, layer in layers.items():
-        tensors[f"{module}.weight"] = _lazy(layer, settings, version, symmetric, residuals.get(module))
+        tensors[f"{module}.weight"] = lazy_words(
+            layer,
+            partial(unpack_qzeros, version=version),
+            symmetric=symmetric,
+            residual=residuals.get(module),
+            minima=settings.minima,
+        )
     if other:
         own = f"{folder / ADAPTER_CONFIG} is an adapter of its own; it is not part of the model as it is read here"
         notes = (*notes, own)
@@ -193,59 +153,6 @@ def _said_twice(folder: Path, counts: object) -> tuple[str, ...]:
     return (f"{folder.name}: config.json counts beside {SETTINGS}, which has {listed}",)
 
 
-def _layer(folder: Path, module: str, stored: _Stored, settings: _Settings) -> _Layer:
-    where = f"{folder}: {module}"
-    if module.endswith("embed_tokens"):
-        raise FormatError(f"{where}: a GPTQ embedding has a layout of its own, which is not read here")
-    parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
-    for part in ("qweight", "qzeros", "scales"):
-        if part not in parts:
-            raise FormatError(f"{where}: missing tensor {part}")
-    entries = {part: entry for part, (_, entry) in parts.items()}
-    _check_dtypes(where, entries)
-    words, rows = entries["qweight"].shape
-    bits, group_size, why = _sizes(module, settings)
-    columns, groups = words * 32 // bits, entries["scales"].shape[0]
-    if rows == 0 or groups == 0 or words == 0 or words * 32 % bits or columns % groups:
-        raise FormatError(
-            where, expected=f"{bits}-bit rows in equal groups", got=f"{words} words in {groups} groups of {rows} rows"
-        )
-    if groups != _groups(columns, group_size):
-        raise FormatError(
-            f"{where}.scales",
-            expected=f"{_groups(columns, group_size)} groups of {group_size} in {columns} columns{why}",
-            got=f"{groups}",
-        )
-    shapes = {"qzeros": (groups, rows * bits // 32), "scales": (groups, rows), "g_idx": (columns,)}
-    for part, shape in shapes.items():
-        if part in entries and (entries[part].shape != shape or rows * bits % 32):
-            raise FormatError(f"{where}.{part}", expected=f"shape {list(shape)}", got=f"{list(entries[part].shape)}")
-    layer = _Layer(
-        module=module,
-        stored=parts,
-        rows=rows,
-        columns=columns,
-        bits=bits,
-        group_size=columns // groups,
-        g_idx=None,
-    )
-    return _with_order(layer) if "g_idx" in parts else layer
-
-
-def _check_dtypes(where: str, entries: Mapping[str, Entry]) -> None:
-    floats = (torch.float16, torch.bfloat16, torch.float32)
-    allowed = {"qweight": (torch.int32,), "qzeros": (torch.int32,), "scales": floats, "g_idx": (torch.int32,)}
-    for part, entry in entries.items():
-        dimensions = 1 if part == "g_idx" else 2
-        if entry.dtype not in allowed[part] or len(entry.shape) != dimensions:
-            raise FormatError(
-                f"{where}.{part}",
-                expected=f"{allowed[part][0]} with {dimensions} dimensions",
-                got=f"{entry.dtype} {list(entry.shape)}",
-                todo="float zero points in qzeros are no GPTQ format" if part == "qzeros" else "",
-            )
-
-
 def _sizes(module: str, settings: _Settings) -> tuple[int, int, str]:
     """Width and group size of one layer by the rules, and a word about the rule; FormatError if one leaves it out."""
     rule = rule_of(settings.rules, settings.on_disk(module))
@@ -260,20 +167,8 @@ def _sizes(module: str, settings: _Settings) -> tuple[int, int, str]:
     return rule.bits or settings.bits, size, f" at {rule.bits or settings.bits} bits, by {told}"
 
 
-def _groups(columns: int, group_size: int) -> int:
-    return 1 if group_size == -1 else -(-columns // group_size)
-
-
-def _with_order(layer: _Layer) -> _Layer:
-    """The layer with its g_idx, where that is not i // group_size."""
-    g_idx = layer.part("g_idx")
-    if torch.equal(g_idx, (torch.arange(layer.columns) // layer.group_size).int()):
-        return layer
-    return replace(layer, g_idx=g_idx)
-
-
 def _version(
-    folder: Path, settings: _Settings, layers: list[_Layer], override: str | None
+    folder: Path, settings: _Settings, layers: list[Words], override: str | None
 ) -> tuple[Version, bool, tuple[str, ...]]:
     """How zero points are stored, whether every layer must be symmetric, and notes."""
     if override is not None:
@@ -282,13 +177,8 @@ def _version(
         return ("gptq" if override == "gptq" else "gptq_v2"), False, ()
     if settings.ours:
         return settings.label, settings.symmetric, ()
-    offsets = set()
-    for layer in layers[:SAMPLE]:
-        offsets.add(_offset(layer))
-        if len(offsets) > 1 or None in offsets:
-            break
-    if offsets == {-1} or offsets == {0}:
-        version: Version = "gptq" if offsets == {-1} else "gptq_v2"
+    version = symmetric_version(layers)
+    if version is not None:
         wrong = f"{folder} is labelled {settings.label}, but its zero points, all symmetric, are those of {version}"
         return version, True, () if version == settings.label else (f"{wrong}; read as {version}",)
     note = (
@@ -296,60 +186,6 @@ def _version(
         "then every weight is off by one scale: `checkpoint_format` gptq or gptq_v2 overrides it"
     )
     return settings.label, False, (note,)
-
-
-def _offset(layer: _Layer) -> int | None:
-    """What all stored zero points of a layer are, less 2**(bits-1), if that is -1 or 0; else None."""
-    stored = unpack_qzeros(layer.part("qzeros"), layer.bits, "gptq_v2")
-    offset = int(stored[0, 0]) - (1 << (layer.bits - 1))
-    return offset if offset in (-1, 0) and bool((stored == stored[0, 0]).all()) else None
-
-
-def _lazy(
-    layer: _Layer, settings: _Settings, version: Version, symmetric: bool, residual: StoredResidual | None
-) -> LazyTensor:
-    scales = layer.stored["scales"][1].dtype
-    spec = QuantSpec(
-        bits=layer.bits,
-        group_size=layer.group_size,
-        zeros="integer" if residual is None else "real",
-        scale_dtype=torch.float16 if scales == torch.float16 else torch.float32,
-        min_dtype=torch.float32 if residual is None else settings.minima,
-        act_order=layer.g_idx is not None,
-        zero=1 << (layer.bits - 1) if symmetric and residual is None else None,
-    )
-
-    def read_rows(start: int, stop: int) -> GroupQuantTensor:
-        start, stop, _ = slice(start, stop).indices(layer.rows)
-        scale = layer.columns_of("scales", start, stop).float().t().contiguous()
-        zero = unpack_qzeros(layer.part("qzeros"), layer.bits, version)[start:stop]
-        if symmetric and bool((zero != 1 << (layer.bits - 1)).any()):
-            raise FormatError(
-                f"{layer.module}.qzeros",
-                expected="symmetric zero points, as in the first layers",
-                got="asymmetric zero points",
-                todo="say how they are stored with `checkpoint_format` gptq or gptq_v2",
-            )
-        minimum = -scale * zero
-        if residual is not None:
-            c = residual.c(pooling_matrix(layer.columns, layer.group_size, layer.g_idx), start, stop)
-            minimum = from_residual(scale, zero, c)
-            if spec.min_dtype == torch.float16 and not holds_float16(minimum):
-                raise FormatError(
-                    f"{layer.module}", expected="minima that float16 holds, as meta says", got="minima that it rounds"
-                )
-        return GroupQuantTensor(
-            packed=unpack_qweight(layer.columns_of("qweight", start, stop)),
-            scale=scale,
-            min=minimum,
-            bits=layer.bits,
-            group_size=layer.group_size,
-            g_idx=layer.g_idx,
-        )
-
-    size = layer.nbytes + (0 if residual is None else residual.a.nbytes + residual.b.nbytes)
-    shape = (layer.rows, layer.columns)
-    return LazyTensor(name=f"{layer.module}.weight", shape=shape, spec=spec, nbytes=size, read=read_rows)
 
 
 def _zero_biases(tensors: Mapping[str, LazyTensor], modules: list[str]) -> set[str]:
