@@ -16,7 +16,8 @@ in one int32 addition at 2, 4 and 8 bits, so that the field becomes 0 and carrie
 field modulo 2**b at 3 bits; AutoGPTQ's torch kernel takes it modulo 2**b; ExLlama's kernels read 2**b. Here it is read
 as GPTQModel reads it, which undoes what GPTQModel's own writer does: 0 - 1 borrows from the next field.
 
-At 5, 6 and 7 bits GPTQModel has a planar layout of its own, which is not here. Source: GPTQModel 7.6.0,
+At 5, 6 and 7 bits GPTQModel has a planar layout of its own, which is not here; auto-round has the bit stream at these
+widths too, which is read here. Source: GPTQModel 7.6.0,
 nn_modules/qlinear and utils/model.py.
 """
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError
+from qalora.tensor import BITS as ALL_BITS
 from qalora.tensor import pack_codes, unpack_codes
 
 __all__ = ["BITS", "VERSIONS", "Version", "pack_qweight", "pack_qzeros", "unpack_qweight", "unpack_qzeros"]
@@ -96,10 +98,10 @@ def unpack_qzeros(qzeros: Tensor, bits: int, version: Version) -> Tensor:
 
     A field of 2**b - 1 in v1 is read as GPTQModel reads it: see the module's docstring.
     """
-    _check_bits(bits)
+    _check_bits(bits, BITS if version == "gptq" else ALL_BITS)
     _check_words("qzeros", qzeros)
-    if bits == 3 and qzeros.shape[1] % 3:
-        raise FormatError("qzeros", expected="a multiple of 3 columns at 3 bits", got=str(qzeros.shape[1]))
+    if bits < 8 and 4 * qzeros.shape[1] % bits:
+        raise FormatError("qzeros", expected=f"rows of whole codes of {bits} bits", got=f"{qzeros.shape[1]} words")
     words = qzeros
     if version == "gptq" and bits in _ONES:
         words = (words.to(torch.int64) + _ONES[bits]).to(torch.int32)
@@ -116,9 +118,9 @@ def _view(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.reshape(-1).view(dtype).view(matrix.shape[0], -1)
 
 
-def _check_bits(bits: int) -> None:
-    if bits not in BITS:
-        raise InputError("bits", expected=f"one of {', '.join(map(str, BITS))}", got=str(bits))
+def _check_bits(bits: int, known: tuple[int, ...] = BITS) -> None:
+    if bits not in known:
+        raise InputError("bits", expected=f"one of {', '.join(map(str, known))}", got=str(bits))
 
 
 def _check_words(name: str, words: Tensor) -> None:

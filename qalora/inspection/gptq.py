@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.auto_round.scheme import DEFAULT, GPTQ_WORDS
 from qalora.converters.gptq.beside import ADAPTER_CONFIG
 from qalora.converters.gptq.head import HEAD, is_read_by_transformers
 from qalora.converters.huggingface import read_config, stored_tensors
@@ -18,9 +19,15 @@ from qalora.formats.gptq import unpack_qzeros
 from qalora.formats.safetensors import load_tensor
 from qalora.inspection.records import Finding
 
-__all__ = ["findings"]
+__all__ = ["auto_round_findings", "findings"]
 
 LABELS = ("config.json", "quantize_config.json")
+
+WELL_LABELLED = ("auto_round", "auto_round:auto_gptq")
+"""auto-round's labels of zero points as they are, and of those minus one."""
+
+_OFFSETS = {"gptq_v2": 0, "gptq": -1}
+"""What symmetric zero points are stored as, less 2**(bits-1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +55,20 @@ def findings(model: Checkpoint) -> list[Finding]:
     return [*findings, *_runtimes(settings, zeros, symmetric, version, str(label)), *_head(settings, zeros)]
 
 
+def auto_round_findings(model: Checkpoint) -> list[Finding]:
+    """The warnings of an auto-round folder in GPTQ's words: what packing_format and values say of its zero points."""
+    settings = read_config(model.path).get("quantization_config")
+    label = str(settings.get("packing_format", DEFAULT)) if isinstance(settings, dict) else DEFAULT
+    if label not in GPTQ_WORDS:
+        return []
+    zeros = _stored_zeros(model)
+    offsets = {layer.offset for layer in zeros.values()}
+    wanted = next((one for one in WELL_LABELLED if offsets == {_OFFSETS[GPTQ_WORDS[one]]}), label)
+    if GPTQ_WORDS[wanted] == GPTQ_WORDS[label]:
+        return _mixed(zeros)
+    return [_wrong_label(zeros, label, wanted, "auto-round", f'set "packing_format": "{wanted}" in config.json')]
+
+
 def _settings(model: Checkpoint) -> Mapping[str, Any]:
     config = read_config(model.path).get("quantization_config")
     return config if isinstance(config, dict) else read_config(model.path, "quantize_config.json")
@@ -71,22 +92,25 @@ def _stored_zeros(model: Checkpoint) -> dict[str, _Zeros]:
 
 
 def _label(zeros: Mapping[str, _Zeros], offsets: set[int | None], label: str) -> list[Finding]:
-    label_offset = {"gptq": -1, "gptq_v2": 0}.get(label)
-    if len(offsets) != 1 or offsets == {label_offset} or offsets not in ({0}, {-1}):
+    if len(offsets) != 1 or offsets == {_OFFSETS.get(label)} or offsets not in ({0}, {-1}):
         return []
+    true = "gptq_v2" if offsets == {0} else "gptq"
+    todo = f'set "checkpoint_format": "{true}" in {" and ".join(LABELS)}'
+    return [_wrong_label(zeros, label, true, "transformers, GPTQModel, vLLM", todo)]
+
+
+def _wrong_label(zeros: Mapping[str, _Zeros], label: str, true: str, loaders: str, todo: str) -> Finding:
     layer = next(iter(zeros.values()))
     middle = 1 << (layer.bits - 1)
-    true = "gptq_v2" if offsets == {0} else "gptq"
-    return [
-        Finding(
-            code="zeros-label",
-            message=f"labelled {label}, but the zero points are stored as in {true}: a loader that believes the label "
-            "(transformers, GPTQModel, vLLM) reads every weight one step off",
-            evidence=f"in all {len(zeros)} layers every stored zero point is {middle + (layer.offset or 0)}; symmetric "
-            f"ones at {layer.bits} bits are {middle}, stored as {middle} in gptq_v2 and as {middle - 1} in gptq",
-            todo=f'set "checkpoint_format": "{true}" in {" and ".join(LABELS)}',
-        )
-    ]
+    same, less = ("gptq_v2", "gptq") if true in _OFFSETS else WELL_LABELLED
+    return Finding(
+        code="zeros-label",
+        message=f"labelled {label}, but the zero points are stored as in {true}: a loader that believes the label "
+        f"({loaders}) reads every weight one step off",
+        evidence=f"in all {len(zeros)} layers every stored zero point is {middle + (layer.offset or 0)}; symmetric "
+        f"ones at {layer.bits} bits are {middle}, stored as {middle} in {same} and as {middle - 1} in {less}",
+        todo=todo,
+    )
 
 
 def _mixed(zeros: Mapping[str, _Zeros]) -> list[Finding]:

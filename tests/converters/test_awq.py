@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from packed import by_auto_round_awq, by_gptqmodel_awq, change_config
+from packed import by_auto_round, by_gptqmodel_awq, change_config
 from qalora.converters import load
 from qalora.converters.awq import read
 from qalora.errors import FormatError
@@ -41,18 +41,10 @@ def test_what_gptqmodel_packs(bits: int, group_size: int, tied: int, tmp_path: P
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
-def test_what_auto_round_packs_as_awq(bits: int, tiny_untied: Path, tmp_path: Path) -> None:
-    """Interleaved at every width; what its exporter writes into the config beside."""
-    said = {
-        "bits": bits,
-        "group_size": 32,
-        "sym": False,
-        "data_type": "int",
-        "autoround_version": "0.16.1",
-        "iters": 50,
-    }
-    said |= {"quant_method": "awq", "provider": "auto-round", "zero_point": True, "version": "gemm"}
-    theirs = by_auto_round_awq(tiny_untied, tmp_path / "awq", {**said, "modules_to_not_convert": []}, bits=bits)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_auto_round_exports_as_awq(bits: int, symmetric: bool, tiny_untied: Path, tmp_path: Path) -> None:
+    """Interleaved at every width."""
+    theirs = by_auto_round(tiny_untied, tmp_path / "awq", "auto_awq", bits=bits, symmetric=symmetric)
     assert_theirs(tmp_path / "awq", theirs)
 
 

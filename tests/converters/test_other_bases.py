@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from packed import by_compressed_tensors, by_gptqmodel_awq
+from packed import by_auto_round, by_compressed_tensors, by_gptqmodel_awq
 from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
@@ -28,6 +28,7 @@ GROUP = {
 BASES: dict[str, Callable[[Path, Path], object]] = {
     "compressed-tensors": lambda source, folder: by_compressed_tensors(source, folder, {"group_0": GROUP}, moved=False),
     "awq": lambda source, folder: by_gptqmodel_awq(source, folder, moved=False),
+    "auto-round": lambda source, folder: by_auto_round(source, folder, "auto_round", moved=False),
 }
 
 

@@ -115,7 +115,7 @@ def test_shapes_and_dtypes_are_checked() -> None:
         unpack_qweight(torch.zeros(2, 6, dtype=torch.int64))
     with pytest.raises(FormatError, match=r"qzeros: expected an int32 matrix, got torch.float16"):
         unpack_qzeros(torch.zeros(2, 6, dtype=torch.float16), 4, "gptq")
-    with pytest.raises(FormatError, match=r"a multiple of 3 columns at 3 bits, got 4"):
+    with pytest.raises(FormatError, match=r"rows of whole codes of 3 bits, got 4 words"):
         unpack_qzeros(torch.zeros(2, 4, dtype=torch.int32), 3, "gptq")
     with pytest.raises(InputError, match=r"a multiple of 32, got torch.uint8 \[48, 1\]"):
         pack_qzeros(torch.zeros(48, 1, dtype=torch.uint8), 3, "gptq_v2")

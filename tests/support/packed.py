@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-__all__ = ["by_auto_round_awq", "by_compressed_tensors", "by_gptqmodel_awq", "change_config"]
+__all__ = ["by_auto_round", "by_compressed_tensors", "by_gptqmodel_awq", "change_config"]
 
 
 def float_model(source: Path, dtype: torch.dtype, *, moved: bool = True) -> Any:
@@ -65,10 +66,13 @@ def by_compressed_tensors(
     return {name: module.weight.data for name, module in packed.items()}
 
 
-def grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def grid(weight: Tensor, bits: int, group_size: int, *, symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """float16 scales and whole zero points of each group of rows [out, in], from its least and greatest weight."""
     grouped = weight.float().view(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    if symmetric:
+        scale = (grouped.abs().amax(2) / (1 << (bits - 1))).half().clamp(min=2**-14)
+        return scale, torch.full_like(low, 1 << (bits - 1))
     scale = ((high - low) / ((1 << bits) - 1)).half().clamp(min=2**-14)
     return scale, (-low / scale.float()).round().clamp(0, (1 << bits) - 1)
 
@@ -142,25 +146,78 @@ def by_gptqmodel_awq(
     return save_layers(source, folder, settings, pack, moved=moved)
 
 
-def by_auto_round_awq(
-    source: Path, folder: Path, settings: Mapping[str, Any], *, bits: int = 4, group_size: int = 32
+def by_auto_round(
+    source: Path,
+    folder: Path,
+    form: str,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = False,
+    layers: Mapping[str, tuple[int, int]] | None = None,
+    moved: bool = True,
 ) -> dict[str, Tensor]:
-    """A folder by auto-round's own AWQ layers, and its own dequantized weights in float16."""
-    from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
+    """A folder by auto-round's own exporters, and what its layers make of each weight in float16.
 
-    def pack(name: str, linear: torch.nn.Linear) -> tuple[Any, Tensor]:
-        scale, zero = grid(linear.weight.data, bits, group_size)
-        module = WQLinear_GEMM.from_linear(
-            on_grid(linear, scale, zero, bits),
-            bits,
-            group_size,
-            scales=scale.t().contiguous(),
-            zeros=zero.t().contiguous(),
-        )
-        size = linear.in_features if group_size == -1 else group_size
-        return module, dequantize_gemm(module.qweight, module.qzeros, module.scales, bits, size).t().contiguous()
+    form    a packing_format, or "auto_awq" or "llm_compressor", which are other methods' folders
+    layers  bits and group size of layers that have others; 16 bits leave one in floats
+    """
+    from auto_round.compressors.base import SerializedCompressorConfig
+    from auto_round.export.export_to_autoround.export import save_quantized_as_autoround
+    from auto_round.export.export_to_awq.export import pack_layer, save_quantized_as_autoawq
+    from auto_round.export.export_to_llmcompressor.export import save_quantized_as_llmcompressor
 
-    return save_layers(source, folder, settings, pack)
+    model = float_model(source, torch.float16, moved=moved)
+    configs: dict[str, Any] = {}
+    same = {"sym": symmetric, "data_type": "int", "act_bits": 16, "act_data_type": None}
+    for name, module in model.named_modules():
+        inside = name.startswith("model.")
+        width, size = (layers or {}).get(name, (bits, group_size) if inside else (16, group_size))
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        config = {"bits": width, "group_size": size, **same}
+        for key, value in config.items():
+            setattr(module, key, value)
+        configs[name] = {**config, "in_blocks": inside}
+        if width <= 8:
+            module.scale, zero = grid(module.weight.data, width, size, symmetric=symmetric)
+            zero = zero.clamp(min=1) if form == "auto_round:auto_gptq" else zero  # it has no place for 0
+            module.zp = 1 << (width - 1) if symmetric and form != "llm_compressor" else zero
+    said = asdict(SerializedCompressorConfig(bits=bits, group_size=group_size, sym=symmetric, data_type="int"))
+    said |= {"act_bits": 16, "to_quant_block_names": "model.layers", "autoround_version": "0.16.1", "iters": 200}
+    said["supported_types"] = None
+    options: dict[str, Any] = {"model": model, "layer_config": configs, "serialization_dict": said}
+    if form == "llm_compressor":
+        save_quantized_as_llmcompressor(str(folder), **options)
+    elif form == "auto_awq":
+        save_quantized_as_autoawq(str(folder), **{**options, "serialization_dict": {**said, "regex_config": {}}})
+    else:
+        for name in configs if form == "auto_round:auto_awq" else ():
+            pack_layer(name, model, form)
+        save_quantized_as_autoround(str(folder), backend=form, **options)
+    with_companions(source, folder)
+    theirs = {}
+    for name, config in configs.items():
+        if config["bits"] <= 8:
+            theirs[f"{name}.weight"] = _weight_of(model.get_submodule(name))
+    return theirs
+
+
+def _weight_of(module: Any) -> Tensor:
+    """What a packed module makes of its weight [out, in], in float16: what it gives for the columns of an identity."""
+    if hasattr(module, "weight_packed"):
+        from compressed_tensors.compressors import decompress_module
+
+        decompress_module(module)
+        return module.weight.data
+    if hasattr(module, "w_bit"):
+        from auto_round.export.export_to_awq.utils import dequantize_gemm
+
+        made = dequantize_gemm(module.qweight, module.qzeros, module.scales, module.w_bit, module.group_size)
+        return made.t().contiguous()
+    if hasattr(module, "g_idx"):  # of columns in their order; its forward knows square layers only
+        del module.g_idx
+    return module(torch.eye(module.infeatures, dtype=torch.float16)).t().contiguous()
 
 
 def with_companions(source: Path, folder: Path) -> None:

@@ -30,7 +30,7 @@ from qalora.converters.plan import ExportOptions
 from qalora.delta import apply_delta, write_delta
 from qalora.delta.records import DATA, INDEX
 from qalora.errors import InputError
-from qalora.formats import compressed_tensors
+from qalora.formats import compressed_tensors, gptq
 from qalora.formats.awq import ORDER
 from qalora.inspection import inspect
 from qalora.options.words import TARGETS
@@ -121,6 +121,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "hqq": _MODEL,
     "compressed-tensors": _MODEL,
     "awq": _MODEL,
+    "auto-round": _MODEL,
     "adapter": (*_ADAPTER, "qalora_adapter.json"),
     "peft": _ADAPTER,
     "lora": ("lora.gguf",),
@@ -151,6 +152,7 @@ def models(root: Path) -> dict[str, Example]:
     _write_as_others_do(root / "foreign")
     _write_compressed(whole, root / "compressed")
     _write_awq(whole, root / "awq")
+    _write_auto_round(whole, root / "auto-round")
     with tarfile.open(VERSION1) as archive:
         archive.extractall(root / "version1", filter="data")
     earlier = root / "version1" / "real4" / "onnx"
@@ -173,6 +175,7 @@ def models(root: Path) -> dict[str, Example]:
         "hqq": Example(folder=root / "hqq", read=_read_model, inspect=""),
         "compressed-tensors": Example(folder=root / "compressed", read=_read_model, inspect=""),
         "awq": Example(folder=root / "awq", read=_read_model, inspect=""),
+        "auto-round": Example(folder=root / "auto-round", read=_read_model, inspect=""),
     }
 
 
@@ -193,7 +196,8 @@ def _write_packed(
         zero = integer_zeros(tensor)
         assert zero is not None
         tensors |= {f"{name.removesuffix('weight')}{part}": made for part, made in words(tensor, zero).items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
     config = {**model.config, "quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shutil.copy(model.files["generation_config.json"], folder)
@@ -220,11 +224,20 @@ def _write_awq(model: Checkpoint, folder: Path) -> None:
         return pack_codes(codes.reshape(len(codes), -1, 8)[:, :, list(ORDER)].flatten(1), 4).view(torch.int32)
 
     def words(tensor: GroupQuantTensor, zero: Tensor) -> dict[str, Tensor]:
-        scales = tensor.scale.half().t().contiguous()
-        return {"qweight": packed(tensor.codes().t()), "qzeros": packed(zero.t()), "scales": scales}
+        return {"qweight": packed(tensor.codes().t()), "qzeros": packed(zero.t()), "scales": tensor.scale.half().t()}
 
     said = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
     _write_packed(model, folder, {**said, "modules_to_not_convert": ["lm_head", "model.norm.*"]}, words)
+
+
+def _write_auto_round(model: Checkpoint, folder: Path) -> None:
+    def words(tensor: GroupQuantTensor, zero: Tensor) -> dict[str, Tensor]:
+        zeros = gptq.pack_qzeros(zero, tensor.bits, "gptq_v2")
+        return {"qweight": gptq.pack_qweight(tensor.packed), "qzeros": zeros, "scales": tensor.scale.half().t()}
+
+    said = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "packing_format": "auto_round"}
+    extra = {"model.layers.0.mlp.up_proj": {"group_size": 32}, ".*lm_head.*": {"bits": 16}, ".*k_proj": {"bits": 4}}
+    _write_packed(model, folder, {**said, "data_type": "int", "extra_config": extra}, words)
 
 
 def _write_as_others_do(folder: Path) -> None:

@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from qalora.adapter.peft_config import PATTERNS
-from qalora.checkpoint import Checkpoint
+from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.auto_round.plain import check_plain
 from qalora.converters.awq.words import PARTS, lazy_words
-from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
+from qalora.converters.packed import Names, Stored, read_packed
 from qalora.converters.patterns import check_steps, compiled
-from qalora.converters.wrapping import in_transformers, opened
 from qalora.errors import FormatError, json_kind, shown
 from qalora.tensor import BITS
 
 __all__ = ["read"]
-
-WORDS = ".qweight"
 
 OF_READING = frozenset(
     {
@@ -108,26 +105,19 @@ class _Settings:
 
 def read(folder: Path) -> Checkpoint:
     """Open an AWQ folder; reads config and headers. FormatError for what is no such folder, or is not understood."""
-    config = read_config(folder)
-    said = config.pop("quantization_config", None)
-    found = opened(folder, config, stored_tensors(folder), end=WORDS)
-    stored, wrapper = found.stored, found.wrapper
-    settings = _settings(said, f"{folder}: quantization_config")
-    modules = sorted(name.removesuffix(WORDS) for name in stored if name.endswith(WORDS))
-    if not modules:
-        raise FormatError(f"{folder}", expected=f"tensors named <layer>{WORDS}", got="none")
-    check_steps(settings.out, modules, f"{settings.where}: modules_to_not_convert")
-    tensors, taken = {}, set[str]()
-    for module in modules:
-        settings.check(
-            module, {module if wrapper is None else wrapper.on_disk(module), in_transformers(wrapper, module)}
-        )
-        tensors[f"{module}.weight"] = lazy_words(
-            folder, module, stored, settings.bits, settings.group_size, interleaved=settings.interleaved
-        )
-        taken |= {f"{module}.{part}" for part in PARTS}
-    tensors |= {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
-    return model_of(folder, "awq", found.config, tensors, notes=found.notes, wrapper=wrapper)
+
+    def layers(said: object, names: Names, stored: Stored) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+        settings = _settings(said, f"{folder}: quantization_config")
+        check_steps(settings.out, names, f"{settings.where}: modules_to_not_convert")
+        weights = {}
+        for module, called in names.items():
+            settings.check(module, called)
+            weights[module] = lazy_words(
+                folder, module, stored, settings.bits, settings.group_size, interleaved=settings.interleaved
+            )
+        return weights, ()
+
+    return read_packed(folder, "awq", PARTS, layers)
 
 
 def _settings(content: object, where: str) -> _Settings:

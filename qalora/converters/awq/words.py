@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qalora.checkpoint import LazyTensor
+from qalora.converters.packed import Stored
 from qalora.errors import FormatError
 from qalora.formats.awq import unpack_words
 from qalora.formats.safetensors import Entry, load_tensor
@@ -18,22 +19,16 @@ __all__ = ["PARTS", "lazy_words"]
 PARTS = ("qweight", "qzeros", "scales")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-_Stored = Mapping[str, tuple[Path, Entry]]
-
 
 def lazy_words(
-    folder: Path, module: str, stored: _Stored, bits: int, group_size: int, *, interleaved: bool
+    folder: Path, module: str, stored: Stored, bits: int, group_size: int, *, interleaved: bool
 ) -> LazyTensor:
     """The weight of a layer of a width and group size, -1 for rows; FormatError where its tensors are of others."""
     where = f"{folder}: {module}"
-    begin = f"{module}."
-    parts = {name.removeprefix(begin): place for name, place in stored.items() if name.startswith(begin)}
-    parts.pop("bias", None)
-    for part in (*PARTS, *parts):
+    parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
+    for part in PARTS:
         if part not in parts:
             raise FormatError(f"{where}: missing tensor {part}")
-        if part not in PARTS:
-            raise FormatError(f"{where}.{part}: a tensor that is not known here beside qweight")
     columns, rows, groups = _sizes(where, {part: entry for part, (_, entry) in parts.items()}, bits)
     wanted = 1 if group_size == -1 else -(-columns // group_size)
     if groups != wanted or columns % groups or columns % 8:

@@ -7,7 +7,6 @@ Not read: one scale for a whole matrix or a block of it, floats in few bits, qua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.compressed_tensors.scheme import Scheme, parse_settings
-from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
-from qalora.converters.wrapping import in_transformers, opened
+from qalora.converters.packed import Names, Stored, read_packed
 from qalora.errors import FormatError
 from qalora.formats.compressed_tensors import row_words, unpack_rows, unpack_zeros
 from qalora.formats.safetensors import Entry, load_tensor
@@ -25,11 +23,8 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 
 __all__ = ["read"]
 
-WORDS = ".weight_packed"
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-_Stored = Mapping[str, tuple[Path, Entry]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +32,7 @@ class _Layer:
     """One quantized layer as the headers tell it. padded: how its words are packed."""
 
     module: str
-    parts: _Stored
+    parts: Stored
     scheme: Scheme
     rows: int
     columns: int
@@ -55,35 +50,19 @@ class _Layer:
 
 def read(folder: Path) -> Checkpoint:
     """Open a compressed-tensors folder; FormatError for what is no such folder, or is not understood."""
-    config = read_config(folder)
-    said = config.pop("quantization_config", None)
-    found = opened(folder, config, stored_tensors(folder), end=WORDS)
-    stored, wrapper = found.stored, found.wrapper
-    settings = parse_settings(said, f"{folder}: quantization_config")
-    modules = sorted(name.removesuffix(WORDS) for name in stored if name.endswith(WORDS))
-    if not modules:
-        raise FormatError(f"{folder}", expected=f"tensors named <layer>{WORDS}", got="none")
-    names = {module: {module if wrapper is None else wrapper.on_disk(module)} for module in modules}
-    for module, called in names.items():
-        called.add(in_transformers(wrapper, module))
-    settings.check([name for called in names.values() for name in called])
-    tensors, taken = {}, set[str]()
-    for module in modules:
-        layer = _layer(folder, module, stored, settings.scheme_of(module, names[module]))
-        tensors[f"{module}.weight"] = _lazy(layer)
-        taken |= {f"{module}.{part}" for part in layer.parts}
-    tensors |= {name: float_tensor(name, *where) for name, where in stored.items() if name not in taken}
-    return model_of(folder, "compressed-tensors", found.config, tensors, notes=found.notes, wrapper=wrapper)
+
+    def layers(said: object, names: Names, stored: Stored) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+        settings = parse_settings(said, f"{folder}: quantization_config")
+        settings.check([name for called in names.values() for name in called])
+        schemes = {module: settings.scheme_of(module, called) for module, called in names.items()}
+        return {module: _lazy(_layer(folder, module, stored, scheme)) for module, scheme in schemes.items()}, ()
+
+    return read_packed(folder, "compressed-tensors", PARTS, layers)
 
 
-def _layer(folder: Path, module: str, stored: _Stored, scheme: Scheme) -> _Layer:
+def _layer(folder: Path, module: str, stored: Stored, scheme: Scheme) -> _Layer:
     where = f"{folder}: {module}"
-    begin = f"{module}."
-    parts = {name.removeprefix(begin): place for name, place in stored.items() if name.startswith(begin)}
-    parts.pop("bias", None)
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        raise FormatError(f"{where}.{unknown[0]}: a tensor that is not known here beside weight_packed")
+    parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
     needed = [*PARTS[:2], "weight_shape", *(["weight_g_idx"] if scheme.ordered else [])]
     for part in [*needed, *([] if scheme.symmetric else ["weight_zero_point"])]:
         if part not in parts:
@@ -121,7 +100,7 @@ def _layer(folder: Path, module: str, stored: _Stored, scheme: Scheme) -> _Layer
     return _Layer(module=module, parts=parts, scheme=scheme, rows=rows, columns=columns, padded=padded, g_idx=order)
 
 
-def _shape(where: str, parts: _Stored) -> tuple[int, int]:
+def _shape(where: str, parts: Stored) -> tuple[int, int]:
     """(out, in) as weight_shape says, in which a row has whole bytes."""
     path, entry = parts["weight_shape"]
     if entry.dtype not in (torch.int32, torch.int64) or entry.shape != (2,):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qalora.checkpoint import LazyTensor
 from qalora.converters.gptq.beside import StoredResidual, pooling_matrix
+from qalora.converters.packed import Stored
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import Version, unpack_qweight, unpack_qzeros
@@ -21,14 +22,12 @@ from qalora.formats.safetensors import Entry, load_tensor
 from qalora.residual import from_residual
 from qalora.tensor import GroupQuantTensor, QuantSpec, holds_float16
 
-__all__ = ["PARTS", "Stored", "Words", "lazy_words", "symmetric_version", "words_of"]
+__all__ = ["PARTS", "Words", "lazy_words", "symmetric_version", "words_of"]
 
 SAMPLE = 8
 """Layers whose zero points are looked at before a model is taken for symmetric."""
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-Stored = Mapping[str, tuple[Path, Entry]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

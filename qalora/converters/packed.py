@@ -1,0 +1,48 @@
+"""Folders whose linear layers other tools have packed into words: what is alike in reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from qalora.checkpoint import Checkpoint, LazyTensor
+from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
+from qalora.converters.wrapping import in_transformers, opened
+from qalora.errors import FormatError
+from qalora.formats.safetensors import Entry
+
+__all__ = ["Layers", "Names", "Stored", "read_packed"]
+
+Stored = Mapping[str, tuple[Path, Entry]]
+
+Names = Mapping[str, frozenset[str]]
+"""What the config may call a module: as the files have it, and transformers; by what it is called here."""
+
+Layers = Callable[[object, Names, Stored], tuple[Mapping[str, LazyTensor], tuple[str, ...]]]
+"""Of quantization_config, the modules with words, and all tensors: the weight of each module, and notes."""
+
+
+def read_packed(folder: Path, layout: str, parts: Sequence[str], layers: Layers) -> Checkpoint:
+    """Open a folder whose words are tensors of the name `<module>.<part>`, with the first of the parts in each.
+
+    Raises FormatError for a folder without words, for a tensor of another part beside them, and what `layers` raises.
+    """
+    config = read_config(folder)
+    said = config.pop("quantization_config", None)
+    end = f".{parts[0]}"
+    found = opened(folder, config, stored_tensors(folder), end=end)
+    stored, wrapper = found.stored, found.wrapper
+    modules = sorted(name.removesuffix(end) for name in stored if name.endswith(end))
+    if not modules:
+        raise FormatError(f"{folder}", expected=f"tensors named <layer>{end}", got="none")
+    disk = {module: module if wrapper is None else wrapper.on_disk(module) for module in modules}
+    names = {module: frozenset({disk[module], in_transformers(wrapper, module)}) for module in modules}
+    weights, notes = layers(said, names, stored)
+    tensors = {f"{module}.weight": weight for module, weight in weights.items()}
+    for name, where in stored.items():
+        module, _, part = name.rpartition(".")
+        if module not in names or part == "bias":
+            tensors[name] = float_tensor(name, *where)
+        elif part not in parts:
+            raise FormatError(f"{folder}: {name}: a tensor that is not known here beside {parts[0]}")
+    return model_of(folder, layout, found.config, tensors, notes=(*found.notes, *notes), wrapper=wrapper)
