@@ -275,8 +275,10 @@ def test_integers_without_their_config(name: str, told: str, place: Path) -> Non
         ({"m.qweight": (64, 8), "m.qzeros": (2, 8), "m.scales": (2, 64)}, "holds AWQ integers"),
         ({"m.qweight": (8, 64), "m.qzeros": (2, 8), "m.scales": (2, 64)}, "holds GPTQ integers"),
         ({"m.weight_packed": (64, 8)}, "holds compressed-tensors integers"),
-        ({"m.weight.absmax": (64,)}, "holds bitsandbytes integers"),
-        ({"m.weight_scale_inv": (2, 2)}, "holds FP8 integers"),
+        ({"m.weight.absmax": (64,)}, "holds bitsandbytes' weights of 4 bits"),
+        ({"m.weight_scale_inv": (2, 2)}, "holds FP8, floats of 8 bits"),
+        ({"m.weight_scale_2": (1,), "m.weight_scale": (4, 4)}, "holds NVFP4, floats of 4 bits"),
+        ({"m.down_proj_blocks": (4, 4)}, "holds MXFP4, floats of 4 bits"),
     ],
 )
 def test_integers_of_others(tensors: dict[str, tuple[int, ...]], told: str, place: Path) -> None:

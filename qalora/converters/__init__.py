@@ -83,6 +83,7 @@ def recognise(path: Path) -> Layout:
 def by_config(folder: Path) -> Layout:
     """What a folder is by its config.json; FormatError for one that is missing, or names another method."""
     from qalora.converters.huggingface import read_config
+    from qalora.converters.unread import unread
 
     config = read_config(folder)
     for one in layouts():
@@ -92,7 +93,7 @@ def by_config(folder: Path) -> Layout:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if not isinstance(method, str):
         raise FormatError(f"{folder}/config.json: quantization_config", expected="an object with a quant_method")
-    raise FormatError(
+    raise unread(folder, settings) or FormatError(
         f"{folder}: quant_method",
         expected=f"{', '.join(known[:-1])}, or a float model",
         got=shown(method),

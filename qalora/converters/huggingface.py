@@ -20,6 +20,7 @@ from qalora.converters.config_places import tidied
 from qalora.converters.decoder import decoder_of, tensor_shape
 from qalora.converters.format import Layout, exact
 from qalora.converters.settings import bias_names, linear_names, norm_names, settings_of
+from qalora.converters.unread import TENSORS
 from qalora.converters.variants import as_family
 from qalora.converters.wrapping import opened
 from qalora.errors import FormatError, InputError
@@ -131,28 +132,22 @@ def read(folder: Path) -> Checkpoint:
 
 Stored = dict[str, tuple[Path, Entry]]
 
-_INTEGERS = {
-    ".weight.absmax": ("bitsandbytes", "it is not read here: start from the float model"),
-    ".weight_scale_inv": ("FP8", "it is not read here: start from the float model"),
-}
-"""Ends of tensors' names that tell integers, whose they are, and what to do where the config says nothing of them; what
-is read here says so in its record."""
-
 
 def _check_floats(folder: Path, stored: Stored) -> None:
-    """FormatError for a model whose config says nothing of the integers that it holds."""
+    """FormatError for a model whose config says nothing of the integers that it holds, or of floats in few bits."""
     from qalora.converters import layout, layouts
 
-    ours = {one.end: (one.kind, one.unannounced) for one in layouts() if one.end}
-    for end, (kind, todo) in {**ours, **_INTEGERS}.items():
+    ours = {one.end: (f"{one.kind} integers", one.unannounced) for one in layouts() if one.end}
+    theirs = {end: (held, "it is not read here: start from the float model") for end, held in TENSORS.items()}
+    for end, (held, todo) in {**ours, **theirs}.items():
         names = sorted(name for name in stored if name.endswith(end))
         if not names:
             continue
-        if kind == "GPTQ" and _is_awq(names[0], stored):
+        if end == ".qweight" and _is_awq(names[0], stored):
             awq = layout("awq")
-            kind, todo = awq.kind, awq.unannounced
+            held, todo = f"{awq.kind} integers", awq.unannounced
         raise FormatError(
-            f"{folder} holds {kind} integers, {len(names)} tensors such as {names[0]}, and config.json has no "
+            f"{folder} holds {held}, {len(names)} tensors such as {names[0]}, and config.json has no "
             "quantization_config",
             todo=todo,
         )
