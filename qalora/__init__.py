@@ -267,6 +267,7 @@ def export(
     onnx_graphs: Literal["both", "fast", "portable"] = "both",
     onnx_embedding: Literal["auto", "float32", "quantized"] = "auto",
     openvino_precision: Literal["float32", "fast"] = "float32",
+    compressed_scales: Literal["float16", "float32"] = "float16",
     max_shard_size: int = SHARD_SIZE,
     split_max_size: int | None = None,
     lora_slots: str | Iterable[str] = (),
@@ -277,12 +278,13 @@ def export(
 ) -> list[Plan]:
     """Write a model to `out/<target>/` for each target.
 
-    adapter     folded into the model first; GPTQ can keep it beside the base, see `qalora.converters.exports`
+    adapter     folded into the model first; GPTQ and compressed-tensors can keep it beside the base, see
+                `qalora.converters.exports`
     minima, convention   as in `fold`
     name        model name in file names and metadata
     allow_loss  losses that are accepted, by name: see `qalora.options.words.LOSSES`
-    gptq_form, gguf_form, accuracy_level, onnx_graphs, onnx_embedding, openvino_precision, max_shard_size,
-    split_max_size   see `Export`
+    gptq_form, gguf_form, accuracy_level, onnx_graphs, onnx_embedding, openvino_precision, compressed_scales,
+    max_shard_size, split_max_size   see `Export`
     lora_slots  ONNX: modules that take a LoRA at run time
     force       replace an earlier output
     jobs, engine   processes that share the work, and where: see `qalora.options.engine`

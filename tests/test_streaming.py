@@ -63,6 +63,8 @@ with tempfile.TemporaryDirectory() as folder:
         out, made = root / str(size), model(source, size)
         adapter = random_adapter(made, a_size=0.01, b_size=0.01)
         for target in TARGETS:
+            if target == "compressed-tensors":  # which has no real zero points
+                continue
             found[target] = grown(lambda: export(made, [target], out))
         base = load(out / "qalora")
         export(base, ["gguf"], out / "folded", adapter=adapter)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from qalora.adapter.peft_config import CONFIG as ADAPTER_CONFIG
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
 from qalora.converters.wrapping import in_transformers, opened
@@ -45,4 +47,8 @@ def read_packed(folder: Path, layout: str, parts: Sequence[str], layers: Layers)
             tensors[name] = float_tensor(name, *where)
         elif part not in parts:
             raise FormatError(f"{folder}: {name}: a tensor that is not known here beside {parts[0]}")
-    return model_of(folder, layout, found.config, tensors, notes=(*found.notes, *notes), wrapper=wrapper)
+    adapter = folder / ADAPTER_CONFIG
+    if adapter.exists():
+        notes = (*notes, f"{adapter} is an adapter of its own; it is not part of the model as it is read here")
+    model = model_of(folder, layout, found.config, tensors, notes=(*found.notes, *notes), wrapper=wrapper)
+    return replace(model, beside=folder if adapter.exists() else None)

@@ -79,6 +79,13 @@ class Writing(Options):
         target="openvino",
         expert=True,
     )
+    compressed_scales: Literal["float16", "float32"] = option(
+        "float16",
+        "compressed-tensors: data type of the scales, in which weights are decoded. float32: exactly those of the "
+        "model.",
+        target="compressed-tensors",
+        expert=True,
+    )
     max_shard_size: int = shard_size()
     split_max_size: int | None = option(
         None,

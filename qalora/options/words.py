@@ -44,13 +44,13 @@ TARGETS = {
     "openvino": "qalora.converters.openvino",
     "mlx": "qalora.converters.mlx",
     "hqq": "qalora.converters.hqq",
+    "compressed-tensors": "qalora.converters.compressed_tensors",
     "qalora": "qalora.converters.native",
 }
 """Each format that `export` writes, and the module whose FORMAT says all of it (`qalora.converters.format`); our own
 folder is the last. An export's folder has the format's name."""
 
 SOURCES = {
-    "compressed-tensors": "qalora.converters.compressed_tensors",
     "awq": "qalora.converters.awq",
     "auto-round": "qalora.converters.auto_round",
 }

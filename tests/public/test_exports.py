@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 import pytest
+from safetensors.torch import load_file
 
 import qalora
 from elsewhere import Elsewhere
@@ -146,6 +147,14 @@ def _(world: World) -> None:
         graph = onnx.load(place / "model.onnx", load_external_data=False).graph
         looked_up = any(item.name.startswith("model.embed_tokens.table") for item in graph.initializer)
         assert looked_up == (form == "quantized")
+
+
+@effect("export", "compressed_scales")
+def _(world: World) -> None:
+    for dtype in ("float16", "float32"):
+        place = world.exported("compressed-tensors", dtype, world.whole, compressed_scales=dtype)
+        stored = load_file(place / "model.safetensors")
+        assert {str(value.dtype) for name, value in stored.items() if name.endswith("_scale")} == {f"torch.{dtype}"}
 
 
 @effect("export", "onnx_graphs")

@@ -111,7 +111,7 @@ def test_without_its_line_it_is_nothing(exported: Path, tmp_path: Path) -> None:
     kept = TARGETS.pop("toy")
     try:
         with pytest.raises(
-            FormatError, match="quant_method: expected gptq, mlx, hqq, qalora, or a float model, got 'toy'"
+            FormatError, match=r"quant_method: expected gptq, .*, qalora, .*, or a float model, got 'toy'"
         ):
             qalora.load(tmp_path / "other")
     finally:

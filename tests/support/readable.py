@@ -138,7 +138,7 @@ def models(root: Path) -> dict[str, Example]:
     """Models of every layout."""
     tiny_llama(root / "float", config={**SHAPE, **HEADS, "tie_word_embeddings": False})
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    export(model, list(TARGETS), root)
+    export(model, [name for name in TARGETS if name != "compressed-tensors"], root)  # which has no real zero points
     narrow = quantize(load(root / "float"), bits=3, group_size=32)
     export(narrow, ["gguf"], root / "narrow")
     save(model, root / "sharded", max_shard_size=10_000)

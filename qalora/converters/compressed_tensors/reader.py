@@ -15,13 +15,14 @@ from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.compressed_tensors.scheme import Scheme, parse_settings
+from qalora.converters.huggingface import stored_tensors
 from qalora.converters.packed import Names, Stored, read_packed
 from qalora.errors import FormatError
 from qalora.formats.compressed_tensors import row_words, unpack_rows, unpack_zeros
 from qalora.formats.safetensors import Entry, load_tensor
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
-__all__ = ["read"]
+__all__ = ["float16_scales", "read"]
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,6 +59,13 @@ def read(folder: Path) -> Checkpoint:
         return {module: _lazy(_layer(folder, module, stored, scheme)) for module, scheme in schemes.items()}, ()
 
     return read_packed(folder, "compressed-tensors", PARTS, layers)
+
+
+def float16_scales(folder: Path) -> frozenset[str]:
+    """The modules with scales in float16, in which the library then computes the weights."""
+    stored, end = stored_tensors(folder), ".weight_scale"
+    scales = {name: entry for name, (_, entry) in stored.items() if name.endswith(end)}
+    return frozenset(name.removesuffix(end) for name, entry in scales.items() if entry.dtype == torch.float16)
 
 
 def _layer(folder: Path, module: str, stored: Stored, scheme: Scheme) -> _Layer:

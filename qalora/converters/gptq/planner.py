@@ -42,7 +42,7 @@ from qalora.formats.safetensors import Layout, Part, ShardedLayout, plan_layout,
 from qalora.options.fields import readable
 from qalora.tensor import QuantSpec, holds_float16
 
-__all__ = ["GROUP_SIZES", "GptqPlan", "plan", "ships_adapter"]
+__all__ = ["GROUP_SIZES", "GptqPlan", "check_adapter", "plan", "ships_adapter"]
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """The groups that GPTQModel's kernels know, beside whole rows."""
@@ -91,7 +91,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     bits = 8 if form == "eight-bit" else next(iter(specs.values())).bits
     _check_sizes(model, specs, bits)
     if options.adapter is not None:
-        _check_adapter(model, options.adapter)
+        check_adapter(model, options.adapter, "gptq")
     symmetric = form == "symmetric" or (form == "own" and all(_symmetric(model.tensors[name]) for name in specs))
     words = dict.fromkeys(specs, bits)
     if head_fits(model, bits, _group_size(model, specs)) and (not symmetric or _symmetric(model.tensors[HEAD])):
@@ -191,10 +191,11 @@ def _group_size(model: Checkpoint, specs: Mapping[str, QuantSpec]) -> int | None
     return -1 if all(spec.group_size == model.tensors[name].shape[1] for name, spec in specs.items()) else None
 
 
-def _check_adapter(model: Checkpoint, adapter: Adapter) -> None:
+def check_adapter(model: Checkpoint, adapter: Adapter, target: str) -> None:
+    """InputError for a base without integer zero points, AdapterError for a layer that it has not."""
     if not ships_adapter(model):
         raise InputError(
-            "gptq: an adapter beside the base",
+            f"{target}: an adapter beside the base",
             expected="a base with integer zero points",
             got="real zero points",
             todo="fold it",

@@ -83,6 +83,12 @@ RUNTIMES = {
     "mlx": RuntimeParts(
         module=f"{_HERE}.mlx", imports=("mlx_lm", "mlx"), purpose="running an MLX artefact", extra="mlx"
     ),
+    "compressed-tensors": RuntimeParts(
+        module=f"{_HERE}.compressed_tensors",
+        imports=("compressed_tensors", "peft", "transformers"),
+        purpose="running a compressed-tensors artefact",
+        extra="compressed-tensors",
+    ),
     "hqq": RuntimeParts(module=f"{_HERE}.hqq", imports=("hqq",), purpose="running an HQQ artefact", extra="hqq"),
 }
 """Each runtime by the name that reports give it."""

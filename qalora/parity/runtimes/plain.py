@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,13 +21,21 @@ from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.settings import quiet
 from qalora.parity.runtimes.torch import ModuleRuntime, auto_class, runtime_ends
 
-__all__ = ["open_artifact"]
+__all__ = ["open_artifact", "open_folder"]
 
 
 def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime:
     """Open a float folder in float32; FormatError if transformers does not take it."""
+    return open_folder("transformers", transformers.__version__, path, threads)
+
+
+def open_folder(name: str, version: str, path: Path | Checkpoint, threads: int | None, **loading: Any) -> ModuleRuntime:
+    """Open a folder in float32, as a runtime of this name and version, with more that from_pretrained takes.
+
+    FormatError if transformers does not take it, or for a model in memory.
+    """
     if not isinstance(path, Path):
-        raise FormatError("transformers", expected="a folder", got="a model in memory")
+        raise FormatError(name, expected="a folder", got="a model in memory")
     if threads is not None:
         torch.set_num_threads(threads)
     with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -39,13 +48,14 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                **loading,
             )
         except Exception as error:  # a foreign loader raises what it likes
             reason = first_line(error)
             raise FormatError(f"{path}: transformers does not load it ({reason})") from error
     info = RuntimeInfo(
-        name="transformers",
-        version=transformers.__version__,
+        name=name,
+        version=version,
         backend="cpu",
         dtype="float32",
         threads=torch.get_num_threads(),
