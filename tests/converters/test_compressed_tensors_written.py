@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
-from qalora.converters.compressed_tensors import plan
+from qalora.converters.compressed_tensors import plan, write
 from qalora.converters.plan import ExportOptions
 from qalora.converters.torch_module import build
 from qalora.errors import AdapterError, ExactnessError, InputError
+from qalora.formats.share import Share
 from qalora.parity import verify
 from qalora.releasing.check import check_release
 from qalora.releasing.options import ReleaseOptions
@@ -180,14 +181,17 @@ def test_what_cannot_be_is_refused(tiny_untied: Path) -> None:
         plan(four, ExportOptions(adapter=replace(other, layers=layers)))
 
 
-@pytest.mark.slow
 def test_shards_and_shares_are_the_same_folder(tmp_path: Path) -> None:
-    """Two processes write what one does, the adapter too; shards hold what one file does."""
+    """Two shares write what one does, the adapter too; shards hold what one file does."""
     model = quantized(tiny_llama(tmp_path / "float"))
     adapter = random_adapter(model, rank=2, minima=None)
-    for name, more in (("one", {}), ("two", {"jobs": 2})):
-        export(model, "compressed-tensors", tmp_path / name, adapter=adapter, max_shard_size=40_000, **more)
-    one, two = (tmp_path / name / "compressed-tensors" for name in ("one", "two"))
+    planned = plan(model, ExportOptions(adapter=adapter, max_shard_size=40_000))
+    one, two = tmp_path / "one", tmp_path / "two"
+    names = [*model.everything]
+    shares = ((one, Share()), (two, Share(names[::2])), (two, Share(names[1::2], frame=False)))
+    for folder, share in shares:
+        folder.mkdir(exist_ok=True)
+        write(planned, model, folder, lambda name, nbytes: None, share)
     assert len(list(one.glob("model-*.safetensors"))) > 1
     names = sorted(path.name for path in one.iterdir())
     assert "adapter_model.safetensors" in names and names == sorted(path.name for path in two.iterdir())
