@@ -41,7 +41,6 @@ METHODS: dict[str, str] = {
     "quip": "QuIP, points of a lattice",
     "sinq": "SINQ, integers with scales for rows and for columns",
     "spqr": "SpQR, integers whose scales are quantized too, and floats between them",
-    "torchao": "torchao, tensors of its own",
     "vptq": f"VPTQ, {_CODEBOOK}",
 }
 """What a method holds, by its name in quantization_config."""

@@ -53,6 +53,7 @@ folder is the last. An export's folder has the format's name."""
 SOURCES = {
     "awq": "qalora.converters.awq",
     "auto-round": "qalora.converters.auto_round",
+    "torchao": "qalora.converters.torchao",
 }
 """Each layout that is read and not written, and the module whose LAYOUT says all of it; a float model's is not here."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from packed import by_auto_round, by_compressed_tensors, by_gptqmodel_awq
+from packed import by_auto_round, by_compressed_tensors, by_gptqmodel_awq, by_torchao
 from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
@@ -29,6 +29,7 @@ BASES: dict[str, Callable[[Path, Path], object]] = {
     "compressed-tensors": lambda source, folder: by_compressed_tensors(source, folder, {"group_0": GROUP}, moved=False),
     "awq": lambda source, folder: by_gptqmodel_awq(source, folder, moved=False),
     "auto-round": lambda source, folder: by_auto_round(source, folder, "auto_round", moved=False),
+    "torchao": lambda source, folder: by_torchao(source, folder, moved=False),
 }
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-__all__ = ["by_auto_round", "by_compressed_tensors", "by_gptqmodel_awq", "change_config"]
+__all__ = ["by_auto_round", "by_compressed_tensors", "by_gptqmodel_awq", "by_torchao", "change_config"]
 
 
 def float_model(source: Path, dtype: torch.dtype, *, moved: bool = True) -> Any:
@@ -218,6 +218,39 @@ def _weight_of(module: Any) -> Tensor:
     if hasattr(module, "g_idx"):  # of columns in their order; its forward knows square layers only
         del module.g_idx
     return module(torch.eye(module.infeatures, dtype=torch.float16)).t().contiguous()
+
+
+def by_torchao(
+    source: Path,
+    folder: Path,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    dtype: torch.dtype = torch.float16,
+    symmetric: bool = False,
+    moved: bool = True,
+) -> dict[str, Tensor]:
+    """A folder that transformers saves of torchao's tensors, and what torchao makes of each weight; -1: of rows."""
+    from torchao.quantization import IntxWeightOnlyConfig, MappingType
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from transformers import TorchAoConfig
+
+    config = IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=PerAxis(0) if group_size == -1 else PerGroup(group_size),
+        mapping_type=MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
+    )
+    floats = folder.with_name(f"{folder.name}-float")
+    float_model(source, dtype, moved=moved).save_pretrained(floats)
+    quantized = AutoModelForCausalLM.from_pretrained(floats, dtype=dtype, quantization_config=TorchAoConfig(config))
+    quantized.save_pretrained(folder)
+    with_companions(source, folder)
+    names = {name: module for name, module in quantized.named_modules() if hasattr(module, "weight")}
+    return {
+        f"{name}.weight": module.weight.dequantize()
+        for name, module in names.items()
+        if type(module.weight).__name__ == "IntxUnpackedToInt8Tensor"
+    }
 
 
 def with_companions(source: Path, folder: Path) -> None:

@@ -122,6 +122,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": _MODEL,
     "awq": _MODEL,
     "auto-round": _MODEL,
+    "torchao": _MODEL,
     "adapter": (*_ADAPTER, "qalora_adapter.json"),
     "peft": _ADAPTER,
     "lora": ("lora.gguf",),
@@ -153,6 +154,7 @@ def models(root: Path) -> dict[str, Example]:
     _write_compressed(whole, root / "compressed")
     _write_awq(whole, root / "awq")
     _write_auto_round(whole, root / "auto-round")
+    _write_torchao(whole, root / "torchao")
     with tarfile.open(VERSION1) as archive:
         archive.extractall(root / "version1", filter="data")
     earlier = root / "version1" / "real4" / "onnx"
@@ -176,6 +178,7 @@ def models(root: Path) -> dict[str, Example]:
         "compressed-tensors": Example(folder=root / "compressed", read=_read_model, inspect=""),
         "awq": Example(folder=root / "awq", read=_read_model, inspect=""),
         "auto-round": Example(folder=root / "auto-round", read=_read_model, inspect=""),
+        "torchao": Example(folder=root / "torchao", read=_read_model, inspect=""),
     }
 
 
@@ -184,6 +187,7 @@ def _write_packed(
     folder: Path,
     settings: dict[str, Any],
     words: Callable[[GroupQuantTensor, Tensor], dict[str, Tensor]],
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """A folder whose linear layers are tensors that `words` makes of their codes and zero points."""
     folder.mkdir()
@@ -197,7 +201,7 @@ def _write_packed(
         assert zero is not None
         tensors |= {f"{name.removesuffix('weight')}{part}": made for part, made in words(tensor, zero).items()}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
+    save_file(contiguous, folder / "model.safetensors", {"format": "pt", **(metadata or {})})
     config = {**model.config, "quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shutil.copy(model.files["generation_config.json"], folder)
@@ -238,6 +242,18 @@ def _write_auto_round(model: Checkpoint, folder: Path) -> None:
     said = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "packing_format": "auto_round"}
     extra = {"model.layers.0.mlp.up_proj": {"group_size": 32}, ".*lm_head.*": {"bits": 16}, ".*k_proj": {"bits": 4}}
     _write_packed(model, folder, {**said, "data_type": "int", "extra_config": extra}, words)
+
+
+def _write_torchao(model: Checkpoint, folder: Path) -> None:
+    def words(tensor: GroupQuantTensor, zero: Tensor) -> dict[str, Tensor]:
+        codes = (tensor.codes().to(torch.int16) - 8).to(torch.int8)
+        zeros = (zero.to(torch.int16) - 8).to(torch.int8)
+        return {"_weight_qdata": codes, "_weight_scale": tensor.scale, "_weight_zero_point": zeros}
+
+    target = {"_type": "torch.dtype", "_data": "int4"}
+    data = {"target_dtype": target, "block_size": [1, 32], "activation_quantization": None}
+    text = json.dumps({"_type": "IntxUnpackedToInt8Tensor", "_data": data})
+    _write_packed(model, folder, {"quant_method": "torchao"}, words, dict.fromkeys(model.linears, text))
 
 
 def _write_as_others_do(folder: Path) -> None:
