@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from packed import by_auto_round, change_config
+from packed import by_auto_round, change_config, copied
 from qalora.converters import load
 from qalora.converters.auto_round import read
 from qalora.errors import FormatError, InputError
@@ -89,17 +88,6 @@ def packed(tiny_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         return folder
 
     return made
-
-
-def copied(packed: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy with other tensors."""
-    folder.mkdir()
-    for path in packed.glob("*.json"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(packed / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 # ---- zero points off by one

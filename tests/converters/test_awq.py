@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from packed import by_auto_round, by_gptqmodel_awq, change_config
+from packed import by_auto_round, by_gptqmodel_awq, change_config, copied
 from qalora.converters import load
 from qalora.converters.awq import read
 from qalora.errors import FormatError
@@ -53,17 +52,6 @@ def packed(tiny_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of 4 bits in groups of 32; it is everybody's."""
     folder = tmp_path_factory.mktemp("packed") / "awq"
     by_gptqmodel_awq(tiny_untied, folder, moved=False)
-    return folder
-
-
-def copied(packed: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy with other tensors."""
-    folder.mkdir()
-    for path in packed.glob("*.json"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(packed / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

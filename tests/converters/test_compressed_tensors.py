@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from packed import by_compressed_tensors, change_config
+from packed import by_compressed_tensors, change_config, copied
 from qalora.converters import load
 from qalora.converters.compressed_tensors import read
 from qalora.errors import FormatError
@@ -105,17 +105,6 @@ def packed(tiny_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of 4 bits in groups of 32, asymmetric; it is everybody's."""
     folder = tmp_path_factory.mktemp("packed")
     by_compressed_tensors(tiny_untied, folder, linears())
-    return folder
-
-
-def copied(packed: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy with other tensors."""
-    folder.mkdir()
-    for path in packed.glob("*.json"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(packed / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export
+from qalora.converters.plan import ExportOptions
 from qalora.errors import FormatError
 from qalora.parity import verify
 from qalora.parity.runtimes import RUNTIMES, open_runtime
@@ -123,6 +124,7 @@ ARTEFACTS = {
     "gptqmodel": "gptq",
     "mlx": "mlx",
     "hqq": "hqq",
+    "compressed-tensors": "compressed-tensors",
     "transformers": "",
 }
 
@@ -133,6 +135,7 @@ def artefacts(tiny: Path, base: Checkpoint, tmp_path_factory: pytest.TempPathFac
     export(base, ["qalora", "onnx", "openvino", "gguf", "gptq", "mlx", "hqq"], folder)
     talking = tiny_llama(folder / "talking" / "float", tokenizer=byte_tokenizer())
     export(load(talking), ["openvino"], folder / "talking")
+    export(base, ["compressed-tensors"], folder, ExportOptions(allow_loss=frozenset({"zeros"})))
     found = {kind: folder / place for kind, place in ARTEFACTS.items()}
     return {**found, "transformers": tiny, "llama.cpp": next((folder / "gguf").glob("*.gguf"))}
 

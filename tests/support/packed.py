@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-__all__ = ["by_auto_round", "by_compressed_tensors", "by_gptqmodel_awq", "by_torchao", "change_config"]
+__all__ = ["by_auto_round", "by_compressed_tensors", "by_gptqmodel_awq", "by_torchao", "change_config", "copied"]
 
 
 def float_model(source: Path, dtype: torch.dtype, *, moved: bool = True) -> Any:
@@ -258,6 +258,17 @@ def with_companions(source: Path, folder: Path) -> None:
     for path in source.iterdir():
         if "token" in path.name:
             shutil.copy(path, folder)
+
+
+def copied(packed: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy with other tensors."""
+    folder.mkdir()
+    for path in packed.glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(packed / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def change_config(folder: Path, change: Any) -> None:
