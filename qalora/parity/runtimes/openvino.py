@@ -32,8 +32,8 @@ _NUMPY = {"i64": np.int64, "i32": np.int32}
 class OpenvinoRuntime:
     """A graph with input_ids, whose cache is its state.
 
-    Its products add their terms one after the other, as oneDNN's kernels do: on 256 to 4096 columns their error was seen
-    to be 1.9 to 3.5 times torch's, and `roundings.running_sum` says 2.2 to 3.
+    Its products add their terms one after the other, as oneDNN's kernels do. On 256 to 4096 columns their error was
+    1.9 to 3.5 times torch's, and `roundings.running_sum` says 2.2 to 3.
     """
 
     running_sums = True
