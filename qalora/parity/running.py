@@ -33,7 +33,7 @@ from qalora.parity.noise import Noise
 from qalora.parity.reference import Forward
 from qalora.parity.report import ByToken, RunReport, Speed
 from qalora.parity.roundings import EXACT, Rounding, running_sum
-from qalora.parity.runtimes import Runtime, RuntimeInfo, open_runtime
+from qalora.parity.runtimes import RUNTIMES, Runtime, RuntimeInfo, open_runtime
 from qalora.parity.weights import WeightMetrics
 
 __all__ = ["Runner", "rounding_of"]
@@ -151,6 +151,8 @@ class Runner:
             except FormatError as error:  # a runtime that opens a graph, and then does not run it
                 return RunReport(kind=kind, runtime=None, rounding="none", gates=(refused("runtime", str(error)),))
             after = resident_memory()
+        if not RUNTIMES[kind].judged:
+            report = replace(report, gates=(), fault=None)
         speed = report.speed
         if speed is None or before is None or after is None:
             return report

@@ -20,6 +20,7 @@ from qalora.converters.plan import ExportOptions
 from qalora.converters.torch_module import build
 from qalora.errors import FormatError, InputError
 from qalora.formats.openvino import read_ir
+from qalora.parity import verify
 from qalora.parity.runtimes import open_runtime
 from qalora.parity.runtimes.openvino_genai import open_artifact
 from qalora.quantization import quantize
@@ -199,6 +200,21 @@ def test_genai_generates_the_same(family: str, tmp_path: Path) -> None:
         runtime = open_artifact(folder, 1, backend)
         assert runtime.generate(TOKENS.tolist(), 12) == tokens[len(TOKENS) :], backend
         runtime.close()
+
+
+def test_what_the_runtime_s_own_precision_loses_is_measured(untied: Checkpoint, tmp_path: Path) -> None:
+    """On a processor with bfloat16 more than float32 loses; whatever it is, no gate is about it."""
+    model = quantize(untied, bits=4, group_size=32)
+    for precision, kinds in (("float32", ["openvino"]), ("fast", ["openvino", "openvino-fast"])):
+        folder = written(model, tmp_path / precision, openvino_precision=precision)
+        report = verify(model, [folder], level="logits", tokens=TOKENS.tolist(), threads=1)
+        assert report.passed(), report.failure()
+        runs = report.artifacts[0].runs
+        assert [run.kind for run in runs] == kinds
+    exact, fast = runs
+    assert exact.gates and not fast.gates
+    assert fast.logits is not None and exact.logits is not None and fast.runtime is not None
+    assert (fast.logits.max > 10 * exact.logits.max) == (fast.runtime.dtype == "bf16")
 
 
 @pytest.mark.slow

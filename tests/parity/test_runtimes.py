@@ -26,6 +26,7 @@ def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
         "onnx.reference": places["onnx"] / "portable",
         "onnxruntime-genai": places["onnx"],
         "openvino": places["openvino"],
+        "openvino-fast": places["openvino"],
         "llama.cpp": next(places["gguf"].glob("*.gguf")),
         "gptqmodel": places["gptq"],
         "mlx": places["mlx"],

@@ -40,6 +40,7 @@ FORMAT = Format(
     weights=weight_files,
     sources=source_files,
     runtimes=("openvino",),
+    also=("openvino-fast",),
     generators=("openvino-genai",),
     rounding=rounding,
     memory=memory,

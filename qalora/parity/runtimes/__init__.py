@@ -31,6 +31,7 @@ class RuntimeParts:
     imports  the top-level modules that it imports, which hold its kernels: their packages, and what these require, are
              what a proof depends on
     cuda     whether it needs a device of CUDA
+    judged   whether its results are; else they are measured alone
     picky    whether its module has a function `takes(path, nbytes)`, for an artefact and the bytes of its weights
     purpose  what it is for, and extra: which of ours brings it; for the sentence where it is not installed
     """
@@ -38,6 +39,7 @@ class RuntimeParts:
     module: str
     imports: tuple[str, ...]
     cuda: bool = False
+    judged: bool = True
     picky: bool = False
     purpose: str = ""
     extra: str = "runtimes"
@@ -67,6 +69,14 @@ RUNTIMES = {
         extra="genai",
     ),
     "openvino": RuntimeParts(module=f"{_HERE}.openvino", imports=("openvino",), purpose=_OPENVINO, extra="openvino"),
+    "openvino-fast": RuntimeParts(
+        module=f"{_HERE}.openvino_fast",
+        imports=("openvino",),
+        judged=False,
+        picky=True,
+        purpose=_OPENVINO,
+        extra="openvino",
+    ),
     "openvino-genai": RuntimeParts(
         module=f"{_HERE}.openvino_genai",
         imports=("openvino_genai", "openvino_tokenizers", "openvino"),

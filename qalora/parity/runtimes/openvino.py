@@ -6,7 +6,7 @@ options it ran with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import count, takewhile
 from pathlib import Path
@@ -24,13 +24,13 @@ from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing, check_libraries
 from qalora.parity.runtimes.padding import pad, positions, unpad
 
-__all__ = ["OpenvinoRuntime", "open_artifact"]
+__all__ = ["OpenvinoRuntime", "graph_of", "open_artifact"]
 
 _NUMPY = {"i64": np.int64, "i32": np.int32}
 
 
 class OpenvinoRuntime:
-    """A graph with input_ids, whose cache is its state.
+    """A graph with input_ids, whose cache is its state. options: what OpenVINO is told of its precision.
 
     Its products add their terms one after the other, as oneDNN's kernels do. On 256 to 4096 columns their error was
     1.9 to 3.5 times torch's, and `roundings.running_sum` says 2.2 to 3.
@@ -39,15 +39,17 @@ class OpenvinoRuntime:
     running_sums = True
     words: Tokenizing | None = None
 
-    def __init__(self, file: Path, threads: int | None) -> None:
+    def __init__(self, file: Path, threads: int | None, options: Mapping[str, str] = EXACT_OPTIONS) -> None:
         self._file, self._threads = file, threads or torch.get_num_threads()
+        self._options = options
         self._open: Any = None
-        self._request: Any = self._compiled().create_infer_request()
+        compiled = self._compiled()
+        self._request: Any = compiled.create_infer_request()
         self.info = RuntimeInfo(
             name="openvino",
             version=version("openvino"),
             backend="CPU",
-            dtype="float32",
+            dtype="float32" if options else compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
             threads=self._threads,
         )
 
@@ -56,7 +58,7 @@ class OpenvinoRuntime:
         import openvino
 
         core = openvino.Core()
-        options = {**EXACT_OPTIONS, "INFERENCE_NUM_THREADS": self._threads}
+        options = {**self._options, "INFERENCE_NUM_THREADS": self._threads}
         try:
             model = core.read_model(self._file)
             if outputs:
@@ -150,9 +152,14 @@ def _reason(error: Exception) -> str:
     return (lines or [first_line(error)])[0][:200]
 
 
-def open_artifact(path: Path | Checkpoint, threads: int | None) -> OpenvinoRuntime:
-    """Open a folder with openvino_model.xml, or the file itself."""
+def graph_of(path: Path | Checkpoint) -> Path:
+    """The graph of a folder, or the file itself; MissingLibraryError if OpenVINO is not installed."""
     check_libraries("openvino")
     if not isinstance(path, Path):
         raise FormatError("openvino", expected="an OpenVINO graph or folder", got="a model in memory")
-    return OpenvinoRuntime(path / MODEL if path.is_dir() else path, threads)
+    return path / MODEL if path.is_dir() else path
+
+
+def open_artifact(path: Path | Checkpoint, threads: int | None) -> OpenvinoRuntime:
+    """Open a folder with openvino_model.xml, or the file itself."""
+    return OpenvinoRuntime(graph_of(path), threads)
