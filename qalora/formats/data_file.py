@@ -6,6 +6,7 @@ This module knows no format.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -15,7 +16,7 @@ from torch import Tensor
 from qalora.formats.files import OutputFile
 from qalora.formats.share import Share
 
-__all__ = ["DataFile", "Placed"]
+__all__ = ["DataFile", "DataFiles", "Placed"]
 
 
 class Placed(Protocol):
@@ -64,6 +65,36 @@ class DataFile:
             for offset, length in _gaps(self._items.values()):
                 self._file.zeros(offset, length)
         self._file.__exit__(kind, error, at)
+
+
+class DataFiles:
+    """Several such files.
+
+    files  of each its tensors, as `DataFile` wants them, and its bytes
+    """
+
+    def __init__(self, files: Mapping[Path, tuple[Mapping[str, Placed], int]], share: Share) -> None:
+        self._stack = ExitStack()
+        self._of: dict[str, DataFile] = {}
+        with self._stack:  # which closes those before one that cannot be made
+            for path, (items, size) in files.items():
+                file = self._stack.enter_context(DataFile(path, items, size, share))
+                self._of |= dict.fromkeys(items, file)
+            self._stack = self._stack.pop_all()
+
+    def has(self, name: str) -> bool:
+        """Whether a file has a tensor of that name."""
+        return name in self._of
+
+    def write(self, name: str, data: Tensor, row: int = 0) -> None:
+        """Write a tensor, or its rows from `row` on."""
+        self._of[name].write(name, data, row)
+
+    def __enter__(self) -> DataFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, at)
 
 
 def _gaps(items: Iterable[Placed]) -> list[tuple[int, int]]:

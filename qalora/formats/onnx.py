@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "Initializer",
     "Stored",
     "lay_out",
+    "part_name",
     "read_initializers",
     "read_model",
     "read_stored",
@@ -53,12 +54,13 @@ _NAMES = {tag: name for name, (tag, _, _) in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Initializer:
-    """A weight to be written: its type's name in DTYPES, its shape, and its place in the data file."""
+    """A weight to be written: its type's name in DTYPES, its shape, and its place: in which data file, and where."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int = 0
+    file: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -70,20 +72,34 @@ class Initializer:
         return row * (self.nbytes // self.shape[0]) if row else 0
 
 
-def lay_out(initializers: Sequence[Initializer]) -> tuple[dict[str, Initializer], int]:
-    """Give each its offset, in the order given; gives them by name, and the size of the file."""
-    placed, at = {}, 0
+def lay_out(
+    initializers: Sequence[Initializer], limit: int | None = None
+) -> tuple[dict[str, Initializer], tuple[int, ...]]:
+    """Give each its place, in the order given; gives them by name, and the size of each data file.
+
+    limit  bytes that a file may have; None: all are in one. An initializer that has more has a file of its own.
+    """
+    placed, sizes = {}, [0]
     for item in initializers:
-        at = -(-at // ALIGN) * ALIGN
-        placed[item.name] = Initializer(name=item.name, dtype=item.dtype, shape=item.shape, offset=at)
-        at += item.nbytes
-    return placed, at
+        at = -(-sizes[-1] // ALIGN) * ALIGN
+        if limit is not None and sizes[-1] and at + item.nbytes > limit:
+            sizes.append(0)
+            at = 0
+        placed[item.name] = replace(item, offset=at, file=len(sizes) - 1)
+        sizes[-1] = at + item.nbytes
+    return placed, tuple(sizes)
+
+
+def part_name(first: str, number: int) -> str:
+    """The name of a data file, by that of the first: model.onnx_data, model.onnx_data_1 and so on."""
+    return f"{first}_{number}" if number else first
 
 
 def stub(item: Initializer, location: str) -> Any:
-    """The TensorProto of a weight that lies in the file `location`."""
+    """The TensorProto of a weight that lies in the data file `location`, or in one behind it."""
     from onnx import TensorProto
 
+    location = part_name(location, item.file)
     proto = TensorProto(
         name=item.name, data_type=DTYPES[item.dtype][0], dims=item.shape, data_location=TensorProto.EXTERNAL
     )

@@ -15,15 +15,16 @@ from qalora.converters.onnx.carriers import encode
 from qalora.converters.onnx.decoder import rotary_tables
 from qalora.converters.onnx.order import ORDER
 from qalora.converters.onnx.planner import GRAPH, OnnxPlan
+from qalora.converters.onnx.weights import Weights
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import write_tokenizer
-from qalora.formats.data_file import DataFile
+from qalora.formats.data_file import DataFiles
 from qalora.formats.output import write_json
 from qalora.formats.share import Share
 from qalora.formats.workers import JOB_BYTES, Workers
 from qalora.tensor import GroupQuantTensor
 
-__all__ = ["write"]
+__all__ = ["write", "write_weights"]
 
 
 def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
@@ -33,25 +34,38 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
     share = share or Share()
     if share.frame:
         _write_small_files(plan, model, folder)
+    write_weights(plan.weights, model, folder / plan.file, progress, share)
+
+
+def write_weights(weights: Weights, model: Checkpoint, first: Path, progress: Progress, share: Share) -> None:
+    """Write the data files, of which the first is called so."""
+    nbytes = {row.name: row.nbytes for row in weights.rows(model, first.name)}
     decoder = decoder_of(model.config, model.path)
-    with DataFile(folder / plan.file, plan.data, plan.size, share) as file, Workers() as workers:
-        for row in plan.tensors:
-            if not share.writes(row.name):
+    with _data_files(weights, first, share) as file, Workers() as workers:
+        for name, lazy in model.tensors.items():
+            if not share.writes(name):
                 continue
-            lazy = model.tensors[row.name]
-            if row.name in plan.coded:
+            if name in weights.coded:
                 for start, tile in lazy.pieces(JOB_BYTES):
                     workers.do(_write_quantized, file, lazy, start, tile)
-            elif row.name in model.linears:
+            elif name in model.linears:
                 for start, part in _transposed(lazy):
-                    workers.do(_write_float, file, row.name, start, part, 0.0)
+                    workers.do(_write_float, file, name, start, part, 0.0)
             else:
-                offset = 1.0 if decoder.family.adds_one(row.name) else 0.0
+                offset = 1.0 if decoder.family.adds_one(name) else 0.0
                 for start, tile in lazy.float_tiles():
-                    workers.do(_write_float, file, row.name, start, tile, offset)
-            progress(row.name, row.nbytes)
+                    workers.do(_write_float, file, name, start, tile, offset)
+            progress(name, nbytes[name])
         for name, table in rotary_tables(decoder, model.path) if share.frame else ():
             file.write(name, table)
+
+
+def _data_files(weights: Weights, first: Path, share: Share) -> DataFiles:
+    files = {}
+    for n, (name, size) in enumerate(weights.files(first.name).items()):
+        items = {item.name: item for item in weights.data.values() if item.file == n}
+        files[first.with_name(name)] = (items, size)
+    return DataFiles(files, share)
 
 
 def _write_small_files(plan: OnnxPlan, model: Checkpoint, folder: Path) -> None:
@@ -69,7 +83,7 @@ def _write_small_files(plan: OnnxPlan, model: Checkpoint, folder: Path) -> None:
         (place / GRAPH).write_bytes(graph.proto.SerializeToString(deterministic=True))
 
 
-def _write_quantized(file: DataFile, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
+def _write_quantized(file: DataFiles, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
     if lazy.spec is None or isinstance(tile, Tensor):
         raise TypeError(f"{lazy.name} has no spec")
     module = module_of(lazy.name)
@@ -87,6 +101,6 @@ def _transposed(lazy: LazyTensor) -> Iterator[tuple[int, Tensor]]:
         yield start, whole[:, start : start + step].T
 
 
-def _write_float(file: DataFile, name: str, row: int, tile: Tensor, offset: float) -> None:
+def _write_float(file: DataFiles, name: str, row: int, tile: Tensor, offset: float) -> None:
     wide = tile.float().contiguous()
     file.write(name, wide + offset if offset else wide, row)
