@@ -53,6 +53,7 @@ ROWS = (
     Row(name="ONNX", target="onnx"),
     Row(name="ONNX, `--onnx-embedding float32`", target="onnx", options={"onnx_embedding": "float32"}),
     Row(name="OpenVINO", target="openvino"),
+    Row(name="transformers.js", target="transformersjs"),
     Row(name="MLX", target="mlx"),
     Row(name="GPTQ", target="gptq"),
     Row(name="GPTQ, base with `--zeros integer`", target="gptq", zeros="integer"),

@@ -159,10 +159,11 @@ class EngineError(InputError):
 
 
 class MissingLibraryError(InputError):
-    """An optional library is absent."""
+    """An optional library is absent; extra: which of ours brings it, or todo: what else does."""
 
-    def __init__(self, library: str, purpose: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs {library}, which is not installed", todo=f"pip install 'qalora[{extra}]'")
+    def __init__(self, library: str, purpose: str, extra: str, todo: str = "") -> None:
+        todo = todo or f"pip install 'qalora[{extra}]'"
+        super().__init__(f"{purpose} needs {library}, which is not installed", todo=todo)
 
 
 class ProofError(QaloraError):

@@ -227,7 +227,7 @@ def test_peft_takes_it_as_it_is_written_again(name: str, trained: Callable[[str]
     assert again.saved.files.keys() == adapter.saved.files.keys()
 
 
-FORMATS = ("qalora", "gguf", "onnx", "openvino", "mlx", "hqq", "gptq")
+FORMATS = ("qalora", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "gptq")
 EXPORTED = (
     "both of an untied model",
     "the embedding of a tied model",

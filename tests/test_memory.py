@@ -118,7 +118,18 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def cases() -> Iterator[tuple[str, str, str, Change]]:
     """An example, the file of it, what asks for much, and how."""
-    for kind in ("float", "qalora", "gptq", "onnx", "onnx-portable", "onnx-version1", "openvino", "mlx", "hqq"):
+    for kind in (
+        "float",
+        "qalora",
+        "gptq",
+        "onnx",
+        "onnx-portable",
+        "onnx-version1",
+        "openvino",
+        "transformersjs",
+        "mlx",
+        "hqq",
+    ):
         for key in CONFIG:
             yield kind, "config.json", key, in_json(key)
     for kind, place in {

@@ -36,7 +36,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("good")
     model = load(tiny_llama(root / "float", tokenizer=small_tokenizer(), config={"tie_word_embeddings": False}))
     whole = random_model(model, zeros="symmetric")
-    export(whole, ["qalora", "gptq", "gguf", "onnx", "openvino", "mlx", "hqq"], root)
+    export(whole, ["qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq"], root)
     write_adapter(random_adapter(whole), root / "adapter")
     return root
 

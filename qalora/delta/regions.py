@@ -5,6 +5,7 @@ What no reader of ours knows, or what it refuses, is a file without tensors: byt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ class Region:
 def tensor_regions(path: Path) -> list[Region]:
     """The tensors of a file, by offset, none overlapping another; empty where it is no file of tensors."""
     try:
-        regions = _READERS[path.suffix](path) if path.suffix in _READERS else []
+        kind = re.sub(r"_data(_\d+)?$", ".data", path.suffix.removeprefix(".onnx"))
+        regions = _READERS[kind](path) if kind in _READERS else []
     except InputError:
         return []
     separate: list[Region] = []

@@ -42,6 +42,7 @@ TARGETS = {
     "gguf": "qalora.converters.gguf",
     "onnx": "qalora.converters.onnx",
     "openvino": "qalora.converters.openvino",
+    "transformersjs": "qalora.converters.transformersjs",
     "mlx": "qalora.converters.mlx",
     "hqq": "qalora.converters.hqq",
     "compressed-tensors": "qalora.converters.compressed_tensors",

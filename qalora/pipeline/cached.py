@@ -27,6 +27,7 @@ from qalora.options import fields_of
 from qalora.options.export import Writing
 from qalora.parity.artifacts import may_run
 from qalora.parity.runtimes import RUNTIMES
+from qalora.parity.runtimes.node import node_versions
 from qalora.pipeline.steps import MAKERS, Result, Step, Store, versions
 from qalora.releasing.package import ReleasePlan, Stage, Steps, prove
 
@@ -64,7 +65,8 @@ def proof_versions(targets: Iterable[str]) -> dict[str, str]:
     """
     kinds = {kind for target in targets for kind in may_run(target)}
     kinds |= {kind for one in layouts() for kind in one.runtimes}
-    return versions({*MAKERS, *(name for kind in kinds for name in RUNTIMES[kind].imports)})
+    found = versions({*MAKERS, *(name for kind in kinds for name in RUNTIMES[kind].imports)})
+    return found | node_versions(name for kind in kinds for name in RUNTIMES[kind].node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,11 +16,11 @@ pytest.register_assert_rewrite("bad_input")
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Valid things: float, qalora, gptq/, gguf/, onnx/, openvino/, mlx/, hqq/, adapter, other_adapter, data.txt."""
+    """Valid things: float, qalora, a folder of each other format, adapter, other_adapter, data.txt."""
     root = tmp_path_factory.mktemp("good")
     tiny_llama(root / "float", tokenizer=byte_tokenizer(), config={"num_hidden_layers": 1})
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    export(model, ["qalora", "gptq", "gguf", "onnx", "openvino", "mlx", "hqq"], root)
+    export(model, ["qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq"], root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
     write_adapter(random_adapter(model, rank=2, a_size=1.0, b_size=1e-3), root / "adapter")
     other = tiny_llama(root / "other", config={"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 128})

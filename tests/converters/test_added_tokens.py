@@ -338,7 +338,7 @@ def test_rules_of_the_later_families_in_the_words_of_their_files(layout: str, pr
 @pytest.mark.parametrize("pre", ["deepseek-llm", "default", "falcon"])
 def test_a_rule_that_is_not_known_is_carried_and_never_converted(pre: str, cut_file: Path, tmp_path: Path) -> None:
     model = load(renamed(cut_file, pre, tmp_path / "source"))
-    for target in ("onnx", "openvino", "mlx", "gptq", "hqq", "qalora"):
+    for target in ("onnx", "openvino", "transformersjs", "mlx", "gptq", "hqq", "qalora"):
         with pytest.raises(FormatError, match=rf"tokenizer\.ggml\.pre: expected a rule .* here: .*, got '{pre}'"):
             export(model, [target], tmp_path / "out")
         assert not (tmp_path / "out").exists()

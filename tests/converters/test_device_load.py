@@ -22,7 +22,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return quantize(load(tiny_model(tmp_path_factory.mktemp(request.param), family, config=config)), group_size=32)
 
 
-@pytest.mark.parametrize("target", ["gptq", "gguf", "mlx", "hqq", "onnx", "openvino", "qalora"])
+@pytest.mark.parametrize("target", ["gptq", "gguf", "mlx", "hqq", "onnx", "openvino", "transformersjs", "qalora"])
 def test_files_read_back_take_what_was_planned(model: Checkpoint, tmp_path: Path, target: str) -> None:
     (plan,) = export(model, [target], tmp_path)
     assert plan.device_load is not None

@@ -21,7 +21,7 @@ from qalora.formats.gguf_ends import FILLING, NAMES, eog_of, with_ends
 from qalora.testing import CHAT_LAYOUTS, chat_layout, chat_model, random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "mlx", "hqq")
+FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq")
 
 
 def as_set(value: Any) -> set[int]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from in_node import IN_NODE, skip_without_node
 from qalora import export
 from qalora.adapter import Adapter
 from qalora.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from qalora.converters.onnx import read as read_onnx
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.torch_module import build
 from qalora.demo import demo_text
+from qalora.errors import InputError
 from qalora.folding import fold
 from qalora.parity import verify
 from qalora.quantization import quantize
@@ -31,6 +33,9 @@ from qalora.training.data import make_blocks, read_documents
 TOKENS = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(7))
 
 FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "mlx", "hqq")
+
+IN_BROWSERS = tuple(name for name, family in FAMILIES.items() if family.transformersjs)
+"""Families that transformers.js knows."""
 
 CLIPPED = ("mistral", "phi3", "gemma2")
 """Families whose window of 12 tokens some runtime does not have, and is held to (docs/families.md)."""
@@ -49,6 +54,10 @@ class Story:
     root: Path
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        return (*FORMATS, *(["transformersjs"] if self.family in IN_BROWSERS else []))
+
+    @property
     def gguf(self) -> Path:
         return next((self.root / "gguf").glob("*.gguf"))
 
@@ -60,13 +69,14 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = quantize(floats, bits=4, group_size=32)
     adapter = random_adapter(base, seed=1, a_size=0.05, scaling=2.0)
     folded = fold(base, adapter)
-    export(folded, FORMATS, root)
-    return Story(request.param, floats, base, adapter, folded, root)
+    made = Story(request.param, floats, base, adapter, folded, root)
+    export(folded, made.formats, root)
+    return made
 
 
 def held(story: Story) -> Iterator[Checkpoint]:
     """The folded model as each format has it."""
-    for name in FORMATS:
+    for name in story.formats:
         yield load(story.gguf if name == "gguf" else story.root / name)
     yield read_onnx(story.root / "onnx" / "portable")
 
@@ -90,6 +100,20 @@ def test_the_tokenizer_comes_back_from_gguf(story: Story) -> None:
     again = load_tokenizer(load(story.gguf))
     words = "Was it 1859?\n\n  naïve 日本語 don't"
     assert again(words)["input_ids"] == load_tokenizer(story.floats)(words)["input_ids"]
+
+
+@pytest.mark.slow
+def test_from_the_folder_to_a_proof_in_node(story: Story) -> None:
+    """In transformers.js and in onnxruntime-web; a family that the library does not know is refused by name."""
+    if story.family not in IN_BROWSERS:
+        with pytest.raises(InputError, match=f"a model_type that transformers.js knows, got {story.family}; export to"):
+            export(story.folded, ["transformersjs"], story.root / "browsers")
+        return
+    skip_without_node()
+    tokens, place = TOKENS[0].tolist(), story.root / "transformersjs"
+    report = verify(story.base, [place], adapter=story.adapter, level="logits", tokens=tokens, threads=1)
+    assert report.passed(), report.failure()
+    assert {run.kind for run in report.artifacts[0].runs} == set(IN_NODE)
 
 
 @pytest.mark.slow

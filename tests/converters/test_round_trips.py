@@ -1,4 +1,4 @@
-"""GPTQ -> GGUF -> MLX -> ONNX -> OpenVINO -> HQQ -> GPTQ: every code, scale and min comes back, in its own groups.
+"""GPTQ -> GGUF -> MLX -> ONNX -> OpenVINO -> transformers.js -> HQQ -> GPTQ: every code, scale and min comes back.
 
 A cell is a width, a group size and a kind of zero point. A format that the design's table does not call exact for a
 cell has to refuse it, and the trip goes on without that format. Between the two stands Q8_0, which holds integer zero
@@ -20,7 +20,7 @@ from qalora.parity.weights import compare_tensors
 from qalora.tensor import BITS
 from qalora.testing import assert_same_model, random_model, tiny_llama
 
-TRIP = ("gptq", "gguf", "mlx", "onnx", "openvino", "hqq", "gptq")
+TRIP = ("gptq", "gguf", "mlx", "onnx", "openvino", "transformersjs", "hqq", "gptq")
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 32}
 Zeros = Literal["real", "integer", "symmetric"]
 
@@ -32,7 +32,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def carrier(form: str, bits: int, group_size: int, zeros: Zeros) -> Literal["exact", "shifted", "refused"]:
     """The design's table."""
-    exact = form in ("onnx", "openvino", "hqq") or group_size % 32 == 0
+    exact = form in ("onnx", "openvino", "transformersjs", "hqq") or group_size % 32 == 0
     if form == "gptq":
         exact = bits in (2, 3, 4, 8)
     elif form == "gguf" and zeros == "integer":

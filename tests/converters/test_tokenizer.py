@@ -316,8 +316,8 @@ def test_several_chat_templates_go_everywhere(how: str, tmp_path: Path) -> None:
     """GGUF's keys are gguf-py's, which take no spaces; and back again from there."""
     model = quantize(load(with_templates(tmp_path / "model", how)), group_size=32)
     assert load_tokenizer(model).chat_template == {"default": PLAIN, "tool use": TOOLS}
-    export(model, ["qalora", "gptq", "gguf", "mlx", "hqq", "onnx", "openvino"], tmp_path)
-    for form in ("qalora", "gptq", "mlx", "hqq", "onnx", "openvino"):
+    export(model, ["qalora", "gptq", "gguf", "mlx", "hqq", "onnx", "openvino", "transformersjs"], tmp_path)
+    for form in ("qalora", "gptq", "mlx", "hqq", "onnx", "openvino", "transformersjs"):
         artifact = load(tmp_path / form)
         assert load_tokenizer(artifact).chat_template == {"default": PLAIN, "tool use": TOOLS}
     (path,) = (tmp_path / "gguf").glob("*.gguf")

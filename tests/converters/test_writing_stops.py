@@ -13,7 +13,7 @@ from qalora.errors import FormatError
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import random_model
 
-TARGETS = ("gguf", "gptq", "hqq", "mlx", "openvino", "qalora")
+TARGETS = ("gguf", "gptq", "hqq", "mlx", "openvino", "transformersjs", "qalora")
 
 
 def _changed(model: Checkpoint, at: int, change: object) -> Checkpoint:

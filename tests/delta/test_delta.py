@@ -24,7 +24,7 @@ from qalora.quantization import quantize
 from qalora.releasing.checksums import check_sums, write_sums
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
 
-TARGETS = ("gguf", "mlx", "qalora", "gptq", "onnx", "openvino", "hqq")
+TARGETS = ("gguf", "mlx", "qalora", "gptq", "onnx", "openvino", "transformersjs", "hqq")
 
 
 def adapter_for(model: Checkpoint, seed: int) -> Adapter:
@@ -104,7 +104,9 @@ def test_one_format_alone_is_smaller(place: Path, tmp_path: Path, target: str) -
     for name in ("base", "one"):
         shutil.copytree(place / name / target, tmp_path / name / target)
     written = write_delta(tmp_path / "base", tmp_path / "one", tmp_path / "delta")
-    weights = [file for file in written.files if file.path.endswith((".gguf", ".safetensors", ".data", "_model.bin"))]
+    weights = [
+        file for file in written.files if file.path.endswith((".gguf", ".safetensors", ".data", "_model.bin", "_data"))
+    ]
     assert sum(file.packed for file in weights) < 0.4 * sum(file.nbytes for file in weights)
     apply_delta(tmp_path / "delta", tmp_path / "base" / target, tmp_path / "out", targets=[target])
     assert_same_folder(tmp_path / "out", tmp_path / "one")

@@ -32,7 +32,7 @@ from qalora.parity import verify
 from qalora.quantization import QuantizeOptions, quantize
 from qalora.testing import random_adapter
 
-TARGETS = ("qalora", "gptq", "gguf", "onnx", "openvino", "mlx", "hqq")
+TARGETS = ("qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq")
 
 
 @pytest.fixture(scope="module", params=["local", "ray"])

@@ -28,7 +28,7 @@ def artefacts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model at 4 bits in groups of 32, with real zero points as every format, with integer ones as GPTQ."""
     root = tmp_path_factory.mktemp("artefacts")
     real = quantize(load(source), bits=4, group_size=32)
-    export(real, ["qalora", "gguf", "mlx", "hqq", "onnx", "openvino"], root)
+    export(real, ["qalora", "gguf", "mlx", "hqq", "onnx", "openvino", "transformersjs"], root)
     export(quantize(load(source), bits=4, group_size=32, zeros="integer"), ["gptq"], root / "integer")
     export(real, ["gptq"], root / "real")
     return root

@@ -49,7 +49,9 @@ def rezero(folder: Path, change: Callable[[torch.Tensor, str], torch.Tensor]) ->
 # ---- what it is
 
 
-@pytest.mark.parametrize("name", ["qalora", "gguf", "mlx", "hqq", "onnx", "onnx/portable", "openvino"])
+@pytest.mark.parametrize(
+    "name", ["qalora", "gguf", "mlx", "hqq", "onnx", "onnx/portable", "openvino", "transformersjs"]
+)
 def test_a_model_that_is_right_has_no_warning(artefacts: Path, name: str) -> None:
     place = artefacts / name
     report = inspect(place if name != "onnx" else place / "model.onnx")
@@ -116,7 +118,7 @@ def test_a_folder_of_artefacts(artefacts: Path) -> None:
     report = inspect(artefacts)
     assert isinstance(report, FolderReport)
     layouts = sorted(artefact.layout for artefact in report.artifacts)
-    assert layouts == ["gguf", "gptq", "gptq", "hqq", "mlx", "onnx", "onnx", "openvino", "qalora"]
+    assert layouts == ["gguf", "gptq", "gptq", "hqq", "mlx", "onnx", "onnx", "openvino", "qalora", "transformersjs"]
 
 
 def test_what_cannot_be_read_is_bad_input(tmp_path: Path) -> None:

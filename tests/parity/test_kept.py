@@ -16,6 +16,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+from in_node import IN_NODE, skip_without_node
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export
@@ -120,6 +121,8 @@ ARTEFACTS = {
     "onnxruntime-genai": "onnx",
     "openvino": "openvino",
     "openvino-genai": "talking/openvino",
+    "transformers.js": "transformersjs",
+    "onnxruntime-web": "transformersjs",
     "llama.cpp": "gguf",
     "gptqmodel": "gptq",
     "mlx": "mlx",
@@ -132,7 +135,7 @@ ARTEFACTS = {
 @pytest.fixture(scope="module")
 def artefacts(tiny: Path, base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("kept")
-    export(base, ["qalora", "onnx", "openvino", "gguf", "gptq", "mlx", "hqq"], folder)
+    export(base, ["qalora", "onnx", "openvino", "transformersjs", "gguf", "gptq", "mlx", "hqq"], folder)
     talking = tiny_llama(folder / "talking" / "float", tokenizer=byte_tokenizer())
     export(load(talking), ["openvino"], folder / "talking")
     export(base, ["compressed-tensors"], folder, ExportOptions(allow_loss=frozenset({"zeros"})))
@@ -150,6 +153,8 @@ def test_every_runtime_is_tried_here() -> None:
 def test_a_proof_in_each_runtime(kind: str, artefacts: dict[str, Path], base: Checkpoint) -> None:
     if kind == "hqq":
         pytest.importorskip("hqq", reason="pip install 'qalora[hqq]'")
+    if kind in IN_NODE:
+        skip_without_node()
     choose(logging.INFO, bars=True, hub=True)
     before = state()
     reference = load(artefacts[kind]) if kind == "openvino-genai" else base  # it takes none without a tokenizer

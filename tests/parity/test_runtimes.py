@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from in_node import IN_NODE, skip_without_node
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity.runtimes import RUNTIMES, open_runtime
 from qalora.parity.runtimes.onnxruntime import check_installed
@@ -17,7 +18,10 @@ TOKENS = [(7 * n) % 300 for n in range(20)]
 @pytest.fixture(scope="module")
 def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
     """What each runtime opens: one model in each format."""
-    places = {form: made(form, "base") for form in ("qalora", "onnx", "openvino", "gguf", "gptq", "mlx", "hqq")}
+    places = {
+        form: made(form, "base")
+        for form in ("qalora", "onnx", "openvino", "transformersjs", "gguf", "gptq", "mlx", "hqq")
+    }
     return {
         "torch": places["qalora"],
         "transformers": tiny,
@@ -27,6 +31,8 @@ def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
         "onnxruntime-genai": places["onnx"],
         "openvino": places["openvino"],
         "openvino-fast": places["openvino"],
+        "transformers.js": places["transformersjs"],
+        "onnxruntime-web": places["transformersjs"],
         "llama.cpp": next(places["gguf"].glob("*.gguf")),
         "gptqmodel": places["gptq"],
         "mlx": places["mlx"],
@@ -56,6 +62,8 @@ def test_generation_follows_the_logits(kind: str, artefacts: dict[str, Path]) ->
     """Greedy tokens, made with the cache, are the best ones of one pass without it."""
     if kind == "hqq":
         pytest.importorskip("hqq", reason="pip install 'qalora[hqq]'")
+    if kind in IN_NODE:
+        skip_without_node()
     runtime = open_runtime(kind, artefacts[kind], threads=1)
     made = runtime.generate(TOKENS[:8], 6)
     assert len(made) == 6

@@ -121,7 +121,7 @@ def test_the_record_has_every_import_of_a_runtime(kind: str) -> None:
 
 
 def test_what_runs_is_in_the_key_of_each_target() -> None:
-    for target in ("gptq", "gguf", "onnx", "openvino", "mlx", "hqq", "qalora"):
+    for target in ("gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "qalora"):
         found = proof_versions([target])
         assert {"torch", "transformers", "numpy", "qalora", "python"} <= set(found)
     assert "onnxruntime-genai-cuda" not in proof_versions(["gguf"])

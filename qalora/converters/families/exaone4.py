@@ -26,5 +26,6 @@ FAMILY = Family(
         ordered=True,
     ),
     genai="decoder",
+    transformersjs=False,
     tiny={"sliding_window": None, "layer_types": ["full_attention"] * 2},
 )

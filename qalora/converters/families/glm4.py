@@ -38,5 +38,6 @@ FAMILY = Family(
         ties="never",
     ),
     genai="decoder",
+    transformersjs=False,
     tiny={"head_dim": 32, "tie_word_embeddings": False},
 )

@@ -225,6 +225,7 @@ class Family:
     skips_rope      some layers have no rotary positions
     gguf, mlx       what llama.cpp and mlx-lm take for granted
     genai           model.type in onnxruntime-genai's config, where it is not model_type
+    transformersjs  whether transformers.js knows the model_type (its src/configs.js and src/models/registry.js)
     tiny            what the config of a tiny model has beside `qalora.testing`'s sizes: windows small enough to matter
     """
 
@@ -255,6 +256,7 @@ class Family:
     local_rope: bool = False
     skips_rope: bool = False
     genai: str = ""
+    transformersjs: bool = True
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
     @property

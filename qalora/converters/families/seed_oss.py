@@ -31,5 +31,6 @@ FAMILY = Family(
         wanted=("attention_bias",),
     ),
     genai="decoder",
+    transformersjs=False,
     tiny={"head_dim": 32},
 )

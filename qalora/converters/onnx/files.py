@@ -11,6 +11,7 @@ from qalora.formats.files import contained
 from qalora.formats.onnx import read_model
 
 __all__ = [
+    "JS_KEY",
     "MODEL",
     "VERSION",
     "VERSION_KEY",
@@ -20,6 +21,7 @@ __all__ = [
     "is_decoder",
     "is_standard",
     "memory",
+    "properties",
     "rounding",
     "source_files",
     "weight_files",
@@ -27,6 +29,9 @@ __all__ = [
 
 MODEL = "model.onnx"
 """The graph of a folder."""
+
+JS_KEY = "transformers.js_config"
+"""What transformers.js finds in a config.json of the graph beside it."""
 
 VERSION_KEY, VERSION = "qalora.onnx", "2"
 """Metadata of a graph: the version of its layout. Graphs of the first have none (`version1`)."""
@@ -58,11 +63,14 @@ def source_files(path: Path) -> Iterable[Path]:
 
 
 def file_metadata(path: Path) -> Mapping[str, Any] | None:
+    """The properties of a folder's graph."""
+    return properties(path) if path.name == MODEL else None
+
+
+def properties(path: Path) -> dict[str, Any]:
     """The properties of a graph."""
-    if path.name != MODEL:
-        return None
-    properties = read_model(path).metadata_props
-    return {entry.key: entry.value for entry in properties if isinstance(entry.key, str)}  # bytes: no UTF-8
+    entries = read_model(path).metadata_props
+    return {entry.key: entry.value for entry in entries if isinstance(entry.key, str)}  # bytes: no UTF-8
 
 
 def rounding(path: Path) -> Rounding:

@@ -21,7 +21,7 @@ from qalora.converters.onnx import foreign, version1
 from qalora.converters.onnx.carriers import Fetch, as_blocks, as_rows, block_size, decode, parts
 from qalora.converters.onnx.decoder import TABLES
 from qalora.converters.onnx.embedding import check_tables
-from qalora.converters.onnx.files import VERSION, VERSION_KEY
+from qalora.converters.onnx.files import JS_KEY, VERSION, VERSION_KEY
 from qalora.converters.onnx.order import order_part, read_orders
 from qalora.converters.onnx.planner import GRAPH
 from qalora.converters.onnx.portable import DOMAIN
@@ -32,7 +32,7 @@ from qalora.errors import FormatError, shown
 from qalora.formats.onnx import Initializer, Stored, read_initializers, read_stored
 from qalora.tensor import GroupQuantTensor, QuantSpec
 
-__all__ = ["read"]
+__all__ = ["read", "read_graph"]
 
 
 def read(path: Path) -> Checkpoint:
@@ -42,15 +42,22 @@ def read(path: Path) -> Checkpoint:
     that qalora did not write.
     """
     file = path / GRAPH if path.is_dir() else path
+    return replace(read_graph(file, file.parent, "onnx"), path=path)
+
+
+def read_graph(file: Path, folder: Path, layout_name: str) -> Checkpoint:
+    """Open a graph, and what stands around it in `folder`. One that is not in that folder itself has to be ours."""
     proto, stored = read_initializers(file)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if TENSORS not in metadata and folder == file.parent:
+        return foreign.read(file, proto, stored)
     if TENSORS not in metadata:
-        return replace(foreign.read(file, proto, stored), path=path)
+        raise FormatError(f"{file}", expected="a graph that qalora wrote", got="another one", todo="take its source")
     kinds = parse_specs(metadata[TENSORS], str(file))
     layout = _layout(file, metadata.get(VERSION_KEY, "1"), proto)
-    config = read_config(file.parent)
-    linears = linear_names(config, file.parent)
-    family, tensors = family_of(config, file.parent), dict[str, LazyTensor]()
+    config = _config(folder)
+    linears = linear_names(config, folder)
+    family, tensors = family_of(config, folder), dict[str, LazyTensor]()
     check_tables(file, stored)
     orders = read_orders(proto)
     used = {f"{table}.{side}" for table in TABLES.values() for side in ("cos", "sin")}
@@ -60,9 +67,14 @@ def read(path: Path) -> Checkpoint:
     for name, item in stored.items():
         if name not in used and item.dtype == "FLOAT" and item.inline is None:
             tensors[name] = _float(name, item, transposed=name in linears, offset=1.0 if family.adds_one(name) else 0.0)
-    model = model_of(file.parent, "onnx", config, tensors, others="refuse")
-    check_rotary(file, stored, decoder_of(model.config, file.parent))
-    return replace(model, path=path)
+    model = model_of(folder, layout_name, config, tensors, others="refuse")
+    check_rotary(file, stored, decoder_of(model.config, folder))
+    return model
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json without what it says to a runtime of the files beside it."""
+    return {key: value for key, value in read_config(folder).items() if key != JS_KEY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

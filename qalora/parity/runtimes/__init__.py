@@ -32,6 +32,7 @@ class RuntimeParts:
              what a proof depends on
     cuda     whether it needs a device of CUDA
     judged   whether its results are; else they are measured alone
+    node     the packages of Node that hold its kernels, found by NODE_PATH (`qalora.parity.runtimes.node`)
     picky    whether its module has a function `takes(path, nbytes)`, for an artefact and the bytes of its weights
     purpose  what it is for, and extra: which of ours brings it; for the sentence where it is not installed
     """
@@ -40,6 +41,7 @@ class RuntimeParts:
     imports: tuple[str, ...]
     cuda: bool = False
     judged: bool = True
+    node: tuple[str, ...] = ()
     picky: bool = False
     purpose: str = ""
     extra: str = "runtimes"
@@ -47,6 +49,7 @@ class RuntimeParts:
 
 _HERE = "qalora.parity.runtimes"
 _ONNX, _OPENVINO = "running an ONNX artefact", "running an OpenVINO artefact"
+_JS = "running a transformers.js artefact"
 
 RUNTIMES = {
     "torch": RuntimeParts(module=f"{_HERE}.torch", imports=("torch", "transformers")),
@@ -83,6 +86,19 @@ RUNTIMES = {
         picky=True,
         purpose="generating with an OpenVINO artefact",
         extra="openvino",
+    ),
+    "transformers.js": RuntimeParts(
+        module=f"{_HERE}.transformersjs",
+        imports=(),
+        node=("@huggingface/transformers", "onnxruntime-node"),
+        purpose=_JS,
+    ),
+    "onnxruntime-web": RuntimeParts(
+        module=f"{_HERE}.onnxruntime_web",
+        imports=(),
+        node=("@huggingface/transformers", "@huggingface/transformers/node_modules/onnxruntime-web", "onnxruntime-web"),
+        picky=True,
+        purpose=_JS,
     ),
     "gptqmodel": RuntimeParts(
         module=f"{_HERE}.gptqmodel",
