@@ -24,13 +24,15 @@ from qalora.parity import verify
 from qalora.quantization import quantize
 from qalora.testing import TINY, byte_tokenizer, random_adapter, tiny_model
 
-FORMATS = ("gptq", "onnx", "openvino", "gguf", "mlx", "hqq")
+FORMATS = ("gptq", "onnx", "openvino", "transformersjs", "gguf", "mlx", "hqq")
 COLUMNS = {
     ("gptq", "gptqmodel"): "GPTQ, transformers + GPTQModel",
     ("onnx", "onnxruntime"): "ONNX, ONNX Runtime",
     ("onnx/portable", "onnxruntime"): "portable ONNX, ONNX Runtime",
     ("onnx/portable", "onnx.reference"): "portable ONNX, onnx.reference",
     ("openvino", "openvino"): "OpenVINO",
+    ("transformersjs", "transformers.js"): "transformers.js, onnxruntime-node",
+    ("transformersjs", "onnxruntime-web"): "transformers.js folder, onnxruntime-web",
     ("gguf", "llama.cpp"): "GGUF, llama.cpp",
     ("mlx", "mlx"): "MLX, mlx-lm",
     ("hqq", "hqq"): "HQQ, hqq",

@@ -106,7 +106,9 @@ def test_the_tokenizer_comes_back_from_gguf(story: Story) -> None:
 def test_from_the_folder_to_a_proof_in_node(story: Story) -> None:
     """In transformers.js and in onnxruntime-web; a family that the library does not know is refused by name."""
     if story.family not in IN_BROWSERS:
-        with pytest.raises(InputError, match=f"a model_type that transformers.js knows, got {story.family}; export to"):
+        with pytest.raises(
+            InputError, match=f"model_type: expected one that transformers.js knows, got {story.family}; export to"
+        ):
             export(story.folded, ["transformersjs"], story.root / "browsers")
         return
     skip_without_node()

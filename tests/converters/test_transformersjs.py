@@ -1,7 +1,9 @@
 """Folders for transformers.js: what they hold, what the library makes of them in Node, and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +15,10 @@ import torch
 from in_node import IN_NODE, missing_in_node
 from qalora.checkpoint import Checkpoint
 from qalora.converters import exports, load
+from qalora.converters.format import Released
 from qalora.converters.plan import ExportOptions
 from qalora.converters.torch_module import build
-from qalora.converters.transformersjs import planner
+from qalora.converters.transformersjs import FORMAT, planner
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity import verify
 from qalora.parity.runtimes import open_runtime
@@ -272,3 +275,16 @@ def test_what_it_does_not_load_is_one_sentence(damage: str, kind: str, speaking:
     with pytest.raises(FormatError, match=f"{kind} does not load it") as caught:
         open_runtime(kind, folder, threads=1)
     assert "\n" not in str(caught.value)
+
+
+@in_node
+@pytest.mark.slow
+def test_the_text_of_a_card_runs(speaking: Checkpoint, tmp_path: Path) -> None:
+    """As a module beside the folder; what it prints begins with the prompt."""
+    written(speaking, tmp_path)
+    text = FORMAT.usage(Released(model="m", files=(), carriers=()))
+    (tmp_path / "card.mjs").write_text(text.removeprefix("```js\n").removesuffix("```"), encoding="utf-8")
+    (tmp_path / "node_modules").symlink_to(os.environ["NODE_PATH"].split(os.pathsep)[0])
+    done = subprocess.run(["node", "card.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")

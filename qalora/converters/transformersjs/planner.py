@@ -46,8 +46,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> BrowserPlan:
     decoder = decoder_of(model.config, model.path)
     if not decoder.family.transformersjs:
         raise InputError(
-            f"transformersjs: {model.path}",
-            expected="a model_type that transformers.js knows",
+            "transformersjs: model_type",
+            expected="one that transformers.js knows",
             got=decoder.family.model_type,
             todo="export to onnx, which onnxruntime-web runs",
         )

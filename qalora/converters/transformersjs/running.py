@@ -27,5 +27,6 @@ def usage(released: Released) -> str:
 
 
 def openings(pushed: Pushed) -> Sequence[str]:
-    """The library takes a repository's folder as `subfolder`, for the graph alone: the rest is fetched."""
-    return [f'{pushed.fetch}, then AutoModelForCausalLM.from_pretrained("transformersjs") with env.localModelPath']
+    """The library opens folders, and top folders of repositories."""
+    opened = 'AutoModelForCausalLM.from_pretrained("transformersjs")'
+    return [f'{pushed.fetch}, then in JavaScript {opened} with env.localModelPath = "{pushed.local}/"']
