@@ -14,6 +14,7 @@ from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.ends import GENERATION, end_notes, ends_of, tokenizer_end
+from qalora.converters.families import family_of
 from qalora.converters.tokenizer import load_tokenizer
 from qalora.errors import InputError
 from qalora.formats.gguf import Metadata, Value, ValueType, metadata_bytes
@@ -304,10 +305,12 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 def artifacts(model: Checkpoint, folder: Path) -> dict[str, Path]:
-    """The model in every format."""
-    for form in FORMATS:
+    """The model in every format that takes its family."""
+    known = family_of(model.config, model.path).transformersjs
+    forms = [form for form in FORMATS if known or form != "transformersjs"]
+    for form in forms:
         export(model, form, folder)
-    return {form: next((folder / form).glob("*.gguf")) if form == "gguf" else folder / form for form in FORMATS}
+    return {form: next((folder / form).glob("*.gguf")) if form == "gguf" else folder / form for form in forms}
 
 
 @pytest.mark.parametrize("name", ODD)
