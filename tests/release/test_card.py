@@ -301,7 +301,7 @@ def test_the_blocks_of_a_card_run(light_forks: Forks, whole: Path) -> None:
     card = (whole / "README.md").read_text("utf-8")
     found = [block for block in blocks(card) if block[0] != "js"]  # Node runs that one: see test_transformersjs
     assert {language for language, _ in found} == {"python", "sh"}
-    assert [language for language, _ in found].count("python") == 7
+    assert [language for language, _ in found].count("python") == 8
     for language, text in found:
         if language == "python":
             done = light_forks.run("-c", text, folder=whole, timeout=600)
