@@ -13,13 +13,14 @@ before anything is done with them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, ClassVar, Literal
 
 from qalora.errors import FormatError
-from qalora.formats.files import contained, read_limited
+from qalora.formats.files import MAX_NAME, contained, read_limited
 from qalora.formats.json_text import parse_json
 from qalora.formats.record_json import Key, Only, decode, encode, like
 
@@ -67,6 +68,7 @@ def _is_plain(path: str) -> bool:
         and not path.startswith("/")
         and not {".", ".."} & set(path.split("/"))
         and str(PurePosixPath(path)) == path
+        and all(len(os.fsencode(part)) <= MAX_NAME for part in path.split("/"))
     )
 
 

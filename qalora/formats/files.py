@@ -29,6 +29,7 @@ from qalora.formats.remote import ranges_of
 from qalora.formats.share import Share
 
 __all__ = [
+    "MAX_NAME",
     "InputFile",
     "OutputFile",
     "check_content",

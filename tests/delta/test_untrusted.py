@@ -110,6 +110,7 @@ CHANGES: dict[str, tuple[Callable[[Content], None], str]] = {
     "climbing inside": (put("file", "path", "mlx/../../out.bin"), "expected a plain path"),
     "absolute path": (put("file", "path", "/tmp/out.bin"), "expected a plain path"),
     "backslash": (put("file", "path", "..\\out.bin"), "expected a plain path"),
+    "a name that no file can have": (put("file", "path", f"mlx/{'x' * 256}"), "expected a plain path"),
     "longer form": (put("file", "path", "mlx//model.safetensors"), "expected a plain path"),
     "empty path": (put("file", "path", ""), "expected a plain path"),
     "no text": (put("file", "path", 7), r"files\[1\]\.path: expected text, got 7"),
