@@ -71,7 +71,7 @@ def test_a_tokenizer_that_transformers_does_not_take(place: Path) -> None:
         ("fold @float @adapter -o %out", "qalora quantize"),
         ("fold @qalora @adapter -o %exists", "exists already"),
         ("export @qalora --to gguf -o %in/data.txt", "data.txt"),
-        ("export @qalora --to pickle -o %out", "expected one of gptq, gguf, onnx, openvino, mlx"),
+        ("export @qalora --to pickle -o %out", "expected one of gptq, gguf, onnx, openvino"),
         ("export @qalora --to gptq --gptq-form round -o %out", "--allow-loss zeros"),
         ("export @qalora --to gguf -o %in", "exists already"),
         ("quantize @float -o @float --force", "apart from what is read"),
