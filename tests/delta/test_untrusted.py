@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -287,6 +287,7 @@ def test_any_value_in_any_place(place: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @given(seed=st.integers(0, 1 << 30))
+@example(seed=15049159)  # the last bits of a compressed stream, which mean nothing
 @settings(deadline=None, max_examples=40)
 def test_any_byte_of_the_data(place: Path, tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
@@ -295,6 +296,10 @@ def test_any_byte_of_the_data(place: Path, tmp_path_factory: pytest.TempPathFact
     data[random.Random(seed).randrange(len(data))] ^= 1 << seed % 8
     (delta / "data.bin").write_bytes(data)
     write_sums(delta)
-    with pytest.raises(FormatError):
+    try:
         apply_delta(delta, place / "base", folder / "out")
-    assert [path.name for path in folder.iterdir()] == ["delta"]
+    except FormatError:
+        assert [path.name for path in folder.iterdir()] == ["delta"]
+    else:
+        for name in ("config.json", "model.safetensors"):
+            assert (folder / "out" / "mlx" / name).read_bytes() == (place / "one" / "mlx" / name).read_bytes()
