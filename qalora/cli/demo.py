@@ -14,7 +14,7 @@ from qalora.cli.release import print_release
 from qalora.formats.output import check_output
 from qalora.options.words import TARGETS as FORMATS
 
-TARGETS = ("gptq", "onnx", "gguf", "openvino")
+TARGETS = ("gptq", "onnx", "gguf")
 QUICK = ("gguf",)
 STEPS, FEW = 32, 8
 HELD_OUT = "held-out.txt"

@@ -254,8 +254,8 @@ def test_what_to_run_next_is_a_line_that_the_command_takes(
 
 
 def test_ctrl_c_says_what_remains(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes when all is written, and nothing of it is in its place yet. As Python's exception: the signal itself ends
-    a process in which openvino-genai has generated beside torch.
+    """It comes when all is written, and nothing of it is in its place yet. As Python's exception: the signal itself
+    ends a process in which openvino-genai has generated beside torch.
     """
 
     def interrupted(work: Path, path: Path) -> None:
