@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError
+from qalora.formats.fields import rows_as
 from qalora.tensor import unpack_codes
 
 __all__ = ["ORDER", "unpack_words"]
@@ -33,7 +34,7 @@ def unpack_words(words: Tensor, columns: int, bits: int, *, interleaved: bool) -
     if words.dtype != torch.int32 or words.ndim != 2 or columns % 8 or 32 * words.shape[1] != columns * bits:
         expected = f"int32 rows of {columns} codes of {bits} bits"
         raise FormatError("words", expected=expected, got=f"{words.dtype} {list(words.shape)}")
-    fields = unpack_codes(words.reshape(-1).view(torch.uint8).view(words.shape[0], -1), bits)
+    fields = unpack_codes(rows_as(words, torch.uint8), bits)
     if not interleaved:
         return fields
     places = [ORDER.index(column) for column in range(8)]

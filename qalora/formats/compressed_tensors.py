@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qalora.errors import FormatError, InputError
+from qalora.formats.fields import rows_as
 from qalora.tensor import BITS, pack_codes, unpack_codes
 
 __all__ = ["pack_rows", "pack_zeros", "row_words", "unpack_rows", "unpack_zeros"]
@@ -38,7 +39,7 @@ def pack_rows(packed: Tensor) -> Tensor:
     """weight_packed int32 [out, words] of packed codes uint8 [out, in*b/8]; inverse of `unpack_rows`."""
     if packed.dtype != torch.uint8 or packed.ndim != 2:
         raise InputError("packed codes", expected="uint8 [out, bytes]", got=f"{packed.dtype} {list(packed.shape)}")
-    return _view(pad(packed, (0, -packed.shape[1] % 4)), torch.int32)
+    return rows_as(pad(packed, (0, -packed.shape[1] % 4)), torch.int32)
 
 
 def unpack_rows(words: Tensor, columns: int, bits: int, *, padded: bool = False) -> Tensor:
@@ -49,7 +50,7 @@ def unpack_rows(words: Tensor, columns: int, bits: int, *, padded: bool = False)
     _check(words, columns, bits, padded)
     if padded and 32 % bits:
         return pack_codes(_padded_codes(words, columns, bits), bits)
-    return _view(words, torch.uint8)[:, : columns * bits // 8].contiguous()
+    return rows_as(words, torch.uint8)[:, : columns * bits // 8].contiguous()
 
 
 def pack_zeros(zero: Tensor, bits: int) -> Tensor:
@@ -57,7 +58,7 @@ def pack_zeros(zero: Tensor, bits: int) -> Tensor:
     rows = zero.shape[0]
     fields = pack_codes(pad(zero.t(), (0, -rows % 8)).contiguous(), bits)
     words = row_words(rows, bits)
-    return _view(pad(fields, (0, max(0, 4 * words - fields.shape[1])))[:, : 4 * words], torch.int32).t().contiguous()
+    return rows_as(pad(fields, (0, max(0, 4 * words - fields.shape[1])))[:, : 4 * words], torch.int32).t().contiguous()
 
 
 def unpack_zeros(words: Tensor, rows: int, bits: int, *, padded: bool = False) -> Tensor:
@@ -67,7 +68,7 @@ def unpack_zeros(words: Tensor, rows: int, bits: int, *, padded: bool = False) -
     if padded and 32 % bits:
         return _padded_codes(turned, rows, bits).t().contiguous()
     size = -(-rows // 8) * bits
-    fields = _view(turned, torch.uint8)
+    fields = rows_as(turned, torch.uint8)
     fields = pad(fields, (0, max(0, size - fields.shape[1])))[:, :size].contiguous()
     return unpack_codes(fields, bits)[:, :rows].t().contiguous()
 
@@ -85,8 +86,3 @@ def _check(words: Tensor, count: int, bits: int, padded: bool) -> None:
     expected = row_words(count, bits, padded=padded)
     if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != expected:
         raise FormatError("words", expected=f"int32 rows of {expected} words", got=f"{words.dtype} {list(words.shape)}")
-
-
-def _view(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of each row as another dtype. Goes by way of one dimension: the stride of a single row is anything."""
-    return matrix.reshape(-1).view(dtype).view(matrix.shape[0], -1)

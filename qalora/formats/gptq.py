@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError
+from qalora.formats.fields import rows_as
 from qalora.tensor import BITS as ALL_BITS
 from qalora.tensor import pack_codes, unpack_codes
 
@@ -57,7 +58,7 @@ def pack_qweight(packed: Tensor, start: int = 0, stop: int | None = None) -> Ten
         raise InputError(
             "packed codes", expected="uint8 [out, bytes] in whole words", got=f"{packed.dtype} {list(packed.shape)}"
         )
-    words = _view(packed, torch.int32)[:, start:stop]
+    words = rows_as(packed, torch.int32)[:, start:stop]
     out = torch.empty(words.shape[1], words.shape[0], dtype=torch.int32)
     step = max(1, TILE // max(1, words.shape[0]))
     for first in range(0, words.shape[1], step):
@@ -68,7 +69,7 @@ def pack_qweight(packed: Tensor, start: int = 0, stop: int | None = None) -> Ten
 def unpack_qweight(qweight: Tensor) -> Tensor:
     """Packed codes uint8 [out, in*b/8] of qweight int32 [in*b/32, out]; inverse of `pack_qweight`."""
     _check_words("qweight", qweight)
-    return _view(qweight.t(), torch.uint8)
+    return rows_as(qweight.t(), torch.uint8)
 
 
 def pack_qzeros(zero: Tensor, bits: int, version: Version) -> Tensor:
@@ -90,7 +91,7 @@ def pack_qzeros(zero: Tensor, bits: int, version: Version) -> Tensor:
             raise InputError("zero points", expected="1 or more in version gptq", got="0", todo="write gptq_v2")
         fields = fields - 1
     packed = fields if bits == 8 else pack_codes(fields, bits)
-    return _view(packed, torch.int32)
+    return rows_as(packed, torch.int32)
 
 
 def unpack_qzeros(qzeros: Tensor, bits: int, version: Version) -> Tensor:
@@ -105,17 +106,12 @@ def unpack_qzeros(qzeros: Tensor, bits: int, version: Version) -> Tensor:
     words = qzeros
     if version == "gptq" and bits in _ONES:
         words = (words.to(torch.int64) + _ONES[bits]).to(torch.int32)
-    fields = _view(words, torch.uint8)
+    fields = rows_as(words, torch.uint8)
     if bits < 8:
         fields = unpack_codes(fields, bits)
     if version == "gptq" and bits == 3:
         fields = (fields + 1) & 7
     return fields.t().contiguous()
-
-
-def _view(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of each row as another dtype. Goes by way of one dimension: the stride of a single row is anything."""
-    return matrix.reshape(-1).view(dtype).view(matrix.shape[0], -1)
 
 
 def _check_bits(bits: int, known: tuple[int, ...] = BITS) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError
+from qalora.formats.fields import rows_as
 
 __all__ = ["GROUP_SIZES", "group_size_for", "pack_words", "unpack_words"]
 
@@ -40,11 +41,11 @@ def pack_words(packed: Tensor) -> Tensor:
         raise InputError(
             "packed codes", expected="uint8 [out, bytes] in whole words", got=f"{packed.dtype} {list(packed.shape)}"
         )
-    return packed.reshape(-1).view(torch.uint32).view(packed.shape[0], -1)
+    return rows_as(packed, torch.uint32)
 
 
 def unpack_words(words: Tensor) -> Tensor:
     """Packed codes uint8 [out, in*b/8] of words uint32 [out, in*b/32]; inverse of `pack_words`. Shares memory."""
     if words.dtype != torch.uint32 or words.ndim != 2:
         raise FormatError("weight", expected="a uint32 matrix", got=f"{words.dtype} {list(words.shape)}")
-    return words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
+    return rows_as(words, torch.uint8)

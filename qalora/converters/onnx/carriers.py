@@ -37,7 +37,9 @@ from torch import Tensor
 
 from qalora.converters.column_order import natural, ordered
 from qalora.converters.onnx.order import ORDER
+from qalora.converters.specs import narrowed
 from qalora.errors import ExactnessError, FormatError
+from qalora.formats.fields import from_nibbles, nibbles
 from qalora.formats.onnx import Initializer
 from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros, pack_codes, unpack_codes
 
@@ -50,11 +52,9 @@ __all__ = [
     "block_size",
     "decode",
     "encode",
-    "from_nibbles",
     "halves",
     "is_part",
     "middles",
-    "nibbles",
     "parts",
 ]
 
@@ -132,9 +132,9 @@ def _is(kind: str, part: Initializer) -> bool:
 def encode(module: str, tensor: GroupQuantTensor, spec: QuantSpec) -> dict[str, Tensor]:
     """The data of `parts`, by name."""
     tensor = ordered(f"onnx: {module}", tensor)
-    data = {f"{module}.scale": _narrowed(module, tensor.scale, spec.scale_dtype)}
+    data = {f"{module}.scale": narrowed(f"{module}: scale", tensor.scale, spec.scale_dtype).contiguous()}
     if spec.zeros == "real":
-        data[f"{module}.min"] = _narrowed(module, tensor.min, spec.min_dtype)
+        data[f"{module}.min"] = narrowed(f"{module}: min", tensor.min, spec.min_dtype).contiguous()
     else:
         zero = integer_zeros(tensor)
         if zero is None:
@@ -149,25 +149,6 @@ def encode(module: str, tensor: GroupQuantTensor, spec: QuantSpec) -> dict[str, 
 
 def _split(values: Tensor, bits: int) -> dict[str, Tensor]:
     return {"": values & 15, "_high": values >> 4} if bits > 4 else {"": values}
-
-
-def _narrowed(module: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = values.to(dtype)
-    if not torch.equal(narrow.to(values.dtype), values):
-        raise ValueError(f"{module}: its spec promises {dtype}, which does not hold its scale or min")
-    return narrow.contiguous()
-
-
-def nibbles(values: Tensor) -> Tensor:
-    """Rows of 4-bit values, two a byte, low half first, a row of odd length filled up with 0."""
-    if values.shape[1] % 2:
-        values = torch.nn.functional.pad(values, (0, 1))
-    return values[:, ::2] | (values[:, 1::2] << 4)
-
-
-def from_nibbles(packed: Tensor, columns: int) -> Tensor:
-    """Inverse of `nibbles`."""
-    return torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)[:, :columns]
 
 
 Fetch = Callable[[str], Tensor]

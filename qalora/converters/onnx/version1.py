@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from qalora.converters.column_order import natural
-from qalora.converters.onnx.carriers import Fetch, block_size, from_nibbles, halves
+from qalora.converters.onnx.carriers import Fetch, block_size, halves
 from qalora.converters.onnx.order import ORDER
 from qalora.errors import FormatError
+from qalora.formats.fields import from_nibbles
 from qalora.formats.onnx import Initializer
 from qalora.residual import from_residual
 from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes, unpack_codes

@@ -8,14 +8,13 @@
 Minima are real numbers: the fold is exact. OpenVINO divides by the scales when it loads the model, and keeps the codes.
 """
 
-from qalora.converters.format import Format, late
+from qalora.converters.format import Format, exact, late
 from qalora.converters.openvino.files import (
     MODEL,
     file_metadata,
     graphs,
     is_graph,
     memory,
-    rounding,
     source_files,
     weight_files,
 )
@@ -42,7 +41,7 @@ FORMAT = Format(
     runtimes=("openvino",),
     also=("openvino-fast",),
     generators=("openvino-genai",),
-    rounding=rounding,
+    rounding=exact,  # it is proven with EXACT_OPTIONS, whatever it says itself
     memory=memory,
     suffixes=(".xml", ".bin"),
     metadata_of=file_metadata,

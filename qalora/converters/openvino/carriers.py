@@ -1,4 +1,4 @@
-"""A quantized weight as constants of the graph, and the chain of layers that makes floats of them.
+"""A weight as constants of the graph, and the chain of layers that makes floats of a quantized one.
 
     <module>.codes  [out, groups, group size]  u2 for 2 bits, u4 for 3 and 4, u8 for 5, 6 and 8
     <module>.scale  [out, groups, 1]           f16, or f32 where the base's scales are
@@ -28,10 +28,22 @@ from qalora.converters.column_order import natural, ordered
 from qalora.converters.openvino.graph import Graph
 from qalora.converters.specs import narrowed
 from qalora.errors import FormatError
-from qalora.formats.openvino import Constant, element_of
-from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros, pack_codes, unpack_codes
+from qalora.formats.fields import from_nibbles, nibbles
+from qalora.formats.openvino import DTYPES, Constant, Stored, element_of, read_stored
+from qalora.tensor import GroupQuantTensor, QuantSpec, check_finite, integer_zeros, pack_codes, unpack_codes
 
-__all__ = ["CONTAINERS", "ORDER", "Fetch", "constants", "decode", "encode", "is_part", "order_constant", "weight"]
+__all__ = [
+    "CONTAINERS",
+    "ORDER",
+    "Fetch",
+    "constants",
+    "decode",
+    "encode",
+    "float_constant",
+    "is_part",
+    "order_constant",
+    "weight",
+]
 
 CONTAINERS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
 """Bits that a code is stored in. OpenVINO has types of 3 and 6 bits, which its CPU plugin has no product for."""
@@ -104,14 +116,7 @@ def encode(module: str, tensor: GroupQuantTensor, spec: QuantSpec, row: int) -> 
         raise ValueError(f"{module}: its spec promises integer zeros, and it has others")
     if spec.zero is not None:
         return data if row else {**data, f"{module}.zero": torch.tensor([spec.zero], dtype=torch.uint8)}
-    return {**data, f"{module}.zero": _nibbles(zero) if _zero_element(spec) == "u4" else zero.contiguous()}
-
-
-def _nibbles(values: Tensor) -> Tensor:
-    """4-bit values one behind the other, two a byte, low half first; the last half byte is 0 where it is not used."""
-    flat = values.flatten()
-    flat = torch.nn.functional.pad(flat, (0, len(flat) % 2))
-    return flat[::2] | (flat[1::2] << 4)
+    return {**data, f"{module}.zero": nibbles(zero.view(1, -1)) if _zero_element(spec) == "u4" else zero.contiguous()}
 
 
 Fetch = Callable[[str, int, int], Tensor]
@@ -153,5 +158,21 @@ def _zeros(module: str, fetch: Fetch, spec: QuantSpec, shape: tuple[int, int]) -
         return zero.expand(rows, groups)
     zero = fetch(f"{module}.zero", 0, rows)
     if _zero_element(spec) == "u4":
-        zero = torch.stack([zero & 15, zero >> 4], dim=1).flatten()[: rows * groups]
+        zero = from_nibbles(zero.view(1, -1), rows * groups)
     return zero.view(rows, groups)
+
+
+def float_constant(name: str, item: Stored, offset: float = 0.0) -> LazyTensor:
+    """A float tensor, with an offset that its values are stored with; FormatError where the constant has no floats."""
+    if item.element not in DTYPES:
+        expected, got = f"floats ({', '.join(DTYPES)}) or codes with a scale", f"{item.element} {list(item.shape)}"
+        raise FormatError(name, expected=expected, got=got)
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        rows = read_stored(item, start, stop)
+        check_finite(name, rows)
+        return rows - offset if offset else rows
+
+    return LazyTensor(
+        name=name, shape=item.shape, dtype=DTYPES[item.element], nbytes=item.nbytes, by_rows=True, read=read_rows
+    )

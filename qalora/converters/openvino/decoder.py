@@ -57,12 +57,10 @@ def build(model: Checkpoint, data: Mapping[str, Constant], orders: Mapping[str, 
 class _Shapes:
     """Names of what every layer asks for.
 
-    batch   int64 [1]
     biases  for each window, float32 [batch, 1, new, all]: 0 where a token may look, the lowest float where not
     angles  for each kind of rotary positions, cos and sin, float32 [batch, 1, new, rotated elements, or half of them]
     """
 
-    batch: str
     biases: Mapping[int | None, str]
     angles: Mapping[str, tuple[str, str]]
 
@@ -101,7 +99,6 @@ class _Builder:
         batch = graph.add("Gather", [size, graph.sizes(0), graph.whole(0)], "batch", outputs=("i64",))
         new = graph.add("Gather", [size, graph.whole(1), graph.whole(0)], "new", outputs=("i64",))
         return _Shapes(
-            batch=batch,
             biases=self._biases(batch, new),
             angles={kind: self._angles(kind) for kind in used_ropes(self.decoder)},
         )
@@ -306,7 +303,7 @@ class _Builder:
         shaped = graph.add("Unsqueeze", [factor, graph.sizes(1, 3)], "temperature_wide")
         return graph.add("Multiply", [queries, shaped], out)
 
-    def _cached(self, n: int, side: str, new: str, batch: str) -> str:
+    def _cached(self, n: int, side: str, new: str) -> str:
         """All keys or values, [batch, key-value heads, all, head size]: those of the state, then the new ones."""
         graph, heads, size = self.graph, self.decoder.kv_heads, self.decoder.head_size
         name, variable = f"layer{n}.{side}", f"past_key_values.{n}.{side}present.{n}.{side}"
@@ -327,8 +324,7 @@ class _Builder:
         graph, decoder, out = self.graph, self.decoder, f"layer{n}"
         bias = shapes.biases[decoder.layers[n].window]
         keys, values = (
-            self._repeated(self._cached(n, side, heads[side[0]], shapes.batch), f"{out}.{side}s", shapes.batch)
-            for side in ("key", "value")
+            self._repeated(self._cached(n, side, heads[side[0]]), f"{out}.{side}s") for side in ("key", "value")
         )
         if decoder.softcap is None:
             inputs = [heads["q"], keys, values, bias, graph.number(decoder.scale)]
@@ -338,7 +334,7 @@ class _Builder:
         masked = graph.add("Add", [self._capped(scores, decoder.softcap, f"{out}.capped"), bias], f"{out}.masked")
         return graph.add("MatMul", [graph.add("SoftMax", [masked], f"{out}.weights"), values], f"{out}.attention")
 
-    def _repeated(self, x: str, out: str, batch: str) -> str:
+    def _repeated(self, x: str, out: str) -> str:
         """Each head of keys or values once for every head of queries that it serves."""
         graph, decoder = self.graph, self.decoder
         times = decoder.heads // decoder.kv_heads

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qalora.converters.format import EXACT, Rounding
 from qalora.formats.openvino import read_info, weights_file
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "is_graph",
     "memory",
     "options_of",
-    "rounding",
     "source_files",
     "weight_files",
 ]
@@ -68,11 +66,6 @@ def options_of(path: Path) -> Mapping[str, str]:
     """The options that a graph, or that of a folder, asks OpenVINO for."""
     info = read_info(path / MODEL if path.is_dir() else path)
     return {key.removeprefix(f"{OPTIONS}/"): value for key, value in info.items() if key.startswith(f"{OPTIONS}/")}
-
-
-def rounding(path: Path) -> Rounding:
-    """Nothing: it is proven with EXACT_OPTIONS, whatever it says itself."""
-    return EXACT
 
 
 def memory(path: Path) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of
 from qalora.converters.families import family_of
 from qalora.converters.huggingface import model_of
+from qalora.converters.openvino.carriers import float_constant
 from qalora.converters.openvino.rotary import is_frequencies
 from qalora.errors import FormatError, shown
 from qalora.formats.openvino import DTYPES, ELEMENTS, Ir, ReadLayer, Stored, read_stored
@@ -56,7 +57,7 @@ def read(file: Path, ir: Ir, config: Mapping[str, Any]) -> Checkpoint:
         name = item.name.removeprefix(WEIGHT)
         parts, own = walk.weight(number)
         used |= own
-        lazy = _quantized(file, name, parts) if parts.scale is not None else _float(name, item, item.shape, 0.0)
+        lazy = _quantized(file, name, parts) if parts.scale is not None else float_constant(name, item)
         if tensors.setdefault(name, lazy) is not lazy:
             raise FormatError(f"{file}: two constants are called {shown(item.name)}")
     for number, item in ir.constants.items():
@@ -72,8 +73,8 @@ def read(file: Path, ir: Ir, config: Mapping[str, Any]) -> Checkpoint:
                     todo="start from the model that it was made of",
                 )
             continue
-        offset = 1.0 if family.adds_one(called) else 0.0
-        tensors[called] = _float(called, item, (math.prod(item.shape),), offset)
+        vector = replace(item, shape=(math.prod(item.shape),))
+        tensors[called] = float_constant(called, vector, 1.0 if family.adds_one(called) else 0.0)
     return model_of(file.parent, "openvino", config, tensors, others="refuse")
 
 
@@ -218,18 +219,3 @@ def _points(zero: Stored, rows: int, groups: int) -> Tensor:
         data = torch.stack(each, dim=1)
     flat = data.flatten()[: math.prod(zero.shape)].float()
     return flat.expand(rows * groups).view(rows, groups) if len(flat) == 1 else flat.view(rows, groups)
-
-
-def _float(name: str, item: Stored, shape: tuple[int, ...], offset: float) -> LazyTensor:
-    if item.element not in DTYPES:
-        raise FormatError(name, expected=f"floats ({', '.join(DTYPES)}) or codes with a scale", got=_form(item))
-
-    def read_rows(start: int, stop: int) -> Tensor:
-        rows = read_stored(item, start, stop) if len(shape) == len(item.shape) else read_stored(item).view(shape)
-        rows = rows if len(shape) == len(item.shape) else rows[start:stop]
-        check_finite(name, rows)
-        return rows - offset if offset else rows
-
-    return LazyTensor(
-        name=name, shape=shape, dtype=DTYPES[item.element], nbytes=item.nbytes, by_rows=True, read=read_rows
-    )

@@ -18,7 +18,7 @@ LAST = 2**63 - 1
 _PAIRWISE = {"auto_broadcast": "numpy"}
 
 _KINDS: dict[str, tuple[str, Mapping[str, str]]] = {
-    **dict.fromkeys(("Add", "Subtract", "Multiply", "Power", "Select", "Maximum"), ("opset1", _PAIRWISE)),
+    **dict.fromkeys(("Add", "Subtract", "Multiply", "Power", "Select"), ("opset1", _PAIRWISE)),
     **dict.fromkeys(("Equal", "LessEqual", "Greater", "NotEqual", "LogicalAnd"), ("opset1", _PAIRWISE)),
     "BitwiseAnd": ("opset13", _PAIRWISE),
     "Divide": ("opset1", {**_PAIRWISE, "m_pythondiv": "true"}),

@@ -17,13 +17,13 @@ from qalora.converters.decoder import decoder_of
 from qalora.converters.families import family_of
 from qalora.converters.huggingface import model_of, read_config
 from qalora.converters.openvino import foreign
-from qalora.converters.openvino.carriers import ORDER, constants, decode
+from qalora.converters.openvino.carriers import ORDER, constants, decode, float_constant
 from qalora.converters.openvino.files import MODEL, VERSION, VERSION_KEY
 from qalora.converters.openvino.rotary import check_rotary
 from qalora.converters.specs import TENSORS, check_values, parse_specs
 from qalora.errors import FormatError, shown
 from qalora.formats.openvino import DTYPES, Ir, Stored, read_ir, read_stored
-from qalora.tensor import GroupQuantTensor, QuantSpec, check_finite
+from qalora.tensor import GroupQuantTensor, QuantSpec
 
 __all__ = ["read"]
 
@@ -55,7 +55,7 @@ def read(path: Path) -> Checkpoint:
         used |= names
     for name, item in stored.items():
         if name not in used and name.startswith(("model.", "lm_head.")) and item.element in DTYPES:
-            tensors[name] = _float(name, item, 1.0 if family.adds_one(name) else 0.0)
+            tensors[name] = float_constant(name, item, 1.0 if family.adds_one(name) else 0.0)
     model = model_of(file.parent, "openvino", config, tensors, others="refuse")
     check_rotary(file, stored, decoder_of(model.config, file.parent))
     return replace(model, path=path)
@@ -118,15 +118,4 @@ def _quantized(
     return (
         LazyTensor(name=f"{module}.weight", shape=shape, spec=spec, nbytes=nbytes, by_rows=True, read=read_rows),
         set(planned),
-    )
-
-
-def _float(name: str, item: Stored, offset: float) -> LazyTensor:
-    def read_rows(start: int, stop: int) -> Tensor:
-        rows = read_stored(item, start, stop)
-        check_finite(name, rows)
-        return rows - offset if offset else rows
-
-    return LazyTensor(
-        name=name, shape=item.shape, dtype=DTYPES[item.element], nbytes=item.nbytes, by_rows=True, read=read_rows
     )
