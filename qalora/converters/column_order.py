@@ -8,29 +8,31 @@ A format gathers its activations by the order, which is exact. Modules with equa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qalora.checkpoint import LazyTensor
+from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.errors import ExactnessError, FormatError
 from qalora.tensor import GroupQuantTensor, pack_codes
 
 __all__ = ["natural", "order_of", "ordered", "shared_orders"]
 
 
-def shared_orders(target: str, weights: Iterable[LazyTensor]) -> dict[str, str]:
-    """{module: the first module with the same groups}, for each weight that was quantized with act-order.
+def shared_orders(target: str, model: Checkpoint, coded: Container[str]) -> dict[str, str]:
+    """{module: the first module that a graph computes with the same groups}, for each weight that was quantized with
+    act-order and is held as codes.
 
     Reads a row of each of these. ExactnessError for groups that have not `group_size` columns each.
     """
     found: dict[str, str] = {}
     first: dict[bytes, str] = {}
-    for lazy in weights:
-        if lazy.spec is not None and lazy.spec.act_order:
-            module = lazy.name.removesuffix(".weight")
+    for name in dict.fromkeys([*model.linears, *model.tensors]):
+        lazy = model.tensors[name]
+        if name in coded and lazy.spec is not None and lazy.spec.act_order:
+            module = module_of(name)
             found[module] = first.setdefault(order_of(f"{target}: {module}", _row(lazy)).numpy().tobytes(), module)
     return found
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import layout
+from qalora.converters.families import family_of
 from qalora.errors import FormatError, InputError, json_kind, shown
 from qalora.formats.files import contained
 from qalora.formats.gguf_ends import MARK, eog_of, marked
@@ -38,6 +39,7 @@ __all__ = [
     "GENERATION",
     "MARK",
     "Ends",
+    "config_for_transformers",
     "config_with_ends",
     "end_notes",
     "ends_of",
@@ -275,6 +277,12 @@ def config_with_ends(model: Checkpoint) -> dict[str, Any]:
     """config.json for an artefact: the model's, with the model's end tokens in it."""
     ends = ends_of(model).ids
     return dict(model.config) if _says(model.config, ends) else {**model.config, KEY: _as_value(ends)}
+
+
+def config_for_transformers(model: Checkpoint) -> dict[str, Any]:
+    """`config_with_ends`, with the class that transformers opens the artefact with, where the model's names none."""
+    architecture = family_of(model.config, model.path).architecture
+    return {"architectures": [architecture], **config_with_ends(model)}
 
 
 def _says(settings: Mapping[str, Any], ends: Sequence[int]) -> bool:

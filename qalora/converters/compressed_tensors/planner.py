@@ -17,8 +17,7 @@ from qalora.adapter import Adapter
 from qalora.adapter.rewriting import alpha_for
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part
-from qalora.converters.ends import config_with_ends, end_notes
-from qalora.converters.families import family_of
+from qalora.converters.ends import config_for_transformers, end_notes
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
 from qalora.converters.gptq.planner import check_adapter
@@ -214,5 +213,4 @@ def _config(model: Checkpoint, bits: int, size: int | None, middle: bool, head: 
         "ignore": [] if head else ["lm_head"],
         "kv_cache_scheme": None,
     }
-    architecture = family_of(model.config, model.path).architecture
-    return {"architectures": [architecture], **config_with_ends(model), "quantization_config": quantization}
+    return {**config_for_transformers(model), "quantization_config": quantization}

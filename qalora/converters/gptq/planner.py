@@ -26,8 +26,7 @@ from qalora.adapter import Adapter
 from qalora.adapter.rewriting import alpha_for
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part
-from qalora.converters.ends import config_with_ends, end_notes
-from qalora.converters.families import family_of
+from qalora.converters.ends import config_for_transformers, end_notes
 from qalora.converters.folder import FolderPlan, carried_rows, folder_files
 from qalora.converters.gptq.beside import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_names, peft_config
 from qalora.converters.gptq.forms import Form, encode
@@ -382,8 +381,7 @@ def _config(model: Checkpoint, words: Mapping[str, int], symmetric: bool, beside
         "pack_dtype": "int32",
         "meta": meta,
     }
-    own = {"architectures": [family_of(model.config, model.path).architecture], **config_with_ends(model)}
-    config = whole_config(model, own)
+    config = whole_config(model, config_for_transformers(model))
     dtype = config.pop("torch_dtype", None)
     config["dtype"] = "float32" if beside else config.get("dtype") or dtype or "float32"
     return {**config, "quantization_config": quantization}

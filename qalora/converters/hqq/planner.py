@@ -15,8 +15,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part
-from qalora.converters.ends import config_with_ends, end_notes
-from qalora.converters.families import family_of
+from qalora.converters.ends import config_for_transformers, end_notes
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
 from qalora.converters.plan import ExportOptions, Loss
 from qalora.converters.specs import TENSORS, refuse_act_order, specs_text
@@ -146,5 +145,4 @@ def _config(model: Checkpoint, specs: Mapping[str, QuantSpec]) -> dict[str, Any]
         },
         "skip_modules": ["lm_head"],
     }
-    architecture = family_of(model.config, model.path).architecture
-    return {"architectures": [architecture], **config_with_ends(model), "quantization_config": quantization}
+    return {**config_for_transformers(model), "quantization_config": quantization}

@@ -8,12 +8,12 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.decoder import decoder_of
-from qalora.converters.ends import GENERATION, end_notes, generation_bytes
+from qalora.converters.ends import GENERATION, config_for_transformers, end_notes, generation_bytes
 from qalora.converters.onnx.genai import genai_config
 from qalora.converters.onnx.graph import DATA
 from qalora.converters.onnx.slots import add_slots
 from qalora.converters.onnx.tokenizer import genai_files
-from qalora.converters.onnx.weights import Weights, config_of, weights_of
+from qalora.converters.onnx.weights import Weights, weights_of
 from qalora.converters.plan import ExportOptions, Plan
 from qalora.converters.tokenizer import converted_files
 
@@ -79,7 +79,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OnnxPlan:
         graphs=tuple(graphs),
         file=file,
         weights=weights,
-        config=config_of(model),
+        config=config_for_transformers(model),
         tokenizer=adapted,
     )
 

@@ -19,8 +19,6 @@ import torch
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.column_order import shared_orders
 from qalora.converters.decoder import check_tensors, decoder_of
-from qalora.converters.ends import config_with_ends
-from qalora.converters.families import family_of
 from qalora.converters.onnx.carriers import as_blocks, as_rows, block_size, is_part, parts
 from qalora.converters.onnx.decoder import check_decoder, rotary_parts
 from qalora.converters.onnx.embedding import EMBEDDING, check_table, tables
@@ -33,7 +31,7 @@ from qalora.converters.specs import TENSORS, specs_text
 from qalora.errors import InputError
 from qalora.formats.onnx import Initializer, lay_out, part_name
 
-__all__ = ["Weights", "config_of", "weights_of"]
+__all__ = ["Weights", "weights_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -109,8 +107,7 @@ def weights_of(model: Checkpoint, target: str, options: ExportOptions, limit: in
     check_decoder(decoder_of(model.config, model.path), model.path)
     check_tensors(model)
     coded = _coded(model, options)
-    computed = dict.fromkeys([*model.linears, *model.tensors])  # the first to use an order gives it its name
-    orders = shared_orders(target, (model.tensors[name] for name in computed if name in coded))
+    orders = shared_orders(target, model, coded)
     held = _initializers(model, orders, coded)
     for item in held:
         if limit is not None and item.nbytes > limit:
@@ -118,12 +115,6 @@ def weights_of(model: Checkpoint, target: str, options: ExportOptions, limit: in
             raise InputError(f"{target}: {item.name}", expected=expected, got=got, todo="export to onnx")
     data, sizes = lay_out(held, limit)
     return Weights(target=target, coded=coded, orders=orders, data=data, sizes=sizes)
-
-
-def config_of(model: Checkpoint) -> dict[str, Any]:
-    """config.json beside a graph."""
-    architecture = family_of(model.config, model.path).architecture
-    return {"architectures": [architecture], **config_with_ends(model)}
 
 
 def _as_blocks(model: Checkpoint, data: Mapping[str, Initializer]) -> dict[str, Initializer]:

@@ -16,8 +16,7 @@ import torch
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
 from qalora.converters.column_order import shared_orders
 from qalora.converters.decoder import check_tensors, decoder_of
-from qalora.converters.ends import GENERATION, config_with_ends, end_notes, generation_bytes
-from qalora.converters.families import family_of
+from qalora.converters.ends import GENERATION, config_for_transformers, end_notes, generation_bytes
 from qalora.converters.openvino.carriers import CONTAINERS, ORDER, constants, is_part, order_constant
 from qalora.converters.openvino.decoder import build, check_decoder
 from qalora.converters.openvino.files import EXACT_OPTIONS, MODEL, OPTIONS, VERSION, VERSION_KEY
@@ -68,8 +67,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OpenvinoPlan:
     check_decoder(decoder, model.path)
     check_tensors(model)
     coded = frozenset(name for name, lazy in model.tensors.items() if _coded(lazy))
-    computed = dict.fromkeys([*model.linears, *model.tensors])  # the first to use an order gives it its name
-    orders = shared_orders("openvino", (model.tensors[name] for name in computed if name in coded))
+    orders = shared_orders("openvino", model, coded)
     weights = _constants(model, orders, coded)
     graph = build(_as_coded(model, coded), {item.name: item for item in weights}, orders)
     data, size = lay_out([*weights, *(item for item, _ in graph.small.values())])
@@ -98,7 +96,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> OpenvinoPlan:
         size=size,
         coded=coded,
         small={name: values for name, (_, values) in graph.small.items()},
-        config=_config(model),
+        config=config_for_transformers(model),
         beside=beside,
     )
 
@@ -115,11 +113,6 @@ def _as_coded(model: Checkpoint, coded: frozenset[str]) -> Checkpoint:
         return lazy if lazy.name in coded else replace(lazy, spec=None, dtype=lazy.dtype or torch.float32)
 
     return replace(model, tensors={name: seen(lazy) for name, lazy in model.tensors.items()})
-
-
-def _config(model: Checkpoint) -> dict[str, Any]:
-    architecture = family_of(model.config, model.path).architecture
-    return {"architectures": [architecture], **config_with_ends(model)}
 
 
 def _metadata(model: Checkpoint, coded: frozenset[str], options: ExportOptions) -> dict[str, str]:

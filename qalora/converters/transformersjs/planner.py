@@ -9,9 +9,9 @@ from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.decoder import Decoder, decoder_of
-from qalora.converters.ends import GENERATION, end_notes, generation_bytes
+from qalora.converters.ends import GENERATION, config_for_transformers, end_notes, generation_bytes
 from qalora.converters.onnx.files import JS_KEY
-from qalora.converters.onnx.weights import Weights, config_of, weights_of
+from qalora.converters.onnx.weights import Weights, weights_of
 from qalora.converters.plan import ExportOptions, Plan
 from qalora.converters.tokenizer import converted_files, has_tokenizer
 from qalora.converters.transformersjs.files import DTYPE, GRAPH
@@ -74,7 +74,7 @@ def _config(model: Checkpoint, decoder: Decoder, parts: int) -> dict[str, Any]:
     """config.json with the graph's entry, and the numbers that the library makes the first cache of: it has no defaults
     for them.
     """
-    config = config_of(model)
+    config = config_for_transformers(model)
     sizes = {
         "head_dim": decoder.head_size,
         "hidden_size": decoder.hidden,
