@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qalora.converters.packed import not_read
 from qalora.errors import FormatError, shown
 
 __all__ = ["OF_ACTIVATIONS", "OF_MAKING", "check_plain"]
@@ -57,12 +58,10 @@ def check_plain(content: Mapping[str, Any], where: str) -> frozenset[str]:
     """
     for key, what in OTHERWISE.items():
         if content.get(key):
-            raise FormatError(f"{where}: {key}: {what}, which is not read here", todo="start from the float model")
+            raise not_read(f"{where}: {key}: {what}")
     bits = content.get("act_bits")
     if bits is not None and (type(bits) is not int or bits < 16):
-        raise FormatError(
-            f"{where}: act_bits: quantized activations, which is not read here", todo="start from the float model"
-        )
+        raise not_read(f"{where}: act_bits: quantized activations")
     kind = content.get("data_type")
     if kind not in (None, "int"):
         raise FormatError(f"{where}: data_type", expected="int", got=shown(kind), todo="start from the float model")

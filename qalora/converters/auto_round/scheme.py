@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora.converters.auto_round.plain import check_plain
+from qalora.converters.packed import check_known
 from qalora.converters.patterns import check_steps, compiled
 from qalora.errors import FormatError, json_kind, shown
 from qalora.formats.gptq import Version
@@ -105,7 +106,7 @@ def parse_settings(content: object, where: str, layers: Collection[str]) -> Sett
     if not isinstance(content, dict):
         raise FormatError(where, expected="an object", got=json_kind(content))
     plain = check_plain(content, where)
-    _check_keys(content, OF_READING | plain, where)
+    check_known(content, OF_READING | plain, where)
     packing = content.get("packing_format", DEFAULT)
     if packing not in (*GPTQ_WORDS, *AWQ_WORDS):
         raise FormatError(
@@ -145,14 +146,8 @@ def _check_layer(content: object, where: str) -> None:
     bits = content.get("bits")
     if type(bits) is int and bits > 8:
         return  # floats, whatever else it says
-    _check_keys(content, OF_LAYER | check_plain(content, where), where)
+    check_known(content, OF_LAYER | check_plain(content, where), where)
     _sizes(content, where)
-
-
-def _check_keys(content: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise FormatError(f"{where} says {unknown[0][:60]!r}, which is not known here", got=shown(content[unknown[0]]))
 
 
 def _sizes(content: Mapping[str, Any], where: str) -> tuple[int | None, int | None]:

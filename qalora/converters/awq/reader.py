@@ -18,7 +18,7 @@ from qalora.adapter.peft_config import PATTERNS
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.auto_round.plain import check_plain
 from qalora.converters.awq.words import PARTS, lazy_words
-from qalora.converters.packed import Names, Stored, read_packed
+from qalora.converters.packed import Names, Stored, check_known, read_packed
 from qalora.converters.patterns import check_steps, compiled
 from qalora.errors import FormatError, json_kind, shown
 from qalora.tensor import BITS
@@ -124,9 +124,7 @@ def _settings(content: object, where: str) -> _Settings:
     if not isinstance(content, dict):
         raise FormatError(where, expected="an object", got=json_kind(content))
     plain = check_plain(content, where)
-    unknown = sorted(set(content) - OF_READING - OF_MAKING - plain)
-    if unknown:
-        raise FormatError(f"{where} says {unknown[0][:60]!r}, which is not known here", got=shown(content[unknown[0]]))
+    check_known(content, OF_READING | OF_MAKING | plain, where)
     for key in ("version", "format", "checkpoint_format"):
         value = content.get(key)
         if value is not None and str(value).lower() != "gemm":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qalora.checkpoint import LazyTensor
-from qalora.converters.packed import Stored
+from qalora.converters.packed import FLOATS, Stored, parts_of
 from qalora.errors import FormatError
 from qalora.formats.awq import unpack_words
 from qalora.formats.safetensors import Entry, load_tensor
@@ -17,7 +17,6 @@ from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
 __all__ = ["PARTS", "lazy_words"]
 
 PARTS = ("qweight", "qzeros", "scales")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def lazy_words(
@@ -25,10 +24,7 @@ def lazy_words(
 ) -> LazyTensor:
     """The weight of a layer of a width and group size, -1 for rows; FormatError where its tensors are of others."""
     where = f"{folder}: {module}"
-    parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
-    for part in PARTS:
-        if part not in parts:
-            raise FormatError(f"{where}: missing tensor {part}")
+    parts = parts_of(where, module, stored, PARTS, needed=PARTS)
     columns, rows, groups = _sizes(where, {part: entry for part, (_, entry) in parts.items()}, bits)
     wanted = 1 if group_size == -1 else -(-columns // group_size)
     if groups != wanted or columns % groups or columns % 8:

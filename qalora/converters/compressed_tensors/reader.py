@@ -16,7 +16,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.compressed_tensors.scheme import Scheme, parse_settings
 from qalora.converters.huggingface import stored_tensors
-from qalora.converters.packed import Names, Stored, read_packed
+from qalora.converters.packed import FLOATS, Names, Stored, parts_of, read_packed
 from qalora.errors import FormatError
 from qalora.formats.compressed_tensors import row_words, unpack_rows, unpack_zeros
 from qalora.formats.safetensors import Entry, load_tensor
@@ -25,7 +25,6 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 __all__ = ["float16_scales", "read"]
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +69,9 @@ def float16_scales(folder: Path) -> frozenset[str]:
 
 def _layer(folder: Path, module: str, stored: Stored, scheme: Scheme) -> _Layer:
     where = f"{folder}: {module}"
-    parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
     needed = [*PARTS[:2], "weight_shape", *(["weight_g_idx"] if scheme.ordered else [])]
-    for part in [*needed, *([] if scheme.symmetric else ["weight_zero_point"])]:
-        if part not in parts:
-            raise FormatError(f"{where}: missing tensor {part}")
+    needed += [] if scheme.symmetric else ["weight_zero_point"]
+    parts = parts_of(where, module, stored, PARTS, needed=needed)
     if "weight_g_idx" in parts and not scheme.ordered:
         raise FormatError(f"{where}.weight_g_idx", expected="none, as actorder says", got="a tensor")
     entries = {part: entry for part, (_, entry) in parts.items()}

@@ -23,6 +23,7 @@ from typing import Any
 
 from qalora.adapter.peft_config import PATTERNS
 from qalora.converters.huggingface import EMBEDDING
+from qalora.converters.packed import check_known, not_read
 from qalora.converters.patterns import check_steps, compiled
 from qalora.errors import FormatError, json_kind, shown
 from qalora.tensor import BITS
@@ -141,17 +142,11 @@ def _check_absent(content: Mapping[str, Any], where: str) -> None:
         plain = value is None or value == {} or (key == "transform_config" and value == {"config_groups": {}})
         dense = key == "sparsity_config" and isinstance(value, dict) and value.get("format") == "dense"
         if not plain and not dense:
-            raise _not_read(f"{where}: {key}: {what}")
+            raise not_read(f"{where}: {key}: {what}")
     known = {"config_groups", "format", "ignore", "kv_cache_scheme", "transform_config", "sparsity_config"}
-    unknown = sorted(set(content) - known - OF_LOADING - {"moe_sparsity_config"})
-    if unknown:
-        raise FormatError(f"{where} says {unknown[0][:60]!r}, which is not known here", got=shown(content[unknown[0]]))
+    check_known(content, known | OF_LOADING | {"moe_sparsity_config"}, where)
     if content.get("format") not in (FORMAT, MIXED):
         raise _not_packed(f"{where}: format", content.get("format"))
-
-
-def _not_read(what: str) -> FormatError:
-    return FormatError(f"{what}, which is not read here", todo="start from the float model")
 
 
 def _not_packed(where: str, got: object) -> FormatError:
@@ -168,14 +163,12 @@ def _group(name: str, content: object, where: str, form: object) -> tuple[Scheme
         raise FormatError(where, expected="an object", got=json_kind(content))
     for key in ("input_activations", "output_activations"):
         if content.get(key) is not None:
-            raise _not_read(f"{where}: {key}: quantized activations")
+            raise not_read(f"{where}: {key}: quantized activations")
     own = content.get("format")
     if own not in (None, FORMAT) or (own is None and form == MIXED):
         raise _not_packed(f"{where}: format", own)
     known = {"targets", "weights", "input_activations", "output_activations", "format"}
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise FormatError(f"{where} says {unknown[0][:60]!r}, which is not known here", got=shown(content[unknown[0]]))
+    check_known(content, known, where)
     return _scheme(name, content.get("weights"), f"{where}: weights"), _texts(content.get("targets"), where)
 
 
@@ -204,9 +197,7 @@ def _scheme(name: str, content: object, where: str) -> Scheme:
     if content.get("block_structure") is not None:
         raise FormatError(f"{where}: block_structure", expected="none", got=shown(content["block_structure"]))
     known = {"num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"}
-    unknown = sorted(set(content) - known - OF_MAKING)
-    if unknown:
-        raise FormatError(f"{where} says {unknown[0][:60]!r}, which is not known here", got=shown(content[unknown[0]]))
+    check_known(content, known | OF_MAKING, where)
     return Scheme(
         name=name,
         bits=bits,

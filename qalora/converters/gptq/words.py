@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qalora.checkpoint import LazyTensor
 from qalora.converters.gptq.beside import StoredResidual, pooling_matrix
-from qalora.converters.packed import Stored
+from qalora.converters.packed import Stored, parts_of
 from qalora.errors import FormatError
 from qalora.formats.files import InputFile
 from qalora.formats.gptq import Version, unpack_qweight, unpack_qzeros
@@ -70,10 +70,7 @@ def words_of(folder: Path, module: str, stored: Stored, bits: int, group_size: i
     where = f"{folder}: {module}"
     if module.endswith("embed_tokens"):
         raise FormatError(f"{where}: a GPTQ embedding has a layout of its own, which is not read here")
-    parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
-    for part in ("qweight", "qzeros", "scales"):
-        if part not in parts:
-            raise FormatError(f"{where}: missing tensor {part}")
+    parts = parts_of(where, module, stored, PARTS, needed=("qweight", "qzeros", "scales"))
     entries = {part: entry for part, (_, entry) in parts.items()}
     _check_dtypes(where, entries)
     words, rows = entries["qweight"].shape

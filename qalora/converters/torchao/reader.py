@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
-from qalora.converters.packed import Names, Stored, read_packed
+from qalora.converters.packed import FLOATS, Names, Stored, not_read, parts_of, read_packed
 from qalora.errors import FormatError, shown
 from qalora.formats.json_text import parse_json
 from qalora.formats.safetensors import Entry, load_tensor, read_header
@@ -30,7 +30,6 @@ __all__ = ["read"]
 
 PARTS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
 TYPE = "IntxUnpackedToInt8Tensor"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +76,7 @@ def _described(where: str, metadata: Mapping[str, str], called: Collection[str])
     data = said.get("_data")
     data = data if isinstance(data, dict) else {}
     if data.get("activation_quantization") is not None:
-        raise FormatError(
-            f"{where}: activation_quantization: quantized activations, which is not read here",
-            todo="start from the float model",
-        )
+        raise not_read(f"{where}: activation_quantization: quantized activations")
     widths = {f"int{bits}": bits for bits in BITS}
     target = _data_of(data.get("target_dtype"))
     if not isinstance(target, str) or target not in widths:
@@ -97,10 +93,7 @@ def _data_of(value: Any) -> Any:
 
 
 def _layer(where: str, module: str, stored: Stored, bits: int, size: int) -> _Layer:
-    parts = {part: stored[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in stored}
-    for part in PARTS:
-        if part not in parts:
-            raise FormatError(f"{where}: missing tensor {part}")
+    parts = parts_of(where, module, stored, PARTS, needed=PARTS)
     codes = parts[PARTS[0]][1]
     if codes.dtype != torch.int8 or len(codes.shape) != 2 or not all(codes.shape):
         raise FormatError(f"{where}.{PARTS[0]}", expected="an int8 matrix", got=f"{codes.dtype} {list(codes.shape)}")
