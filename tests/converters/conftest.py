@@ -1,14 +1,22 @@
-"""What a decoder's numbers and tensors give by a forward that is written out: the room's slow obvious loop."""
+"""A model whose output layer is its own, and what a decoder's numbers and tensors give by a forward that is written
+out: the room's slow obvious loop."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters import load
 from qalora.converters.decoder import decoder_of
 from qalora.converters.rope import rotary_table
+
+
+@pytest.fixture(scope="session")
+def untied(tiny_untied: Path) -> Checkpoint:
+    return load(tiny_untied)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from packed import by_auto_round, change_config, copied
+from packed import by_auto_round, change_config, copied, say
 from qalora.converters import load
 from qalora.converters.auto_round import read
 from qalora.errors import FormatError, InputError
@@ -161,33 +161,29 @@ def test_awqs_words_have_no_other_version(tiny: Path, tmp_path: Path) -> None:
 # ---- what is refused
 
 
-def told(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda said: said.update(changes)
-
-
 def extra(**layers: Any) -> Callable[[dict[str, Any]], None]:
-    return told(extra_config={name.replace("__", "."): value for name, value in layers.items()})
+    return say(extra_config={name.replace("__", "."): value for name, value in layers.items()})
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "another packing": (
-        told(packing_format="auto_round:llm_compressor"),
+        say(packing_format="auto_round:llm_compressor"),
         r"packing_format: expected one of auto_round, .*, got 'auto_round:llm_compressor'; start from the float model",
     ),
-    "MXFP4": (told(data_type="mx_fp"), r"data_type: expected int, got 'mx_fp'"),
-    "quantized activations": (told(act_bits=8), r"act_bits: quantized activations"),
-    "quantized scales": (told(super_bits=6), r"super_bits: quantized scales"),
-    "a quantized cache": (told(static_kv_dtype="fp8"), r"static_kv_dtype: a quantized cache of keys and values"),
-    "an unknown key": (told(outliers=3), r"quantization_config says 'outliers', which is not known here: got 3"),
-    "an order": (told(desc_act=True), r"desc_act: expected false, as auto-round itself reads, got true"),
-    "7 bits": (told(bits=7), r"bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
+    "MXFP4": (say(data_type="mx_fp"), r"data_type: expected int, got 'mx_fp'"),
+    "quantized activations": (say(act_bits=8), r"act_bits: quantized activations"),
+    "quantized scales": (say(super_bits=6), r"super_bits: quantized scales"),
+    "a quantized cache": (say(static_kv_dtype="fp8"), r"static_kv_dtype: a quantized cache of keys and values"),
+    "an unknown key": (say(outliers=3), r"quantization_config says 'outliers', which is not known here: got 3"),
+    "an order": (say(desc_act=True), r"desc_act: expected false, as auto-round itself reads, got true"),
+    "7 bits": (say(bits=7), r"bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
     "no bits": (lambda said: said.pop("bits"), r"bits: expected one of 2, 3, 4, 5, 6, 8, got none"),
-    "other groups": (told(group_size=16), r"scales: expected 8 groups of 16 in 128 columns, got 4"),
+    "other groups": (say(group_size=16), r"scales: expected 8 groups of 16 in 128 columns, got 4"),
     "words that are left out": (extra(q_proj={"bits": 16}), r"extra_config leaves out .*q_proj: expected floats there"),
     "a layer's own width": (extra(v_proj={"bits": 8}), r"v_proj\.scales: expected 1 groups of 32 in 32 columns, got 2"),
     "a layer's activations": (extra(up_proj={"act_bits": 8}), r"extra_config: up_proj: act_bits: quantized activat"),
     "a layer's unknown key": (extra(up_proj={"outliers": 8}), r"extra_config: up_proj says 'outliers', which is not"),
-    "an expression": (told(extra_config={"(a+)+": {"bits": 8}}), r"'\(a\+\)\+': an expression with repeated groups"),
+    "an expression": (say(extra_config={"(a+)+": {"bits": 8}}), r"'\(a\+\)\+': an expression with repeated groups"),
 }
 
 

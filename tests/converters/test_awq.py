@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from packed import by_auto_round, by_gptqmodel_awq, change_config, copied
+from packed import by_auto_round, by_gptqmodel_awq, change_config, copied, put, say
 from qalora.converters import load
 from qalora.converters.awq import read
 from qalora.errors import FormatError
@@ -79,26 +79,22 @@ def test_zero_points_off_by_one_are_seen(packed: Path, tmp_path: Path) -> None:
     assert ["zeros-off-by-one" in codes for codes in seen] == [False, True]
 
 
-def told(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda said: said.update(changes)
-
-
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "gemv": (told(version="gemv"), r"version: expected gemm, got 'gemv'; start from the float model"),
-    "llm-awq": (told(format="llm-awq"), r"format: expected gemm, got 'llm-awq'"),
-    "rules": (told(dynamic={"+:.*up": {"bits": 8}}), r"dynamic: rules for single layers"),
-    "another width": (told(bits=8), r"lm_head\.qweight: expected int32 \[64, 64\] at 8 bits, got int32 \[64, 32\]"),
-    "a width of nobody": (told(bits=8, meta={}), r"bits: expected 4, or a meta.quantizer that names GPTQModel"),
-    "7 bits": (told(bits=7), r"bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
-    "other groups": (told(group_size=16), r"scales: expected 4 groups of 16 in 64 columns, got 2"),
-    "no group size": (told(group_size=0), r"group_size: expected -1 or a whole number from 1, got 0"),
-    "words that are left out": (told(modules_to_not_convert=["q_proj"]), r"modules_to_not_convert leaves out .*q_proj"),
-    "a block that is left out": (told(modules_to_not_convert=["model.layers.1"]), r"leaves out model\.layers\.1\."),
-    "an expression": (told(modules_to_not_convert=["(a+)+"]), r"'\(a\+\)\+': an expression with repeated groups"),
-    "quantized activations": (told(act_bits=8), r"act_bits: quantized activations"),
-    "rotated weights": (told(rotation_config={"a": 1}), r"rotation_config: weights that were rotated"),
-    "floats": (told(data_type="mx_fp"), r"data_type: expected int, got 'mx_fp'"),
-    "an unknown key": (told(outliers=3), r"quantization_config says 'outliers', which is not known here: got 3"),
+    "gemv": (say(version="gemv"), r"version: expected gemm, got 'gemv'; start from the float model"),
+    "llm-awq": (say(format="llm-awq"), r"format: expected gemm, got 'llm-awq'"),
+    "rules": (say(dynamic={"+:.*up": {"bits": 8}}), r"dynamic: rules for single layers"),
+    "another width": (say(bits=8), r"lm_head\.qweight: expected int32 \[64, 64\] at 8 bits, got int32 \[64, 32\]"),
+    "a width of nobody": (say(bits=8, meta={}), r"bits: expected 4, or a meta.quantizer that names GPTQModel"),
+    "7 bits": (say(bits=7), r"bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
+    "other groups": (say(group_size=16), r"scales: expected 4 groups of 16 in 64 columns, got 2"),
+    "no group size": (say(group_size=0), r"group_size: expected -1 or a whole number from 1, got 0"),
+    "words that are left out": (say(modules_to_not_convert=["q_proj"]), r"modules_to_not_convert leaves out .*q_proj"),
+    "a block that is left out": (say(modules_to_not_convert=["model.layers.1"]), r"leaves out model\.layers\.1\."),
+    "an expression": (say(modules_to_not_convert=["(a+)+"]), r"'\(a\+\)\+': an expression with repeated groups"),
+    "quantized activations": (say(act_bits=8), r"act_bits: quantized activations"),
+    "rotated weights": (say(rotation_config={"a": 1}), r"rotation_config: weights that were rotated"),
+    "floats": (say(data_type="mx_fp"), r"data_type: expected int, got 'mx_fp'"),
+    "an unknown key": (say(outliers=3), r"quantization_config says 'outliers', which is not known here: got 3"),
 }
 
 
@@ -109,10 +105,6 @@ def test_what_is_not_understood_is_refused_by_name(case: str, packed: Path, tmp_
     change_config(folder, change)
     with pytest.raises(FormatError, match=message):
         read(folder)
-
-
-def put(name: str, tensor: torch.Tensor | None) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda tensors: tensors.pop(name) if tensor is None else tensors.__setitem__(name, tensor)
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from packed import by_compressed_tensors, change_config, copied
+from packed import by_compressed_tensors, change_config, copied, put, say
 from qalora.converters import load
 from qalora.converters.compressed_tensors import read
 from qalora.errors import FormatError
@@ -206,10 +206,6 @@ def test_words_there_and_back(bits: int) -> None:
 # ---- what is refused
 
 
-def told(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda said: said.update(changes)
-
-
 def of_group(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda said: said["config_groups"]["group_0"].update(changes)
 
@@ -219,8 +215,8 @@ def of_weights(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "another format": (told(format="float-quantized"), r"format: expected pack-quantized.*got 'float-quantized'"),
-    "dense": (told(format="dense"), r"format: expected pack-quantized.*got 'dense'"),
+    "another format": (say(format="float-quantized"), r"format: expected pack-quantized.*got 'float-quantized'"),
+    "dense": (say(format="dense"), r"format: expected pack-quantized.*got 'dense'"),
     "NVFP4 in a group": (
         of_group(format="nvfp4-pack-quantized"),
         r"group_0: format: expected pack-quantized, integers in words, got 'nvfp4-pack-quantized'; start from the",
@@ -233,9 +229,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         of_group(input_activations={"num_bits": 8}),
         r"input_activations: quantized activations, which is not read here",
     ),
-    "a quantized cache": (told(kv_cache_scheme={"num_bits": 8}), r"a quantized cache of keys and values"),
-    "sparse weights": (told(sparsity_config={"format": "sparse-24-bitmask"}), r"sparsity_config: sparse weights"),
-    "transforms": (told(transform_config={"config_groups": {"u": {}}}), r"transform_config: weights that were"),
+    "a quantized cache": (say(kv_cache_scheme={"num_bits": 8}), r"a quantized cache of keys and values"),
+    "sparse weights": (say(sparsity_config={"format": "sparse-24-bitmask"}), r"sparsity_config: sparse weights"),
+    "transforms": (say(transform_config={"config_groups": {"u": {}}}), r"transform_config: weights that were"),
     "floats": (of_weights(type="float"), r"weights: type: expected int, got 'float'"),
     "7 bits": (of_weights(num_bits=7), r"num_bits: expected one of 2, 3, 4, 5, 6, 8, got 7"),
     "one scale": (of_weights(strategy="tensor", group_size=None), r"strategy: expected group or channel, got 'tensor'"),
@@ -243,10 +239,10 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "an order without its tensor": (of_weights(actorder="group"), r"missing tensor weight_g_idx"),
     "a key of weights": (of_weights(outliers=3), r"weights says 'outliers', which is not known here: got 3"),
     "a key of a group": (of_group(rotation="x"), r"group_0 says 'rotation', which is not known here"),
-    "a key of all": (told(experts=1), r"quantization_config says 'experts', which is not known here"),
-    "a scheme by its name": (told(config_groups={"W4A16": ["Linear"]}), r"W4A16: a scheme by its name"),
-    "no groups": (told(config_groups={}), r"config_groups: expected an object of groups, got \{\}"),
-    "words that are left out": (told(ignore=["re:.*q_proj"]), r"'re:\.\*q_proj' in ignore leaves out"),
+    "a key of all": (say(experts=1), r"quantization_config says 'experts', which is not known here"),
+    "a scheme by its name": (say(config_groups={"W4A16": ["Linear"]}), r"W4A16: a scheme by its name"),
+    "no groups": (say(config_groups={}), r"config_groups: expected an object of groups, got \{\}"),
+    "words that are left out": (say(ignore=["re:.*q_proj"]), r"'re:\.\*q_proj' in ignore leaves out"),
     "words of no target": (of_group(targets=["re:.*mlp"]), r"config_groups: expected a target that is .*, got none"),
     "an expression": (of_group(targets=["re:(a+)+"]), r"'re:\(a\+\)\+': an expression with repeated groups"),
     "another width": (
@@ -265,10 +261,6 @@ def test_what_is_not_understood_is_refused_by_name(case: str, packed: Path, tmp_
     change_config(folder, change)
     with pytest.raises(FormatError, match=message):
         read(folder)
-
-
-def put(name: str, tensor: torch.Tensor | None) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda tensors: tensors.pop(name) if tensor is None else tensors.__setitem__(name, tensor)
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {

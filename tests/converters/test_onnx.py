@@ -12,31 +12,18 @@ import onnxruntime
 import pytest
 import torch
 
+from in_float64 import float64
 from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.onnx import read
 from qalora.converters.tokenizer import load_tokenizer
-from qalora.converters.torch_module import build
 from qalora.errors import ExactnessError, FormatError, InputError
 from qalora.parity.runtimes import open_runtime
 from qalora.testing import assert_same_model, lazily, random_model, random_tensor, tiny_llama
 
 GRAPHS = ["", "portable"]
 TOKENS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture(scope="module")
-def untied(tiny_untied: Path) -> Checkpoint:
-    return load(tiny_untied)
-
-
-def float64(model: Checkpoint, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Logits in float64, and the largest error of torch's float32: what one order of sums makes of them."""
-    module = build(model)
-    single = module(input_ids=tokens).logits
-    double = module.double()(input_ids=tokens).logits
-    return double, float((single.double() - double).abs().max())
 
 
 def assert_close(got: np.ndarray, wanted: torch.Tensor, noise: float) -> None:

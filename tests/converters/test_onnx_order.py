@@ -59,11 +59,6 @@ def by_input(name: str) -> int | None:
     return kinds[name.split(".")[-2]] + 10 * int(name.split(".")[2])
 
 
-@pytest.fixture(scope="module")
-def untied(tiny_untied: Path) -> Checkpoint:
-    return load(tiny_untied)
-
-
 def feed(model: Checkpoint, tokens: torch.Tensor) -> dict[str, np.ndarray]:
     empty = np.zeros((tokens.shape[0], 2, 0, 16), dtype=np.float32)
     past = {f"past_key_values.{n}.{side}": empty for n in range(2) for side in ("key", "value")}

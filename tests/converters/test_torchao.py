@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from packed import by_torchao
+from packed import by_torchao, put
 from qalora.converters import load
 from qalora.converters.torchao import read
 from qalora.errors import FormatError
@@ -104,10 +104,6 @@ def test_zero_points_off_by_one_are_seen(packed: Path, tmp_path: Path) -> None:
         {one.code for one in inspect(place).warnings} for place in (packed, copied(packed, tmp_path / "low", lower))
     ]
     assert ["zeros-off-by-one" in codes for codes in seen] == [False, True]
-
-
-def put(name: str, tensor: torch.Tensor | None) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda tensors: tensors.pop(name) if tensor is None else tensors.__setitem__(name, tensor)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,12 +12,12 @@ import onnx
 import pytest
 import torch
 
+from in_float64 import float64
 from in_node import IN_NODE, missing_in_node
 from qalora.checkpoint import Checkpoint
 from qalora.converters import exports, load
 from qalora.converters.format import Released
 from qalora.converters.plan import ExportOptions
-from qalora.converters.torch_module import build
 from qalora.converters.transformersjs import FORMAT, planner
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity import verify
@@ -40,11 +40,6 @@ GRAPH = "onnx/model_q4.onnx"
 TOKENS = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(7))
 KEY = "transformers.js_config"
 EMBEDDING = "model.embed_tokens.weight"
-
-
-@pytest.fixture
-def untied(tiny_untied: Path) -> Checkpoint:
-    return load(tiny_untied)
 
 
 def written(model: Checkpoint, out: Path, **options: Any) -> Path:
@@ -235,11 +230,7 @@ def test_it_computes_the_same(
     model = with_coded_embedding(speaking) if embedding == "codes" else speaking
     folder, tokens = written(model, tmp_path), TOKENS.tolist()
     assert (parsed(folder / "config.json")[KEY]["use_external_data_format"] > 1) == (limit == 100_000)
-    module = build(model)
-    with torch.no_grad():
-        single = module(input_ids=TOKENS[None]).logits[0]
-        double = module.double()(input_ids=TOKENS[None]).logits[0]
-    noise = float((single.double() - double).abs().max())
+    (double,), noise = float64(model, TOKENS[None])
     runtime = open_runtime(kind, folder, threads=1)
     batch = runtime.batch([tokens[:20], tokens[:7], tokens[:12]])
     for got in (runtime.logits(tokens), runtime.steps(tokens), *batch):

@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-__all__ = ["by_auto_round", "by_compressed_tensors", "by_gptqmodel_awq", "by_torchao", "change_config", "copied"]
+__all__ = [
+    "by_auto_round",
+    "by_compressed_tensors",
+    "by_gptqmodel_awq",
+    "by_torchao",
+    "change_config",
+    "copied",
+    "put",
+    "say",
+]
 
 
 def float_model(source: Path, dtype: torch.dtype, *, moved: bool = True) -> Any:
@@ -277,3 +286,13 @@ def change_config(folder: Path, change: Any) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config["quantization_config"])
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def say(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of quantization_config to other values."""
+    return lambda said: said.update(changes)
+
+
+def put(name: str, tensor: torch.Tensor | None) -> Callable[[dict[str, torch.Tensor]], object]:
+    """A change of a folder's tensors to another one of a name; None takes it away."""
+    return lambda tensors: tensors.pop(name) if tensor is None else tensors.__setitem__(name, tensor)
