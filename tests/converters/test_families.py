@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import torch
 
+from in_openvino import InOpenvino
 from qalora import export
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
@@ -328,24 +329,6 @@ def test_both_graphs_compute_the_same(form: str, tiny_of: Any, exported: Any) ->
             assert_close(found[0], tiny.logits[0], tiny.noise)
             assert_close(found[1, rows], tiny.logits[1, :25], tiny.noise)
         assert_close(steps(opened, place, TOKENS), stepped, tiny.noise)
-
-
-class InOpenvino:
-    """An OpenVINO graph on one thread; `longer` lets a call go on from the cache of the one before."""
-
-    def __init__(self, folder: Path) -> None:
-        import openvino
-
-        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", options)
-        self.request = compiled.create_infer_request()
-
-    def logits(self, tokens: torch.Tensor, mask: torch.Tensor, *, longer: bool = False) -> np.ndarray:
-        if not longer:
-            self.request.reset_state()
-        new = {"input_ids": tokens.numpy(), "attention_mask": mask.numpy(), "beam_idx": np.arange(2, dtype=np.int32)}
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
-        return self.request.infer({**new, "position_ids": positions.numpy()})["logits"].copy()
 
 
 @pytest.mark.parametrize("form", FORMS)
