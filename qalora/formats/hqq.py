@@ -11,9 +11,7 @@ For a weight [out, in] of b bits in groups of g columns (axis 1) there are n = o
     packing, unpack_view_dtype, compute_dtype        uint8, the letters of "4bit_u8", "torch.uint8", ...
     and flags, uint8 []
 
-A minimum is kept as the zero point -min/scale, rounded once to float32, which gives a float16 minimum back exactly:
-scale * zero is within 2^-23 |min| of it. A group whose scale is 0 has one value, min; as zero point -2^33 and scale
-min/2^33 it has that value in float32 and bfloat16, where 2^33 + code rounds to 2^33 (float16 does not reach that far).
+Scales and zero points of a model's minima are in `qalora.formats.real_zeros`.
 
 Source: hqq 0.2.8, core/bitpack.py and core/quantize.py. Groups along the other axis, quantized scales and zeros, and
 1-bit codes are not here.
@@ -25,17 +23,14 @@ import torch
 from torch import Tensor
 
 from qalora.errors import FormatError, InputError
-from qalora.tensor import all_finite, unpack_codes
+from qalora.tensor import unpack_codes
 
-__all__ = ["BITS", "PACKINGS", "from_zeros", "pack_groups", "packed_shape", "to_zeros", "unpack_groups"]
+__all__ = ["BITS", "PACKINGS", "pack_groups", "packed_shape", "unpack_groups"]
 
 PACKINGS = {2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 5: "8bit_u8", 6: "8bit_u8", 8: "8bit_u8"}
 """HQQ's name of the packing at each width."""
 
 BITS = tuple(PACKINGS)
-
-CONSTANT = 2.0**33
-"""Minus the zero point of a group whose scale is 0: float32 rounds CONSTANT + code to CONSTANT."""
 
 _WORD = 10  # 3-bit codes of a word
 
@@ -104,20 +99,3 @@ def unpack_groups(packed: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
     fields, mask = (_WORD if bits == 3 else 8 // bits), (1 << bits) - 1
     parts = [((packed >> (bits * (fields - 1 - k))) & mask).to(torch.uint8) for k in range(fields)]
     return torch.cat(parts)[:groups].reshape(shape)
-
-
-def to_zeros(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, zero), float32 [out, groups], of a scale and min; inverse of `from_zeros` for minima of float16."""
-    constant = (scale == 0) & (minimum != 0)
-    safe = torch.where(scale == 0, 1.0, scale).double()
-    zero = torch.where(scale == 0, 0.0, -minimum.double() / safe).float()
-    if not all_finite(zero):
-        raise InputError("zero points", expected="values in float32's range", got="larger values")
-    return torch.where(constant, minimum / CONSTANT, scale), torch.where(constant, -CONSTANT, zero)
-
-
-def from_zeros(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, min), float32 [out, groups]: min = -scale * zero, rounded once."""
-    constant = zero == -CONSTANT
-    minimum = (-scale.double() * zero.double()).float()
-    return torch.where(constant, 0.0, scale), minimum

@@ -90,7 +90,7 @@ def test_metadata_that_the_values_contradict(tiny_untied: Path, tmp_path: Path) 
     tensors, metadata = safetensors.torch.load_file(file), dict(read_header(file).metadata)
     tensors[f"{LAYER}.zero"][7] *= 1.00001
     safetensors.torch.save_file(tensors, file, metadata=metadata)
-    with pytest.raises(FormatError, match=f"{LAYER}.weight: zero: expected the zeros of float16 minima"):
+    with pytest.raises(FormatError, match=f"{LAYER}.weight: zero points: expected those of float16 minima"):
         load(tmp_path / "hqq").tensors[f"{LAYER}.weight"].load()
 
 
@@ -181,7 +181,7 @@ def test_damage_is_named(part: str, value: torch.Tensor | None, words: str, tiny
 
 
 @pytest.mark.parametrize(
-    ("part", "words"), [("zero", "zero: expected finite values"), ("scale", "scale: expected finite")]
+    ("part", "words"), [("zero", "zero points: expected finite values"), ("scale", "scale: expected finite")]
 )
 def test_infinity_is_named(part: str, words: str, tiny_untied: Path, tmp_path: Path) -> None:
     folder = written(quantize(load(tiny_untied), bits=4, group_size=32), tmp_path)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qalora.errors import FormatError, InputError
-from qalora.formats.hqq import BITS, PACKINGS, from_zeros, pack_groups, to_zeros, unpack_groups
+from qalora.formats.hqq import BITS, PACKINGS, pack_groups, unpack_groups
+from qalora.formats.real_zeros import from_zeros, to_zeros
 from qalora.testing import random_tensor
 
 

@@ -18,6 +18,7 @@ from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_par
 from qalora.converters.ends import config_for_transformers, end_notes
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
 from qalora.converters.plan import ExportOptions, Loss
+from qalora.converters.real_zeros import minima_loss
 from qalora.converters.specs import TENSORS, refuse_act_order, specs_text
 from qalora.errors import InputError
 from qalora.formats.hqq import PACKINGS, packed_shape
@@ -115,9 +116,7 @@ def _carrier(lazy: LazyTensor, model: Checkpoint, allowed: Collection[str]) -> t
         return decoded_carrier(lazy, allowed)
     dtype = str(parameter_type(spec)).removeprefix("torch.")
     carrier = f"{spec.bits} bits as {PACKINGS[spec.bits]}, {dtype} scales and zero points"
-    if spec.zeros == "real" and spec.min_dtype is not torch.float16:
-        return carrier, Loss(name="minima", size="float32 minima kept as zero points, rounded to float32 once more")
-    return carrier, None
+    return carrier, minima_loss(spec)
 
 
 def _notes(specs: Mapping[str, QuantSpec]) -> list[str]:

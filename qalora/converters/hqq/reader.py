@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.huggingface import float_tensor, model_of, read_config, stored_tensors
+from qalora.converters.real_zeros import joined
 from qalora.converters.specs import TENSORS, check_values, stored_specs
 from qalora.errors import FormatError, shown
-from qalora.formats.hqq import BITS, from_zeros, packed_shape, to_zeros, unpack_groups
+from qalora.formats.hqq import BITS, packed_shape, unpack_groups
 from qalora.formats.safetensors import Entry, load_tensor
-from qalora.tensor import GroupQuantTensor, QuantSpec, all_finite, pack_codes
+from qalora.tensor import GroupQuantTensor, QuantSpec, pack_codes
 
 __all__ = ["read"]
 
@@ -87,7 +87,7 @@ def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) 
         data = {part: load_tensor(*place) for part, place in parts.items()}
         codes = unpack_groups(data["W_q"], (rows, columns), bits)[start:stop]
         scale, zero = (data[part].float().view(rows, groups)[start:stop] for part in ("scale", "zero"))
-        tensor = _joined(pack_codes(codes, bits), scale, zero, spec)
+        tensor = joined(pack_codes(codes, bits), scale, zero, spec)
         if known is not None:
             check_values(tensor, known)
         return tensor
@@ -95,20 +95,6 @@ def _layer(folder: Path, module: str, stored: _Stored, known: QuantSpec | None) 
     own = (name for name in stored if name.startswith(f"{module}.") and name != f"{module}.bias")
     size = sum(stored[name][1].nbytes for name in own)
     return LazyTensor(name=f"{module}.weight", shape=(rows, columns), spec=spec, nbytes=size, read=read_rows)
-
-
-def _joined(packed: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> GroupQuantTensor:
-    if not all_finite(zero):
-        raise FormatError("zero", expected="finite values", got="NaN or Inf")
-    stored = (scale, zero)
-    scale, minimum = from_zeros(scale, zero)
-    if spec.zeros == "real" and spec.min_dtype is torch.float16:
-        minimum = minimum.half().float()
-        if not all_finite(minimum) or not all(map(torch.equal, to_zeros(scale, minimum), stored)):
-            raise FormatError(
-                "zero", expected=f"the zeros of float16 minima, as {TENSORS} says", got="different values"
-            )
-    return GroupQuantTensor(packed=packed, scale=scale, min=minimum, bits=spec.bits, group_size=spec.group_size)
 
 
 def _description(where: str, module: str, stored: _Stored) -> tuple[int, int, tuple[int, int]]:

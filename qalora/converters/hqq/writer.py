@@ -11,12 +11,12 @@ from qalora.converters.decoded import decoded
 from qalora.converters.folder import write_folder
 from qalora.converters.hqq.planner import descriptors, is_quantized, parameter_type
 from qalora.converters.plan import Plan, Progress
+from qalora.converters.real_zeros import scale_and_zero
 from qalora.converters.specs import narrowed
-from qalora.errors import InputError
-from qalora.formats.hqq import pack_groups, to_zeros
+from qalora.formats.hqq import pack_groups
 from qalora.formats.safetensors import ShardedWriter
 from qalora.formats.share import Share
-from qalora.tensor import GroupQuantTensor, QuantSpec, integer_zeros
+from qalora.tensor import GroupQuantTensor, QuantSpec
 
 __all__ = ["write"]
 
@@ -48,21 +48,9 @@ def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec, tens
         weights.write(f"{module}.W_q", part, start)
     step = max(1, ENCODED // lazy.shape[1])
     for start in range(0, lazy.shape[0], step):
-        scale, zero = _scale_and_zero(lazy.name, tensor.rows(start, start + step), spec)
+        scale, zero = scale_and_zero("hqq", lazy.name, tensor.rows(start, start + step), spec)
         for name, values in (("scale", scale), ("zero", zero)):
             narrow = narrowed(f"{lazy.name}: {name}", values, dtype)
             weights.write(f"{module}.{name}", narrow.reshape(-1, 1), start * tensor.groups)
     for name, value in descriptors(spec, lazy.shape).items():
         weights.write(f"{module}.{name}", value)
-
-
-def _scale_and_zero(name: str, rows: GroupQuantTensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    if spec.zeros == "integer":
-        zero = integer_zeros(rows)
-        if zero is None:
-            raise ValueError(f"{name}: its spec promises integer zeros, and it has none")
-        return rows.scale, zero.float()
-    try:
-        return to_zeros(rows.scale, rows.min)
-    except InputError as error:
-        raise InputError(f"hqq: {name}: {error}") from error
