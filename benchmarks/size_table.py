@@ -59,6 +59,7 @@ ROWS = (
     Row(name="GPTQ, base with `--zeros integer`", target="gptq", zeros="integer"),
     Row(name="GPTQ, `--allow-loss embedding`", target="gptq", options={"allow_loss": LOSSY}),
     Row(name="HQQ", target="hqq"),
+    Row(name="torchao", target="torchao"),
     Row(name="qalora", target="qalora"),
 )
 

@@ -129,6 +129,7 @@ def cases() -> Iterator[tuple[str, str, str, Change]]:
         "transformersjs",
         "mlx",
         "hqq",
+        "torchao",
     ):
         for key in CONFIG:
             yield kind, "config.json", key, in_json(key)

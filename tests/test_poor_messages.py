@@ -25,6 +25,7 @@ from qalora.formats.around import instead_of_weights
 from qalora.parity.artifacts import recognize
 from qalora.testing import assert_same_model, random_adapter, random_model, small_tokenizer, tiny_llama
 from qalora.training.data import read_documents
+from targets import OF_REAL_ZEROS
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
 Change = Callable[[Path], object]
@@ -36,7 +37,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("good")
     model = load(tiny_llama(root / "float", tokenizer=small_tokenizer(), config={"tie_word_embeddings": False}))
     whole = random_model(model, zeros="symmetric")
-    export(whole, ["qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq"], root)
+    export(whole, OF_REAL_ZEROS, root)
     write_adapter(random_adapter(whole), root / "adapter")
     return root
 
@@ -76,6 +77,7 @@ POINTERS: list[tuple[str, Callable[[Path], Callable[[], object]]]] = [
     ("gptq/model.safetensors", of_a_folder("gptq")),
     ("mlx/model.safetensors", of_a_folder("mlx")),
     ("hqq/model.safetensors", of_a_folder("hqq")),
+    ("torchao/model.safetensors", of_a_folder("torchao")),
     ("qalora/model.safetensors", of_a_folder("qalora")),
     ("gguf/model.gguf", of_a_folder("gguf/model.gguf")),
     ("gguf/model.gguf", lambda root: lambda: recognize([root / "gguf" / "model.gguf"])),
@@ -257,6 +259,7 @@ def config_without(folder: Path, *keys: str) -> None:
         ("gptq", "holds GPTQ integers, 14 tensors such as"),
         ("qalora", "holds qalora integers"),
         ("hqq", "holds HQQ integers"),
+        ("torchao", "holds torchao integers"),
         ("mlx", "holds MLX integers"),
     ],
 )

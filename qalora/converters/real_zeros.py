@@ -34,15 +34,17 @@ def scale_and_zero(target: str, name: str, rows: GroupQuantTensor, spec: QuantSp
         raise InputError(f"{target}: {name}: {error}") from error
 
 
-def joined(packed: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> GroupQuantTensor:
+def joined(packed: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, *, middle: int = 0) -> GroupQuantTensor:
     """Rows of packed codes, float32 scales and zero points [rows, groups]; minima are float16 where `spec` says so.
+
+    middle  how much lower than they are zero points are stored, those that are not float16 minima's
 
     FormatError where the zero points are none of such minima, or not finite.
     """
     if not all_finite(zero):
         raise FormatError("zero points", expected="finite values", got="NaN or Inf")
     stored = (scale, zero)
-    scale, minimum = from_zeros(scale, zero)
+    scale, minimum = from_zeros(scale, zero, middle)
     if spec.zeros == "real" and spec.min_dtype is torch.float16:
         minimum = minimum.half().float()
         if not all_finite(minimum) or not all(map(torch.equal, to_zeros(scale, minimum), stored)):

@@ -32,8 +32,8 @@ def to_zeros(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(constant, minimum / CONSTANT, scale), torch.where(constant, -CONSTANT, zero)
 
 
-def from_zeros(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, min), float32 [out, groups]: min = -scale * zero, rounded once."""
+def from_zeros(scale: Tensor, zero: Tensor, middle: int = 0) -> tuple[Tensor, Tensor]:
+    """(scale, min), float32 [out, groups]: min = -scale * (zero + middle), rounded once."""
     constant = zero == -CONSTANT
-    minimum = (-scale.double() * zero.double()).float()
+    minimum = (-scale.double() * (zero.double() + middle)).float()
     return torch.where(constant, 0.0, scale), minimum

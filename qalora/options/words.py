@@ -46,6 +46,7 @@ TARGETS = {
     "mlx": "qalora.converters.mlx",
     "hqq": "qalora.converters.hqq",
     "compressed-tensors": "qalora.converters.compressed_tensors",
+    "torchao": "qalora.converters.torchao",
     "qalora": "qalora.converters.native",
 }
 """Each format that `export` writes, and the module whose FORMAT says all of it (`qalora.converters.format`); our own
@@ -54,7 +55,6 @@ folder is the last. An export's folder has the format's name."""
 SOURCES = {
     "awq": "qalora.converters.awq",
     "auto-round": "qalora.converters.auto_round",
-    "torchao": "qalora.converters.torchao",
 }
 """Each layout that is read and not written, and the module whose LAYOUT says all of it; a float model's is not here."""
 

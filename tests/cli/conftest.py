@@ -10,6 +10,7 @@ from qalora.converters import load
 from qalora.converters.exports import export
 from qalora.quantization import quantize
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
+from targets import OF_REAL_ZEROS
 
 pytest.register_assert_rewrite("bad_input")
 
@@ -20,7 +21,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("good")
     tiny_llama(root / "float", tokenizer=byte_tokenizer(), config={"num_hidden_layers": 1})
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    export(model, ["qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq"], root)
+    export(model, OF_REAL_ZEROS, root)
     next((root / "gguf").glob("*.gguf")).rename(root / "gguf" / "model.gguf")
     write_adapter(random_adapter(model, rank=2, a_size=1.0, b_size=1e-3), root / "adapter")
     other = tiny_llama(root / "other", config={"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 128})

@@ -32,7 +32,7 @@ from qalora.training.data import make_blocks, read_documents
 
 TOKENS = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(7))
 
-FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "mlx", "hqq")
+FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "mlx", "hqq", "torchao")
 
 IN_BROWSERS = tuple(name for name, family in FAMILIES.items() if family.transformersjs)
 """Families that transformers.js knows."""
@@ -91,7 +91,7 @@ def test_every_format_holds_the_same_model(story: Story) -> None:
 def test_from_the_folder_to_a_proof(story: Story) -> None:
     """Proven in each format's own runtime against base and adapter."""
     tokens = TOKENS[0, : 12 if story.family in CLIPPED else 40].tolist()
-    artefacts = [story.gguf, *(story.root / name for name in ("onnx", "onnx/portable", "openvino", "mlx"))]
+    artefacts = [story.gguf, *(story.root / name for name in ("onnx", "onnx/portable", "openvino", "mlx", "torchao"))]
     report = verify(story.base, artefacts, adapter=story.adapter, level="logits", tokens=tokens, threads=1)
     assert report.passed(), report.failure()
 

@@ -26,6 +26,7 @@ from qalora.parity import verify
 from qalora.parity.runtimes import RUNTIMES, open_runtime
 from qalora.parity.runtimes.settings import keep_settings, quiet
 from qalora.testing import byte_tokenizer, tiny_llama
+from targets import OF_REAL_ZEROS
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,7 @@ ARTEFACTS = {
     "gptqmodel": "gptq",
     "mlx": "mlx",
     "hqq": "hqq",
+    "torchao": "torchao",
     "compressed-tensors": "compressed-tensors",
     "transformers": "",
 }
@@ -135,7 +137,7 @@ ARTEFACTS = {
 @pytest.fixture(scope="module")
 def artefacts(tiny: Path, base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("kept")
-    export(base, ["qalora", "onnx", "openvino", "transformersjs", "gguf", "gptq", "mlx", "hqq"], folder)
+    export(base, OF_REAL_ZEROS, folder)
     talking = tiny_llama(folder / "talking" / "float", tokenizer=byte_tokenizer())
     export(load(talking), ["openvino"], folder / "talking")
     export(base, ["compressed-tensors"], folder, ExportOptions(allow_loss=frozenset({"zeros"})))

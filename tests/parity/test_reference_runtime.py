@@ -20,6 +20,7 @@ OWN = {
     "onnx": ("onnxruntime", "logits"),
     "mlx": ("mlx", "logits"),
     "hqq": ("hqq", "logits"),
+    "torchao": ("torchao", "logits"),
 }
 """The runtime that owns a format, and the gate that its logits are judged by."""
 

@@ -11,6 +11,7 @@ from in_node import IN_NODE, skip_without_node
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity.runtimes import RUNTIMES, open_runtime
 from qalora.parity.runtimes.onnxruntime import check_installed
+from targets import OF_REAL_ZEROS
 
 TOKENS = [(7 * n) % 300 for n in range(20)]
 
@@ -18,10 +19,7 @@ TOKENS = [(7 * n) % 300 for n in range(20)]
 @pytest.fixture(scope="module")
 def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
     """What each runtime opens: one model in each format."""
-    places = {
-        form: made(form, "base")
-        for form in ("qalora", "onnx", "openvino", "transformersjs", "gguf", "gptq", "mlx", "hqq")
-    }
+    places = {form: made(form, "base") for form in OF_REAL_ZEROS}
     return {
         "torch": places["qalora"],
         "transformers": tiny,
@@ -37,6 +35,7 @@ def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
         "gptqmodel": places["gptq"],
         "mlx": places["mlx"],
         "hqq": places["hqq"],
+        "torchao": places["torchao"],
     }
 
 

@@ -23,6 +23,7 @@ RUNS = {
     "gptq": ["gptqmodel"],
     "mlx": ["mlx"],
     "hqq": ["hqq"],
+    "torchao": ["torchao"],
 }
 
 

@@ -29,6 +29,7 @@ from qalora.releasing.records import ArtifactEntry, Manifest
 from qalora.releasing.sbom import sbom_bytes
 from qalora.releasing.usage import usage
 from qalora.testing import byte_tokenizer, random_adapter, tiny_llama
+from targets import OF_REAL_ZEROS
 
 Json = dict[str, Any]
 
@@ -66,8 +67,7 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return released(tmp_path_factory.mktemp("light"), ("gguf", "onnx", "qalora"), level="weights")
 
 
-ABSENT = ("compressed-tensors", *(["transformersjs"] if missing_in_node() else []))
-ALL = tuple(name for name in TARGETS if name not in ABSENT)
+ALL = tuple(name for name in OF_REAL_ZEROS if name != "transformersjs" or not missing_in_node())
 """Formats of real zero points whose runtimes are here."""
 
 
@@ -301,7 +301,7 @@ def test_the_blocks_of_a_card_run(light_forks: Forks, whole: Path) -> None:
     card = (whole / "README.md").read_text("utf-8")
     found = [block for block in blocks(card) if block[0] != "js"]  # Node runs that one: see test_transformersjs
     assert {language for language, _ in found} == {"python", "sh"}
-    assert [language for language, _ in found].count("python") == 8
+    assert [language for language, _ in found].count("python") == 9
     for language, text in found:
         if language == "python":
             done = light_forks.run("-c", text, folder=whole, timeout=600)

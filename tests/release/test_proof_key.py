@@ -18,6 +18,7 @@ from qalora.pipeline import steps
 from qalora.pipeline.cached import proof_step, proof_versions
 from qalora.pipeline.steps import MAKERS, versions
 from qalora.releasing.options import ReleaseOptions
+from targets import OF_REAL_ZEROS
 
 CACHES = (steps._packages, steps._version, steps._required)
 
@@ -67,6 +68,7 @@ PACKAGES = [
     ("gptq", "gptqmodel", "gptqmodel"),
     ("gptq", "peft", "peft"),
     ("hqq", "hqq", "hqq"),
+    ("torchao", "torchao", "torchao"),
     ("qalora", "torch", "torch"),
 ]
 
@@ -121,7 +123,7 @@ def test_the_record_has_every_import_of_a_runtime(kind: str) -> None:
 
 
 def test_what_runs_is_in_the_key_of_each_target() -> None:
-    for target in ("gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "qalora"):
+    for target in OF_REAL_ZEROS:
         found = proof_versions([target])
         assert {"torch", "transformers", "numpy", "qalora", "python"} <= set(found)
     assert "onnxruntime-genai-cuda" not in proof_versions(["gguf"])

@@ -44,6 +44,7 @@ from qalora.tensor import GroupQuantTensor, integer_zeros, pack_codes
 from qalora.testing import byte_tokenizer, random_adapter, small_tokenizer, tiny_llama
 from qalora.training.data import join_documents, read_documents
 from qalora.training.documents import Account
+from targets import OF_REAL_ZEROS
 
 VERSION1 = Path(__file__).parents[1] / "converters" / "onnx_version1.tar.xz"
 
@@ -124,6 +125,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "awq": _MODEL,
     "auto-round": _MODEL,
     "torchao": _MODEL,
+    "torchao-foreign": _MODEL,
     "adapter": (*_ADAPTER, "qalora_adapter.json"),
     "peft": _ADAPTER,
     "lora": ("lora.gguf",),
@@ -140,7 +142,7 @@ def models(root: Path) -> dict[str, Example]:
     """Models of every layout."""
     tiny_llama(root / "float", config={**SHAPE, **HEADS, "tie_word_embeddings": False})
     model = quantize(load(root / "float"), bits=4, group_size=32)
-    export(model, [name for name in TARGETS if name != "compressed-tensors"], root)  # which has no real zero points
+    export(model, OF_REAL_ZEROS, root)
     narrow = quantize(load(root / "float"), bits=3, group_size=32)
     export(narrow, ["gguf"], root / "narrow")
     save(model, root / "sharded", max_shard_size=10_000)
@@ -155,7 +157,7 @@ def models(root: Path) -> dict[str, Example]:
     _write_compressed(whole, root / "compressed")
     _write_awq(whole, root / "awq")
     _write_auto_round(whole, root / "auto-round")
-    _write_torchao(whole, root / "torchao")
+    _write_torchao(whole, root / "torchao-foreign")
     with tarfile.open(VERSION1) as archive:
         archive.extractall(root / "version1", filter="data")
     earlier = root / "version1" / "real4" / "onnx"
@@ -181,6 +183,7 @@ def models(root: Path) -> dict[str, Example]:
         "awq": Example(folder=root / "awq", read=_read_model, inspect=""),
         "auto-round": Example(folder=root / "auto-round", read=_read_model, inspect=""),
         "torchao": Example(folder=root / "torchao", read=_read_model, inspect=""),
+        "torchao-foreign": Example(folder=root / "torchao-foreign", read=_read_model, inspect=""),
     }
 
 

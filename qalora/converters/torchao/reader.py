@@ -1,9 +1,7 @@
 """Read a torchao folder: 2, 3, 4, 5, 6 and 8 bits in groups or rows, whole or real zero points; lazily.
 
-    weight = scale * (qdata - zero_point)          qdata and zero_point are signed: 2**(bits-1) less than here
-
-Weights describe themselves in the metadata of their file. Source: torchao 0.18.0, prototype/safetensors and
-quantization/quantize_/workflows/intx/intx_unpacked_to_int8_tensor.py.
+Weights describe themselves in the metadata of their file (`qalora.formats.torchao`). A folder of ours says what each
+was (`qalora.converters.specs`), which is held against that and against the values.
 
 Not read: torchao's other types of tensors, quantized activations, blocks of several rows.
 """
@@ -17,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.packed import FLOATS, Names, Stored, not_read, parts_of, read_packed
+from qalora.converters.real_zeros import joined
+from qalora.converters.specs import TENSORS, check_values, stored_specs
 from qalora.errors import FormatError, shown
 from qalora.formats.json_text import parse_json
 from qalora.formats.safetensors import Entry, load_tensor, read_header
-from qalora.tensor import BITS, GroupQuantTensor, QuantSpec, all_finite, pack_codes
+from qalora.formats.torchao import PARTS, TYPE, from_qdata, is_lower, type_bits, whole
+from qalora.tensor import BITS, GroupQuantTensor, QuantSpec
 
 __all__ = ["read"]
-
-PARTS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
-TYPE = "IntxUnpackedToInt8Tensor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +50,18 @@ def read(folder: Path) -> Checkpoint:
 
     def layers(said: object, names: Names, stored: Stored) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
         metadata = cache(lambda path: read_header(path).metadata)
-        weights = {}
+        known, weights = stored_specs(stored), {}
         for module, called in names.items():
             path, _ = stored[f"{module}.{PARTS[0]}"]
             where = f"{folder}: {module}"
             bits, size = _described(where, metadata(path), called)
-            weights[module] = _lazy(_layer(where, module, stored, bits, size))
+            spec = known.pop(module, None)
+            if spec is not None and (type_bits(spec), spec.group_size) != (bits, size):
+                expected, got = f"int{bits} in groups of {size}", f"int{type_bits(spec)} in groups of {spec.group_size}"
+                raise FormatError(f"{where}: {TENSORS}", expected=expected, got=got)
+            weights[module] = _lazy(_layer(where, module, stored, bits, size, spec), spec)
+        if known:
+            raise FormatError(f"{folder}: {TENSORS}", expected="layers of the file", got=shown(next(iter(known))))
         return weights, ()
 
     return read_packed(folder, "torchao", PARTS, layers)
@@ -77,7 +80,7 @@ def _described(where: str, metadata: Mapping[str, str], called: Collection[str])
     data = data if isinstance(data, dict) else {}
     if data.get("activation_quantization") is not None:
         raise not_read(f"{where}: activation_quantization: quantized activations")
-    widths = {f"int{bits}": bits for bits in BITS}
+    widths = {f"int{bits}": bits for bits in range(2, 9)}
     target = _data_of(data.get("target_dtype"))
     if not isinstance(target, str) or target not in widths:
         raise FormatError(f"{where}: target_dtype", expected=f"one of {', '.join(widths)}", got=shown(target))
@@ -92,7 +95,10 @@ def _data_of(value: Any) -> Any:
     return value.get("_data") if isinstance(value, dict) else value
 
 
-def _layer(where: str, module: str, stored: Stored, bits: int, size: int) -> _Layer:
+def _layer(where: str, module: str, stored: Stored, bits: int, size: int, known: QuantSpec | None) -> _Layer:
+    if known is None and bits not in BITS:
+        expected = ", ".join(f"int{width}" for width in BITS)
+        raise FormatError(f"{where}: target_dtype", expected=f"one of {expected}", got=shown(f"int{bits}"))
     parts = parts_of(where, module, stored, PARTS, needed=PARTS)
     codes = parts[PARTS[0]][1]
     if codes.dtype != torch.int8 or len(codes.shape) != 2 or not all(codes.shape):
@@ -100,7 +106,10 @@ def _layer(where: str, module: str, stored: Stored, bits: int, size: int) -> _La
     rows, columns = codes.shape
     if columns % size or columns % 8:
         raise FormatError(f"{where}: block_size", expected=f"a divisor of {columns} columns", got=str(size))
-    for part, dtypes in ((PARTS[1], FLOATS), (PARTS[2], (torch.int8, *FLOATS))):
+    zeros: tuple[torch.dtype, ...] = (torch.int8, *FLOATS)
+    if known is not None:
+        zeros = zeros[:1] if known.zeros == "integer" else (torch.float32,)
+    for part, dtypes in ((PARTS[1], FLOATS), (PARTS[2], zeros)):
         entry = parts[part][1]
         if entry.dtype not in dtypes or entry.shape != (rows, columns // size):
             expected = f"{str(dtypes[0]).removeprefix('torch.')} {[rows, columns // size]}"
@@ -109,40 +118,28 @@ def _layer(where: str, module: str, stored: Stored, bits: int, size: int) -> _La
     return _Layer(module=module, parts=parts, bits=bits, group_size=size)
 
 
-def _lazy(layer: _Layer) -> LazyTensor:
+def _lazy(layer: _Layer, known: QuantSpec | None) -> LazyTensor:
     scales, zeros = (layer.parts[part][1].dtype for part in PARTS[1:])
-    spec = QuantSpec(
+    spec = known or QuantSpec(
         bits=layer.bits,
         group_size=layer.group_size,
         zeros="integer" if zeros == torch.int8 else "real",
         scale_dtype=torch.float16 if scales == torch.float16 else torch.float32,
         min_dtype=torch.float32,
     )
-    middle, top = 1 << (layer.bits - 1), 1 << layer.bits
-
-    def whole(name: str, stored: Tensor) -> Tensor:
-        """Signed whole numbers as 0..2**bits-1, uint8."""
-        values = stored.to(torch.int16) + middle
-        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < top:
-            raise FormatError(name, expected=f"values of {layer.bits} bits", got="values beyond them")
-        return values.to(torch.uint8)
+    lower = known is None or is_lower(known)
+    middle = 1 << (spec.bits - 1) if lower else 0
 
     def read_rows(start: int, stop: int) -> GroupQuantTensor:
-        codes, scale, zero = (load_tensor(*layer.parts[part], start, stop) for part in PARTS)
-        scale = scale.float()
+        qdata, scale, zero = (load_tensor(*layer.parts[part], start, stop) for part in PARTS)
+        packed = from_qdata(qdata, spec.bits, lower=lower)
         if zero.dtype == torch.int8:
-            minimum = -scale * whole(PARTS[2], zero)
-        elif not all_finite(zero.float()):
-            raise FormatError(PARTS[2], expected="finite values", got="NaN or Inf")
+            tensor = joined(packed, scale.float(), whole(PARTS[2], zero, spec.bits, lower=lower).float(), spec)
         else:
-            minimum = -(scale.double() * (zero.double() + middle)).float()
-        return GroupQuantTensor(
-            packed=pack_codes(whole(PARTS[0], codes), layer.bits),
-            scale=scale,
-            min=minimum,
-            bits=layer.bits,
-            group_size=layer.group_size,
-        )
+            tensor = joined(packed, scale.float(), zero.float(), spec, middle=middle)
+        if known is not None:
+            check_values(tensor, known)
+        return tensor
 
     size = sum(entry.nbytes for _, entry in layer.parts.values())
     return LazyTensor(

@@ -115,6 +115,12 @@ RUNTIMES = {
         purpose="running a compressed-tensors artefact",
         extra="compressed-tensors",
     ),
+    "torchao": RuntimeParts(
+        module=f"{_HERE}.torchao",
+        imports=("torchao", "transformers"),
+        purpose="running a torchao artefact",
+        extra="torchao",
+    ),
     "hqq": RuntimeParts(module=f"{_HERE}.hqq", imports=("hqq",), purpose="running an HQQ artefact", extra="hqq"),
 }
 """Each runtime by the name that reports give it."""
