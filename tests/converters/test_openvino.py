@@ -1,7 +1,7 @@
 """OpenVINO graphs: what they hold, what OpenVINO makes of them, and what is refused."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from qalora.formats.openvino import read_ir
 from qalora.parity import verify
 from qalora.parity.runtimes import open_runtime
 from qalora.parity.runtimes.openvino_genai import open_artifact
+from qalora.parity.runtimes.settings import keep_settings
 from qalora.quantization import quantize
 from qalora.tensor import BITS
 from qalora.testing import (
@@ -39,6 +40,13 @@ from qalora.testing import (
 
 TOKENS = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(7))
 XML = "openvino_model.xml"
+
+
+@pytest.fixture(autouse=True)
+def the_process_stays_as_it_was() -> Iterator[None]:
+    """Some tests open graphs by OpenVINO's own calls."""
+    with keep_settings():
+        yield
 
 
 def written(model: Checkpoint, out: Path, **options: Any) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,17 @@ def state() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),
+        "signals": signal_stack(),
     }
+
+
+def signal_stack() -> str:
+    """Where Linux puts the frame of a signal's handler; "" elsewhere."""
+    if sys.platform != "linux":
+        return ""
+    stack = ctypes.create_string_buffer(24)
+    assert ctypes.CDLL(None).sigaltstack(None, stack) == 0
+    return stack.raw.hex()
 
 
 def assert_as_before(before: dict[str, Any]) -> None:
@@ -163,6 +176,21 @@ def test_a_proof_in_each_runtime(kind: str, artefacts: dict[str, Path], base: Ch
     report = verify(reference, [artefacts[kind]], tokens=[5, 6, 7, 8] * 4, generate=2, threads=1)
     assert kind in {run.kind for run in report.artifacts[0].runs if run.runtime is not None}
     assert_as_before(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["openvino", "openvino-genai"])
+def test_an_open_runtime_leaves_signals_where_they_were(kind: str, artefacts: dict[str, Path]) -> None:
+    """OpenVINO gives the thread a stack for signals, and frees it with the model; where another thread does that, the
+    next signal, such as Ctrl-C, would end the process.
+    """
+    before = signal_stack()
+    runtime = open_runtime(kind, artefacts[kind], threads=1)
+    assert signal_stack() == before
+    assert len(runtime.generate([5, 6, 7], 3)) == 3
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(runtime.close).result()
+    assert signal_stack() == before
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qalora.parity.runtimes.settings import keep_settings
+
 __all__ = ["InOpenvino"]
 
 
@@ -17,7 +19,8 @@ class InOpenvino:
         import openvino
 
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", options)
+        with keep_settings():
+            compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", options)
         self.request = compiled.create_infer_request()
 
     def logits(self, tokens: torch.Tensor, mask: torch.Tensor, *, longer: bool = False) -> np.ndarray:

@@ -2,14 +2,18 @@
 
 GPTQModel alone sets HF_HOME to a folder of its own, and gives the root logger a handler and a level; loading a model
 draws from torch's random numbers; transformers' progress bars and log level are switched off here while it loads.
+OpenVINO gives the thread a stack of its own for signals, which it frees with its last model: where another thread does
+that, the stack stays set, and the next signal ends the process.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,13 +27,13 @@ __all__ = ["keep_settings", "quiet"]
 
 @contextmanager
 def keep_settings() -> Iterator[None]:
-    """Give back, also after an error: the environment, levels and handlers of all loggers, the filters of warnings, and
-    the state of the random numbers of torch, numpy and Python.
+    """Give back, also after an error: the environment, levels and handlers of all loggers, the filters of warnings,
+    the state of the random numbers of torch, numpy and Python, and on Linux the stack for signals of this thread.
 
     What was imported stays imported, and torch's threads are the caller's matter.
     """
     with ExitStack() as stack:
-        for save in (_environment, _logging, _random_numbers):
+        for save in (_environment, _logging, _random_numbers, _signal_stack):
             stack.callback(save())
         stack.enter_context(warnings.catch_warnings())
         yield
@@ -82,6 +86,15 @@ def _logging() -> Callable[[], None]:
                 one.handlers[:] = handlers
 
     return give_back
+
+
+def _signal_stack() -> Callable[[], None]:
+    if sys.platform != "linux":
+        return lambda: None
+    change = ctypes.CDLL(None).sigaltstack
+    before = ctypes.create_string_buffer(24)  # stack_t: an address, flags, a size
+    change(None, before)
+    return lambda: change(before, None)
 
 
 def _random_numbers() -> Callable[[], None]:
