@@ -11,6 +11,7 @@ import click
 from qalora.cli.options import Command, force_option, output_option
 from qalora.cli.progress import log_format_option, log_gates, progress_bar, training_bar, verification_bar
 from qalora.cli.release import print_release
+from qalora.errors import MissingLibraryError
 from qalora.formats.output import check_output
 from qalora.options.words import TARGETS as FORMATS
 
@@ -42,7 +43,7 @@ def command(
     """Run the whole pipeline on a real model: train on a text, fold, export to several formats, and verify each.
 
     DIR gets text.txt (Python's language reference, which comes with Python), held-out.txt (its end, which is not
-    trained on), adapter/ and dist/.
+    trained on), adapter/ and dist/; with transformersjs also chat/, a page for a browser.
     """
     from qalora.converters import load
     from qalora.converters.exports import check_targets
@@ -90,9 +91,23 @@ def command(
             for generation in run.generations:
                 click.echo(f"{run.kind:>18} continues: {generation.text!r}")
     click.echo(f"3. Look at it: {out / 'dist' / 'report.html'} is the proof as a page, with plots")
+    if "transformersjs" in targets:
+        _write_page(out, export.name, force=force)
     click.echo("4. Check it, and make every byte of it again, whenever you like:")
     click.echo(f"   qalora check {out / 'dist'} --base {base.path} --text {out / HELD_OUT}")
     click.echo("5. Your own model, on your own text:")
     click.echo("   qalora quantize MODEL -o base --bits 4")
     click.echo("   qalora train base --data text.jsonl -o adapter")
     click.echo(f"   qalora release base --adapter adapter {' '.join(f'--to {name}' for name in targets)} -o dist")
+
+
+def _write_page(out: Path, name: str | None, *, force: bool) -> None:
+    """A page that chats with the model, where Node has what runs in it."""
+    from qalora.browser import write_page
+
+    try:
+        write_page(out / "chat", out / "dist" / "transformersjs", name or "the model", force=force)
+    except MissingLibraryError as error:
+        click.echo(f"   {error}")
+    else:
+        click.echo(f"   Chat with it in a browser: python {out / 'chat' / 'serve.py'}")

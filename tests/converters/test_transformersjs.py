@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+from embeddings import EMBEDDING, with_coded_embedding
 from in_float64 import float64
 from in_node import IN_NODE, missing_in_node
 from qalora.checkpoint import Checkpoint
@@ -29,9 +29,7 @@ from qalora.tensor import BITS
 from qalora.testing import (
     assert_same_model,
     byte_tokenizer,
-    lazily,
     random_model,
-    random_tensor,
     small_tokenizer,
     tiny_llama,
 )
@@ -39,7 +37,6 @@ from qalora.testing import (
 GRAPH = "onnx/model_q4.onnx"
 TOKENS = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(7))
 KEY = "transformers.js_config"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def written(model: Checkpoint, out: Path, **options: Any) -> Path:
@@ -71,14 +68,6 @@ def test_it_holds_what_the_onnx_folder_does(
         for entry in proto.external_data:
             entry.value = entry.value.replace("model_q4.onnx_data", "model.onnx.data")
     assert mine == other
-
-
-def with_coded_embedding(model: Checkpoint) -> Checkpoint:
-    """As a base has it whose embedding is in 8 bits, which a tied output shares."""
-    rows, columns = model.tensors[EMBEDDING].shape
-    made = random_tensor(rows, columns, bits=8, group_size=32, zeros="integer", seed=99)
-    lazy = lazily(EMBEDDING, made, zeros="integer", min_dtype=torch.float32)
-    return replace(model, tensors={**model.tensors, EMBEDDING: lazy})
 
 
 def test_an_embedding_of_codes_stays_one(tiny: Path, tmp_path: Path) -> None:

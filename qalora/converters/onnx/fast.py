@@ -29,7 +29,7 @@ from qalora.converters.onnx.decoder import (
     qk_norm,
     tempered,
 )
-from qalora.converters.onnx.embedding import look_up
+from qalora.converters.onnx.embedding import look_up, unpack
 from qalora.converters.onnx.graph import MS, OPSET, SIDES, Graph, cache_names, graph_inputs, graph_outputs
 from qalora.converters.onnx.products import Product, add_linear, coded, scale_of, zero_bytes
 from qalora.converters.rope import two_tables
@@ -55,8 +55,10 @@ def fast_graph(
     orders: Mapping[str, str],
     metadata: Mapping[str, str],
     accuracy_level: int,
+    *,
+    in_browsers: bool = False,
 ) -> Any:
-    """The ModelProto, its weights as stubs."""
+    """The ModelProto, its weights as stubs; `in_browsers`: with what onnxruntime-web has in a browser too."""
     from onnx import helper
 
     decoder, graph = decoder_of(model.config, model.path), Graph(data=data, location=location, orders=orders)
@@ -66,7 +68,7 @@ def fast_graph(
         return add_linear(graph, model, x, module, product)
 
     lengths = _lengths(graph, decoder)
-    hidden = embed(graph, decoder, look_up(graph, model))
+    hidden = embed(graph, decoder, (unpack if in_browsers else look_up)(graph, model))
     first = decoder.layers[0].parts.before[0]
     normed = norm(graph, decoder, hidden, f"model.layers.0.{first}", "layer0.normed") if first else hidden
     for n in range(len(decoder.layers)):

@@ -55,10 +55,13 @@ class Weights:
         """The data files and their sizes, where the first one is called so."""
         return {part_name(first, n): size for n, size in enumerate(self.sizes)}
 
-    def fast(self, model: Checkpoint, location: str, options: ExportOptions) -> Any:
-        """The ModelProto for ONNX Runtime; location: the first data file, seen from the graph's folder."""
-        data, metadata = _as_blocks(model, self.data), self._metadata(model, options)
-        return fast_graph(model, data, location, self.orders, metadata, options.accuracy_level)
+    def fast(self, model: Checkpoint, location: str, options: ExportOptions, *, in_browsers: bool = False) -> Any:
+        """The ModelProto for ONNX Runtime, in browsers too; location: the first data file, seen from the graph's
+        folder.
+        """
+        data, metadata = _as_blocks(model, self.data, in_browsers), self._metadata(model, options)
+        level = options.accuracy_level
+        return fast_graph(model, data, location, self.orders, metadata, level, in_browsers=in_browsers)
 
     def portable(self, model: Checkpoint, location: str, options: ExportOptions) -> Any:
         """The ModelProto of standard operators."""
@@ -117,11 +120,12 @@ def weights_of(model: Checkpoint, target: str, options: ExportOptions, limit: in
     return Weights(target=target, coded=coded, orders=orders, data=data, sizes=sizes)
 
 
-def _as_blocks(model: Checkpoint, data: Mapping[str, Initializer]) -> dict[str, Initializer]:
+def _as_blocks(model: Checkpoint, data: Mapping[str, Initializer], in_browsers: bool) -> dict[str, Initializer]:
     """The weights as the graph for ONNX Runtime reads them."""
+    kinds = ["codes", *(["zero"] if in_browsers else [])]
     blocks = {module_of(name): block_size(name, lazy.spec) for name, lazy in model.tensors.items() if lazy.spec}
     seen = [as_blocks(part, blocks.get(name.rpartition(".")[0], 0)) for name, part in data.items()]
-    return {part.name: part for part in [*seen, *tables(data.values(), ["codes"])]}
+    return {part.name: part for part in [*seen, *tables(data.values(), kinds)]}
 
 
 def _as_rows(data: Mapping[str, Initializer]) -> dict[str, Initializer]:

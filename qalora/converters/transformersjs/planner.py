@@ -53,7 +53,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> BrowserPlan:
         )
     options = replace(options, accuracy_level=0, onnx_embedding="auto")  # which are onnx's
     weights = weights_of(model, "transformersjs", options, LIMIT)
-    graph = weights.fast(model, PurePosixPath(DATA).name, options).SerializeToString(deterministic=True)
+    made = weights.fast(model, PurePosixPath(DATA).name, options, in_browsers=True)
+    graph = made.SerializeToString(deterministic=True)
     files: dict[str, int | None] = {name: path.stat().st_size for name, path in model.files.items()}
     files |= dict.fromkeys(converted_files(model))
     files |= {SETTINGS: None} if has_tokenizer(model) else {}

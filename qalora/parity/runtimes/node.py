@@ -6,7 +6,6 @@ Its packages are those of NODE_PATH, and no others: what lies in the folder that
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint
 from qalora.errors import FormatError, MissingLibraryError, QaloraError, shown
 from qalora.formats.json_text import read_json_object
+from qalora.node_packages import installing, package_folder
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RUNTIMES, RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import pad, unpad
@@ -159,9 +159,8 @@ def check_packages(kind: str) -> str:
     if node is None:
         raise MissingLibraryError("Node", parts.purpose, "", todo="install Node 20 or newer")
     package = parts.node[0]
-    if _package(package) is None:
-        todo = f"npm install {package}, and let NODE_PATH name the node_modules folder that this makes"
-        raise MissingLibraryError(package, parts.purpose, "", todo=todo)
+    if package_folder(package) is None:
+        raise MissingLibraryError(package, parts.purpose, "", todo=installing(package))
     return node
 
 
@@ -169,15 +168,10 @@ def node_versions(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those of Node's packages that are there."""
     found = {}
     for name in packages:
-        folder = _package(name)
+        folder = package_folder(name)
         if folder is not None:
             found[name] = _version(folder)
     return found
-
-
-def _package(name: str) -> Path | None:
-    places = [Path(place) for place in os.environ.get("NODE_PATH", "").split(os.pathsep) if place]
-    return next((place / name for place in places if (place / name / "package.json").is_file()), None)
 
 
 def _version(folder: Path) -> str:

@@ -6,6 +6,7 @@ is asked for its eager attention, the only one that has every family's soft caps
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -29,8 +30,17 @@ def open_artifact(path: Path | Checkpoint, threads: int | None) -> ModuleRuntime
     return open_folder("transformers", transformers.__version__, path, threads)
 
 
-def open_folder(name: str, version: str, path: Path | Checkpoint, threads: int | None, **loading: Any) -> ModuleRuntime:
-    """Open a folder in float32, as a runtime of this name and version, with more that from_pretrained takes.
+def open_folder(
+    name: str,
+    version: str,
+    path: Path | Checkpoint,
+    threads: int | None,
+    *,
+    prepare: Callable[[Any], None] = lambda module: None,
+    **loading: Any,
+) -> ModuleRuntime:
+    """Open a folder in float32, as a runtime of this name and version, with more that from_pretrained takes; `prepare`
+    is called with the module.
 
     FormatError if transformers does not take it, or for a model in memory.
     """
@@ -53,6 +63,7 @@ def open_folder(name: str, version: str, path: Path | Checkpoint, threads: int |
         except Exception as error:  # a foreign loader raises what it likes
             reason = first_line(error)
             raise FormatError(f"{path}: transformers does not load it ({reason})") from error
+    prepare(module)
     info = RuntimeInfo(
         name=name,
         version=version,

@@ -28,9 +28,10 @@ function tensors(Tensor) {
   return (rows) => new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
 }
 
-// onnxruntime-web by itself, as transformers.js depends on it: a session of the graph, from bytes.
+// onnxruntime-web by itself, as transformers.js depends on it and in the build that it has in browsers, which has fewer
+// kernels than the one for WASM alone: a session of the graph, from bytes.
 async function openWeb(library) {
-  const entry = createRequire(library).resolve("onnxruntime-web");
+  const entry = createRequire(library).resolve("onnxruntime-web/webgpu");
   const ort = require(entry);
   ort.env.wasm.numThreads = 1;
   ort.env.logLevel = "fatal";
