@@ -15,7 +15,7 @@ from qalora.errors import MissingLibraryError
 from qalora.formats.output import check_output
 from qalora.options.words import TARGETS as FORMATS
 
-TARGETS = ("gptq", "onnx", "gguf")
+TARGETS = ("gptq", "onnx", "openvino", "gguf")
 QUICK = ("gguf",)
 STEPS, FEW = 32, 8
 HELD_OUT = "held-out.txt"

@@ -49,7 +49,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> BrowserPlan:
             "transformersjs: model_type",
             expected="one that transformers.js knows",
             got=decoder.family.model_type,
-            todo="export to onnx, which onnxruntime-web runs",
+            todo="export to onnx with `onnx_embedding` float32, which onnxruntime-web runs",
         )
     options = replace(options, accuracy_level=0, onnx_embedding="auto")  # which are onnx's
     weights = weights_of(model, "transformersjs", options, LIMIT)
