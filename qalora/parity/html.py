@@ -15,16 +15,20 @@ from qalora.parity.report import ArtifactReport, ParityReport, RunReport, Speed,
 
 __all__ = ["to_html"]
 
-COLORS = 6
+COLORS = (
+    *(("#0969da", "#4493f8"), ("#bc4c00", "#f0883e"), ("#1a7f37", "#3fb950"), ("#8250df", "#ab7df8")),
+    *(("#bf3989", "#db61a2"), ("#59636e", "#9198a1"), ("#0b7285", "#39c5cf"), ("#9a6700", "#d29922")),
+    *(("#82071e", "#ff8182"), ("#3d348b", "#8c96ff"), ("#5a3e1b", "#c69b6d"), ("#4d7c0f", "#a3d977")),
+)
+"""Of curves, on a light page and on a dark one."""
+MOST = len(COLORS)
 """Colours that the page has for lines and dots."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --page: #fff; --card: #f6f8fa; --line: #d1d9e0;
-  --good: #1a7f37; --bad: #cf222e; --maybe: #9a6700; --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df;
-  --c4: #bf3989; --c5: #59636e; }
+  --good: #1a7f37; --bad: #cf222e; --maybe: #9a6700; LIGHT }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --page: #0d1117; --card: #161b22;
-  --line: #3d444d; --good: #3fb950; --bad: #f85149; --maybe: #d29922; --c0: #4493f8; --c1: #f0883e; --c2: #3fb950;
-  --c3: #ab7df8; --c4: #db61a2; --c5: #9198a1; } }
+  --line: #3d444d; --good: #3fb950; --bad: #f85149; --maybe: #d29922; DARK } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -42,8 +46,7 @@ th.prose { text-align: left; } td.prose { white-space: normal; text-align: left;
 figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
 figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem; } figcaption small { font-weight: 400; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.axis { stroke: var(--line); } .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); }
-.s3 { --c: var(--c3); } .s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
+.axis { stroke: var(--line); } SERIES
 .curve { fill: none; stroke: var(--c); stroke-width: 1.5; }
 .dashed { stroke-dasharray: 3 4; opacity: .6; } .dot { fill: var(--c); opacity: .7; }
 .cell { fill: var(--c1); } .empty { fill: var(--line); opacity: .35; }
@@ -52,6 +55,13 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
   margin-right: .35rem; vertical-align: -.1rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
 """
+
+
+def _style() -> str:
+    """The page's style with the colours of curves."""
+    light, dark = (" ".join(f"--c{n}: {pair[k]};" for n, pair in enumerate(COLORS)) for k in (0, 1))
+    series = " ".join(f".s{n} {{ --c: var(--c{n}); }}" for n in range(len(COLORS)))
+    return _STYLE.replace("LIGHT", light).replace("DARK", dark).replace("SERIES", series)
 
 
 def to_html(report: ParityReport, *, speed: bool = True) -> str:
@@ -66,7 +76,7 @@ def to_html(report: ParityReport, *, speed: bool = True) -> str:
     title = escape(f"Parity with {report.reference}")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_style()}</style>\n</head>\n'
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -149,7 +159,7 @@ def _speed(speed: Speed | None) -> list[str]:
 
 def _series(runs: Sequence[tuple[str, RunReport]], values: str) -> list[Series]:
     return [
-        Series(name=f"{name} in {run.kind}", values=getattr(run.by_token, values), color=n % COLORS)
+        Series(name=f"{name} in {run.kind}", values=getattr(run.by_token, values), color=n % MOST)
         for n, (name, run) in enumerate(runs)
         if run.by_token is not None
     ]
@@ -177,11 +187,11 @@ def _layer_plots(runs: Sequence[tuple[str, RunReport]]) -> str:
     curves, legend = [], []
     for n, name, run in known:
         legend.append(
-            Series(name=f"{name} in {run.kind}", values=[layer.error for layer in run.layers], color=n % COLORS)
+            Series(name=f"{name} in {run.kind}", values=[layer.error for layer in run.layers], color=n % MOST)
         )
         curves += [
             legend[-1],
-            Series(name="", values=[layer.bound for layer in run.layers], color=n % COLORS, dashed=True),
+            Series(name="", values=[layer.bound for layer in run.layers], color=n % MOST, dashed=True),
         ]
     chart = _figure(
         "Difference after each layer",
@@ -195,7 +205,9 @@ def _layer_plots(runs: Sequence[tuple[str, RunReport]]) -> str:
 def _scatters(runs: Sequence[tuple[str, RunReport]]) -> str:
     charts = [
         _figure(
-            f"{name} in {run.kind}", "across: reference, up: artefact", scatter(run.by_token.sample, color=n % COLORS)
+            f"{name} in {run.kind}",
+            "across: reference, up: artefact",
+            scatter(run.by_token.sample, color=n % MOST),
         )
         for n, (name, run) in enumerate(runs)
         if run.by_token is not None and run.by_token.sample

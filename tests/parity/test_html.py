@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from qalora.cli.demo import TARGETS
+from qalora.converters import target
 from qalora.parity import ParityReport, verify
 from qalora.parity.charts import Series, heat_map, line_chart, scatter
-from qalora.parity.html import to_html
+from qalora.parity.html import COLORS, to_html
 
 VOID = {"meta", "br"}
 
@@ -77,6 +79,12 @@ def test_it_shows_what_happened(report: ParityReport) -> None:
     assert sum(tag == "svg" for tag, _ in tags.seen) == 1 + 2 + 2 + 1 + 1
     assert sum(attributes.get("class") == "curve s0 dashed" for _, attributes in tags.seen) == 1
     assert [result.derivation in tags.text for _, result in report.results()].count(False) == 0
+
+
+def test_every_curve_of_the_demo_has_a_colour_of_its_own() -> None:
+    """Its runs are the reference's, those of each format's runtimes, and one of the portable graph."""
+    runs = 2 + sum(len(target(name).runtimes) + len(target(name).generators) for name in TARGETS)
+    assert len({light for light, _ in COLORS}) == len({dark for _, dark in COLORS}) >= runs
 
 
 def test_names_are_escaped(report: ParityReport) -> None:
