@@ -10,6 +10,8 @@ from typing import Any, Literal
 import onnx
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from embeddings import EMBEDDING, with_coded_embedding
 from in_float64 import float64
@@ -18,6 +20,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import exports, load
 from qalora.converters.format import Released
 from qalora.converters.plan import ExportOptions
+from qalora.converters.tokenizer import load_tokenizer
 from qalora.converters.transformersjs import FORMAT, planner
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity import verify
@@ -76,6 +79,35 @@ def test_an_embedding_of_codes_stays_one(tiny: Path, tmp_path: Path) -> None:
     folder = written(model, tmp_path, onnx_embedding="float32")
     assert_same_model(load(folder), model)
     assert load(folder).tensors[EMBEDDING].spec is not None
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model whose tokenizer has a token of a space and the first byte of one half, as SmolLM2's has."""
+    root = tmp_path_factory.mktemp("numbers")
+    tokenizer = small_tokenizer(size=300)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    vocabulary["\u0120\u00c2"] = vocabulary.pop("".join(merges.pop()))
+    merges.append(["\u0120", "\u00c2"])
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|im_end|>")
+    return quantize(load(tiny_llama(root / "float", tokenizer=made)), group_size=32)
+
+
+NUMBERS = "x \u00bd \u00b2 12 \u2167 \u0663\u0664 a1b \u00bd\u00bd"
+
+
+def test_digits_are_in_words_that_the_library_takes(numbers: Checkpoint, tmp_path: Path) -> None:
+    """The same tokens in transformers; and the folder goes on to GGUF, where the rule has a name."""
+    folder = written(numbers, tmp_path)
+    steps = parsed(folder / "tokenizer.json")["pre_tokenizer"]["pretokenizers"]
+    assert [step["type"] for step in steps] == ["Split", "ByteLevel"]
+    again = load(folder)
+    for text in (NUMBERS, "a1 23", "none"):
+        assert load_tokenizer(again)(text)["input_ids"] == load_tokenizer(numbers)(text)["input_ids"]
+    assert planner.WORDS in planner.plan(numbers, ExportOptions()).notes
+    exports.export(again, ["gguf"], tmp_path)
+    assert load_tokenizer(load(next((tmp_path / "gguf").glob("*.gguf"))))(NUMBERS) == load_tokenizer(numbers)(NUMBERS)
 
 
 def test_data_in_several_files(untied: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +260,21 @@ def test_it_computes_the_same(
     made = runtime.generate(tokens[:8], 6)
     assert runtime.logits([*tokens[:8], *made]).argmax(1)[7:-1].tolist() == made
     runtime.close()
+
+
+@in_node
+@pytest.mark.slow
+def test_digits_are_what_transformers_takes_for_digits(numbers: Checkpoint, tmp_path: Path) -> None:
+    """Without the other words transformers.js joins a space and one half's first byte."""
+    folder, wanted = written(numbers, tmp_path), load_tokenizer(numbers)(NUMBERS)["input_ids"]
+    for rule, same in ((None, True), (parsed(numbers.files["tokenizer.json"])["pre_tokenizer"], False)):
+        if rule is not None:
+            content = parsed(folder / "tokenizer.json") | {"pre_tokenizer": rule}
+            (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        runtime = open_runtime("transformers.js", folder, threads=1)
+        assert runtime.words is not None
+        assert (runtime.words.tokenize(NUMBERS) == wanted) == same
+        runtime.close()
 
 
 @in_node

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.cutting import digits_by_expression
 from qalora.converters.decoder import Decoder, decoder_of
 from qalora.converters.ends import GENERATION, config_for_transformers, end_notes, generation_bytes
 from qalora.converters.onnx.files import JS_KEY
@@ -16,18 +17,26 @@ from qalora.converters.plan import ExportOptions, Plan
 from qalora.converters.tokenizer import converted_files, has_tokenizer
 from qalora.converters.transformersjs.files import DTYPE, GRAPH
 from qalora.errors import InputError
+from qalora.formats.json_text import read_json_object
 
-__all__ = ["DATA", "SETTINGS", "BrowserPlan", "plan"]
+__all__ = ["DATA", "LONGEST", "SETTINGS", "TOKENIZER", "BrowserPlan", "plan", "rule_of"]
 
 LIMIT = 2_000_000_000
 """Bytes of a file of data: a browser's buffers end at 2 GiB."""
 
 DATA = f"{GRAPH}_data"
 SETTINGS = "tokenizer_config.json"
+TOKENIZER = "tokenizer.json"
+LONGEST = 256 << 20
+"""Bytes of a tokenizer.json."""
 
 PADDED = (
     "transformersjs: texts of different lengths in one batch have to be padded on the right; the library's pipeline "
     "pads on the left: give it one text at a time"
+)
+WORDS = (
+    "transformersjs: tokenizer.json has its rule for digits in other words, which mean the same, since transformers.js "
+    "takes 0 to 9 alone for digits"
 )
 TEXTLESS = "transformersjs: transformers.js opens no tokenizer but a tokenizer.json, which the model does not have"
 
@@ -59,16 +68,28 @@ def plan(model: Checkpoint, options: ExportOptions) -> BrowserPlan:
     files |= dict.fromkeys(converted_files(model))
     files |= {SETTINGS: None} if has_tokenizer(model) else {}
     files |= {GENERATION: len(generation_bytes(model)), "config.json": None, GRAPH: len(graph)}
-    textless = has_tokenizer(model) and "tokenizer.json" not in files
+    textless = has_tokenizer(model) and TOKENIZER not in files
+    reworded = TOKENIZER in model.files and rule_of(model.files[TOKENIZER]) is not None
+    files |= {TOKENIZER: None} if reworded else {}
+    notes = [*([TEXTLESS] if textless else []), *([WORDS] if reworded else [])]
     return BrowserPlan(
         target="transformersjs",
         tensors=weights.rows(model, DATA),
         files={**files, **weights.files(DATA)},
-        notes=(*model.notes, *end_notes(model), PADDED, *([TEXTLESS] if textless else [])),
+        notes=(*model.notes, *end_notes(model), PADDED, *notes),
         graph=graph,
         weights=weights,
         config=_config(model, decoder, len(weights.sizes)),
     )
+
+
+def rule_of(path: Path) -> Mapping[str, Any] | None:
+    """The rule for cutting text of a tokenizer.json in words that transformers.js takes as transformers does; None
+    where it is in such words, or damaged, of which others say so."""
+    try:
+        return digits_by_expression(read_json_object(path, LONGEST).get("pre_tokenizer"))
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def _config(model: Checkpoint, decoder: Decoder, parts: int) -> dict[str, Any]:

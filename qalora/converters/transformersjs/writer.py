@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from qalora.converters.onnx.writer import write_weights
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.tokenizer import chat_templates, has_tokenizer, read_json, write_tokenizer
 from qalora.converters.transformersjs.files import GRAPH
-from qalora.converters.transformersjs.planner import DATA, SETTINGS, BrowserPlan
-from qalora.formats.output import write_json
+from qalora.converters.transformersjs.planner import DATA, LONGEST, SETTINGS, TOKENIZER, BrowserPlan, rule_of
+from qalora.formats.json_text import read_json_object
+from qalora.formats.output import text_bytes, write_json
 from qalora.formats.share import Share
 
 __all__ = ["write"]
@@ -27,12 +29,21 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
     if share.frame:
         write_tokenizer(model, folder)
         if has_tokenizer(model):
+            _put_rule(folder / TOKENIZER)
             _put_templates(replace(model, gguf=None, files=companion_files(folder)), folder / SETTINGS)
         write_generation(model, folder)
         write_json(folder / "config.json", plan.config)
         (folder / GRAPH).parent.mkdir()
         (folder / GRAPH).write_bytes(plan.graph)
     write_weights(plan.weights, model, folder / DATA, progress, share)
+
+
+def _put_rule(path: Path) -> None:
+    """The rule for cutting text in words that mean the same to transformers.js."""
+    rule = rule_of(path) if path.exists() else None
+    if rule is not None:
+        content = {**read_json_object(path, LONGEST), "pre_tokenizer": rule}
+        path.write_bytes(text_bytes(json.dumps(content, ensure_ascii=False, indent=2) + "\n"))
 
 
 def _put_templates(model: Checkpoint, path: Path) -> None:
