@@ -16,18 +16,20 @@ sys.path.append(str(ROOT / "tests" / "support"))
 
 from in_chromium import Chromium, served  # noqa: E402
 
-QUESTION = "What is a list comprehension in Python?"
+QUESTION = "What is Python?"
 
 
 def main() -> None:
-    """Ask one question, and look."""
+    """Ask one question, stop the answer, and look."""
     demo = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
     with tempfile.TemporaryDirectory() as profile, served(demo / "chat") as address, Chromium(Path(profile)) as page:
         page.open(address)
         page.wait("document.getElementById('status').dataset.state === 'ready'")
         page.value(f"document.getElementById('text').value = {QUESTION!r}")
         page.value("document.getElementById('form').requestSubmit()")
-        page.wait("document.getElementById('status').dataset.state === 'ready'", 3600)
+        page.wait("document.querySelector('[data-role=model]').textContent.length > 200")
+        page.value("document.getElementById('form').requestSubmit()")
+        page.wait("document.getElementById('status').dataset.state === 'ready'")
         page.screenshot(ROOT / "docs" / "chat.png")
 
 

@@ -1,10 +1,13 @@
 // The page's side of the chat: what is typed goes to the worker, what the model says comes back in pieces.
 //
-// index.html?device=webgpu runs the model on the GPU; on the processor otherwise.
+// index.html?device=webgpu runs the model on the GPU; on the processor otherwise. ?repetition_penalty=1 leaves tokens that
+// were said before as likely as they are.
 
 const find = (id) => document.getElementById(id);
 const [status, progress, list, form, text, send] = ["status", "progress", "messages", "form", "text", "send"].map(find);
-const device = new URLSearchParams(location.search).get("device") === "webgpu" ? "webgpu" : "wasm";
+const wanted = new URLSearchParams(location.search);
+const device = wanted.get("device") === "webgpu" ? "webgpu" : "wasm";
+const penalty = Number(wanted.get("repetition_penalty")) || 1.2;
 const worker = new Worker("worker.js", { type: "module" });
 const messages = [];
 let reply = null;
@@ -81,4 +84,4 @@ text.addEventListener("keydown", (event) => {
   }
 });
 
-worker.postMessage({ do: "open", device });
+worker.postMessage({ do: "open", device, penalty });

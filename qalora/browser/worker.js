@@ -2,7 +2,7 @@
 
 import { AutoModelForCausalLM, AutoTokenizer, Tensor, env } from "./lib/transformers.min.js";
 
-const MOST = 512; // tokens of an answer
+const MOST = 256; // tokens of an answer
 const STEP = 4; // tokens between two looks at what the page wants
 const here = new URL("./", self.location.href);
 Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, useBrowserCache: false });
@@ -11,6 +11,7 @@ Object.assign(env.backends.onnx.wasm, { wasmPaths: new URL("lib/", here).href, n
 const post = (kind, content = {}) => self.postMessage({ kind, ...content });
 let model, tokenizer;
 let stopped = false;
+let penalty = 1; // of tokens that were said before
 
 async function open(device) {
   const page = await (await fetch(new URL("page.json", here))).json();
@@ -49,6 +50,7 @@ async function talk(messages) {
       past_key_values: past,
       max_new_tokens: Math.min(STEP, most - made.length),
       do_sample: false,
+      repetition_penalty: penalty,
       return_dict_in_generate: true,
     });
     past = output.past_key_values;
@@ -63,7 +65,10 @@ async function talk(messages) {
 
 self.addEventListener("message", async ({ data }) => {
   try {
-    if (data.do === "open") await open(data.device);
+    if (data.do === "open") {
+      penalty = data.penalty;
+      await open(data.device);
+    }
     else if (data.do === "talk") await talk(data.messages);
     else stopped = true;
   } catch (error) {
