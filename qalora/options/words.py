@@ -47,6 +47,7 @@ TARGETS = {
     "hqq": "qalora.converters.hqq",
     "compressed-tensors": "qalora.converters.compressed_tensors",
     "torchao": "qalora.converters.torchao",
+    "mnn": "qalora.converters.mnn",
     "qalora": "qalora.converters.native",
 }
 """Each format that `export` writes, and the module whose FORMAT says all of it (`qalora.converters.format`); our own

@@ -121,6 +121,7 @@ RUNTIMES = {
         purpose="running a torchao artefact",
         extra="torchao",
     ),
+    "mnn": RuntimeParts(module=f"{_HERE}.mnn", imports=("MNN",), purpose="running an MNN artefact", extra="mnn"),
     "hqq": RuntimeParts(module=f"{_HERE}.hqq", imports=("hqq",), purpose="running an HQQ artefact", extra="hqq"),
 }
 """Each runtime by the name that reports give it."""

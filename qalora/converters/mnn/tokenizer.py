@@ -1,0 +1,170 @@
+"""The tokenizer as MNN's engine reads it, tokenizer.mtok, which it loads no model without.
+
+    text    "430 4", counts of special, end and prefix tokens, and their ids, a line each
+    binary  normalizer, pre-tokenizer, model, decoder, added tokens, chat template, end token, flags, begin token
+
+It is made of tokenizer.json where that is a byte-level BPE whose parts MNN has all: no normalizer or NFC, digits, a
+split by a pattern, byte level. Elsewhere the file knows no words: the engine takes and gives token ids then.
+
+MNN's NFC knows single characters: a letter with its accent behind it stays two. Source: MNN 3.6.1,
+transformers/llm/engine/src/tokenizer/tokenizer.cpp, PipelineTokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qalora.checkpoint import Checkpoint
+from qalora.converters.ends import ends_of
+from qalora.converters.tokenizer import UnknownCutError, has_tokenizer, load_tokenizer
+
+__all__ = ["NAME", "tokenizer_file", "without_words"]
+
+NAME = "tokenizer.mtok"
+
+_NFC = "mnn: its tokenizer puts no accent and letter together that a text has as two characters, as NFC does"
+
+
+def without_words(ends: Sequence[int]) -> bytes:
+    """A tokenizer that knows no words, with the tokens at which generation ends."""
+    head = f"430 4\n0 {len(ends)} 0\n{' '.join(map(str, ends))}\n".encode()
+    one_word = struct.pack("<BIBBI", 0, 1, 0, 0, 0) + _text("?") + struct.pack("<I", 0)
+    return head + bytes(2) + one_word + struct.pack("<BIIHBH", 0, 0, 0, 0, 0, 0)
+
+
+def tokenizer_file(model: Checkpoint) -> tuple[bytes, tuple[str, ...]]:
+    """The file, and what a user should know of it."""
+    ends = ends_of(model).ids
+    if not has_tokenizer(model):
+        return without_words(ends), ()
+    try:
+        tokenizer = load_tokenizer(model)
+    except UnknownCutError:
+        return without_words(ends), (_left_out("its rule for cutting text is not known here"),)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return without_words(ends), (_left_out("it is no tokenizer of the library tokenizers"),)
+    said = json.loads(backend.to_str())
+    try:
+        body = b"".join(
+            [
+                _normalizer(said.get("normalizer")),
+                _cut(said.get("pre_tokenizer")),
+                _bpe(said["model"]),
+                _decoder(said.get("decoder")),
+                _added(said.get("added_tokens", [])),
+                _template(tokenizer),
+            ]
+        )
+        prefix = _prefix(tokenizer)
+    except _UnknownPartError as error:
+        return without_words(ends), (_left_out(str(error)),)
+    special = sorted({token["id"] for token in said.get("added_tokens", []) if token["special"]})
+    numbers = " ".join(map(str, (*special, *ends, *prefix)))
+    head = f"430 4\n{len(special)} {len(ends)} {len(prefix)}\n{numbers}\n".encode()
+    return head + body, () if said.get("normalizer") is None else (_NFC,)
+
+
+class _UnknownPartError(Exception):
+    """A part of a tokenizer that MNN has not."""
+
+
+def _left_out(reason: str) -> str:
+    return f"mnn: the words of the tokenizer are left out, so that MNN takes token ids alone: {reason}"
+
+
+def _text(text: str) -> bytes:
+    content = text.encode()
+    if len(content) > 0xFFFF:
+        raise _UnknownPartError("a text in it is longer than 65,535 bytes")
+    return struct.pack("<H", len(content)) + content
+
+
+def _normalizer(part: Mapping[str, Any] | None) -> bytes:
+    if part is None:
+        return b"\0"
+    if part["type"] != "NFC":
+        raise _UnknownPartError(f"its normalizer is {part['type']}")
+    table = []
+    for code in range(0x110000):
+        if not 0xD800 <= code < 0xE000:
+            changed = unicodedata.normalize("NFC", chr(code))
+            if changed != chr(code):
+                table.append(struct.pack("<I", code) + _text(changed))
+    return b"\x06" + struct.pack("<I", len(table)) + b"".join(table)
+
+
+def _cut(part: Mapping[str, Any] | None) -> bytes:
+    """The pre-tokenizer."""
+    kind = None if part is None else part["type"]
+    if part is None or kind not in ("Sequence", "ByteLevel", "Digits", "Split"):
+        raise _UnknownPartError(f"its pre-tokenizer is {kind}")
+    if kind == "Sequence":
+        parts = [_cut(each) for each in part["pretokenizers"]]
+        return b"\x06" + struct.pack("<I", len(parts)) + b"".join(parts)
+    if kind == "ByteLevel":
+        if part.get("add_prefix_space"):
+            raise _UnknownPartError("it puts a space before a text")
+        return struct.pack("<BB", 1, bool(part.get("use_regex", True)))
+    if kind == "Digits":  # MNN's own kind of that name knows ASCII's digits alone
+        pattern = r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
+        return b"\x04" + _text(pattern) + bytes(2)
+    pattern = part["pattern"].get("Regex")
+    if pattern is None or part.get("behavior") != "Isolated" or part.get("invert"):
+        raise _UnknownPartError("it splits by a text, or removes or joins what it splits by")
+    return b"\x04" + _text(pattern) + bytes(2)
+
+
+def _bpe(part: Mapping[str, Any]) -> bytes:
+    kept = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    if part.get("type") != "BPE":
+        raise _UnknownPartError(f"its model is {part.get('type')}")
+    for key in kept:
+        if part.get(key):
+            raise _UnknownPartError(f"its model has {key}")
+    vocabulary: dict[str, int] = part["vocab"]
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise _UnknownPartError("the numbers of its words have gaps")
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in part["merges"]]
+    merges = [(vocabulary[one], vocabulary[other], rank) for rank, (one, other) in enumerate(pairs)]
+    words = [_text(word) + struct.pack("<I", vocabulary[word]) for word in sorted(vocabulary)]
+    head = struct.pack("<BIBBI", 0, len(words), 0, 0, len(merges))
+    return head + b"".join(words) + b"".join(struct.pack("<III", *merge) for merge in sorted(merges))
+
+
+def _decoder(part: Mapping[str, Any] | None) -> bytes:
+    if part is None or part["type"] != "ByteLevel":
+        raise _UnknownPartError(f"its decoder is {None if part is None else part['type']}")
+    return b"\0"
+
+
+def _added(tokens: Sequence[Mapping[str, Any]]) -> bytes:
+    made = []
+    for token in tokens:
+        if token.get("single_word"):
+            raise _UnknownPartError("an added token is one between other words alone")
+        flags = (bool(token.get(key)) for key in ("special", "lstrip", "rstrip"))
+        made.append(struct.pack("<IBBB", token["id"], *flags) + _text(token["content"]))
+    return struct.pack("<I", len(made)) + b"".join(made)
+
+
+def _template(tokenizer: Any) -> bytes:
+    """Chat template, end token, flags, and begin token."""
+    template = tokenizer.chat_template
+    content = template.encode() if isinstance(template, str) else b""
+    cleaned = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+    end, begin = (_text(token or "") for token in (tokenizer.eos_token, tokenizer.bos_token))
+    return struct.pack("<I", len(content)) + content + end + struct.pack("<B", cleaned) + begin
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The tokens that are put before a text."""
+    with_them, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    before: list[int] = with_them[: len(with_them) - len(text)]
+    if [*before, *text] != with_them:
+        raise _UnknownPartError("it puts tokens behind a text")
+    return before
