@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-FORMATS = ("gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "torchao", "qalora")
+FORMATS = ("gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "torchao", "mnn", "qalora")
 CHUNK = 8 << 20
 
 Times = dict[str, float]

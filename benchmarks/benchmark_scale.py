@@ -45,7 +45,7 @@ FEW_TOKENS = 1024
 SLOW = 2
 """Layers of what searches or calibrates."""
 
-FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "torchao")
+FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "torchao", "mnn")
 TEXT = "tokens of a text to learn from, one after another, again and again, "
 BEGIN, END = "<!-- scale-{}:begin -->", "<!-- scale-{}:end -->"
 

@@ -60,6 +60,7 @@ ROWS = (
     Row(name="GPTQ, `--allow-loss embedding`", target="gptq", options={"allow_loss": LOSSY}),
     Row(name="HQQ", target="hqq"),
     Row(name="torchao", target="torchao"),
+    Row(name="MNN", target="mnn"),
     Row(name="qalora", target="qalora"),
 )
 

@@ -130,6 +130,7 @@ def cases() -> Iterator[tuple[str, str, str, Change]]:
         "mlx",
         "hqq",
         "torchao",
+        "mnn",
     ):
         for key in CONFIG:
             yield kind, "config.json", key, in_json(key)

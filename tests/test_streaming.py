@@ -93,6 +93,7 @@ def grown(light_forks: Forks) -> dict[str, int]:
         ("openvino", 1.5),
         ("transformersjs", 1.5),
         ("torchao", 1.5),
+        ("mnn", 1.5),
         ("gptq", 7),
         ("hqq", 7),
         ("verify", 6),
@@ -101,7 +102,7 @@ def grown(light_forks: Forks) -> dict[str, int]:
 def test_what_is_held_of_the_largest_weights(what: str, most: float, grown: dict[str, int]) -> None:
     """`most` is in matrices; all of the model are nine and more.
 
-    qalora, mlx, gguf, onnx, openvino, transformersjs, torchao
+    qalora, mlx, gguf, onnx, openvino, transformersjs, torchao, mnn
                              none whole: the rows of three jobs, and what becomes of them
     gptq, hqq                words join what is far apart: the matrix that is read, the one before it that is written,
                              zero points, what is left over, words; and what the allocator keeps for its threads

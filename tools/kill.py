@@ -31,7 +31,7 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-FORMATS = ("gguf", "onnx", "openvino", "transformersjs", "gptq", "mlx", "hqq", "torchao", "qalora")
+FORMATS = ("gguf", "onnx", "openvino", "transformersjs", "gptq", "mlx", "hqq", "torchao", "mnn", "qalora")
 LOG = Path(tempfile.gettempdir(), f"qalora-kill-{os.getpid()}.log")
 """What the last command said."""
 

@@ -177,7 +177,7 @@ def test_right_values_lead_to_the_model(name: str, place: Path) -> None:
     [
         ("--lora-slots %adapter", "--lora-slots: expected onnx among the formats, got gguf"),
         ("--adapter %there", "expected an adapter's folder"),
-        ("--to gguf --to foo", "hqq, compressed-tensors, torchao, qalora, got 'foo'"),
+        ("--to gguf --to foo", "hqq, compressed-tensors, torchao, mnn, qalora, got 'foo'"),
         ("--allow-loss minima --allow-loss quality", "expected one of zeros"),
     ],
 )

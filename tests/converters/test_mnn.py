@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,16 @@ def embedded(model: Checkpoint, bits: int, **options: Any) -> Checkpoint:
     return replace(model, tensors={**model.tensors, EMBEDDING: lazy})
 
 
+def rows_of(values: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    return lambda start, stop: values[start:stop]
+
+
 def stored_as(model: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """The model with its float matrices in another type."""
     tensors = dict(model.tensors)
     for name, lazy in tensors.items():
         if lazy.dtype is not None and len(lazy.shape) == 2:
-            values = lazy.load_float().to(dtype)
-            tensors[name] = replace(lazy, dtype=dtype, read=lambda start, stop, values=values: values[start:stop])
+            tensors[name] = replace(lazy, dtype=dtype, read=rows_of(lazy.load_float().to(dtype)))
     return replace(model, tensors=tensors)
 
 

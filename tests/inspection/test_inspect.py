@@ -51,7 +51,7 @@ def rezero(folder: Path, change: Callable[[torch.Tensor, str], torch.Tensor]) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["qalora", "gguf", "mlx", "hqq", "onnx", "onnx/portable", "openvino", "transformersjs", "torchao"]
+    "name", ["qalora", "gguf", "mlx", "hqq", "onnx", "onnx/portable", "openvino", "transformersjs", "torchao", "mnn"]
 )
 def test_a_model_that_is_right_has_no_warning(artefacts: Path, name: str) -> None:
     place = artefacts / name

@@ -199,7 +199,7 @@ def test_rope_keys_of_a_file_that_disagree_fail_their_gate(form: str, base, adap
     """By other means than ours: the artefact is edited after it was written. A graph's own tables count, and it is
     refused."""
     place = with_another_rope_key(made(form, "folded"), tmp_path / "edited")
-    if form in ("onnx", "openvino", "transformersjs"):
+    if form in ("onnx", "openvino", "transformersjs", "mnn"):
         with pytest.raises(InputError, match=r"rotary\.\S+: expected rotary positions as config\.json says"):
             verify(base, [place], adapter=adapter, level="weights")
         return

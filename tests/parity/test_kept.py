@@ -29,7 +29,7 @@ from qalora.parity import verify
 from qalora.parity.runtimes import RUNTIMES, open_runtime
 from qalora.parity.runtimes.settings import keep_settings, quiet
 from qalora.testing import byte_tokenizer, tiny_llama
-from targets import OF_REAL_ZEROS
+from targets import OF_REAL_ZEROS, skip_without_mnn
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +142,7 @@ ARTEFACTS = {
     "mlx": "mlx",
     "hqq": "hqq",
     "torchao": "torchao",
+    "mnn": "mnn",
     "compressed-tensors": "compressed-tensors",
     "transformers": "",
 }
@@ -168,6 +169,8 @@ def test_every_runtime_is_tried_here() -> None:
 def test_a_proof_in_each_runtime(kind: str, artefacts: dict[str, Path], base: Checkpoint) -> None:
     if kind == "hqq":
         pytest.importorskip("hqq", reason="pip install 'qalora[hqq]'")
+    if kind == "mnn":
+        skip_without_mnn()
     if kind in IN_NODE:
         skip_without_node()
     choose(logging.INFO, bars=True, hub=True)

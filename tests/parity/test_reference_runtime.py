@@ -12,6 +12,7 @@ from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.parity import ParityReport, verify
 from qalora.testing import random_model
+from targets import skip_without_mnn
 
 OWN = {
     "huggingface": ("transformers", "logits"),
@@ -21,6 +22,7 @@ OWN = {
     "mlx": ("mlx", "logits"),
     "hqq": ("hqq", "logits"),
     "torchao": ("torchao", "logits"),
+    "mnn": ("mnn", "logits"),
 }
 """The runtime that owns a format, and the gate that its logits are judged by."""
 
@@ -48,6 +50,8 @@ def failures(report: ParityReport) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("kind", OWN)
 @pytest.mark.filterwarnings("ignore")
 def test_a_reference_is_run_in_the_runtime_that_owns_its_format(kind: str, places: dict[str, Path]) -> None:
+    if kind == "mnn":
+        skip_without_mnn()
     runtime, gate = OWN[kind]
     report = compare(places[kind], places["qalora" if kind != "huggingface" else kind])
     (run,) = report.reference_runs
@@ -71,6 +75,8 @@ def test_a_fault_of_the_reader_fails_the_reference_and_no_artefact(
     kind: str, places: dict[str, Path], write: Write, tmp_path: Path
 ) -> None:
     """The artefact is made of the same wrong reading, and agrees with it."""
+    if kind == "mnn":
+        skip_without_mnn()
     runtime, gate = OWN[kind]
     wrong = other_rope(load(places[kind]))
     report = compare(wrong, write("qalora", wrong, tmp_path) if kind != "huggingface" else places["qalora"])
@@ -82,12 +88,14 @@ def test_a_fault_of_the_reader_fails_the_reference_and_no_artefact(
     assert report.failure().startswith(f"reference in {runtime}: {gate}")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OWN if kind != "onnx"])
+@pytest.mark.parametrize("kind", [kind for kind in OWN if kind not in ("onnx", "mnn")])
 @pytest.mark.filterwarnings("ignore")
 def test_rope_keys_that_disagree_are_read_as_the_owner_reads_them(
     kind: str, places: dict[str, Path], write: Write, tmp_path: Path
 ) -> None:
     """A reader that missed the second key would fail the reference, and nothing else."""
+    if kind == "mnn":
+        skip_without_mnn()
     runtime, gate = OWN[kind]
     place = with_another_rope_key(places[kind], tmp_path / "edited")
     model = load(place)

@@ -11,7 +11,7 @@ from in_node import IN_NODE, skip_without_node
 from qalora.errors import FormatError, InputError, MissingLibraryError
 from qalora.parity.runtimes import RUNTIMES, open_runtime
 from qalora.parity.runtimes.onnxruntime import check_installed
-from targets import OF_REAL_ZEROS
+from targets import OF_REAL_ZEROS, skip_without_mnn
 
 TOKENS = [(7 * n) % 300 for n in range(20)]
 
@@ -36,6 +36,7 @@ def artefacts(made: Callable[[str, str], Path], tiny: Path) -> dict[str, Path]:
         "mlx": places["mlx"],
         "hqq": places["hqq"],
         "torchao": places["torchao"],
+        "mnn": places["mnn"],
     }
 
 
@@ -62,6 +63,8 @@ def test_generation_follows_the_logits(kind: str, artefacts: dict[str, Path]) ->
     """Greedy tokens, made with the cache, are the best ones of one pass without it."""
     if kind == "hqq":
         pytest.importorskip("hqq", reason="pip install 'qalora[hqq]'")
+    if kind == "mnn":
+        skip_without_mnn()
     if kind in IN_NODE:
         skip_without_node()
     runtime = open_runtime(kind, artefacts[kind], threads=1)

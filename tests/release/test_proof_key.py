@@ -69,6 +69,7 @@ PACKAGES = [
     ("gptq", "peft", "peft"),
     ("hqq", "hqq", "hqq"),
     ("torchao", "torchao", "torchao"),
+    ("mnn", "mnn", "MNN"),
     ("qalora", "torch", "torch"),
 ]
 

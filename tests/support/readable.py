@@ -125,6 +125,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "awq": _MODEL,
     "auto-round": _MODEL,
     "torchao": _MODEL,
+    "mnn": ("llm.mnn", "llm_config.json", "config.json", "generation_config.json"),
     "torchao-foreign": _MODEL,
     "adapter": (*_ADAPTER, "qalora_adapter.json"),
     "peft": _ADAPTER,
@@ -183,6 +184,7 @@ def models(root: Path) -> dict[str, Example]:
         "awq": Example(folder=root / "awq", read=_read_model, inspect=""),
         "auto-round": Example(folder=root / "auto-round", read=_read_model, inspect=""),
         "torchao": Example(folder=root / "torchao", read=_read_model, inspect=""),
+        "mnn": Example(folder=root / "mnn", read=_read_model, inspect=""),
         "torchao-foreign": Example(folder=root / "torchao-foreign", read=_read_model, inspect=""),
     }
 
