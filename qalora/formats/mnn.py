@@ -117,7 +117,7 @@ def from_alpha(alpha: Tensor, *, middle: int = 0) -> tuple[Tensor, Tensor]:
     """(scale, minimum), float32 [out, groups], as MNN computes them."""
     moved, scale = alpha[..., 0], alpha[..., 1]
     if not bool(torch.isfinite(alpha).all()):
-        raise FormatError("alpha", expected="finite numbers", got="others")
+        raise FormatError("alpha", expected="finite numbers", got="infinities, or no numbers")
     return scale.contiguous(), (moved - middle * scale if middle else moved).contiguous()
 
 

@@ -236,7 +236,7 @@ class _Reader:
         if kind not in _TABLES:
             raise FormatError(self.where, expected="a graph of qalora's", got="an operator without its table")
         if self._left < 0:
-            raise FormatError(self.where, expected=f"at most {MOST} tables", got="more")
+            raise FormatError(self.where, expected=f"at most {MOST} tables", got=f"{MOST + 1} of them at least")
         (back,) = struct.unpack_from("<i", self.data, at)
         (size,) = struct.unpack_from("<H", self.data, _inside(self.data, at - back))
         slots = struct.unpack_from(f"<{max(0, size - 4) // 2}H", self.data, at - back + 4)

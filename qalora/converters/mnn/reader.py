@@ -22,7 +22,7 @@ from qalora.converters.mnn.carriers import container, decode, from_float_table, 
 from qalora.converters.mnn.decoder import EMBEDDING, FREQUENCIES
 from qalora.converters.mnn.files import CONFIG, LIMIT, MODEL, OPTIONS, TABLE, VERSION, VERSION_KEY, WEIGHTS
 from qalora.converters.rope import wide_frequencies
-from qalora.converters.settings import bias_names
+from qalora.converters.settings import bias_names, check_config
 from qalora.converters.specs import TENSORS, check_values, parse_specs
 from qalora.errors import FormatError, shown
 from qalora.formats.files import InputFile, contained, read_limited
@@ -51,9 +51,11 @@ def read(path: Path) -> Checkpoint:
     file = contained(folder, MODEL)
     graph = _Graph(file, folder / WEIGHTS, read_graph(read_limited(file, LIMIT), str(file)))
     tensors, biases = dict[str, LazyTensor](), dict[str, LazyTensor]()
+    check_config(config, folder)
     announced = bias_names(config, folder)
     specs = parse_specs(said[TENSORS], str(folder / CONFIG))
-    for name, main in graph.of("Convolution").items():
+    products = graph.of("Convolution")
+    for name, main in products.items():
         if name == EMBEDDING and EMBEDDING not in specs:
             continue  # the float output layer that is tied to the table
         tensors[f"{name}.weight"] = graph.matrix(name, main, specs.get(name))
@@ -63,7 +65,7 @@ def read(path: Path) -> Checkpoint:
     for name, main in graph.of("LayerNorm").items():
         tensors[f"{name}.weight"] = graph.norm(name, main)
     if f"{EMBEDDING}.weight" not in tensors:
-        tensors[f"{EMBEDDING}.weight"] = graph.table(said, config, specs.get(EMBEDDING), folder)
+        tensors[f"{EMBEDDING}.weight"] = graph.table(said, products, specs.get(EMBEDDING), folder)
     absent = sorted(set(specs) - {name.removesuffix(".weight") for name in tensors})
     if absent:
         raise FormatError(f"{folder / CONFIG}: {TENSORS}", expected="layers of the graph", got=shown(absent[0]))
@@ -97,7 +99,7 @@ class _Graph:
         shape = (common.get("outputCount", 0), common.get("inputCount", 0))
         quantization = main.get("quanParameter")
         if (spec is None) != (quantization is None):
-            raise self._not(module, "codes, or floats, as llm_config.json says", "others")
+            raise self._not(module, "codes" if spec else "floats", "codes" if quantization else "floats")
         if min(shape) < 1 or len(external) != (3 if spec is None else 5):
             raise self._not(module, "a shape and a place in the file of weights", f"{list(shape)}, {external}")
         if spec is None or quantization is None:
@@ -152,8 +154,9 @@ class _Graph:
         expected = header_bytes(shape, container(module, spec.bits))
 
         def read_rows(start: int, stop: int) -> GroupQuantTensor:
-            if bytes(_read(self.weights, header).numpy()) != expected:
-                raise self._not(module, f"a header of {list(shape)} at {spec.bits} bits", "another")
+            found = bytes(_read(self.weights, header).numpy())
+            if found != expected:
+                raise self._not(module, f"a header of {list(shape)} at {spec.bits} bits", shown(found[:8]))
             stream, sums = (_read(self.weights, item, start, stop) for item in (codes, alpha))
             tensor = decode(module, stream, sums, spec)
             check_values(tensor, spec)
@@ -183,11 +186,14 @@ class _Graph:
         return self._float(Item(name=f"{module}.weight", dtype=torch.float32, shape=shape, offset=external[0]))
 
     def table(
-        self, said: Mapping[str, Any], config: Mapping[str, Any], spec: QuantSpec | None, folder: Path
+        self, said: Mapping[str, Any], products: Mapping[str, Any], spec: QuantSpec | None, folder: Path
     ) -> LazyTensor:
-        """The embedding, where no convolution holds it."""
-        name, decoder = f"{EMBEDDING}.weight", decoder_of(config, folder)
-        shape, where = (decoder.vocabulary, decoder.hidden), said.get("tie_embeddings")
+        """The embedding, where no convolution holds it; its shape is that of the output layer."""
+        name, where = f"{EMBEDDING}.weight", said.get("tie_embeddings")
+        common = products.get("lm_head", products.get(EMBEDDING, {})).get("common", {})
+        shape = (common.get("outputCount", 0), common.get("inputCount", 0))
+        if min(shape) < 1:
+            raise self._not("lm_head", "an output layer", "none")
         if where is None:
             item = Item(name=name, dtype=torch.bfloat16, shape=shape)
             return self._float(item, contained(folder, TABLE))
