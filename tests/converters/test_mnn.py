@@ -14,6 +14,7 @@ import torch
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
+from qalora.converters.device_load import device_load_of
 from qalora.converters.exports import export
 from qalora.converters.plan import ExportOptions
 from qalora.errors import ExactnessError, FormatError, InputError
@@ -359,3 +360,20 @@ def test_all_graph_damage_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
         (folder / "llm.mnn").write_bytes(damaged)
         with contextlib.suppress(InputError):
             load(folder)
+
+
+def test_a_device_loads_what_the_plan_says(tiny: Path, tmp_path: Path) -> None:
+    """Of the files, and of the plan."""
+    for name, model in {"q": embedded(random_model(load(tiny)), 8), "f": random_model(load(tiny))}.items():
+        (plan,) = export(model, ["mnn"], tmp_path / name)
+        assert plan.device_load is not None
+        assert device_load_of(load(tmp_path / name / "mnn")) == plan.device_load
+
+
+@in_mnn
+@pytest.mark.slow
+def test_the_engine_prints_nothing(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runtime = open_runtime("mnn", written(random_model(load(tiny)), tmp_path), threads=1)
+    runtime.steps(TOKENS)
+    capture = capfd.readouterr()
+    assert "MNN" not in capture.out and "device" not in capture.out

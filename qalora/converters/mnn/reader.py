@@ -65,7 +65,11 @@ def read(path: Path) -> Checkpoint:
     for name, main in graph.of("LayerNorm").items():
         tensors[f"{name}.weight"] = graph.norm(name, main)
     if f"{EMBEDDING}.weight" not in tensors:
-        tensors[f"{EMBEDDING}.weight"] = graph.table(said, products, specs.get(EMBEDDING), folder)
+        table = graph.table(said, products, specs.get(EMBEDDING), folder)
+        if EMBEDDING in products:  # the output layer, which holds the same numbers
+            own = graph.matrix(EMBEDDING, products[EMBEDDING], None)
+            table = replace(table, nbytes=(table.nbytes or 0) + (own.nbytes or 0))
+        tensors[table.name] = table
     absent = sorted(set(specs) - {name.removesuffix(".weight") for name in tensors})
     if absent:
         raise FormatError(f"{folder / CONFIG}: {TENSORS}", expected="layers of the graph", got=shown(absent[0]))
@@ -183,7 +187,8 @@ class _Graph:
         if len(external) != 3 or external[1] != external[2] or external[1] % 4 or external[1] < 4:
             raise self._not(module, "a place in the file of weights", str(external))
         shape = (external[1] // 4,)
-        return self._float(Item(name=f"{module}.weight", dtype=torch.float32, shape=shape, offset=external[0]))
+        lazy = self._float(Item(name=f"{module}.weight", dtype=torch.float32, shape=shape, offset=external[0]))
+        return replace(lazy, nbytes=external[1] + external[2])  # with the zeros behind it
 
     def table(
         self, said: Mapping[str, Any], products: Mapping[str, Any], spec: QuantSpec | None, folder: Path

@@ -7,9 +7,11 @@ tokens at a time: MNN multiplies more of them by Strassen's algorithm, which rou
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -149,12 +151,15 @@ def _rooted(path: Path) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what the engine prints, which goes past Python."""
+    """Without what the engine prints, which goes past Python, and waits in C's own buffer."""
+    flush = (lambda _: None) if sys.platform == "win32" else ctypes.CDLL(None).fflush
+    flush(None)
     kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 1)
         yield
     finally:
+        flush(None)
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nothing)
