@@ -377,3 +377,14 @@ def test_the_engine_prints_nothing(tiny: Path, tmp_path: Path, capfd: pytest.Cap
     runtime.steps(TOKENS)
     capture = capfd.readouterr()
     assert "MNN" not in capture.out and "device" not in capture.out
+
+
+def test_what_the_engine_is_told_is_checked(tiny: Path, tmp_path: Path) -> None:
+    """It reads the embedding by llm_config.json, and what is wrong there would not be seen in the weights."""
+    for name, model in {"q": embedded(random_model(load(tiny)), 8), "f": random_model(load(tiny))}.items():
+        folder = written(model, tmp_path / name)
+        said = json.loads((folder / "llm_config.json").read_text("utf-8"))
+        for key, value in (("hidden_size", 128), ("attention_mask", "int"), ("tie_embeddings", [1, 2, 3, 8, 32])):
+            write_json(folder / "llm_config.json", {**said, key: value})
+            with pytest.raises(FormatError, match=key):
+                load(folder)

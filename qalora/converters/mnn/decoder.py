@@ -22,7 +22,7 @@ from qalora.converters.mnn.graph import END, Graph
 from qalora.converters.rope import check_rope, frequencies, two_tables
 from qalora.errors import InputError
 
-__all__ = ["EMBEDDING", "FAMILIES", "FREQUENCIES", "VERSION", "build", "check_decoder"]
+__all__ = ["EMBEDDING", "FAMILIES", "FREQUENCIES", "VERSION", "build", "check_decoder", "engine_config"]
 
 EMBEDDING = "model.embed_tokens"
 FREQUENCIES = "rotary.{}.frequencies"
@@ -53,6 +53,18 @@ def check_decoder(decoder: Decoder, where: object) -> None:
         raise _missing(where, "scores with a scale of their own")
     if decoder.head_size % 2:
         raise InputError(f"{where}: head size", expected="an even number", got=str(decoder.head_size), todo="use gguf")
+
+
+def engine_config(decoder: Decoder) -> dict[str, Any]:
+    """What llm_config.json says of a decoder to MNN's engine."""
+    return {
+        "hidden_size": decoder.hidden,
+        "layer_nums": len(decoder.layers),
+        "key_value_shape": [2, 1, 0, decoder.kv_heads, decoder.head_size],
+        "attention_mask": "float",
+        "attention_type": "full",
+        "is_visual": False,
+    }
 
 
 def _missing(where: object, what: str) -> InputError:

@@ -16,7 +16,7 @@ from qalora.converters.decoder import check_tensors, decoder_of
 from qalora.converters.ends import GENERATION, config_for_transformers, end_notes, generation_bytes
 from qalora.converters.mnn.carriers import TABLE as TABLE_ITEM
 from qalora.converters.mnn.carriers import container, holds_minima, items, place, table_dtype, table_place
-from qalora.converters.mnn.decoder import EMBEDDING, build, check_decoder
+from qalora.converters.mnn.decoder import EMBEDDING, build, check_decoder, engine_config
 from qalora.converters.mnn.files import CONFIG, MODEL, OPTIONS, TABLE, VERSION, VERSION_KEY, WEIGHTS
 from qalora.converters.mnn.tokenizer import NAME, tokenizer_file
 from qalora.converters.plan import ExportOptions, Loss, Plan, PlannedTensor
@@ -63,15 +63,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> MnnPlan:
     exact = table.spec is None or holds_minima(table)
     placed, data = _places(model, table)
     graph = build(model, lambda module: place(model, placed, module))
-    config = {
-        "hidden_size": decoder.hidden,
-        "layer_nums": len(decoder.layers),
-        "key_value_shape": [2, 1, 0, decoder.kv_heads, decoder.head_size],
-        "attention_mask": "float",
-        "attention_type": "full",
-        "is_visual": False,
-        **_metadata(model, table, options, exact=exact),
-    }
+    config = {**engine_config(decoder), **_metadata(model, table, options, exact=exact)}
     where = table_place(model, placed)
     if where is not None:
         config["tie_embeddings"] = where

@@ -19,7 +19,7 @@ from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of, used_ropes
 from qalora.converters.huggingface import model_of, read_config
 from qalora.converters.mnn.carriers import container, decode, from_float_table, middle
-from qalora.converters.mnn.decoder import EMBEDDING, FREQUENCIES
+from qalora.converters.mnn.decoder import EMBEDDING, FREQUENCIES, engine_config
 from qalora.converters.mnn.files import CONFIG, LIMIT, MODEL, OPTIONS, TABLE, VERSION, VERSION_KEY, WEIGHTS
 from qalora.converters.rope import wide_frequencies
 from qalora.converters.settings import bias_names, check_config
@@ -49,7 +49,7 @@ def read(path: Path) -> Checkpoint:
         raise FormatError(f"{folder / CONFIG}: {VERSION_KEY}", expected=VERSION, got=got, todo=todo)
     config = {key: value for key, value in read_config(folder).items() if key not in OPTIONS}
     file = contained(folder, MODEL)
-    graph = _Graph(file, folder / WEIGHTS, read_graph(read_limited(file, LIMIT), str(file)))
+    graph = _Graph(file, contained(folder, WEIGHTS), read_graph(read_limited(file, LIMIT), str(file)))
     tensors, biases = dict[str, LazyTensor](), dict[str, LazyTensor]()
     check_config(config, folder)
     announced = bias_names(config, folder)
@@ -64,7 +64,9 @@ def read(path: Path) -> Checkpoint:
             biases[bias.name] = bias  # zeros are what stands for none
     for name, main in graph.of("LayerNorm").items():
         tensors[f"{name}.weight"] = graph.norm(name, main)
-    if f"{EMBEDDING}.weight" not in tensors:
+    if f"{EMBEDDING}.weight" in tensors:
+        graph.check_table(said, tensors[f"{EMBEDDING}.weight"], products[EMBEDDING])
+    else:
         table = graph.table(said, products, specs.get(EMBEDDING), folder)
         if EMBEDDING in products:  # the output layer, which holds the same numbers
             own = graph.matrix(EMBEDDING, products[EMBEDDING], None)
@@ -74,6 +76,9 @@ def read(path: Path) -> Checkpoint:
     if absent:
         raise FormatError(f"{folder / CONFIG}: {TENSORS}", expected="layers of the graph", got=shown(absent[0]))
     model = model_of(folder, "mnn", config, {**tensors, **biases}, others="refuse")
+    for key, value in engine_config(decoder_of(model.config, folder)).items():
+        if said.get(key) != value:
+            raise FormatError(f"{folder / CONFIG}: {key}", expected=shown(value), got=shown(said.get(key)))
     graph.check_rotary(model)
     return replace(model, path=path)
 
@@ -217,6 +222,16 @@ class _Graph:
         if where != [where[1] - item.nbytes // 4, where[1], item.nbytes, 8, 1]:
             raise self._not("tie_embeddings", "a table of floats", str(where))
         return self._float(item, scales=True)
+
+    def check_table(self, said: Mapping[str, Any], lazy: LazyTensor, main: Mapping[str, Any]) -> None:
+        """Refuse a table of embeddings that is another than the weight of the output layer."""
+        if lazy.spec is None:
+            return
+        _, codes, alpha = self._parts(EMBEDDING, (lazy.shape[0], lazy.shape[1]), lazy.spec, main["external"][0])
+        bits = container(EMBEDDING, lazy.spec.bits)
+        wanted = [codes.offset, alpha.offset, alpha.nbytes, bits, lazy.spec.group_size]
+        if said.get("tie_embeddings") != wanted:
+            raise self._not("tie_embeddings", str(wanted), shown(said.get("tie_embeddings")))
 
     def check_rotary(self, model: Checkpoint) -> None:
         """Refuse a graph whose frequencies are not those of the config."""

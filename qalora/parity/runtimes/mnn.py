@@ -33,6 +33,16 @@ from qalora.parity.runtimes import RuntimeInfo, Tokenizing, check_libraries
 
 __all__ = ["MnnRuntime", "open_artifact"]
 
+_SAID = (
+    "hidden_size",
+    "layer_nums",
+    "key_value_shape",
+    "attention_mask",
+    "attention_type",
+    "is_visual",
+    "tie_embeddings",
+)
+
 ROWS = 16
 """Tokens at a time: two tiles of MNN's smallest kernels have 24 rows, below which there is no Strassen."""
 
@@ -57,7 +67,8 @@ class MnnRuntime:
 
     def _opened(self) -> Any:
         """The engine, loaded: the exact settings, and places that are told from the root of the file system."""
-        said = read_json_object(self._folder / CONFIG, LIMIT)
+        whole = read_json_object(self._folder / CONFIG, LIMIT)
+        said = {key: whole[key] for key in _SAID if key in whole}  # the engine lets these win over what it is asked for
         with tempfile.TemporaryDirectory() as place, _silent():
             llm = importlib.import_module("MNN.llm")
             words = self._folder / NAME
