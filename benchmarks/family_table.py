@@ -24,7 +24,7 @@ from qalora.parity import verify
 from qalora.quantization import quantize
 from qalora.testing import TINY, byte_tokenizer, random_adapter, tiny_model
 
-FORMATS = ("gptq", "onnx", "openvino", "transformersjs", "gguf", "mlx", "hqq", "torchao")
+FORMATS = ("gptq", "onnx", "openvino", "transformersjs", "gguf", "mlx", "hqq", "torchao", "mnn")
 COLUMNS = {
     ("gptq", "gptqmodel"): "GPTQ, transformers + GPTQModel",
     ("onnx", "onnxruntime"): "ONNX, ONNX Runtime",
@@ -37,6 +37,7 @@ COLUMNS = {
     ("mlx", "mlx"): "MLX, mlx-lm",
     ("hqq", "hqq"): "HQQ, hqq",
     ("torchao", "torchao"): "torchao, transformers",
+    ("mnn", "mnn"): "MNN",
 }
 TOKENS = 96
 """Longer than the windows that some families have; fewer where the plan says that a runtime has no such window."""

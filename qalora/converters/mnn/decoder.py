@@ -39,18 +39,18 @@ def check_decoder(decoder: Decoder, where: object) -> None:
     check_activation(decoder, where)
     if family.model_type not in FAMILIES:
         expected = f"one of {', '.join(FAMILIES)}"
-        raise InputError(f"{where}: mnn: model_type", expected=expected, got=family.model_type, todo="use gguf")
+        raise InputError("mnn: model_type", expected=expected, got=family.model_type, todo="use gguf")
     for kind in used_ropes(decoder):
         rope = decoder.ropes[kind]
         check_rope(rope, decoder.head_size, where)
         if two_tables(rope, decoder.positions) or rope.temperature is not None:
-            raise _missing(where, "rotary positions that change with the length of the text")
+            raise _missing("rotary positions that change with the length of the text")
         if rope.size(decoder.head_size) != decoder.head_size:
-            raise _missing(where, "heads that are rotated in part")
+            raise _missing("heads that are rotated in part")
     if any(layer.window is not None for layer in decoder.layers):
-        raise _missing(where, "a sliding window")
+        raise _missing("a sliding window")
     if decoder.scale != decoder.head_size**-0.5:
-        raise _missing(where, "scores with a scale of their own")
+        raise _missing("scores with a scale of their own")
     if decoder.head_size % 2:
         raise InputError(f"{where}: head size", expected="an even number", got=str(decoder.head_size), todo="use gguf")
 
@@ -67,8 +67,8 @@ def engine_config(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def _missing(where: object, what: str) -> InputError:
-    return InputError(f"{where}: mnn: {what}", expected="a model without", got="one with", todo="use gguf")
+def _missing(what: str) -> InputError:
+    return InputError(f"mnn: {what}", expected="a model without", got="one with", todo="use gguf")
 
 
 def build(model: Checkpoint, place: Callable[[str], Mapping[str, Any]]) -> bytes:
