@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,8 @@ class Chromium:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         words = [path, "--headless=new", "--no-sandbox", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
-        words += ["--disable-background-networking", "--no-first-run", "--window-size=900,900", *options, "about:blank"]
+        words += ["--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage"]
+        words += ["--window-size=900,900", *options, "about:blank"]
         shell = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
         self._process = subprocess.Popen(
             ["bash", "-c", shell, "bash", *words],
@@ -104,6 +106,7 @@ class Chromium:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._in], [], [], SECONDS)[0], f"the browser says nothing for {SECONDS} seconds"
             data = os.read(self._in, 1 << 16)
             assert data, "the browser has ended"
             self._rest += data
