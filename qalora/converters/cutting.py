@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CUTS", "Cut", "cut_named", "digits_by_expression", "in_known_words", "name_of"]
+__all__ = ["CUTS", "Cut", "cut_named", "digits_by_expression", "in_known_words", "name_of", "without_digits"]
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD, _SIGNS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -147,16 +147,17 @@ def in_known_words(pre_tokenizer: Mapping[str, Any] | None, *, ignore_merges: bo
 
 def digits_by_expression(pre_tokenizer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The rule with each step `Digits` as the expression that means the same: tokenizers takes every number of Unicode
-    for a digit, and transformers.js 0 to 9 alone. None for a rule without such a step.
+    for a digit, and other libraries 0 to 9 alone. None for a rule without such a step.
     """
     steps = _steps(pre_tokenizer)
     if not any(step.get("type") == "Digits" for step in steps):
         return None
-    made = [_without_digits(step) for step in steps]
+    made = [without_digits(step) for step in steps]
     return made[0] if len(made) == 1 else {"type": "Sequence", "pretokenizers": made}
 
 
-def _without_digits(step: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_digits(step: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A step `Digits` as the expression that means the same; every other step as it is."""
     if step.get("type") != "Digits":
         return step
     regex = r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
@@ -186,7 +187,7 @@ def _plain(step: Mapping[str, Any]) -> dict[str, Any]:
     """A step without what does not change the tokens. An expression that matches all of a text may cut at its matches
     or remove what lies between them; it may have line ends in it or what stands for them.
     """
-    step = _without_digits(step)
+    step = without_digits(step)
     plain = {key: value for key, value in step.items() if key != "trim_offsets"}
     if regex := _regex(step):
         plain["pattern"] = {"Regex": _alike(regex)}

@@ -19,7 +19,12 @@ from qalora.formats.safetensors import Part
 from qalora.options.fields import readable
 from qalora.tensor import GroupQuantTensor, all_finite
 
-__all__ = ["decoded", "decoded_carrier", "decoded_note", "decoded_part"]
+__all__ = ["decoded", "decoded_carrier", "decoded_note", "decoded_part", "is_quantized"]
+
+
+def is_quantized(lazy: LazyTensor, model: Checkpoint) -> bool:
+    """Whether HQQ and torchao have codes for it: every quantized linear weight; embedding and output are decoded."""
+    return lazy.spec is not None and lazy.name in model.linears
 
 
 def decoded_part(lazy: LazyTensor, allowed: Collection[str]) -> Part:

@@ -39,6 +39,7 @@ __all__ = [
     "lock",
     "new_file",
     "new_folder",
+    "ordered_json_bytes",
     "remove_left",
     "text_bytes",
     "write_json",
@@ -333,6 +334,11 @@ def text_bytes(text: str) -> bytes:
 def json_bytes(content: object) -> bytes:
     """JSON with sorted keys, so that the same content gives the same bytes; `text_bytes` of it is JSON too."""
     return text_bytes(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def ordered_json_bytes(content: object) -> bytes:
+    """The same with the keys in their order, for a file of another's that is written again."""
+    return text_bytes(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json(path: Path, content: object) -> None:

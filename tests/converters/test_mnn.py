@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from edges import edges
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.device_load import device_load_of
@@ -23,7 +24,7 @@ from qalora.formats.mnn_graph import graph_bytes, read_graph
 from qalora.formats.output import write_json
 from qalora.parity.runtimes import open_runtime
 from qalora.parity.tokenizer_texts import parts_of
-from qalora.tensor import BITS, GroupQuantTensor, pack_codes
+from qalora.tensor import BITS, pack_codes
 from qalora.testing import (
     assert_parity,
     assert_same_model,
@@ -98,15 +99,6 @@ def test_every_tensor_comes_back(
     assert {name: lazy.spec for name, lazy in read.tensors.items()} == {n: t.spec for n, t in model.tensors.items()}
     lazy = read.tensors[model.linears[0]]
     assert_same_tensor(lazy.rows(3, 50), lazy.load_quantized().rows(3, 50))  # type: ignore[arg-type]
-
-
-def edges(tensor: GroupQuantTensor) -> GroupQuantTensor:
-    """Groups of one value, groups of zeros, minima near 0, and scales below 0."""
-    scale, minimum = tensor.scale.clone(), tensor.min.clone()
-    scale[0], scale[1], minimum[1] = 0, 0, 0
-    minimum[2] = 2.0**-24
-    scale[3] = -scale[3]
-    return replace(tensor, scale=scale, min=minimum)
 
 
 @in_mnn

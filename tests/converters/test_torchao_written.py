@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from edges import edges
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.exports import export
@@ -45,15 +46,6 @@ def test_every_tensor_comes_back(
     assert {name: lazy.spec for name, lazy in read.tensors.items()} == {n: t.spec for n, t in model.tensors.items()}
     lazy = read.tensors[model.linears[0]]
     assert_same_tensor(lazy.rows(3, 50), lazy.load_quantized().rows(3, 50))  # type: ignore[arg-type]
-
-
-def edges(tensor: GroupQuantTensor) -> GroupQuantTensor:
-    """Groups of one value, groups of zeros, minima near 0, and scales below 0."""
-    scale, minimum = tensor.scale.clone(), tensor.min.clone()
-    scale[0], scale[1], minimum[1] = 0, 0, 0
-    minimum[2] = 2.0**-24
-    scale[3] = -scale[3]
-    return replace(tensor, scale=scale, min=minimum)
 
 
 @pytest.mark.parametrize("bits", EXACT)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part
+from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part, is_quantized
 from qalora.converters.ends import config_for_transformers, end_notes
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
 from qalora.converters.plan import ExportOptions, Loss
@@ -25,7 +25,7 @@ from qalora.formats.hqq import PACKINGS, packed_shape
 from qalora.formats.safetensors import Part
 from qalora.tensor import QuantSpec
 
-__all__ = ["FLAGS", "descriptors", "is_quantized", "parameter_type", "plan"]
+__all__ = ["FLAGS", "descriptors", "parameter_type", "plan"]
 
 FLAGS = {
     "view_as_float": False,
@@ -39,11 +39,6 @@ FLAGS = {
     "round_zero": False,
 }
 """The flags of every layer that is written here: uint8 tensors without dimensions."""
-
-
-def is_quantized(lazy: LazyTensor, model: Checkpoint) -> bool:
-    """Whether it becomes an HQQ layer: every quantized linear weight; embedding and output layer are decoded."""
-    return lazy.spec is not None and lazy.name in model.linears
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.decoded import decoded
+from qalora.converters.decoded import decoded, is_quantized
 from qalora.converters.folder import write_folder
-from qalora.converters.hqq.planner import descriptors, is_quantized, parameter_type
+from qalora.converters.hqq.planner import descriptors, parameter_type
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.real_zeros import scale_and_zero
 from qalora.converters.specs import narrowed

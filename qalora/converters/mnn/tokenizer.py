@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
+from qalora.converters.cutting import without_digits
 from qalora.converters.ends import ends_of
 from qalora.converters.tokenizer import UnknownCutError, has_tokenizer, load_tokenizer
 
@@ -100,8 +101,9 @@ def _normalizer(part: Mapping[str, Any] | None) -> bytes:
 
 def _cut(part: Mapping[str, Any] | None) -> bytes:
     """The pre-tokenizer."""
+    part = None if part is None else without_digits(part)  # MNN's own kind of that name knows ASCII's digits alone
     kind = None if part is None else part["type"]
-    if part is None or kind not in ("Sequence", "ByteLevel", "Digits", "Split"):
+    if part is None or kind not in ("Sequence", "ByteLevel", "Split"):
         raise _UnknownPartError(f"its pre-tokenizer is {kind}")
     if kind == "Sequence":
         parts = [_cut(each) for each in part["pretokenizers"]]
@@ -110,9 +112,6 @@ def _cut(part: Mapping[str, Any] | None) -> bytes:
         if part.get("add_prefix_space"):
             raise _UnknownPartError("it puts a space before a text")
         return struct.pack("<BB", 1, bool(part.get("use_regex", True)))
-    if kind == "Digits":  # MNN's own kind of that name knows ASCII's digits alone
-        pattern = r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
-        return b"\x04" + _text(pattern) + bytes(2)
     pattern = part["pattern"].get("Regex")
     if pattern is None or part.get("behavior") != "Isolated" or part.get("invert"):
         raise _UnknownPartError("it splits by a text, or removes or joins what it splits by")

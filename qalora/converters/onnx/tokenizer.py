@@ -16,7 +16,6 @@ PreTokenizerWithRegEx, and tokenizer_jsconfig.hpp, Load.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +27,7 @@ from qalora.converters.sentencepiece import spaces_of
 from qalora.converters.tokenizer import DEFAULT_TEMPLATE, chat_templates
 from qalora.errors import InputError, shown
 from qalora.formats.json_text import read_json_object
-from qalora.formats.output import text_bytes
+from qalora.formats.output import ordered_json_bytes, text_bytes
 
 __all__ = ["genai_files"]
 
@@ -56,7 +55,9 @@ def genai_files(model: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
     templates = chat_templates(model) if KEY in settings or "tokenizer.json" in model.files else {}
     apart = any(name == DEFAULT_TEMPLATE or name.startswith(f"{TEMPLATES}/") for name in model.files)
     if KEY in settings and (apart or not isinstance(settings[KEY], str)):
-        files["tokenizer_config.json"] = _bytes({key: value for key, value in settings.items() if key != KEY})
+        files["tokenizer_config.json"] = ordered_json_bytes(
+            {key: value for key, value in settings.items() if key != KEY}
+        )
         if not apart:
             files |= {_file_name(model, name): text_bytes(text) for name, text in templates.items()}
     content = _read(model, "tokenizer.json")
@@ -68,7 +69,7 @@ def genai_files(model: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
     if (rule := _rule(content)) is not None:
         changed["pre_tokenizer"] = rule
     if changed:
-        files["tokenizer.json"] = _bytes({**content, **changed})
+        files["tokenizer.json"] = ordered_json_bytes({**content, **changed})
     notes = {"decoder": SPACES_NOTE, "pre_tokenizer": WORDS_NOTE}
     return files, tuple(notes[key] for key in changed)
 
@@ -83,10 +84,6 @@ def _rule(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _read(model: Checkpoint, name: str) -> dict[str, Any]:
     return read_json_object(model.files[name], LIMIT) if name in model.files else {}
-
-
-def _bytes(content: Mapping[str, Any]) -> bytes:
-    return text_bytes(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def _file_name(model: Checkpoint, name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part
+from qalora.converters.decoded import decoded_carrier, decoded_note, decoded_part, is_quantized
 from qalora.converters.ends import config_for_transformers, end_notes
 from qalora.converters.folder import FolderPlan, folder_files, lay_out
 from qalora.converters.plan import ExportOptions, Loss
@@ -24,12 +24,7 @@ from qalora.formats.safetensors import Part
 from qalora.formats.torchao import PARTS, described, is_lower, names_text
 from qalora.tensor import QuantSpec
 
-__all__ = ["is_quantized", "plan"]
-
-
-def is_quantized(lazy: LazyTensor, model: Checkpoint) -> bool:
-    """Whether it becomes a tensor of torchao: every quantized linear weight; embedding and output layer are decoded."""
-    return lazy.spec is not None and lazy.name in model.linears
+__all__ = ["plan"]
 
 
 def plan(model: Checkpoint, options: ExportOptions) -> FolderPlan:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from qalora.checkpoint import Checkpoint, LazyTensor, module_of
-from qalora.converters.decoded import decoded
+from qalora.converters.decoded import decoded, is_quantized
 from qalora.converters.folder import write_folder
 from qalora.converters.plan import Plan, Progress
 from qalora.converters.real_zeros import scale_and_zero
 from qalora.converters.specs import narrowed
-from qalora.converters.torchao.planner import is_quantized
 from qalora.formats.safetensors import ShardedWriter
 from qalora.formats.share import Share
 from qalora.formats.torchao import PARTS, is_lower, to_qdata

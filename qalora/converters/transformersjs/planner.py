@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
@@ -69,7 +69,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> BrowserPlan:
     files |= {SETTINGS: None} if has_tokenizer(model) else {}
     files |= {GENERATION: len(generation_bytes(model)), "config.json": None, GRAPH: len(graph)}
     textless = has_tokenizer(model) and TOKENIZER not in files
-    reworded = TOKENIZER in model.files and rule_of(model.files[TOKENIZER]) is not None
+    own = read_json_object(model.files[TOKENIZER], LONGEST) if TOKENIZER in model.files else {}
+    reworded = rule_of(own) is not None
     files |= {TOKENIZER: None} if reworded else {}
     notes = [*([TEXTLESS] if textless else []), *([WORDS] if reworded else [])]
     return BrowserPlan(
@@ -83,11 +84,11 @@ def plan(model: Checkpoint, options: ExportOptions) -> BrowserPlan:
     )
 
 
-def rule_of(path: Path) -> Mapping[str, Any] | None:
+def rule_of(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The rule for cutting text of a tokenizer.json in words that transformers.js takes as transformers does; None
     where it is in such words, or damaged, of which others say so."""
     try:
-        return digits_by_expression(read_json_object(path, LONGEST).get("pre_tokenizer"))
+        return digits_by_expression(content.get("pre_tokenizer"))
     except (KeyError, TypeError, AttributeError):
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from qalora.converters.tokenizer import chat_templates, has_tokenizer, read_json
 from qalora.converters.transformersjs.files import GRAPH
 from qalora.converters.transformersjs.planner import DATA, LONGEST, SETTINGS, TOKENIZER, BrowserPlan, rule_of
 from qalora.formats.json_text import read_json_object
-from qalora.formats.output import text_bytes, write_json
+from qalora.formats.output import ordered_json_bytes, write_json
 from qalora.formats.share import Share
 
 __all__ = ["write"]
@@ -40,10 +39,10 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
 
 def _put_rule(path: Path) -> None:
     """The rule for cutting text in words that mean the same to transformers.js."""
-    rule = rule_of(path) if path.exists() else None
+    content = read_json_object(path, LONGEST) if path.exists() else {}
+    rule = rule_of(content)
     if rule is not None:
-        content = {**read_json_object(path, LONGEST), "pre_tokenizer": rule}
-        path.write_bytes(text_bytes(json.dumps(content, ensure_ascii=False, indent=2) + "\n"))
+        path.write_bytes(ordered_json_bytes({**content, "pre_tokenizer": rule}))
 
 
 def _put_templates(model: Checkpoint, path: Path) -> None:
