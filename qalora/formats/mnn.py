@@ -90,8 +90,8 @@ def to_stream(packed: Tensor, bits: int) -> Tensor:
     Within a run of bytes these are the codes in the opposite order, read from its end.
     """
     size, codes = _RUN[bits]
-    if codes == 1:
-        return packed.contiguous()
+    if size == 1:
+        return _turned(packed, bits)
     rows = packed.shape[0]
     turned = unpack_codes(packed, bits).view(rows, -1, codes).flip(-1).reshape(rows, -1)
     return pack_codes(turned, bits).view(rows, -1, size).flip(-1).reshape(packed.shape)
@@ -100,11 +100,21 @@ def to_stream(packed: Tensor, bits: int) -> Tensor:
 def from_stream(stream: Tensor, bits: int) -> Tensor:
     """Inverse of `to_stream`."""
     size, codes = _RUN[bits]
-    if codes == 1:
-        return stream.contiguous()
+    if size == 1:
+        return _turned(stream, bits)
     rows = stream.shape[0]
     turned = stream.view(rows, -1, size).flip(-1).reshape(stream.shape)
     return pack_codes(unpack_codes(turned, bits).view(rows, -1, codes).flip(-1).reshape(rows, -1), bits)
+
+
+def _turned(data: Tensor, bits: int) -> Tensor:
+    """uint8, the codes of each byte (8, 4 or 2 bits) in the opposite order: halves change places, then their halves."""
+    data = data.contiguous()
+    for shift, low in ((4, 0x0F), (2, 0x33)):
+        if shift >= bits:
+            upper = data.bitwise_right_shift(shift).bitwise_and_(low)
+            data = data.bitwise_and(low).bitwise_left_shift_(shift).bitwise_or_(upper)
+    return data
 
 
 def to_alpha(scale: Tensor, minimum: Tensor, *, middle: int = 0) -> Tensor:
