@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from edges import edges
+from qalora.chat_layouts import chat_layout
 from qalora.checkpoint import Checkpoint
 from qalora.converters import load
 from qalora.converters.device_load import device_load_of
@@ -166,6 +167,26 @@ def wide_head(model: Checkpoint) -> dict[str, Any]:
     }
 
 
+def sentencepiece() -> Any:
+    return chat_layout("mistral-v0.1").tokenizer
+
+
+def sentencepiece_without_a_space() -> Any:
+    return chat_layout("ernie4.5").tokenizer
+
+
+def ignoring_joins() -> Any:
+    """Whole words are looked up first, each of which joins make too."""
+    tokenizer = byte_tokenizer()
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    said["model"]["ignore_merges"] = True
+    tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer).from_str(json.dumps(said)).model
+    return tokenizer
+
+
+TOKENIZERS = [small_tokenizer, byte_tokenizer, ignoring_joins, sentencepiece, sentencepiece_without_a_space]
+
+
 @in_mnn
 @pytest.mark.slow
 def test_texts_of_several_chunks_and_steps(tmp_path: Path) -> None:
@@ -181,7 +202,7 @@ def test_texts_of_several_chunks_and_steps(tmp_path: Path) -> None:
 
 @in_mnn
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [small_tokenizer, byte_tokenizer])
+@pytest.mark.parametrize("make", TOKENIZERS)
 def test_the_tokenizer_is_mnns_too(make: Any, tmp_path: Path) -> None:
     tokenizer = make()
     model = random_model(load(tiny_llama(tmp_path / "m", tokenizer=tokenizer)))
@@ -196,7 +217,7 @@ def test_the_tokenizer_is_mnns_too(make: Any, tmp_path: Path) -> None:
     [
         ({"normalizer": {"type": "Lowercase"}}, "its normalizer is Lowercase"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "its pre-tokenizer is Whitespace"),
-        ({"decoder": {"type": "Fuse"}}, "its decoder is Fuse"),
+        ({"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}, "its decoder is BPEDecoder"),
     ],
 )
 def test_a_tokenizer_that_mnn_has_not_is_left_out(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -206,6 +227,18 @@ def test_a_tokenizer_that_mnn_has_not_is_left_out(change: dict[str, Any], reason
     (plan,) = export(random_model(load(folder)), ["mnn"], tmp_path)
     assert any("the words of the tokenizer are left out" in note and reason in note for note in plan.notes)
     assert (tmp_path / "mnn" / "tokenizer.mtok").read_bytes().startswith(b"430 4\n0 1 0\n256\n")
+
+
+def test_words_that_are_looked_up_and_no_join_makes_are_left_out(tmp_path: Path) -> None:
+    """Llama 3's ignore_merges, which MNN has not: it changes such words alone."""
+    folder = tiny_llama(tmp_path / "m", tokenizer=byte_tokenizer())
+    said = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    words = said["model"]["vocab"]
+    words["wordless"] = max(words.values()) + 1
+    said["model"]["ignore_merges"] = True
+    write_json(folder / "tokenizer.json", said)
+    (plan,) = export(random_model(load(folder)), ["mnn"], tmp_path)
+    assert any("ignore_merges, and the word 'wordless' is no join of others" in note for note in plan.notes)
 
 
 def test_the_same_bytes_each_time(tiny: Path, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
     text    "430 4", counts of special, end and prefix tokens, and their ids, a line each
     binary  normalizer, pre-tokenizer, model, decoder, added tokens, chat template, end token, flags, begin token
 
-It is made of tokenizer.json where that is a byte-level BPE whose parts MNN has all: no normalizer or NFC, digits, a
-split by a pattern, byte level. Elsewhere the file knows no words: the engine takes and gives token ids then.
+It is made of tokenizer.json where that is a BPE whose parts MNN has all: of bytes, with no normalizer or NFC, digits, a
+split by a pattern; or SentencePiece's, of characters that fall back to bytes, with a space before every part of a text
+between added tokens, or before none. Elsewhere the file knows no words: the engine takes and gives token ids then.
 
 MNN's NFC knows single characters: a letter with its accent behind it stays two. Source: MNN 3.6.1,
 transformers/llm/engine/src/tokenizer/tokenizer.cpp, PipelineTokenizer.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import struct
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
@@ -54,8 +55,8 @@ def tokenizer_file(model: Checkpoint) -> tuple[bytes, tuple[str, ...]]:
         body = b"".join(
             [
                 _normalizer(said.get("normalizer")),
-                _cut(said.get("pre_tokenizer")),
-                _bpe(said["model"]),
+                _cut(said.get("pre_tokenizer"), pieces=bool(said["model"].get("byte_fallback"))),
+                _bpe(said["model"], {token["content"] for token in said.get("added_tokens", [])}),
                 _decoder(said.get("decoder")),
                 _added(said.get("added_tokens", [])),
                 _template(tokenizer),
@@ -67,7 +68,19 @@ def tokenizer_file(model: Checkpoint) -> tuple[bytes, tuple[str, ...]]:
     special = sorted({token["id"] for token in said.get("added_tokens", []) if token["special"]})
     numbers = " ".join(map(str, (*special, *ends, *prefix)))
     head = f"430 4\n{len(special)} {len(ends)} {len(prefix)}\n{numbers}\n".encode()
-    return head + body, () if said.get("normalizer") is None else (_NFC,)
+    normal = said.get("normalizer")
+    return head + body, (_NFC,) if normal is not None and normal["type"] == "NFC" else ()
+
+
+_MODEL_KEYS = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+    "ignore_merges",
+)
+"""What a BPE may have that MNN's has not."""
 
 
 class _UnknownPartError(Exception):
@@ -86,10 +99,17 @@ def _text(text: str) -> bytes:
 
 
 def _normalizer(part: Mapping[str, Any] | None) -> bytes:
+    kind = None if part is None else part["type"]
     if part is None:
         return b"\0"
-    if part["type"] != "NFC":
-        raise _UnknownPartError(f"its normalizer is {part['type']}")
+    if kind == "Prepend":
+        return b"\x02" + _text(part["prepend"])
+    if kind == "Replace":
+        return b"\x03" + _replaced(part)
+    if kind == "Sequence":
+        return b"\x04" + struct.pack("<I", len(part["normalizers"])) + b"".join(map(_normalizer, part["normalizers"]))
+    if kind != "NFC":
+        raise _UnknownPartError(f"its normalizer is {kind}")
     table = []
     for code in range(0x110000):
         if not 0xD800 <= code < 0xE000:
@@ -99,8 +119,18 @@ def _normalizer(part: Mapping[str, Any] | None) -> bytes:
     return b"\x06" + struct.pack("<I", len(table)) + b"".join(table)
 
 
-def _cut(part: Mapping[str, Any] | None) -> bytes:
-    """The pre-tokenizer."""
+def _replaced(part: Mapping[str, Any]) -> bytes:
+    """A text and what takes its place."""
+    text = part["pattern"].get("String")
+    if text is None:
+        raise _UnknownPartError("it replaces by a pattern")
+    return _text(text) + _text(part["content"])
+
+
+def _cut(part: Mapping[str, Any] | None, *, pieces: bool = False) -> bytes:
+    """The pre-tokenizer; pieces: SentencePiece's, which needs none."""
+    if part is None and pieces:
+        return b"\0"
     part = None if part is None else without_digits(part)  # MNN's own kind of that name knows ASCII's digits alone
     kind = None if part is None else part["type"]
     if part is None or kind not in ("Sequence", "ByteLevel", "Split"):
@@ -118,14 +148,20 @@ def _cut(part: Mapping[str, Any] | None) -> bytes:
     return b"\x04" + _text(pattern) + bytes(2)
 
 
-def _bpe(part: Mapping[str, Any]) -> bytes:
-    kept = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+def _bpe(part: Mapping[str, Any], added: Collection[str]) -> bytes:
+    """The model; added: the texts of added tokens, which are cut out before."""
     if part.get("type") != "BPE":
         raise _UnknownPartError(f"its model is {part.get('type')}")
-    for key in kept:
-        if part.get(key):
-            raise _UnknownPartError(f"its model has {key}")
     vocabulary: dict[str, int] = part["vocab"]
+    pieces = part.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    ours = {"unk_token", "byte_fallback"} if pieces else set[str]()  # no character is unknown then
+    if part.get("ignore_merges"):
+        if (missed := _not_joined(part, added)) is not None:
+            raise _UnknownPartError(f"its model has ignore_merges, and the word {missed!r} is no join of others")
+        ours.add("ignore_merges")
+    for key in _MODEL_KEYS:
+        if part.get(key) and key not in ours:
+            raise _UnknownPartError(f"its model has {key}")
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise _UnknownPartError("the numbers of its words have gaps")
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in part["merges"]]
@@ -135,10 +171,34 @@ def _bpe(part: Mapping[str, Any]) -> bytes:
     return head + b"".join(words) + b"".join(struct.pack("<III", *merge) for merge in sorted(merges))
 
 
+def _not_joined(part: Mapping[str, Any], added: Collection[str]) -> str | None:
+    """A word that joins alone do not make of its characters, and that is not added.
+
+    Where there is none, ignore_merges changes no text.
+    """
+    from tokenizers import Tokenizer
+
+    joins = Tokenizer.from_str(json.dumps({"version": "1.0", "model": {**part, "ignore_merges": False}}))
+    words = {word: n for word, n in part["vocab"].items() if word not in added}
+    found = joins.encode_batch_fast(list(words), add_special_tokens=False)
+    return next((word for (word, n), one in zip(words.items(), found, strict=True) if one.ids != [n]), None)
+
+
+_DECODERS = {"ByteLevel": 0, "ByteFallback": 1, "Fuse": 4, "Replace": 5, "Strip": 6, "Sequence": 7}
+
+
 def _decoder(part: Mapping[str, Any] | None) -> bytes:
-    if part is None or part["type"] != "ByteLevel":
-        raise _UnknownPartError(f"its decoder is {None if part is None else part['type']}")
-    return b"\0"
+    kind = None if part is None else part["type"]
+    if part is None or kind not in _DECODERS:
+        raise _UnknownPartError(f"its decoder is {kind}")
+    head = bytes([_DECODERS[kind]])
+    if kind == "Replace":
+        return head + _replaced(part)
+    if kind == "Strip":
+        return head + _text(part["content"]) + struct.pack("<II", part["start"], part["stop"])
+    if kind == "Sequence":
+        return head + struct.pack("<I", len(part["decoders"])) + b"".join(map(_decoder, part["decoders"]))
+    return head
 
 
 def _added(tokens: Sequence[Mapping[str, Any]]) -> bytes:
