@@ -21,6 +21,7 @@ from qalora.formats.gguf_ends import KNOWN
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo
 from qalora.parity.runtimes.llamacpp_abi import EVAL_CALLBACK, LOG_CALLBACK, load_library
+from qalora.parity.runtimes.stepping import greedy
 
 __all__ = ["LlamaCpp", "open_artifact"]
 
@@ -151,16 +152,10 @@ class LlamaCpp:
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         context = self._context(len(prompt) + max_tokens)
-        tokens: list[int] = []
         try:
-            ids, position = list(prompt), 0
-            while len(tokens) < max_tokens:
-                tokens.append(int(self._decode(context, ids, position, every=False)[-1].argmax()))
-                position += len(ids)
-                ids = tokens[-1:]
+            return greedy(lambda ids, at: self._decode(context, ids, at, every=False), prompt, max_tokens)
         finally:
             self._library.llama_free(context)
-        return tokens
 
     def _context(self, length: int, *, sequences: int = 1, callback: Any = None) -> Any:
         """Room for sequences of at most `length` tokens."""

@@ -25,6 +25,7 @@ from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, check_libraries
 from qalora.parity.runtimes.folder_tokenizer import folder_tokenizer
 from qalora.parity.runtimes.padding import pad, unpad
+from qalora.parity.runtimes.stepping import greedy
 
 __all__ = ["open_artifact"]
 
@@ -136,12 +137,7 @@ class MlxRuntime:
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         cache = self._cache()
-        tokens: list[int] = []
-        ids = list(prompt)
-        while len(tokens) < max_tokens:
-            tokens.append(int(self._run(ids, cache)[-1].argmax()))
-            ids = tokens[-1:]
-        return tokens
+        return greedy(lambda ids, at: self._run(ids, cache), prompt, max_tokens)
 
     def close(self) -> None:
         """Free the model."""

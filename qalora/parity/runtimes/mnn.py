@@ -30,6 +30,7 @@ from qalora.errors import FormatError
 from qalora.formats.json_text import read_json_object
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing, check_libraries
+from qalora.parity.runtimes.stepping import greedy
 
 __all__ = ["MnnRuntime", "open_artifact"]
 
@@ -136,12 +137,7 @@ class MnnRuntime:
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         self._reset()
-        tokens: list[int] = []
-        new = list(prompt)
-        while len(tokens) < max_tokens:
-            tokens.append(int(self._logits(new)[-1].argmax()))
-            new = tokens[-1:]
-        return tokens
+        return greedy(lambda ids, at: self._logits(ids), prompt, max_tokens)
 
     def _reset(self) -> None:
         with _silent():

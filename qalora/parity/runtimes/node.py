@@ -22,6 +22,7 @@ from qalora.node_packages import installing, package_folder
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RUNTIMES, RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import pad, unpad
+from qalora.parity.runtimes.stepping import greedy
 
 __all__ = ["NodeRuntime", "check_packages", "folder_of", "node_versions"]
 
@@ -109,15 +110,12 @@ class NodeRuntime:
 
     def greedy(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
-        tokens: list[int] = []
-        ids, count = list(prompt), 0
-        while len(tokens) < max_tokens:
-            count += len(ids)
-            mask = torch.ones(1, count, dtype=torch.int64)
-            out = self._run(torch.tensor([ids]), mask, onwards=bool(tokens))
-            tokens.append(int(out[0, -1].argmax()))
-            ids = tokens[-1:]
-        return tokens
+
+        def step(ids: list[int], before: int) -> Tensor:
+            mask = torch.ones(1, before + len(ids), dtype=torch.int64)
+            return self._run(torch.tensor([ids]), mask, onwards=before > 0)[0]
+
+        return greedy(step, prompt, max_tokens)
 
     def tokenize(self, text: str, *, special: bool = False, around: bool = False) -> list[int]:
         """The tokens of a text; special ones are always parsed."""

@@ -25,6 +25,7 @@ from qalora.errors import FormatError, InputError, MissingLibraryError, first_li
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import Side, pad, positions, unpad
+from qalora.parity.runtimes.stepping import greedy
 
 __all__ = ["DecoderRuntime", "OnnxRuntime", "check_installed", "open_artifact"]
 
@@ -125,24 +126,24 @@ class DecoderRuntime(ABC):
             sizes[-1] = self._head_size
         return sizes
 
-    def _run(self, ids: Sequence[int], past: Mapping[str, Any], position: int) -> tuple[Any, dict[str, Any]]:
-        """Logits [tokens, vocabulary] of one sequence, and its cache."""
+    def _run(self, ids: Sequence[int], past: Mapping[str, Any], position: int) -> tuple[Tensor, dict[str, Any]]:
+        """float32 logits [tokens, vocabulary] of one sequence, and its cache."""
         mask = torch.ones(1, position + len(ids), dtype=torch.int64)
         values = self._evaluate(self._outputs, self._feed(torch.tensor([list(ids)]), mask, past))
         out = dict(zip(self._outputs, values, strict=True))
         present = {name.replace("present", "past_key_values"): value for name, value in out.items() if name != "logits"}
-        return out["logits"][0], present
+        return torch.from_numpy(out["logits"][0]).float(), present
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary]."""
-        return torch.from_numpy(self._run(tokens, {}, 0)[0]).float()
+        return self._run(tokens, {}, 0)[0]
 
     def steps(self, tokens: Sequence[int]) -> Tensor:
         """float32 [tokens, vocabulary], a token at a time."""
         rows, past = [], dict[str, Any]()
         for position, token in enumerate(tokens):
             out, past = self._run([token], past, position)
-            rows.append(torch.from_numpy(out).float())
+            rows.append(out)
         return torch.cat(rows)
 
     def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -152,14 +153,14 @@ class DecoderRuntime(ABC):
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
-        tokens: list[int] = []
-        ids, past, position = list(prompt), dict[str, Any](), 0
-        while len(tokens) < max_tokens:
-            out, past = self._run(ids, past, position)
-            position += len(ids)
-            tokens.append(int(out[-1].argmax()))
-            ids = tokens[-1:]
-        return tokens
+        past: dict[str, Any] = {}
+
+        def step(ids: list[int], before: int) -> Tensor:
+            nonlocal past
+            out, past = self._run(ids, past, before)
+            return out
+
+        return greedy(step, prompt, max_tokens)
 
 
 class OnnxRuntime(DecoderRuntime):

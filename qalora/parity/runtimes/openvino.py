@@ -23,6 +23,7 @@ from qalora.errors import FormatError, first_line
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing, check_libraries
 from qalora.parity.runtimes.padding import pad, positions, unpad
+from qalora.parity.runtimes.stepping import greedy
 
 __all__ = ["OpenvinoRuntime", "graph_of", "open_artifact"]
 
@@ -128,14 +129,11 @@ class OpenvinoRuntime:
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
         self._request.reset_state()
-        tokens: list[int] = []
-        ids, count = list(prompt), 0
-        while len(tokens) < max_tokens:
-            count += len(ids)
-            out = self._logits(torch.tensor([ids]), torch.ones(1, count, dtype=torch.int64))
-            tokens.append(int(out[0, -1].argmax()))
-            ids = tokens[-1:]
-        return tokens
+
+        def step(ids: list[int], before: int) -> Tensor:
+            return self._logits(torch.tensor([ids]), torch.ones(1, before + len(ids), dtype=torch.int64))[0]
+
+        return greedy(step, prompt, max_tokens)
 
     def ends(self) -> RuntimeEnds | None:
         """None: a graph has no end; openvino-genai, which generates, says it."""

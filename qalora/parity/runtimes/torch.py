@@ -16,6 +16,7 @@ from qalora.errors import FormatError, first_line
 from qalora.parity.ends import RuntimeEnds
 from qalora.parity.runtimes import RuntimeInfo, Tokenizing
 from qalora.parity.runtimes.padding import pad, positions, unpad
+from qalora.parity.runtimes.stepping import greedy
 
 __all__ = ["ModuleRuntime", "auto_class", "ends_in_transformers", "open_artifact", "runtime_ends"]
 
@@ -54,14 +55,16 @@ class ModuleRuntime:
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy tokens, step by step with the cache."""
-        tokens: list[int] = []
-        ids, cache = torch.tensor([list(prompt)]), None
-        while len(tokens) < max_tokens:
-            out = self._module(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = None
+
+        def step(ids: list[int], before: int) -> Tensor:
+            nonlocal cache
+            out = self._module(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            tokens.append(int(out.logits[0, -1].argmax()))
-            ids = torch.tensor([[tokens[-1]]])
-        return tokens
+            logits: Tensor = out.logits[0]
+            return logits
+
+        return greedy(step, prompt, max_tokens)
 
     @torch.inference_mode()
     def batch(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
