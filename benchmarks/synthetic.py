@@ -24,6 +24,7 @@ from qalora.converters.settings import linear_names
 from qalora.converters.tokenizer import write_tokenizer
 from qalora.demo import smollm2_file
 from qalora.formats.output import new_folder, write_json
+from qalora.formats.share import Share
 from qalora.tensor import GroupQuantTensor, QuantSpec, packed_row_bytes
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -182,7 +183,7 @@ def write_floats(model: Checkpoint, folder: Path) -> None:
         return
     with new_folder(folder) as work:
         plan = native.plan(model, ExportOptions())
-        native.write(plan, model, work, lambda name, nbytes: None)
+        native.write(plan, model, work, lambda name, nbytes: None, Share())
         write_json(work / "config.json", model.config)
         write_tokenizer(load(smollm2_file()), work)
 
@@ -192,7 +193,7 @@ def write(model: Checkpoint, folder: Path) -> None:
     if folder.exists():
         return
     with new_folder(folder) as work:
-        native.write(native.plan(model, ExportOptions()), model, work, lambda name, nbytes: None)
+        native.write(native.plan(model, ExportOptions()), model, work, lambda name, nbytes: None, Share())
 
 
 if __name__ == "__main__":

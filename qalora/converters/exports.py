@@ -144,7 +144,7 @@ def write_jobs(jobs: Sequence[tuple[ExportJob, Path]], progress: Progress, engin
     """Write each job into its empty folder. With an engine this process makes the files, and others fill them."""
     if engine is None:
         for job, folder in jobs:
-            target(job.plan.target).write(job.plan, job.model, folder, progress)
+            target(job.plan.target).write(job.plan, job.model, folder, progress, Share())
         return
     frame = Share(())
     sizes = [_sizes(job.plan) for job, _ in jobs]

@@ -214,10 +214,8 @@ def for_the_whole(text: str, told: Iterable[str]) -> str:
 class Writer(Protocol):
     """Writes the planned files into an empty folder, a layer at a time."""
 
-    def __call__(
-        self, plan: Any, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None
-    ) -> None:
-        """plan: what the format's own `plan` gave. share: what of the folder is written here; None for all of it."""
+    def __call__(self, plan: Any, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
+        """plan: what the format's own `plan` gave. share: what of the folder is written here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -260,9 +260,8 @@ def _on_disk(model: Checkpoint, module: str) -> str:
     return module if model.wrapper is None else model.wrapper.on_disk(module)
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the folder, a layer at a time; embedding and output layer by rows."""
-    share = share or Share()
     if model.gguf is not None and share.frame:
         from qalora.formats.gguf import metadata_bytes
 

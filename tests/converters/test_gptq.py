@@ -18,6 +18,7 @@ from qalora.converters.gptq.planner import GptqPlan
 from qalora.converters.plan import ExportOptions
 from qalora.errors import AdapterError, ExactnessError, FormatError, InputError
 from qalora.formats.gptq import pack_qweight, pack_qzeros
+from qalora.formats.share import Share
 from qalora.parity.runtimes.gptqmodel import open_artifact
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import (
@@ -44,7 +45,7 @@ def written(model: Checkpoint, folder: Path, options: ExportOptions | None = Non
     plan.check(options.allow_loss)
     folder.mkdir()
     reported = []
-    gptq.write(plan, model, folder, lambda name, nbytes: reported.append((name, nbytes)))
+    gptq.write(plan, model, folder, lambda name, nbytes: reported.append((name, nbytes)), Share())
     assert sum(nbytes for _, nbytes in reported) == sum(tensor.nbytes for tensor in plan.tensors)
     for name, size in plan.files.items():
         assert size is None or (folder / name).stat().st_size == size, name

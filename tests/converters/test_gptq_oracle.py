@@ -9,6 +9,7 @@ import torch
 from qalora.checkpoint import Checkpoint
 from qalora.converters import gptq, huggingface, load
 from qalora.converters.plan import ExportOptions
+from qalora.formats.share import Share
 from qalora.residual import to_residual
 from qalora.tensor import GroupQuantTensor
 from qalora.testing import random_adapter, random_model
@@ -41,7 +42,7 @@ def written(model: Checkpoint, folder: Path, **options) -> Path:
     plan = gptq.plan(model, ExportOptions(**options))
     plan.check(options.get("allow_loss", ()))
     folder.mkdir()
-    gptq.write(plan, model, folder, lambda name, nbytes: None)
+    gptq.write(plan, model, folder, lambda name, nbytes: None, Share())
     return folder
 
 

@@ -14,6 +14,7 @@ from qalora.converters import gptq, huggingface
 from qalora.converters.gptq.planner import GptqPlan
 from qalora.converters.plan import ExportOptions
 from qalora.errors import ExactnessError, FormatError, InputError
+from qalora.formats.share import Share
 from qalora.tensor import GroupQuantTensor, unpack_codes
 from qalora.testing import assert_same_model, lazily, random_model, random_tensor
 
@@ -31,7 +32,7 @@ def written(model: Checkpoint, folder: Path, options: ExportOptions | None = Non
     plan.check(options.allow_loss)
     folder.mkdir()
     reported = []
-    gptq.write(plan, model, folder, lambda name, nbytes: reported.append((name, nbytes)))
+    gptq.write(plan, model, folder, lambda name, nbytes: reported.append((name, nbytes)), Share())
     assert sum(nbytes for _, nbytes in reported) == sum(tensor.nbytes for tensor in plan.tensors)
     for name, size in plan.files.items():
         assert size is None or (folder / name).stat().st_size == size, name
@@ -176,7 +177,7 @@ def test_a_promise_of_narrow_minima_that_is_not_held_is_found_while_writing(tiny
     plan.check(())
     (tmp_path / "gptq").mkdir()
     with pytest.raises(ExactnessError, match=r"expected a residual that float32 holds"):
-        gptq.write(plan, model, tmp_path / "gptq", lambda name, nbytes: None)
+        gptq.write(plan, model, tmp_path / "gptq", lambda name, nbytes: None, Share())
 
 
 def test_what_gptq_cannot_hold_is_refused_with_a_way_out(tiny_untied: Path) -> None:

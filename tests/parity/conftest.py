@@ -11,6 +11,7 @@ from qalora.converters import load, native
 from qalora.converters.exports import export
 from qalora.converters.plan import ExportOptions
 from qalora.folding import fold
+from qalora.formats.share import Share
 from qalora.quantization import quantize
 from qalora.testing import random_adapter
 
@@ -40,7 +41,7 @@ def write() -> Callable[[str, Checkpoint, Path], Path]:
     def write_as(form: str, model: Checkpoint, folder: Path) -> Path:
         if form == "qalora":
             (folder / form).mkdir(parents=True)
-            native.write(native.plan(model, ExportOptions()), model, folder / form, lambda name, nbytes: None)
+            native.write(native.plan(model, ExportOptions()), model, folder / form, lambda name, nbytes: None, Share())
         else:
             export(model, [form], folder)
         return folder / form

@@ -60,8 +60,7 @@ def _parts(lazy: LazyTensor) -> list[Part]:
     return [codes, (f"{lazy.name}.scale", torch.float32, groups), (f"{lazy.name}.min", torch.float32, groups)]
 
 
-def write(plan: ToyPlan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
-    share = share or Share()
+def write(plan: ToyPlan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     if share.frame:
         write_tokenizer(model, folder)
         write_generation(model, folder)

@@ -26,11 +26,11 @@ from qalora.tensor import GroupQuantTensor, all_finite, integer_zeros
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the folder."""
     if not isinstance(plan, CompressedPlan):
         raise TypeError(f"expected CompressedPlan, got {type(plan).__name__}")
-    share, words = share or Share(), plan.words
+    words = plan.words
 
     def write_rows(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
         if isinstance(tile, GroupQuantTensor) and lazy.name in words:

@@ -228,11 +228,10 @@ def _middle_zero(lazy: LazyTensor, spec: QuantSpec) -> bool:
     return all(zero is not None and bool((zero == middle).all()) for zero in zeros)
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the planned file into `folder`, and a Modelfile for Ollama beside it."""
     if not isinstance(plan, GgufPlan):
         raise TypeError(f"expected GgufPlan, got {type(plan).__name__}")
-    share = share or Share()
     family = decoder_of(model.config, model.path).family
     with ExitStack() as stack:
         files = {

@@ -34,11 +34,10 @@ WORDS = 1 << 20
 """Words that are laid out at a time."""
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the folder. Raises ExactnessError if a residual needs more than float32 and that was not allowed."""
     if not isinstance(plan, GptqPlan):
         raise TypeError(f"expected GptqPlan, got {type(plan).__name__}")
-    share = share or Share()
     if share.frame:
         _write_small_files(plan, model, folder)
     sizes: Counter[str] = Counter()

@@ -24,7 +24,7 @@ ENCODED = 1 << 20
 """Weights whose scales and zero points are made before they are written, in the cache."""
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the folder."""
 
     def whole(lazy: LazyTensor) -> bool:
@@ -36,7 +36,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
         else:
             weights.write(lazy.name, decoded(lazy, tile, weights.layout.entry(lazy.name).dtype), row)
 
-    write_folder(plan, model, folder, progress, write_rows, whole, share=share or Share())
+    write_folder(plan, model, folder, progress, write_rows, whole, share=share)
 
 
 def _write_layer(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec, tensor: GroupQuantTensor) -> None:

@@ -19,9 +19,9 @@ from qalora.tensor import GroupQuantTensor
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the folder."""
-    write_folder(plan, model, folder, progress, _write_rows, share=share or Share())
+    write_folder(plan, model, folder, progress, _write_rows, share=share)
 
 
 def _write_rows(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:

@@ -22,11 +22,10 @@ from qalora.tensor import GroupQuantTensor
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the planned files."""
     if not isinstance(plan, MnnPlan):
         raise TypeError(f"expected MnnPlan, got {type(plan).__name__}")
-    share = share or Share()
     if share.frame:
         write_tokenizer(model, folder)
         for name, content in plan.small.items():

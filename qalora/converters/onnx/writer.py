@@ -27,11 +27,10 @@ from qalora.tensor import GroupQuantTensor
 __all__ = ["write", "write_weights"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the planned files."""
     if not isinstance(plan, OnnxPlan):
         raise TypeError(f"expected OnnxPlan, got {type(plan).__name__}")
-    share = share or Share()
     if share.frame:
         _write_small_files(plan, model, folder)
     write_weights(plan.weights, model, folder / plan.file, progress, share)

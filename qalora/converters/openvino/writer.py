@@ -25,11 +25,10 @@ from qalora.tensor import GroupQuantTensor
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the planned files."""
     if not isinstance(plan, OpenvinoPlan):
         raise TypeError(f"expected OpenvinoPlan, got {type(plan).__name__}")
-    share = share or Share()
     if share.frame:
         _write_small_files(plan, model, folder)
     family = decoder_of(model.config, model.path).family

@@ -21,7 +21,7 @@ from qalora.tensor import GroupQuantTensor, QuantSpec
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the folder."""
 
     def write_rows(weights: ShardedWriter, lazy: LazyTensor, row: int, tile: Tensor | GroupQuantTensor) -> None:
@@ -30,7 +30,7 @@ def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share
         else:
             weights.write(lazy.name, decoded(lazy, tile, weights.layout.entry(lazy.name).dtype), row)
 
-    write_folder(plan, model, folder, progress, write_rows, share=share or Share())
+    write_folder(plan, model, folder, progress, write_rows, share=share)
 
 
 def _write_rows(weights: ShardedWriter, lazy: LazyTensor, spec: QuantSpec, row: int, tile: GroupQuantTensor) -> None:

@@ -20,11 +20,10 @@ from qalora.formats.share import Share
 __all__ = ["write"]
 
 
-def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share | None = None) -> None:
+def write(plan: Plan, model: Checkpoint, folder: Path, progress: Progress, share: Share) -> None:
     """Write the planned files."""
     if not isinstance(plan, BrowserPlan):
         raise TypeError(f"expected BrowserPlan, got {type(plan).__name__}")
-    share = share or Share()
     if share.frame:
         write_tokenizer(model, folder)
         if has_tokenizer(model):
