@@ -41,12 +41,15 @@ def lay_out(
     carriers: Mapping[str, tuple[str, Loss | None]],
     metadata: Mapping[str, str],
     options: ExportOptions,
+    *,
+    indexed: bool = False,
 ) -> tuple[ShardedLayout, tuple[PlannedTensor, ...]]:
     """The layout of the weights' files, and each tensor's place in it; what is carried along is the last in it.
 
     parts     what each tensor of the model becomes
     carriers  the word for that, and what it loses
     metadata  of every file, beside the provenance
+    indexed   as in `plan_shards`
     """
     carried = carried_parts(model)
     layout = plan_shards(
@@ -54,6 +57,7 @@ def lay_out(
         {**metadata, **options.provenance},
         max_size=options.max_shard_size,
         called=names_on_disk(model, parts),
+        indexed=indexed,
     )
     tensors = []
     for name, (carrier, loss) in carriers.items():

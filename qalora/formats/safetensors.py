@@ -108,7 +108,7 @@ class ShardedLayout:
     files       the layout of each file of tensors by its name, in order
     where       the name of the file that holds a tensor, by the tensor's
     index_name  `<stem>.safetensors.index.json`
-    index       its bytes; empty where there is one file, which needs none
+    index       its bytes; empty where there is none
     names       what a tensor is called in its file, where that is not what it is called here
     """
 
@@ -281,13 +281,15 @@ def plan_shards(
     max_size: int = SHARD_SIZE,
     stem: str = "model",
     called: Mapping[str, str] | None = None,
+    indexed: bool = False,
 ) -> ShardedLayout:
     """Lay a model out in files of at most `max_size` bytes of tensors, in the order given; one file if all fit.
 
     The tensors of a group stay together; a group that is larger gets a file of its own. As in transformers, headers do
     not count: some 100 bytes a tensor. Raises InputError for a size that makes more than MAX_SHARDS files.
 
-    called  the names in the files, of parts that have another one there
+    called   the names in the files, of parts that have another one there
+    indexed  whether one file has an index too, which tells vLLM that other safetensors there are not of the model
     """
     files = _split(groups, max_size)
     if len(files) > MAX_SHARDS:
@@ -314,7 +316,7 @@ def plan_shards(
         files={name: plan_layout(parts, metadata) for name, parts in zip(names, in_files, strict=True)},
         where=where,
         index_name=f"{stem}.safetensors.index.json",
-        index=json_bytes(content) if len(files) > 1 else b"",
+        index=json_bytes(content) if indexed or len(files) > 1 else b"",
         names=called,
     )
 

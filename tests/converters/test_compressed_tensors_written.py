@@ -107,7 +107,8 @@ def test_proven_in_transformers(scales: Any, adapted: bool, tmp_path: Path) -> N
     given = {"adapter": adapter} if adapted else {}
     export(model, "compressed-tensors", tmp_path, compressed_scales=scales, **given)
     folder = tmp_path / "compressed-tensors"
-    assert (folder / "adapter_model.safetensors").exists() == adapted
+    for name in ("adapter_model.safetensors", "model.safetensors.index.json"):
+        assert (folder / name).exists() == adapted
     report = verify(model, [folder], level="logits", tokens=list(range(3, 40)), threads=1, **given)
     assert report.passed(), report.failure()
     assert_same_model(load(folder), model)

@@ -239,6 +239,7 @@ def test_the_plan_says_first_what_integer_zero_points_would_save(tiny_untied: Pa
     assert saved is not None and integer.files.keys() == real.files.keys() - {
         "adapter_model.safetensors",
         "adapter_config.json",
+        "model.safetensors.index.json",
     }
     model = huggingface.read(tiny_untied)
     shapes = [model.tensors[name].shape for name in model.linears]
@@ -355,6 +356,16 @@ def test_a_late_asymmetric_layer_is_refused_not_guessed(tiny_untied: Path, tmp_p
 
 
 # ---- what lies beside
+
+
+def test_an_index_tells_which_weights_are_the_models(tiny_untied: Path, tmp_path: Path) -> None:
+    """vLLM loads every safetensors of a folder without one, the LoRA too, and fails."""
+    plan = written(quantized(tiny_untied), tmp_path / "gptq")
+    index = json.loads((tmp_path / "gptq" / "model.safetensors.index.json").read_text("utf-8"))
+    words = load_file(tmp_path / "gptq" / "model.safetensors")
+    assert index["weight_map"] == dict.fromkeys(words, "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in words.values())
+    assert any("vLLM opens it, with enable_lora=True, max_lora_rank=" in note for note in plan.notes)
 
 
 def test_another_adapter_beside_is_noted_and_not_folded(tiny_untied: Path, tmp_path: Path) -> None:

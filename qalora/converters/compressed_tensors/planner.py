@@ -24,6 +24,7 @@ from qalora.converters.gptq.planner import check_adapter
 from qalora.converters.huggingface import HEAD
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, PlannedTensor
 from qalora.converters.specs import narrowest, refuse_act_order
+from qalora.converters.vllm import vllm_note
 from qalora.errors import InputError
 from qalora.formats.compressed_tensors import row_words
 from qalora.formats.safetensors import Layout, Part, plan_layout
@@ -61,10 +62,11 @@ def plan(model: Checkpoint, options: ExportOptions) -> CompressedPlan:
     middle = all(_zero(model.tensors[name]) == 1 << (bits - 1) for name in words)
     dtype = torch.float16 if options.compressed_scales == "float16" else torch.float32
     allowed = options.allow_loss
+    ranks = _ranks(options.adapter)
     parts = {name: _parts(lazy, name in words, middle, dtype, allowed) for name, lazy in model.tensors.items()}
     carriers = {name: _carrier(lazy, name in words, dtype, allowed) for name, lazy in model.tensors.items()}
-    layout, tensors = lay_out(model, parts, carriers, {"format": "pt"}, options)
-    files, beside, ranks = folder_files(model, layout), None, _ranks(options.adapter)
+    layout, tensors = lay_out(model, parts, carriers, {"format": "pt"}, options, indexed=options.adapter is not None)
+    files, beside = folder_files(model, layout), None
     if options.adapter is not None:
         beside = plan_layout(_lora_parts(options.adapter), {"format": "pt", **options.provenance})
         tensors = (*tensors, *_lora_rows(beside, ranks))
@@ -77,6 +79,9 @@ def plan(model: Checkpoint, options: ExportOptions) -> CompressedPlan:
             *model.notes,
             *end_notes(model),
             *_notes(beside),
+            vllm_note(
+                "compressed-tensors", bits, middle=middle, rank=max((rank for rank, _ in ranks.values()), default=0)
+            ),
             *decoded_note(model, words, "compressed-tensors", allowed),
         ),
         layout=layout,
@@ -181,7 +186,7 @@ def _lora_rows(beside: Layout, ranks: Mapping[str, tuple[int, float]]) -> list[P
 
 
 def _notes(beside: Layout | None) -> list[str]:
-    notes = ["proven in transformers, which decodes it when it loads it; vLLM's kernels were not run"]
+    notes = ["proven in transformers, which decodes it when it loads it"]
     if beside is not None:
         notes.append(
             f"the adapter lies beside the base as a plain LoRA ({beside.size:,} bytes); transformers loads both"

@@ -34,6 +34,7 @@ from qalora.converters.gptq.head import HEAD, block_settings, head_fits, head_se
 from qalora.converters.gptq.reader import MAKER
 from qalora.converters.plan import LOSSES, ExportOptions, Loss, PlannedTensor
 from qalora.converters.specs import narrowest
+from qalora.converters.vllm import vllm_note
 from qalora.converters.wrapping import carried_parts, in_transformers, names_on_disk, whole_config
 from qalora.errors import AdapterError, InputError, shown
 from qalora.formats.gptq import BITS
@@ -45,9 +46,6 @@ __all__ = ["GROUP_SIZES", "GptqPlan", "check_adapter", "plan", "ships_adapter"]
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """The groups that GPTQModel's kernels know, beside whole rows."""
-
-ENGINE_RANK = 512
-"""The largest rank that engines which serve LoRA accept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -100,8 +98,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     metadata = {"format": "pt", **options.provenance}
     carried, called = carried_parts(model), names_on_disk(model, parts)
     groups = [*parts.values(), *carried.values()]
-    main = plan_shards(groups, metadata, max_size=options.max_shard_size, called=called)
     ranks = _ranks(model, specs, form, options.adapter)
+    main = plan_shards(groups, metadata, max_size=options.max_shard_size, called=called, indexed=bool(ranks))
     rounds = "residual" in allowed
     beside = plan_layout(_lora_parts(model, ranks, form, options.adapter), metadata) if ranks else None
     rows = _rows(model, words, form, main, beside, allowed)
@@ -117,6 +115,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
             *model.notes,
             *end_notes(model),
             *_notes(ranks, beside, main, form, options.adapter),
+            vllm_note("gptq", bits, middle=symmetric, rank=max((rank for rank, _ in ranks.values()), default=0)),
             *decoded_note(model, words, "GPTQ", allowed),
         ),
         form=form,
@@ -348,14 +347,11 @@ def _notes(
     size = f"{beside.size:,} bytes, {beside.size / main.size:.0%} of the base"
     if adapter is not None:
         return [f"the adapter lies beside the base as a plain LoRA of rank {largest} ({size}); transformers loads both"]
-    notes = [
+    return [
         f"real zero points: what {form} integer ones leave over lies beside the base as a LoRA of rank {largest} "
         f"({size}); transformers with peft loads both, GPTQModel alone loads the bare base. Also smaller: larger "
         "groups, or `gptq_form` eight-bit"
     ]
-    if largest > ENGINE_RANK:
-        notes.append(f"engines that serve LoRA stop at rank {ENGINE_RANK}; this one has {largest}")
-    return notes
 
 
 def _minima(specs: Mapping[str, QuantSpec], form: Form, rounds: bool) -> bool:

@@ -48,6 +48,8 @@ _TRAPS = """
 * One call holds the LoRA in float16, which is what the words' kernel computes in. In float32, with a warning about a
   second adapter: `model = PeftModel.from_pretrained(model, "{name}")` after it loads the same
   one again, in its place.
+* vLLM: `LLM("{name}", dtype="float16", enable_lora=True, max_lora_rank=N)`, N at least {rank}, and with every request
+  `lora_request=LoRARequest("beside", 1, "{name}")`. It takes 4 and 8 bits, if all zero points are {middle}.
 * `PeftModel.from_pretrained(model, other)` takes the name "default" and so replaces this LoRA; `load_adapter(other,
   adapter_name="q")` deactivates it. To keep both: `model.set_adapter(["default", "q"])`.
 * Loaded from a folder, `base_model_name_or_path` in `adapter_config.json` is not looked at. On the Hub it is: write the
@@ -75,4 +77,6 @@ def readme(config: Mapping[str, Any], adapter_config: Mapping[str, Any] | None, 
         return text
     rank = max([adapter_config["r"], *adapter_config["rank_pattern"].values()])
     text += (_RESIDUAL if residual else _ADAPTER).format(rank=rank)
-    return text + _TRAPS.format(trap=_LOUD if residual and symmetric else _QUIET, name=name)
+    return text + _TRAPS.format(
+        trap=_LOUD if residual and symmetric else _QUIET, name=name, rank=rank, middle=1 << (settings["bits"] - 1)
+    )
