@@ -46,6 +46,9 @@ SLOW = 2
 """Layers of what searches or calibrates."""
 
 FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "torchao", "mnn")
+REFUSED = {"8b": ("transformersjs",)}
+"""Formats that a whole shape does not go into: a file of a page has 2 GB at most, and this output layer has more."""
+
 TEXT = "tokens of a text to learn from, one after another, again and again, "
 BEGIN, END = "<!-- scale-{}:begin -->", "<!-- scale-{}:end -->"
 
@@ -160,6 +163,8 @@ def whole_story(bench: Bench, shape: str) -> None:
         bench.run("train, a step of 512 tokens", line)
     for target in FORMATS:
         out = work / "dist" / target
+        if target in REFUSED.get(shape, ()):
+            continue
         if bench.asked(f"export {target}"):
             line = ("export", base, "--adapter", adapter, "--to", target, "-o", work / "dist")
             bench.run(f"export {target}", line, out)

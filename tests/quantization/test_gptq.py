@@ -7,8 +7,9 @@ from torch import Tensor
 from forks import Forks
 from qalora.errors import InputError
 from qalora.quantization import METHODS, ZEROS, QuantizeOptions, quantize_weight
-from qalora.quantization.gptq import GptqOptions, _descended, damped, gptq_tensor, output_error
+from qalora.quantization.gptq import GptqOptions, damped, gptq_tensor, output_error
 from qalora.quantization.grid import Grid, search
+from qalora.quantization.refining import _descended
 from qalora.quantization.searching import ALTERNATING, QUICK
 from qalora.tensor import BITS, holds_float16, integer_zeros
 
