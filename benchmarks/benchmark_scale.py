@@ -46,8 +46,8 @@ SLOW = 2
 """Layers of what searches or calibrates."""
 
 FORMATS = ("qalora", "gptq", "gguf", "onnx", "openvino", "transformersjs", "mlx", "hqq", "torchao", "mnn")
-REFUSED = {"8b": ("transformersjs",)}
-"""Formats that a whole shape does not go into: a file of a page has 2 GB at most, and this output layer has more."""
+REFUSED = {"8b": ("transformersjs",), "70b": ("transformersjs",)}
+"""Formats that a whole shape does not go into: a file of a page has 2 GB at most, and these output layers have more."""
 
 TEXT = "tokens of a text to learn from, one after another, again and again, "
 BEGIN, END = "<!-- scale-{}:begin -->", "<!-- scale-{}:end -->"
@@ -202,6 +202,8 @@ def plans(bench: Bench, shape: str) -> None:
     write_hollow(synthetic(shape), bench.work / "base")
     bench.run("quantize --dry-run", ("quantize", bench.work / "floats", "-o", bench.work / "out", "--dry-run"))
     for target in FORMATS:
+        if target in REFUSED.get(shape, ()):
+            continue
         line = ("export", bench.work / "base", "--to", target, "-o", bench.work / "out", "--dry-run")
         bench.run(f"export {target} --dry-run", line)
 
