@@ -9,7 +9,7 @@ column i in order of quantisation:
 Without act-order a group's grid is searched when the group is reached, on the weights as they are then. With act-order
 the columns of the largest second moments come first, and every grid is searched beforehand ("static groups").
 
-`qalora.quantization.refining` improves what GPTQ found, in some passes more.
+`qalora.quantization.refining` improves what GPTQ found, in further passes.
 """
 
 from __future__ import annotations

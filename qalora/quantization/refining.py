@@ -2,13 +2,14 @@
 
 By coordinate descent on tr((W - V) H (W - V)^T), V the quantized weight: each column's codes become the best ones given
 all the others, again and again. Between two such passes, scale and min of all groups of a row are fitted together to
-the codes, by least squares. With S [in] a row's codes less their middle, P the sums over each group's columns, the
-equations of its scales s and its minima m (of the middle) are
+the codes, by least squares. With S [in] a row's codes less the middle one, and P the sums over each group's columns,
+the equations of its scales s and its minima m, which stand for the middle code, are
 
     [ P (S S^T * H) P^T    P (S * H P^T) ] [s]   [ P (S * H w) ]
     [ its transpose        P H P^T       ] [m] = [ P H w       ]
 
-The last block is the same for all rows: it is factored once, and m is eliminated.
+The last block is the same for all rows: it is factored once, and m is eliminated. Where zero points are whole numbers,
+S is the codes less those, and s alone is fitted, by the first block.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ STEP = 128
 """Columns whose part of H is multiplied with what is left together."""
 
 TILE_FLOATS = 1 << 22
-"""Numbers of the rows whose grids are fitted at a time, at least; or as many as H has, which all of them are multiplied
-with."""
+"""Floats that the rows fitted together may take: this many, or as many as H has, if that is more. A row takes about 4
+for each column, and 10 for each pair of groups: the equations in float32 and in float64, their factor, two blocks."""
 
 RIDGE = 1e-6
 """Share of their diagonal that is added to the normal equations."""
@@ -103,13 +104,15 @@ def _fitted(w: Tensor, pulled: Tensor, codes: Tensor, grid: Grid, h: Tensor, min
 
 
 def _normal(steps: Tensor, h: Tensor, size: int) -> Tensor:
-    """The scales' part of the normal equations of rows [rows, in]: float32 [rows, groups, groups], symmetric."""
+    """The scales' part of the normal equations of rows [rows, in]: float32 [rows, groups, groups], the lower half, of
+    which a Cholesky factor is made.
+    """
     groups = steps.shape[1] // size
-    normal = steps.new_empty(steps.shape[0], groups, groups)
+    normal = steps.new_zeros(steps.shape[0], groups, groups)
     for g in range(groups):
         start = g * size
         mixed = steps[:, start : start + size] @ h[start : start + size, start:]
-        normal[:, g, g:] = normal[:, g:, g] = _pooled(mixed.mul_(steps[:, start:]), size)
+        normal[:, g:, g] = _pooled(mixed.mul_(steps[:, start:]), size)
     return normal
 
 
@@ -169,4 +172,4 @@ def _better_rows(w: Tensor, codes: Tensor, new: Grid, old: Grid, h: Tensor) -> G
 
 def _pooled(values: Tensor, size: int) -> Tensor:
     """Sums over runs of `size` columns; as a product, which is several times as fast as a sum of short runs."""
-    return (values.view(-1, size) @ values.new_ones(size)).view(values.shape[0], -1)
+    return (values.reshape(-1, size) @ values.new_ones(size)).view(values.shape[0], -1)

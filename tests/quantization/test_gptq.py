@@ -9,7 +9,8 @@ from qalora.errors import InputError
 from qalora.quantization import METHODS, ZEROS, QuantizeOptions, quantize_weight
 from qalora.quantization.gptq import GptqOptions, damped, gptq_tensor, output_error
 from qalora.quantization.grid import Grid, search
-from qalora.quantization.refining import _descended
+from qalora.quantization.refining import _descended, _fitted, _Minima
+from qalora.quantization.rounding import to_float16
 from qalora.quantization.searching import ALTERNATING, QUICK
 from qalora.tensor import BITS, holds_float16, integer_zeros
 
@@ -201,6 +202,29 @@ def test_a_descent_leaves_each_column_the_best() -> None:
             other = codes.clone()
             other[:, i] = code
             assert bool((error(other) >= best * (1 - 1e-5)).all())
+
+
+@pytest.mark.parametrize("zeros", ["real", "integer"])
+@pytest.mark.parametrize(("columns", "groups"), [(32, 1), (96, 3), (128, 8)])
+def test_a_fit_finds_the_grid_that_a_weight_was_made_with(columns: int, groups: int, zeros: str) -> None:
+    """A weight is made of codes and a grid of float16. From another grid, a fit finds that one to the bit: nothing is
+    left of least squares, and what float32 and the ridge of 1e-6 leave is far below half an ULP of float16, 2^-12.
+    """
+    rng, size, out, top = torch.Generator().manual_seed(columns), columns // groups, 12, 7
+    _, h = layer(out, columns, seed=columns)
+    h.diagonal().add_(h.diagonal().mean())  # so that inputs are no copies of one another
+    codes = torch.randint(0, top + 1, (out, columns), generator=rng).float()
+    scale = to_float16(torch.rand(out, groups, generator=rng) + 0.5)
+    zero = torch.randint(1, top, (out, groups), generator=rng).float()
+    real = to_float16(torch.randn(out, groups, generator=rng) - 3 * scale)
+    made = Grid(scale=scale, min=-scale * zero if zeros == "integer" else real)
+    wrong = to_float16(scale * (1 + 0.2 * torch.rand(out, groups, generator=rng)))
+    start = Grid(scale=wrong, min=-wrong * zero if zeros == "integer" else real + 0.1)
+    weight = made.values(codes.view(out, groups, size)).view(out, columns)
+    minima = _Minima(h, size) if zeros == "real" else None
+    found = _fitted(weight, weight @ h, codes, start, h, minima, top)
+    assert torch.equal(found.scale, made.scale)
+    assert torch.equal(found.min, made.min)
 
 
 def test_a_grid_is_as_good_as_a_dense_search() -> None:
