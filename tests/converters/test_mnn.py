@@ -177,14 +177,30 @@ def sentencepiece_without_a_space() -> Any:
 
 def ignoring_joins() -> Any:
     """Whole words are looked up first, each of which joins make too."""
-    tokenizer = byte_tokenizer()
+    tokenizer = small_tokenizer()
     said = json.loads(tokenizer.backend_tokenizer.to_str())
     said["model"]["ignore_merges"] = True
     tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer).from_str(json.dumps(said)).model
+    assert len(tokenizer("the")["input_ids"]) == 1
     return tokenizer
 
 
-TOKENIZERS = [small_tokenizer, byte_tokenizer, ignoring_joins, sentencepiece, sentencepiece_without_a_space]
+def in_nfc() -> Any:
+    return chat_layout("qwen3").tokenizer
+
+
+TOKENIZERS = [small_tokenizer, byte_tokenizer, ignoring_joins, in_nfc, sentencepiece, sentencepiece_without_a_space]
+
+TEXTS = [
+    "a\u200db",
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "\ufeffx",
+    "a\x0bb",
+    "the theme",
+    "caf\u00e9",
+    " \u2581 <0x0A>",
+]
+"""Joiners and marks that are no spaces; what falls back to bytes; texts that look like a token's own name."""
 
 
 @in_mnn
@@ -210,6 +226,10 @@ def test_the_tokenizer_is_mnns_too(make: Any, tmp_path: Path) -> None:
     assert runtime.words is not None
     for part in parts_of(tokenizer, len(tokenizer)):
         assert runtime.words.tokenize(part.text, special=True) == list(part.ids), part.name
+    for text in TEXTS:
+        assert runtime.words.tokenize(text, special=True) == tokenizer(text, add_special_tokens=False)["input_ids"], (
+            text
+        )
 
 
 @pytest.mark.parametrize(
@@ -217,6 +237,9 @@ def test_the_tokenizer_is_mnns_too(make: Any, tmp_path: Path) -> None:
     [
         ({"normalizer": {"type": "Lowercase"}}, "its normalizer is Lowercase"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "its pre-tokenizer is Whitespace"),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": " "}, "content": "_"}}, "it replaces by a pattern"),
+        ({"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0}}, "its decoder strips each token"),
+        ({"decoder": {"type": "Replace", "pattern": {"String": ""}, "content": "_"}}, "or an empty text"),
         ({"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}, "its decoder is BPEDecoder"),
     ],
 )
@@ -229,6 +252,32 @@ def test_a_tokenizer_that_mnn_has_not_is_left_out(change: dict[str, Any], reason
     assert (tmp_path / "mnn" / "tokenizer.mtok").read_bytes().startswith(b"430 4\n0 1 0\n256\n")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"content": "<foo>", "normalized": True}, "the added token '<foo>' is one in the normalized text alone"),
+        ({"content": "</s>", "special": True, "lstrip": True}, "the special token '</s>' takes spaces"),
+        ({"content": "\u2581a", "special": True}, "the special token '\u2581a' takes spaces, or is another text"),
+        ({"content": "<s>x", "special": True}, "the special token '<s>x' begins like another"),
+    ],
+)
+def test_an_added_token_that_mnn_finds_elsewhere_leaves_the_words_out(
+    change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    folder = tiny_llama(tmp_path / "m", tokenizer=chat_layout("mistral-v0.1").tokenizer)
+    said = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    words = said["model"]["vocab"]
+    if change.get("special"):
+        words.setdefault(change["content"], len(words))
+    number = words.get(change["content"], len(words))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    kept = [token for token in said["added_tokens"] if token["id"] != number]
+    said["added_tokens"] = [*kept, {**flags, **change, "id": number}]
+    write_json(folder / "tokenizer.json", said)
+    (plan,) = export(random_model(load(folder)), ["mnn"], tmp_path)
+    assert any(reason in note for note in plan.notes), plan.notes
+
+
 def test_words_that_are_looked_up_and_no_join_makes_are_left_out(tmp_path: Path) -> None:
     """Llama 3's ignore_merges, which MNN has not: it changes such words alone."""
     folder = tiny_llama(tmp_path / "m", tokenizer=byte_tokenizer())
@@ -238,7 +287,7 @@ def test_words_that_are_looked_up_and_no_join_makes_are_left_out(tmp_path: Path)
     said["model"]["ignore_merges"] = True
     write_json(folder / "tokenizer.json", said)
     (plan,) = export(random_model(load(folder)), ["mnn"], tmp_path)
-    assert any("ignore_merges, and the word 'wordless' is no join of others" in note for note in plan.notes)
+    assert any("ignore_merges, and its merges do not make the word 'wordless'" in note for note in plan.notes)
 
 
 def test_the_same_bytes_each_time(tiny: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ It is made of tokenizer.json where that is a BPE whose parts MNN has all: of byt
 split by a pattern; or SentencePiece's, of characters that fall back to bytes, with a space before every part of a text
 between added tokens, or before none. Elsewhere the file knows no words: the engine takes and gives token ids then.
 
-MNN's NFC knows single characters: a letter with its accent behind it stays two. Source: MNN 3.6.1,
+A text is not put into NFC: MNN's own NFC knows single characters alone, and takes joiners, marks of direction and other
+invisible characters, which emoji and Persian have, for spaces. Source: MNN 3.6.1,
 transformers/llm/engine/src/tokenizer/tokenizer.cpp, PipelineTokenizer.
 """
 
@@ -15,20 +16,20 @@ from __future__ import annotations
 
 import json
 import struct
-import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qalora.checkpoint import Checkpoint
 from qalora.converters.cutting import without_digits
 from qalora.converters.ends import ends_of
+from qalora.converters.sentencepiece import SPACE
 from qalora.converters.tokenizer import UnknownCutError, has_tokenizer, load_tokenizer
 
 __all__ = ["NAME", "tokenizer_file", "without_words"]
 
 NAME = "tokenizer.mtok"
 
-_NFC = "mnn: its tokenizer puts no accent and letter together that a text has as two characters, as NFC does"
+_NFC = "mnn: its tokenizer does not put a text into NFC: a letter and an accent that are two characters stay two"
 
 
 def without_words(ends: Sequence[int]) -> bytes:
@@ -58,7 +59,7 @@ def tokenizer_file(model: Checkpoint) -> tuple[bytes, tuple[str, ...]]:
                 _cut(said.get("pre_tokenizer"), pieces=bool(said["model"].get("byte_fallback"))),
                 _bpe(said["model"], {token["content"] for token in said.get("added_tokens", [])}),
                 _decoder(said.get("decoder")),
-                _added(said.get("added_tokens", [])),
+                _added(said.get("added_tokens", []), backend, len(said["model"]["vocab"])),
                 _template(tokenizer),
             ]
         )
@@ -68,9 +69,12 @@ def tokenizer_file(model: Checkpoint) -> tuple[bytes, tuple[str, ...]]:
     special = sorted({token["id"] for token in said.get("added_tokens", []) if token["special"]})
     numbers = " ".join(map(str, (*special, *ends, *prefix)))
     head = f"430 4\n{len(special)} {len(ends)} {len(prefix)}\n{numbers}\n".encode()
-    normal = said.get("normalizer")
-    return head + body, (_NFC,) if normal is not None and normal["type"] == "NFC" else ()
+    notes = (_NFC,) if "NFC" in _kinds(said.get("normalizer")) else ()
+    return head + body, (*notes, *_silent(said))
 
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+"""What SentencePiece falls back to."""
 
 _MODEL_KEYS = (
     "dropout",
@@ -80,7 +84,7 @@ _MODEL_KEYS = (
     "byte_fallback",
     "ignore_merges",
 )
-"""What a BPE may have that MNN's has not."""
+"""Settings of a BPE that are refused where `_bpe` does not see that they change nothing."""
 
 
 class _UnknownPartError(Exception):
@@ -99,6 +103,7 @@ def _text(text: str) -> bytes:
 
 
 def _normalizer(part: Mapping[str, Any] | None) -> bytes:
+    """The normalizer; NFC as none."""
     kind = None if part is None else part["type"]
     if part is None:
         return b"\0"
@@ -110,20 +115,30 @@ def _normalizer(part: Mapping[str, Any] | None) -> bytes:
         return b"\x04" + struct.pack("<I", len(part["normalizers"])) + b"".join(map(_normalizer, part["normalizers"]))
     if kind != "NFC":
         raise _UnknownPartError(f"its normalizer is {kind}")
-    table = []
-    for code in range(0x110000):
-        if not 0xD800 <= code < 0xE000:
-            changed = unicodedata.normalize("NFC", chr(code))
-            if changed != chr(code):
-                table.append(struct.pack("<I", code) + _text(changed))
-    return b"\x06" + struct.pack("<I", len(table)) + b"".join(table)
+    return b"\0"
+
+
+def _kinds(part: Mapping[str, Any] | None) -> set[str]:
+    """The types of a normalizer and of its parts."""
+    return set() if part is None else {part["type"]}.union(*map(_kinds, part.get("normalizers", [])))
+
+
+def _silent(said: Mapping[str, Any]) -> tuple[str, ...]:
+    """What MNN's engine writes nothing for: added tokens behind the model's own words."""
+    words = len(said["model"]["vocab"])
+    plain = [
+        token["content"] for token in said.get("added_tokens", []) if not token["special"] and token["id"] >= words
+    ]
+    if not plain:
+        return ()
+    return (f"mnn: its engine writes no text for the tokens {', '.join(plain[:3])}{' ...' * (len(plain) > 3)}",)
 
 
 def _replaced(part: Mapping[str, Any]) -> bytes:
     """A text and what takes its place."""
     text = part["pattern"].get("String")
-    if text is None:
-        raise _UnknownPartError("it replaces by a pattern")
+    if not text:
+        raise _UnknownPartError("it replaces by a pattern, or an empty text")
     return _text(text) + _text(part["content"])
 
 
@@ -153,11 +168,13 @@ def _bpe(part: Mapping[str, Any], added: Collection[str]) -> bytes:
     if part.get("type") != "BPE":
         raise _UnknownPartError(f"its model is {part.get('type')}")
     vocabulary: dict[str, int] = part["vocab"]
-    pieces = part.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    pieces = bool(part.get("byte_fallback"))
+    if pieces and (missing := next((byte for byte in BYTES if byte not in vocabulary), None)):
+        raise _UnknownPartError(f"it falls back to bytes, and has no {missing}")
     ours = {"unk_token", "byte_fallback"} if pieces else set[str]()  # no character is unknown then
     if part.get("ignore_merges"):
         if (missed := _not_joined(part, added)) is not None:
-            raise _UnknownPartError(f"its model has ignore_merges, and the word {missed!r} is no join of others")
+            raise _UnknownPartError(f"its model has ignore_merges, and its merges do not make the word {missed!r}")
         ours.add("ignore_merges")
     for key in _MODEL_KEYS:
         if part.get(key) and key not in ours:
@@ -177,9 +194,12 @@ def _not_joined(part: Mapping[str, Any], added: Collection[str]) -> str | None:
     Where there is none, ignore_merges changes no text.
     """
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import ByteLevel
 
     joins = Tokenizer.from_str(json.dumps({"version": "1.0", "model": {**part, "ignore_merges": False}}))
-    words = {word: n for word, n in part["vocab"].items() if word not in added}
+    letters = set(ByteLevel.alphabet())
+    cut_before = {word for word in added if word.isascii() or not letters.issuperset(word)}  # no text has such a word
+    words = {word: n for word, n in part["vocab"].items() if word not in cut_before}
     found = joins.encode_batch_fast(list(words), add_special_tokens=False)
     return next((word for (word, n), one in zip(words.items(), found, strict=True) if one.ids != [n]), None)
 
@@ -187,7 +207,8 @@ def _not_joined(part: Mapping[str, Any], added: Collection[str]) -> str | None:
 _DECODERS = {"ByteLevel": 0, "ByteFallback": 1, "Fuse": 4, "Replace": 5, "Strip": 6, "Sequence": 7}
 
 
-def _decoder(part: Mapping[str, Any] | None) -> bytes:
+def _decoder(part: Mapping[str, Any] | None, *, fused: bool = False) -> bytes:
+    """The decoder; fused: whether the tokens were put together before."""
     kind = None if part is None else part["type"]
     if part is None or kind not in _DECODERS:
         raise _UnknownPartError(f"its decoder is {kind}")
@@ -195,19 +216,39 @@ def _decoder(part: Mapping[str, Any] | None) -> bytes:
     if kind == "Replace":
         return head + _replaced(part)
     if kind == "Strip":
+        if not fused or max(part["start"], part["stop"]) > 1:
+            raise _UnknownPartError("its decoder strips each token, or several characters")
         return head + _text(part["content"]) + struct.pack("<II", part["start"], part["stop"])
     if kind == "Sequence":
-        return head + struct.pack("<I", len(part["decoders"])) + b"".join(map(_decoder, part["decoders"]))
+        made = []
+        for one in part["decoders"]:
+            made.append(_decoder(one, fused=fused))
+            fused = fused or one["type"] == "Fuse"
+        return head + struct.pack("<I", len(made)) + b"".join(made)
     return head
 
 
-def _added(tokens: Sequence[Mapping[str, Any]]) -> bytes:
-    made = []
-    for token in tokens:
+def _added(tokens: Sequence[Mapping[str, Any]], backend: Any, words: int) -> bytes:
+    """The added tokens. MNN finds them in a text before it normalizes it; special ones among the words first of all, by
+    their text with a space for U+2581, in the order of their ids, whatever stands around them.
+    """
+    made, before = [], list[str]()
+    for token in sorted(tokens, key=lambda one: int(one["id"])):
+        content, changed = token["content"], token["content"]
         if token.get("single_word"):
             raise _UnknownPartError("an added token is one between other words alone")
-        flags = (bool(token.get(key)) for key in ("special", "lstrip", "rstrip"))
-        made.append(struct.pack("<IBBB", token["id"], *flags) + _text(token["content"]))
+        if token.get("normalized") and backend.normalizer is not None:
+            changed = backend.normalizer.normalize_str(content)
+        if changed != content:
+            raise _UnknownPartError(f"the added token {content!r} is one in the normalized text alone")
+        flags = [bool(token.get(key)) for key in ("special", "lstrip", "rstrip")]
+        if flags[0] and token["id"] < words:
+            if any(flags[1:]) or SPACE in content or content.startswith("<0x"):
+                raise _UnknownPartError(f"the special token {content!r} takes spaces, or is another text")
+            if any(content.startswith(one) for one in before):
+                raise _UnknownPartError(f"the special token {content!r} begins like another")
+            before.append(content)
+        made.append(struct.pack("<IBBB", token["id"], *flags) + _text(content))
     return struct.pack("<I", len(made)) + b"".join(made)
 
 
