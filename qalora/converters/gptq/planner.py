@@ -60,6 +60,7 @@ class GptqPlan(FolderPlan):
     adapter         the adapter that goes there, or None where it is the residual
     rounds          whether a residual that float32 does not hold was allowed
     adapter_config  adapter_config.json, or None
+    vllm            whether vLLM opens it, and how
     """
 
     form: Form
@@ -70,6 +71,7 @@ class GptqPlan(FolderPlan):
     adapter: Adapter | None
     rounds: bool
     adapter_config: Mapping[str, Any] | None
+    vllm: str
 
 
 def ships_adapter(model: Checkpoint) -> bool:
@@ -86,12 +88,12 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     specs = _specs(model)
     form = _form(model, specs, options.gptq_form)
     bits = 8 if form == "eight-bit" else next(iter(specs.values())).bits
-    _check_sizes(model, specs, bits)
+    size = _checked_group_size(model, specs, bits)
     if options.adapter is not None:
         check_adapter(model, options.adapter, "gptq")
     symmetric = form == "symmetric" or (form == "own" and all(_symmetric(model.tensors[name]) for name in specs))
     words = dict.fromkeys(specs, bits)
-    if head_fits(model, bits, _group_size(model, specs)) and (not symmetric or _symmetric(model.tensors[HEAD])):
+    if head_fits(model, bits, size) and (not symmetric or _symmetric(model.tensors[HEAD])):
         words[HEAD] = bits
     allowed = options.allow_loss
     parts = {name: _parts(lazy, words.get(name), allowed) for name, lazy in model.tensors.items()}
@@ -100,6 +102,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     groups = [*parts.values(), *carried.values()]
     ranks = _ranks(model, specs, form, options.adapter)
     main = plan_shards(groups, metadata, max_size=options.max_shard_size, called=called, indexed=bool(ranks))
+    largest = max((rank for rank, _ in ranks.values()), default=0)
+    vllm = vllm_note("gptq", bits, group_size=size, middle=symmetric, rank=largest)
     rounds = "residual" in allowed
     beside = plan_layout(_lora_parts(model, ranks, form, options.adapter), metadata) if ranks else None
     rows = _rows(model, words, form, main, beside, allowed)
@@ -115,7 +119,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
             *model.notes,
             *end_notes(model),
             *_notes(ranks, beside, main, form, options.adapter),
-            vllm_note("gptq", bits, middle=symmetric, rank=max((rank for rank, _ in ranks.values()), default=0)),
+            vllm,
             *decoded_note(model, words, "GPTQ", allowed),
         ),
         form=form,
@@ -126,6 +130,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
         lora={module: lora_names(in_transformers(model.wrapper, module)) for module in ranks},
         adapter=options.adapter,
         rounds=rounds,
+        vllm=vllm,
         config=_config(model, words, symmetric, beside is not None, _minima(specs, form, rounds)),
         adapter_config=_peft_config(model, ranks) if ranks else None,
     )
@@ -160,7 +165,8 @@ def _form(model: Checkpoint, specs: Mapping[str, QuantSpec], wanted: str) -> For
     return forms[wanted]
 
 
-def _check_sizes(model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int) -> None:
+def _checked_group_size(model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int) -> int:
+    """The group size of all layers, -1 for whole rows; InputError for sizes that GPTQ has not."""
     for name in specs:
         rows, columns = model.tensors[name].shape
         out = 32 if bits == 3 else 32 // bits
@@ -171,7 +177,8 @@ def _check_sizes(model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int) -
                 got=f"[{rows}, {columns}]",
                 todo="leave GPTQ out for this model",
             )
-    if _group_size(model, specs) is None:
+    size = _group_size(model, specs)
+    if size is None:
         sizes = sorted({spec.group_size for spec in specs.values()})
         raise InputError(
             "gptq: group_size",
@@ -179,6 +186,7 @@ def _check_sizes(model: Checkpoint, specs: Mapping[str, QuantSpec], bits: int) -
             got=", ".join(map(str, sizes)),
             todo="quantize with one of these",
         )
+    return size
 
 
 def _group_size(model: Checkpoint, specs: Mapping[str, QuantSpec]) -> int | None:

@@ -48,8 +48,7 @@ _TRAPS = """
 * One call holds the LoRA in float16, which is what the words' kernel computes in. In float32, with a warning about a
   second adapter: `model = PeftModel.from_pretrained(model, "{name}")` after it loads the same
   one again, in its place.
-* vLLM: `LLM("{name}", dtype="float16", enable_lora=True, max_lora_rank=N)`, N at least {rank}, and with every request
-  `lora_request=LoRARequest("beside", 1, "{name}")`. It takes 4 and 8 bits, if all zero points are {middle}.
+* {vllm}.
 * `PeftModel.from_pretrained(model, other)` takes the name "default" and so replaces this LoRA; `load_adapter(other,
   adapter_name="q")` deactivates it. To keep both: `model.set_adapter(["default", "q"])`.
 * Loaded from a folder, `base_model_name_or_path` in `adapter_config.json` is not looked at. On the Hub it is: write the
@@ -60,8 +59,14 @@ _LOUD = "Its answers are then noise, because its zero points are far from the re
 _QUIET = "Its answers are then plausible and wrong: the fine-tune, or part of it, is missing."
 
 
-def readme(config: Mapping[str, Any], adapter_config: Mapping[str, Any] | None, *, residual: bool, name: str) -> str:
-    """The text, from config.json and adapter_config.json. `residual`: what lies beside is that, not an adapter."""
+def readme(
+    config: Mapping[str, Any], adapter_config: Mapping[str, Any] | None, *, residual: bool, name: str, vllm: str
+) -> str:
+    """The text, from config.json and adapter_config.json.
+
+    residual  what lies beside is that, not an adapter
+    vllm      whether vLLM opens it, and how
+    """
     settings = config["quantization_config"]
     symmetric = settings["sym"]
     group = settings["group_size"]
@@ -77,6 +82,4 @@ def readme(config: Mapping[str, Any], adapter_config: Mapping[str, Any] | None, 
         return text
     rank = max([adapter_config["r"], *adapter_config["rank_pattern"].values()])
     text += (_RESIDUAL if residual else _ADAPTER).format(rank=rank)
-    return text + _TRAPS.format(
-        trap=_LOUD if residual and symmetric else _QUIET, name=name, rank=rank, middle=1 << (settings["bits"] - 1)
-    )
+    return text + _TRAPS.format(trap=_LOUD if residual and symmetric else _QUIET, name=name, vllm=vllm)

@@ -65,7 +65,9 @@ def _write_small_files(plan: GptqPlan, model: Checkpoint, folder: Path) -> None:
     write_json(folder / "quantize_config.json", plan.config["quantization_config"])
     if plan.adapter_config is not None:
         write_json(folder / ADAPTER_CONFIG, plan.adapter_config)
-    text = readme(plan.config, plan.adapter_config, residual=plan.adapter is None, name="path/to/this/folder")
+    text = readme(
+        plan.config, plan.adapter_config, residual=plan.adapter is None, name="path/to/this/folder", vllm=plan.vllm
+    )
     text = for_the_whole(text, (row.carrier for row in plan.tensors))
     (folder / "README.md").write_text(text, encoding="utf-8")
 
