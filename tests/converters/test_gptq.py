@@ -365,7 +365,9 @@ def test_an_index_tells_which_weights_are_the_models(tiny_untied: Path, tmp_path
     words = load_file(tmp_path / "gptq" / "model.safetensors")
     assert index["weight_map"] == dict.fromkeys(words, "model.safetensors")
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in words.values())
-    assert any("vLLM opens it, with enable_lora=True, max_lora_rank=" in note for note in plan.notes)
+    assert "vLLM opens it" in plan.vllm and "enable_lora=True, max_lora_rank=8, " in plan.vllm  # rows of 2 and 4 groups
+    assert plan.vllm in plan.notes
+    assert plan.vllm in (tmp_path / "gptq" / "README.md").read_text("utf-8")
 
 
 def test_another_adapter_beside_is_noted_and_not_folded(tiny_untied: Path, tmp_path: Path) -> None:
