@@ -128,6 +128,7 @@ REFUSED: dict[str, tuple[str, Keys, Keys, str]] = {
     "one list of two": ("phi3", {}, {"rope_factors_long.weight": ONES[:16]}, "rotary factors"),
     "yarn's strength": ("llama", {**YARN, "rope.scaling.yarn_ext_factor": (0.5, F)}, {}, "yarn_ext_factor"),
     "not causal": ("llama", {"attention.causal": (False, B)}, {}, r"attention\.causal: expected true"),
+    "half a head": ("llama", {"attention.head_count_kv": (0.5, F)}, {}, "expected a positive integer, got 0.5"),
     "half of a head rotated": ("llama", {"rope.dimension_count": (8, U)}, {}, "rope.dimension_count: expected 16"),
     "keys of another length": (
         "llama",

@@ -59,19 +59,19 @@ def config_of(
     """
     check_keys({key: metadata.get(key) for key in metadata.entries}, family, where)
     read = _Numbers(metadata, family.gguf.architecture, where)
-    heads, hidden = int(read("attention.head_count")), int(read("embedding_length"))
-    size = int(read("attention.key_length", max(1, hidden // heads)))
+    heads, hidden = read.count("attention.head_count"), read.count("embedding_length")
+    size = read.count("attention.key_length", max(1, hidden // heads))
     vocab_size = shapes["token_embd.weight"][0]
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "hidden_size": hidden,
-        family.inner_key: int(read("feed_forward_length")),
-        "num_hidden_layers": int(read("block_count")),
+        family.inner_key: read.count("feed_forward_length"),
+        "num_hidden_layers": read.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(read("attention.head_count_kv", heads)),
+        "num_key_value_heads": read.count("attention.head_count_kv", heads),
         "head_dim": size,
-        "max_position_embeddings": int(read("context_length")),
+        "max_position_embeddings": read.count("context_length"),
         "rms_norm_eps": float(read("attention.layer_norm_rms_epsilon")),
         family.activation_key: family.activation,
         "vocab_size": vocab_size,
@@ -130,7 +130,7 @@ def _check_sizes(read: _Numbers, family: Family, config: Mapping[str, Any]) -> N
         if read(key, default) != value:
             raise FormatError(f"{read.where}: {key}", expected=f"{value}, {what}", got=str(read(key, default)))
     tokens, rows = read.metadata.get("tokenizer.ggml.tokens"), config["vocab_size"]
-    count = len(tokens) if isinstance(tokens, list) else int(read("vocab_size", rows))
+    count = len(tokens) if isinstance(tokens, list) else read.count("vocab_size", rows)
     if count != rows:
         what = f"{read.where}: token_embd.weight"
         raise FormatError(what, expected=f"{count} rows, one for each token", got=str(rows))
@@ -155,6 +155,13 @@ class _Numbers:
             raise FormatError(f"{self.where}: {self.prefix}.{key}", expected="a positive number", got=shown(value))
         return value
 
+    def count(self, key: str, default: float | None = None) -> int:
+        """A positive integer."""
+        value = self(key, default)
+        if not isinstance(value, int):
+            raise FormatError(f"{self.where}: {self.prefix}.{key}", expected="a positive integer", got=shown(value))
+        return value
+
     def has(self, key: str) -> bool:
         """Whether the key is there."""
         return f"{self.prefix}.{key}" in self.metadata.entries
@@ -169,8 +176,8 @@ def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) ->
     if family.windows == "none" and "layer_types" in family.defaults:
         settings["layer_types"] = [LAYER_KINDS[0]] * config["num_hidden_layers"]
     if loader.window is not None and family.windows != "none":
-        settings["sliding_window"] = int(read("attention.sliding_window", loader.default))
-        period = int(read("attention.sliding_window_pattern", loader.window))
+        settings["sliding_window"] = read.count("attention.sliding_window", loader.default)
+        period = read.count("attention.sliding_window_pattern", loader.window)
         if period < 2:
             raise InputError(f"{read.where}: attention.sliding_window_pattern", expected="2 or more", got=str(period))
         count = range(1, config["num_hidden_layers"] + 1)
@@ -185,7 +192,7 @@ def _of_the_family(read: _Numbers, family: Family, config: Mapping[str, Any]) ->
             has_cap = capped and (read.has(key) or default is not None)
             settings[key] = float(read(key, default)) if has_cap else None
     if SHARE in family.defaults:
-        rotated = int(read("rope.dimension_count", config["head_dim"]))
+        rotated = read.count("rope.dimension_count", config["head_dim"])
         settings[SHARE] = rotated / config["head_dim"]
     if ORIGINAL in family.defaults:
         settings[ORIGINAL] = config["rope_parameters"].get(ORIGINAL, config["max_position_embeddings"])
@@ -272,7 +279,7 @@ def _as_carried(read: _Numbers, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _yarn_of(read: _Numbers, factor: float) -> dict[str, Any]:
-    original = int(read("rope.scaling.original_context_length", read("context_length")))
+    original = read.count("rope.scaling.original_context_length", read("context_length"))
     numbers: dict[str, Any] = {"factor": factor, ORIGINAL: original}
     for key in ("beta_fast", "beta_slow"):
         if read.has(f"rope.scaling.yarn_{key}"):
@@ -290,7 +297,7 @@ def _yarn_of(read: _Numbers, factor: float) -> dict[str, Any]:
 
 def _longrope_of(read: _Numbers, plain: dict[str, Any], factors: Mapping[str, Tensor]) -> dict[str, Any]:
     lists = {key: factors[name].tolist() for key, name in LONGROPE.items()}
-    original = int(read("rope.scaling.original_context_length", read("context_length")))
+    original = read.count("rope.scaling.original_context_length", read("context_length"))
     positions = _carried_by(read.metadata, read.where).get("max_position_embeddings", read("context_length"))
     numbers = {**plain, "rope_type": "longrope", ORIGINAL: original, **lists}
     attention = float(read("rope.scaling.attn_factor", 1.0))
