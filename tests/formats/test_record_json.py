@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -182,6 +182,11 @@ ANY = st.recursive(
 )
 
 
+def told(record: Whole) -> tuple[str, list[str]]:
+    """Its text, and its names in order: of a set the text has those as they were put in."""
+    return repr(replace(record, names=frozenset())), sorted(record.names)
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(encode(Whole(name="a", nbytes=0)))), ANY)
 def test_any_value_in_any_place(key: str, value: Any) -> None:
@@ -191,4 +196,4 @@ def test_any_value_in_any_place(key: str, value: Any) -> None:
     except FormatError as error:
         assert str(error).startswith(f"x.json: {key}")
         return
-    assert repr(decode(Whole, encode(found), "x.json")) == repr(found)
+    assert told(decode(Whole, encode(found), "x.json")) == told(found)
