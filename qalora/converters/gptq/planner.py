@@ -102,8 +102,8 @@ def plan(model: Checkpoint, options: ExportOptions) -> GptqPlan:
     groups = [*parts.values(), *carried.values()]
     ranks = _ranks(model, specs, form, options.adapter)
     main = plan_shards(groups, metadata, max_size=options.max_shard_size, called=called, indexed=bool(ranks))
-    largest = max((rank for rank, _ in ranks.values()), default=0)
-    vllm = vllm_note("gptq", bits, group_size=size, middle=symmetric, rank=largest)
+    beside_ranks = [rank for rank, _ in ranks.values()]
+    vllm = vllm_note("gptq", bits, group_size=size, middle=symmetric, ranks=beside_ranks)
     rounds = "residual" in allowed
     beside = plan_layout(_lora_parts(model, ranks, form, options.adapter), metadata) if ranks else None
     rows = _rows(model, words, form, main, beside, allowed)

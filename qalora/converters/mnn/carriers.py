@@ -53,6 +53,7 @@ __all__ = [
     "middle",
     "place",
     "table_dtype",
+    "table_of_codes",
     "table_place",
 ]
 
@@ -141,15 +142,18 @@ def table_place(model: Checkpoint, placed: Mapping[str, Item]) -> list[int] | No
     of bfloat16."""
     lazy = model.tensors[f"{EMBEDDING}.weight"]
     if lazy.spec is not None:
-        codes, alpha = placed[f"{EMBEDDING}.codes"], placed[f"{EMBEDDING}.alpha"]
-        bits = container(EMBEDDING, lazy.spec.bits)
-        return [codes.offset, alpha.offset, alpha.nbytes, bits, lazy.spec.group_size]
+        return table_of_codes(placed[f"{EMBEDDING}.codes"], placed[f"{EMBEDDING}.alpha"], lazy.spec)
     if table_dtype(lazy) is torch.bfloat16:
         return None
     item = placed[TABLE]
     if item.dtype is torch.float16:
         return [item.offset, 0, 0, 16, 0]
     return [item.offset - item.nbytes // 4, item.offset, item.nbytes, 8, 1]
+
+
+def table_of_codes(codes: Item, alpha: Item, spec: QuantSpec) -> list[int]:
+    """`tie_embeddings` of a quantized embedding, from the places of its codes and its alpha."""
+    return [codes.offset, alpha.offset, alpha.nbytes, container(EMBEDDING, spec.bits), spec.group_size]
 
 
 def encode(module: str, tensor: GroupQuantTensor) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qalora.checkpoint import Checkpoint, LazyTensor
 from qalora.converters.decoder import decoder_of, used_ropes
 from qalora.converters.huggingface import model_of, read_config
-from qalora.converters.mnn.carriers import container, decode, from_float_table, middle
+from qalora.converters.mnn.carriers import container, decode, from_float_table, middle, table_of_codes
 from qalora.converters.mnn.decoder import EMBEDDING, FREQUENCIES, engine_config
 from qalora.converters.mnn.files import CONFIG, LIMIT, MODEL, OPTIONS, TABLE, VERSION, VERSION_KEY, WEIGHTS
 from qalora.converters.rope import wide_frequencies
@@ -212,9 +212,9 @@ class _Graph:
         if spec is not None:
             header = len(header_bytes(shape, container(EMBEDDING, spec.bits)))
             parts = self._parts(EMBEDDING, shape, spec, where[0] - header)
-            wanted = [parts[1].offset, parts[2].offset, parts[2].nbytes, container(EMBEDDING, spec.bits)]
-            if where != [*wanted, spec.group_size]:
-                raise self._not("tie_embeddings", str([*wanted, spec.group_size]), str(where))
+            wanted = table_of_codes(*parts[1:], spec)
+            if where != wanted:
+                raise self._not("tie_embeddings", str(wanted), str(where))
             return self._lazy(EMBEDDING, shape, spec, parts)
         if where[3] == 16:
             return self._float(Item(name=name, dtype=torch.float16, shape=shape, offset=where[0]))
@@ -228,8 +228,7 @@ class _Graph:
         if lazy.spec is None:
             return
         _, codes, alpha = self._parts(EMBEDDING, (lazy.shape[0], lazy.shape[1]), lazy.spec, main["external"][0])
-        bits = container(EMBEDDING, lazy.spec.bits)
-        wanted = [codes.offset, alpha.offset, alpha.nbytes, bits, lazy.spec.group_size]
+        wanted = table_of_codes(codes, alpha, lazy.spec)
         if said.get("tie_embeddings") != wanted:
             raise self._not("tie_embeddings", str(wanted), shown(said.get("tie_embeddings")))
 

@@ -52,25 +52,26 @@ def tokenizer_file(model: Checkpoint) -> tuple[bytes, tuple[str, ...]]:
     if backend is None:
         return without_words(ends), (_left_out("it is no tokenizer of the library tokenizers"),)
     said = json.loads(backend.to_str())
+    added, words = said.get("added_tokens", []), len(said["model"]["vocab"])
     try:
         body = b"".join(
             [
                 _normalizer(said.get("normalizer")),
                 _cut(said.get("pre_tokenizer"), pieces=bool(said["model"].get("byte_fallback"))),
-                _bpe(said["model"], {token["content"] for token in said.get("added_tokens", [])}),
+                _bpe(said["model"], {token["content"] for token in added}),
                 _decoder(said.get("decoder")),
-                _added(said.get("added_tokens", []), backend, len(said["model"]["vocab"])),
+                _added(added, backend, words),
                 _template(tokenizer),
             ]
         )
         prefix = _prefix(tokenizer)
     except _UnknownPartError as error:
         return without_words(ends), (_left_out(str(error)),)
-    special = sorted({token["id"] for token in said.get("added_tokens", []) if token["special"]})
+    special = sorted({token["id"] for token in added if token["special"]})
     numbers = " ".join(map(str, (*special, *ends, *prefix)))
     head = f"430 4\n{len(special)} {len(ends)} {len(prefix)}\n{numbers}\n".encode()
     notes = (_NFC,) if "NFC" in _kinds(said.get("normalizer")) else ()
-    return head + body, (*notes, *_silent(said))
+    return head + body, (*notes, *_silent(added, words))
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -123,12 +124,9 @@ def _kinds(part: Mapping[str, Any] | None) -> set[str]:
     return set() if part is None else {part["type"]}.union(*map(_kinds, part.get("normalizers", [])))
 
 
-def _silent(said: Mapping[str, Any]) -> tuple[str, ...]:
+def _silent(added: Sequence[Mapping[str, Any]], words: int) -> tuple[str, ...]:
     """What MNN's engine writes nothing for: added tokens behind the model's own words."""
-    words = len(said["model"]["vocab"])
-    plain = [
-        token["content"] for token in said.get("added_tokens", []) if not token["special"] and token["id"] >= words
-    ]
+    plain = [token["content"] for token in added if not token["special"] and token["id"] >= words]
     if not plain:
         return ()
     return (f"mnn: its engine writes no text for the tokens {', '.join(plain[:3])}{' ...' * (len(plain) > 3)}",)
